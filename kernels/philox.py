@@ -1,0 +1,45 @@
+"""Dropout masks inside kernels: Philox4x32-7 of coordinates, bit for bit those of tfm.reference.dropout."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def threshold_and_scale(p: float) -> tuple[int, float]:
+    """The number of the 65,536 outcomes that drop an element, and what a kept element is multiplied by."""
+    threshold = round(65536 * p)
+    return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-7 of four counters and a key, all uint32, of shapes that broadcast.
+
+    (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.)
+    """
+    for _ in tl.static_range(7):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        c0, c1, c2, c3 = c1 ^ k0 ^ high1, low1, c3 ^ k1 ^ high0, low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_mask(row, first_column, group, site, seed, threshold, BLOCK_COLUMNS: tl.constexpr):
+    """Which elements of a tile dropout keeps: int1 [R, BLOCK_COLUMNS], one Philox call for eight of them.
+
+    `row` is [R, 1]; `first_column` is a multiple of 8; `seed` points to an int64.
+    """
+    key = tl.load(seed)
+    octet = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)[None, :]
+    w0, w1, w2, w3 = philox(
+        octet.to(tl.uint32), row.to(tl.uint32), tl.cast(group, tl.uint32), site.to(tl.uint32),
+        key.to(tl.uint32), (key >> 32).to(tl.uint32),
+    )  # fmt: skip
+    # Joins add minor dimensions, so the last one tells the two halves of a word apart: low half first.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves >= threshold, [row.shape[0], BLOCK_COLUMNS])

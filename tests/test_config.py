@@ -1,0 +1,88 @@
+"""Fields are checked where they are given, and survive JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import small_config
+
+from tfm.config import PRESETS, Recipe, TransformerConfig, from_dict, to_dict
+from tfm.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 15}, "dim: expected a multiple of the 2 heads, got 15"),
+        ({"dim": 0}, "dim: expected at least 1, got 0"),
+        ({"heads": 0}, "heads: expected at least 1, got 0"),
+        ({"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
+        ({"encoder_layers": 0}, "encoder_layers: expected at least 1, got 0"),
+        ({"decoder_layers": -1}, "decoder_layers: expected at least 1, got -1"),
+        ({"max_length": 0}, "max_length: expected at least 1, got 0"),
+        ({"dropout": 1.5}, r"dropout: expected a probability in \[0, 1\], got 1.5"),
+        ({"attention_dropout": -0.1}, r"attention_dropout: expected a probability in \[0, 1\], got -0.1"),
+        ({"activation_dropout": math.nan}, r"activation_dropout: expected a probability in \[0, 1\], got nan"),
+        ({"activation": "relo"}, "activation: expected one of .*relu.*, got 'relo'"),
+    ],
+    ids=str,
+)
+def test_model_fields_are_checked(changes, message):
+    with pytest.raises(UserError, match=message):
+        small_config(**changes)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "batch_tokens", "warmup", "max_steps"])
+def test_recipe_fields_are_checked(field):
+    with pytest.raises(UserError, match=f"{field}: expected at least 1, got 0"):
+        from_dict(Recipe, to_dict(PRESETS["tiny"].recipe) | {field: 0})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name):
+    preset = PRESETS[name]
+    config = preset.config(1000, norm_first=True)
+    for value in (config, preset.recipe):
+        assert from_dict(type(value), json.loads(json.dumps(to_dict(value)))) == value
+
+
+def test_a_preset_may_be_changed():
+    config = PRESETS["tiny"].config(9712, dropout=0.5)
+    assert (config.vocab_size, config.dim, config.dropout) == (9712, 128, 0.5)
+    assert PRESETS["tiny"].config(9712).dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.pop("heads"), "TransformerConfig: unknown or missing field 'heads'"),
+        (lambda values: values.update(colour=1), "TransformerConfig: unknown or missing field 'colour'"),
+        (lambda values: values.update(dim="16"), "TransformerConfig: dim: expected int, got '16'"),
+        (lambda values: values.update(dim=16.0), "TransformerConfig: dim: expected int, got 16.0"),
+        (lambda values: values.update(norm_eps=None), "TransformerConfig: norm_eps: expected float, got None"),
+        (lambda values: values.update(norm_first=1), "TransformerConfig: norm_first: expected bool, got 1"),
+    ],
+)
+def test_damaged_fields_are_named(change, message):
+    values = to_dict(small_config())
+    change(values)
+    with pytest.raises(UserError, match=message):
+        from_dict(TransformerConfig, values)
+
+
+def test_a_whole_number_serves_as_a_float():
+    assert from_dict(TransformerConfig, to_dict(small_config()) | {"dropout": 0}).dropout == 0
+
+
+@given(warmup=st.integers(1, 5000), step=st.integers(1, 10**6), peak=st.floats(1e-6, 1.0))
+@settings(deadline=None)
+def test_learning_rate_is_equation_3(warmup, step, peak):
+    """The paper's min(step^-0.5, step · warmup^-1.5), scaled so that the peak is `learning_rate`."""
+    recipe = Recipe(vocab_size=300, batch_tokens=100, learning_rate=peak, warmup=warmup, max_steps=10)
+    paper = min(step**-0.5, step * warmup**-1.5)
+    assert recipe.learning_rate_at(step) == pytest.approx(peak * warmup**0.5 * paper, rel=1e-12)
+    assert recipe.learning_rate_at(step) <= recipe.learning_rate_at(warmup) == peak

@@ -1,0 +1,122 @@
+"""What a model is and how it is trained, as data; presets with the paper that each comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from tfm.errors import UserError
+
+T = TypeVar("T", "TransformerConfig", "Recipe")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of an encoder-decoder Transformer; names as in "Attention Is All You Need", table 3."""
+
+    vocab_size: int
+    dim: int = 512  # d_model
+    heads: int = 8  # h
+    ffn_dim: int = 2048  # d_ff
+    encoder_layers: int = 6  # N
+    decoder_layers: int = 6
+    dropout: float = 0.1  # P_drop, of the embeddings and of every sublayer's output (section 5.4)
+    attention_dropout: float = 0.0  # of the softmax weights
+    activation_dropout: float = 0.0  # inside the feed-forward network
+    activation: str = "relu"
+    norm_first: bool = False  # pre-norm (Xiong et al. 2020) instead of the paper's post-norm
+    norm_eps: float = 1e-5
+    max_length: int = 512  # tokens in a sentence, its end included
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise UserError(f"dim: expected a multiple of the {self.heads} heads, got {self.dim}")
+        for name in ("vocab_size", "dim", "heads", "ffn_dim", "encoder_layers", "decoder_layers", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    vocab_size: int  # of the tokenizer asked for; the corpus may not fill it
+    batch_tokens: int  # sentences x longest sentence of a batch
+    learning_rate: float  # the peak, reached at the end of the warm-up
+    warmup: int  # updates
+    max_steps: int  # updates
+    betas: tuple[float, float] = (0.9, 0.98)
+    adam_eps: float = 1e-9
+    label_smoothing: float = 0.1
+    clip_norm: float = 1.0
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of update `step`, counted from 1: linear warm-up, then inverse square root ("Attention", equation 3)."""
+        return self.learning_rate * min(step / self.warmup, (self.warmup / step) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model without its vocabulary size, and its recipe."""
+
+    source: str
+    model: dict[str, Any]
+    recipe: Recipe
+
+    def config(self, vocab_size: int, **changes: Any) -> TransformerConfig:
+        """The model of this preset for a vocabulary, with `changes` to its fields."""
+        return TransformerConfig(vocab_size=vocab_size, **(self.model | changes))
+
+
+PRESETS = {
+    "demo": Preset(
+        "the bundled corpus on two CPU cores, in minutes",
+        {"dim": 128, "heads": 4, "ffn_dim": 256, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.05},
+        Recipe(vocab_size=1200, batch_tokens=2048, learning_rate=4e-3, warmup=200, max_steps=1500, clip_norm=1.0),
+    ),
+    "tiny": Preset(
+        "Wu et al. 2021, 'Good for Misconceived Reasons', Transformer-Tiny on Multi30k",
+        {"dim": 128, "heads": 4, "ffn_dim": 256, "encoder_layers": 4, "decoder_layers": 4, "dropout": 0.3},
+        Recipe(
+            vocab_size=9712,
+            batch_tokens=8192,
+            learning_rate=5e-3,
+            warmup=2000,
+            max_steps=8000,
+            adam_eps=1e-8,
+            clip_norm=25.0,
+        ),
+    ),
+    "base": Preset(
+        "Vaswani et al. 2017, 'Attention Is All You Need', table 3, base",
+        {"dim": 512, "heads": 8, "ffn_dim": 2048, "encoder_layers": 6, "decoder_layers": 6, "dropout": 0.1},
+        Recipe(vocab_size=37000, batch_tokens=25000, learning_rate=7e-4, warmup=4000, max_steps=100_000),
+    ),
+    "big": Preset(
+        "Vaswani et al. 2017, 'Attention Is All You Need', table 3, big",
+        {"dim": 1024, "heads": 16, "ffn_dim": 4096, "encoder_layers": 6, "decoder_layers": 6, "dropout": 0.3},
+        Recipe(vocab_size=37000, batch_tokens=25000, learning_rate=4.9e-4, warmup=4000, max_steps=300_000),
+    ),
+}
+
+
+def to_dict(config: TransformerConfig | Recipe) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    return asdict(config)
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`.
+
+    Raises:
+        UserError: a field is missing or unknown.
+    """
+    known = {field.name for field in fields(kind)}
+    wrong = sorted(set(values) ^ known)
+    if wrong:
+        raise UserError(f"{kind.__name__}: unknown or missing field {wrong[0]!r}")
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind(**plain)

@@ -1,0 +1,160 @@
+"""Training and held-out pairs from the grammar.
+
+About one in sixteen combinations of two content words is reserved: no training sentence has both words, every held-out
+sentence has at least one such combination, and each of its words is frequent in training (the systematicity split of
+Lake and Baroni, "Generalization without Systematicity", 2018).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from random import Random
+from zlib import crc32
+
+from tfm.demo import statements, structures
+from tfm.demo.lexicon import PRONOUNS
+from tfm.demo.morphology import english_text, french_text
+from tfm.demo.phrases import Phrase
+from tfm.demo.verbs import VERBS
+
+CONSTRUCTIONS: dict[str, Callable[[Random], Phrase]] = {
+    "present": statements.present,
+    "past": statements.past,
+    "future": statements.future,
+    "agreement": statements.agreement,
+    "adjectives": statements.adjectives,
+    "negation": statements.negation,
+    "numbers": statements.numbers,
+    "professions": statements.professions,
+    "idioms": statements.idioms,
+    "questions": structures.questions,
+    "relative clauses": structures.relatives,
+    "possession": structures.possession,
+    "contractions": structures.contractions,
+    "object pronouns": structures.pronouns,
+    "infinitives": structures.infinitives,
+}
+PHENOMENA = tuple(CONSTRUCTIONS)
+HELD_OUT = 500
+MIN_WORDS, MAX_WORDS = 2, 20
+RESERVED_ONE_IN = 16
+# A held-out word occurs at least once in this many training pairs, fifteen times in the default 24,000.
+PAIRS_PER_OCCURRENCE = 1600
+TRIES = 400
+SUBJECTS = frozenset(row[0] for row in PRONOUNS)
+INFINITIVES = frozenset(verb.infinitive for verb in VERBS)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A French sentence, its English translation, and the phenomenon it was drawn for (one of PHENOMENA)."""
+
+    source: str
+    target: str
+    phenomenon: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A pair with the lemmas of its content words."""
+
+    pair: Pair
+    lemmas: tuple[str, ...]
+
+
+FIRST_HELD_OUT = Sentence(Pair("je suis étudiant", "I am a student", "professions"), ("je", "étudiant"))
+
+
+def corpus(seed: int = 0, size: int = 24_000) -> tuple[list[Pair], list[Pair]]:
+    """Draw `size` training pairs and 500 held-out pairs, both balanced over PHENOMENA; equal arguments, equal pairs.
+
+    The first held-out pair is "je suis étudiant", "I am a student". Which combinations are reserved does not depend on
+    the seed. Raises ValueError when the grammar cannot give that many pairs.
+    """
+    training, held_out = split(seed, size)
+    return [sentence.pair for sentence in training], [sentence.pair for sentence in held_out]
+
+
+def accuracy_by_phenomenon(pairs: Sequence[Pair], translations: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """For each phenomenon among `pairs`: (translations equal to the target, pairs). Spaces at the ends do not count."""
+    if len(pairs) != len(translations):
+        raise ValueError(f"expected one translation for each of {len(pairs)} pairs, got {len(translations)}")
+    counts = {phenomenon: (0, 0) for phenomenon in PHENOMENA if any(p.phenomenon == phenomenon for p in pairs)}
+    for pair, translation in zip(pairs, translations, strict=True):
+        correct, total = counts[pair.phenomenon]
+        counts[pair.phenomenon] = correct + (translation.strip() == pair.target), total + 1
+    return counts
+
+
+def split(seed: int, size: int) -> tuple[list[Sentence], list[Sentence]]:
+    """The two parts of `corpus`, with lemmas."""
+    training = _draw(Random(f"{seed} training"), size, [], lambda sentence: not has_reserved(sentence.lemmas))
+    counts = Counter(word for sentence in training for word in words(sentence.pair))
+    enough = -(-size // PAIRS_PER_OCCURRENCE)
+
+    def suitable(sentence: Sentence) -> bool:
+        return has_reserved(sentence.lemmas) and all(counts[word] >= enough for word in words(sentence.pair))
+
+    return training, _draw(Random(f"{seed} held-out"), HELD_OUT, [FIRST_HELD_OUT], suitable)
+
+
+def words(pair: Pair) -> list[str]:
+    """The words of both sides, French ones marked so that the languages stay apart; clitics such as j' are words."""
+    french = re.findall(r"[\w-]+'?|\?", pair.source)
+    return [f"fr:{word}" for word in french] + pair.target.replace("?", " ?").split()
+
+
+def has_reserved(lemmas: Sequence[str]) -> bool:
+    """Whether two of the lemmas must not meet in a training sentence."""
+    return any(reserved(*sorted(pair)) for pair in combinations(lemmas, 2))
+
+
+@cache
+def reserved(first: str, second: str) -> bool:
+    """Whether this combination is kept for the held-out part; the lemmas come in alphabetical order.
+
+    A pronoun and a verb never are: together they make the verb's form, which training must show.
+    """
+    if {first, second} == {"je", "étudiant"}:
+        return True
+    if {first, second} & SUBJECTS and {first, second} & INFINITIVES:
+        return False
+    return crc32(f"{first} {second}".encode()) % RESERVED_ONE_IN == 0
+
+
+def _draw(rng: Random, size: int, first: list[Sentence], wanted: Callable[[Sentence], bool]) -> list[Sentence]:
+    """`first` and new wanted sentences, phenomenon after phenomenon, until there are `size`."""
+    drawn = list(first)
+    sources = {sentence.pair.source for sentence in drawn}
+    open_phenomena = list(PHENOMENA)
+    while len(drawn) < size:
+        for phenomenon in tuple(open_phenomena):
+            if len(drawn) == size:
+                break
+            sentence = _one(rng, phenomenon, sources, wanted)
+            if sentence is None:
+                open_phenomena.remove(phenomenon)
+            else:
+                sources.add(sentence.pair.source)
+                drawn.append(sentence)
+        if not open_phenomena:
+            raise ValueError(f"expected {size} distinct sentences, the grammar gave {len(drawn)}")
+    return drawn
+
+
+def _one(rng: Random, phenomenon: str, sources: set[str], wanted: Callable[[Sentence], bool]) -> Sentence | None:
+    for _ in range(TRIES):
+        drawn = CONSTRUCTIONS[phenomenon](rng)
+        source = french_text(drawn.french)
+        if source in sources or len(set(drawn.lemmas)) < len(drawn.lemmas):
+            continue
+        sentence = Sentence(Pair(source, english_text(drawn.english), phenomenon), drawn.lemmas)
+        lengths = len(source.split()), len(sentence.pair.target.split())
+        if min(lengths) >= MIN_WORDS and max(lengths) <= MAX_WORDS and wanted(sentence):
+            return sentence
+    return None

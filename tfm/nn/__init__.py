@@ -1,0 +1,26 @@
+"""torch.nn's Transformer layers, under the same names, arguments and state_dict keys, on fused operations.
+
+Results are torch's, with three differences that are kept on purpose, in training and evaluation alike:
+
+* a query whose keys are all masked gets attention output 0 and zero gradients, where torch gives NaN;
+* positions that a key padding mask or lengths call padding are 0 in the output of a layer or stack;
+* whatever stands in padding, NaN included, reaches no valid output.
+
+There is one code path: dropout apart, training and evaluation run the same operations and give the same shapes.
+"""
+
+from tfm.nn.attention import MultiheadAttention
+from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer
+from tfm.nn.norm import LayerNorm, RMSNorm
+from tfm.nn.stacks import Transformer, TransformerDecoder, TransformerEncoder
+
+__all__ = [
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

@@ -1,0 +1,155 @@
+"""Multi-head attention ("Attention Is All You Need", section 3.2.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfm import ops
+from tfm.nn.padding import Side, padded_scope
+from tfm.nn.scope import Packed, Padded, merge_masks
+from tfm.ops.checks import check
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention`: concat(head_1, ..., head_h) W^O, head_i = attention(Q W_i^Q, K W_i^K, V W_i^V).
+
+    Arguments, masks and results are torch's. A query whose keys are all masked gets attention output 0, where torch
+    gives NaN; `is_causal=True` without a mask, which torch refuses, means causal. Queries are never packed.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Section 3.2.2, figure 2 (right).
+
+        Args:
+            query: [B, Sq, E] (batch_first), [Sq, B, E] or, without a batch, [Sq, E].
+            key: likewise, [.., kdim].
+            value: likewise, [.., vdim].
+            key_padding_mask: [B, Sk] or [Sk]: bool (True = padding), or floating point, added to the scores of its key.
+            need_weights: also return the softmax weights. They are computed apart, at more cost than the output.
+            attn_mask: [Sq, Sk] or [B · H, Sq, Sk]: bool (True = masked), or floating point, added to the scores.
+            average_attn_weights: the mean of the weights over heads rather than each head's.
+            is_causal: hint that `attn_mask` is the causal mask, which then need not be read.
+
+        Returns:
+            The output in the form of `query`, and the weights [B, Sq, Sk] or [B, H, Sq, Sk] (no B without a batch), or
+            None. With dropout the weights are those applied.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        for name, x, dim in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            fits = x.dim() == query.dim() and x.shape[-1] == dim
+            check(fits, f"{name}: expected {query.dim()} dimensions, the last {dim}, got shape {tuple(x.shape)}")
+        queries = Side.of("query", query, self.batch_first)
+        keys = Side.of("key", key, self.batch_first, key_padding_mask)
+        check(queries.shape[0] == keys.shape[0], f"key: expected batch {queries.shape[0]}, got {keys.shape[0]}")
+        check(key.shape[:-1] == value.shape[:-1], f"value: expected {tuple(key.shape[:-1])} rows as key")
+        q, k, v = project(self, query, key, value)
+        if not queries.batched:
+            q, k, v = q[None], k[None], v[None]
+        # torch, too, reads the mask rather than the hint where it returns weights.
+        hint = is_causal and (attn_mask is None or not need_weights)
+        scope = padded_scope(queries, keys, attn_mask, hint)
+        if self.bias_k is not None or self.add_zero_attn:
+            scope = _seeing_extra_keys(scope, attn_mask, queries, keys, (self.bias_k is not None) + self.add_zero_attn)
+            k, v = self._with_extra_keys(k, self.bias_k, scope), self._with_extra_keys(v, self.bias_v, scope)
+        dropout_p = attention_dropout(self)
+        seed = ops.draw_seed(query.device) if dropout_p > 0.0 else None
+        output = scope.attention(q, k, v, dropout_p, seed, 0)
+        output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
+        weights = None
+        if need_weights:
+            weights = _weights(scope.heads_first(q), scope.heads_first(k), scope, dropout_p, seed)
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        if queries.batched:
+            return output, weights
+        return output[0], None if weights is None else weights[0]
+
+    def _with_extra_keys(self, x: Tensor, bias: Tensor | None, scope: Padded) -> Tensor:
+        """Keys or values [..., H, D] with `bias` [1, 1, E] and zeros behind those of each sequence."""
+        dim = 1 if scope.batch_first else 0
+        shape = list(x.shape)
+        shape[dim] = 1
+        parts = [x]
+        if bias is not None:
+            parts.append(bias.to(x.dtype).unflatten(-1, (self.num_heads, self.head_dim)).expand(shape))
+        if self.add_zero_attn:
+            parts.append(x.new_zeros(shape))
+        return torch.cat(parts, dim)
+
+
+def project(module: torch.nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """[..., E] to heads [..., H, D] each; inputs that are the same tensor are projected by one matmul."""
+    heads = (module.num_heads, module.head_dim)
+    bias = module.in_proj_bias
+    if module.in_proj_weight is None:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        inputs = zip((query, key, value), weights, biases, strict=True)
+        return tuple(F.linear(x, w, b).unflatten(-1, heads) for x, w, b in inputs)
+    if query is key and key is value:
+        return F.linear(query, module.in_proj_weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+    sizes = (module.embed_dim, 2 * module.embed_dim)
+    query_weight, other_weight = module.in_proj_weight.split(sizes)
+    query_bias, other_bias = (None, None) if bias is None else bias.split(sizes)
+    q = F.linear(query, query_weight, query_bias).unflatten(-1, heads)
+    if key is value:
+        return q, *F.linear(key, other_weight, other_bias).unflatten(-1, (2, *heads)).unbind(-3)
+    biases = (None, None) if other_bias is None else other_bias.chunk(2)
+    inputs = zip((key, value), other_weight.chunk(2), biases, strict=True)
+    return q, *(F.linear(x, w, b).unflatten(-1, heads) for x, w, b in inputs)
+
+
+def attend(
+    module: torch.nn.MultiheadAttention,
+    query: Tensor,
+    memory: Tensor,
+    scope: Padded | Packed,
+    seed: Tensor | None,
+    site: int,
+) -> Tensor:
+    """The multi-head attention of a layer: [..., E] queries over [..., E] memory, padded or packed as `scope` says."""
+    q, k, v = project(module, query, memory, memory)
+    output = scope.attention(q, k, v, attention_dropout(module), seed, site)
+    return F.linear(output, module.out_proj.weight, module.out_proj.bias)
+
+
+def attention_dropout(module: torch.nn.MultiheadAttention) -> float:
+    """The probability with which `module` drops softmax weights now."""
+    return module.dropout if module.training else 0.0
+
+
+def _weights(query: Tensor, key: Tensor, scope: Padded, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """The softmax weights [B, H, Sq, Sk]: what attention makes of the identity."""
+    batch, heads, length, _ = key.shape
+    identity = torch.eye(length, dtype=key.dtype, device=key.device).expand(batch, heads, -1, -1)
+    return scope.per_head(query, key, identity, dropout_p, seed, 0)
+
+
+def _seeing_extra_keys(scope: Padded, attn_mask: Tensor | None, queries: Side, keys: Side, extra: int) -> Padded:
+    """`scope` with `extra` more keys behind, which every query sees. As with torch's masks, not its hint, they do."""
+    mask = scope.attn_mask
+    if scope.is_causal:
+        if attn_mask is None:
+            shape = (queries.shape[1], keys.shape[1])
+            attn_mask = torch.ones(shape, dtype=torch.bool, device=queries.x.device).triu(1)
+        mask = merge_masks(attn_mask, keys.padding_mask, keys.shape[0])
+    if mask is not None:
+        mask = F.pad(mask, (0, extra), value=mask.dtype == torch.bool)
+    return Padded(scope.batch_first, mask)

@@ -1,0 +1,77 @@
+"""Whether a module is as torch made it, so that its parameters may be used without calling it."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+
+from tfm.nn.attention import MultiheadAttention
+from tfm.nn.norm import LayerNorm, RMSNorm
+
+ATTENTION = (MultiheadAttention, torch.nn.MultiheadAttention)
+LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
+NORM = (LayerNorm, torch.nn.LayerNorm)
+DROPOUT = (torch.nn.Dropout,)
+TOKEN_WISE_NORM = (*NORM, RMSNorm, torch.nn.RMSNorm)
+PLAIN_PARAMETERS = (torch.nn.Parameter, torch.Tensor, type(None))
+
+ENCODER_CHILDREN = {
+    "self_attn": ATTENTION,
+    "linear1": LINEAR,
+    "linear2": LINEAR,
+    "norm1": NORM,
+    "norm2": NORM,
+    "dropout": DROPOUT,
+    "dropout1": DROPOUT,
+    "dropout2": DROPOUT,
+}
+DECODER_CHILDREN = {**ENCODER_CHILDREN, "multihead_attn": ATTENTION, "norm3": NORM, "dropout3": DROPOUT}
+
+
+def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]) -> str:
+    """Why a layer must call its children, as torch does, one by one; empty where their parameters suffice."""
+    if _has_any_global_hook():
+        return "hooks for all modules are set"
+    for name, types in expected.items():
+        child = layer._modules[name]
+        reason = _obstacle(child, types)
+        if reason:
+            return f"{name} {reason}"
+        if types is NORM and len(child.normalized_shape) > 1:
+            return f"{name} normalises over several dimensions"
+        if types is ATTENTION:
+            plain = child._qkv_same_embed_dim and child.bias_k is None and not child.add_zero_attn
+            if not plain or child.batch_first != layer._modules["self_attn"].batch_first:
+                return f"{name} is not the attention that torch gives such a layer"
+    return ""
+
+
+def stack_obstacle(layers: torch.nn.ModuleList, norm: torch.nn.Module | None, layer_type: type) -> str:
+    """Why a stack must call its layers as modules, on padded tensors; empty where it may reach inside them."""
+    children = DECODER_CHILDREN if "multihead_attn" in layers[0]._modules else ENCODER_CHILDREN
+    for index, layer in enumerate(layers):
+        reason = _obstacle(layer, (layer_type,)) or layer_obstacle(layer, children)
+        if reason:
+            return f"layers.{index} {reason}"
+    reason = _obstacle(norm, TOKEN_WISE_NORM) if norm is not None else ""
+    if not reason and norm is not None and len(norm.normalized_shape) > 1:
+        reason = "normalises over several dimensions"
+    return f"norm {reason}" if reason else ""
+
+
+def own_calls(module: torch.nn.Module) -> str:
+    """What a call of `module` does besides its class's forward, in words; empty where nothing."""
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return "carries hooks" if hooks else ""
+
+
+def _obstacle(module: torch.nn.Module, types: tuple[type, ...]) -> str:
+    if type(module) not in types:
+        return f"is a {type(module).__name__}"
+    for name, parameter in module._parameters.items():
+        if type(parameter) not in PLAIN_PARAMETERS:
+            return f"holds its {name} as a {type(parameter).__name__}"
+    return own_calls(module)

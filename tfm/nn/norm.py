@@ -1,0 +1,54 @@
+"""LayerNorm and RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tfm import ops
+from tfm.ops.checks import check
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` (Ba et al. 2016, equation 4); over more than one dimension it runs torch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., C] to [..., C].
+
+        Raises:
+            ValueError: a last dimension other than the one normalised.
+        """
+        if len(self.normalized_shape) > 1:
+            return super().forward(input)
+        _check_columns(input, self.normalized_shape)
+        return ops.layer_norm(widened(input), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` (Zhang and Sennrich 2019, equation 4); over more than one dimension it runs torch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C].
+
+        Raises:
+            ValueError: a last dimension other than the one normalised.
+        """
+        if len(self.normalized_shape) > 1:
+            return super().forward(x)
+        _check_columns(x, self.normalized_shape)
+        computed = torch.promote_types(x.dtype, torch.float32)
+        eps = torch.finfo(computed).eps if self.eps is None else self.eps
+        return ops.rms_norm(x, self.weight, eps)
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` as layer norm takes it under autocast, which on a GPU runs it in fp32."""
+    autocast = x.is_cuda and x.dtype in HALVES and torch.is_autocast_enabled("cuda")
+    return x.float() if autocast else x
+
+
+def _check_columns(x: Tensor, normalized_shape: tuple[int, ...]) -> None:
+    columns = normalized_shape[0]
+    check(x.dim() > 0 and x.shape[-1] == columns, f"input: expected [..., {columns}], got shape {tuple(x.shape)}")

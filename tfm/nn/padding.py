@@ -1,0 +1,216 @@
+"""One side of a batch at the door of a layer or stack: which of its positions are padding, and the way out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tfm.nn.scope import Padded, check_mask_dtype, merge_masks
+from tfm.ops.checks import check, check_integers
+from tfm.sequences import Layout, offsets, valid_positions
+
+Lengths = Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """A batch of sequences as the caller gave it.
+
+    Attributes:
+        x: [B, S, E] (batch_first) or [S, B, E]; an unbatched [S, E] becomes [1, S, E].
+        batch_first: which of the two.
+        batched: False where the caller's tensor was [S, E].
+        padding_mask: [B, S], torch's: bool (True = padding) or floating point, added to the scores of its key.
+        lengths: [B] integer, in place of a mask.
+        tokens: the sum of the lengths where it is known without asking a device.
+    """
+
+    x: Tensor
+    batch_first: bool
+    batched: bool
+    padding_mask: Tensor | None = None
+    lengths: Tensor | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def of(
+        cls, name: str, x: Tensor, batch_first: bool, padding_mask: Tensor | None = None, lengths: Lengths | None = None
+    ) -> Side:
+        """The side called `name` in messages.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, lengths outside [0, S] (on CPU), both a mask and lengths.
+        """
+        check(x.dim() in (2, 3), f"{name}: expected [length, dim] or a batch of three dimensions, got {x.dim()}")
+        check(padding_mask is None or lengths is None, f"{name}: expected a padding mask or lengths, got both")
+        batched = x.dim() == 3
+        if not batched:
+            x, batch_first = x[None], True
+            padding_mask = None if padding_mask is None else padding_mask[None]
+        batch, length = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+        if padding_mask is not None:
+            came = tuple(padding_mask.shape)
+            check(came == (batch, length), f"{name}: expected a padding mask of ({batch}, {length}), got shape {came}")
+            check_mask_dtype(padding_mask)
+        if lengths is None:
+            return cls(x, batch_first, batched, padding_mask)
+        tensor, tokens = _lengths(name, lengths, batch, length, x.device)
+        return cls(x, batch_first, batched, None, tensor, tokens)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)."""
+        return (self.x.shape[0], self.x.shape[1]) if self.batch_first else (self.x.shape[1], self.x.shape[0])
+
+    @property
+    def is_ragged(self) -> bool:
+        """The caller said that there may be padding."""
+        return self.padding_mask is not None or self.lengths is not None
+
+    def padding(self) -> Tensor | None:
+        """bool [B, S], True where a position is padding. A float mask says so by -inf."""
+        if self.lengths is not None:
+            return ~valid_positions(self.lengths, self.shape[1])
+        if self.padding_mask is None or self.padding_mask.dtype == torch.bool:
+            return self.padding_mask
+        return self.padding_mask == float("-inf")
+
+    def blank(self, x: Tensor) -> Tensor:
+        """`x`, laid out as the side's own tensor, with zeros at padding."""
+        padding = self.padding()
+        if padding is None:
+            return x
+        return x.masked_fill((padding if self.batch_first else padding.t())[..., None], 0)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """`x`, laid out as the side's own tensor, blanked and in the caller's form."""
+        x = self.blank(x)
+        return x if self.batched else x[0]
+
+    def pack(self, layout: Layout) -> Tensor:
+        """The valid tokens [N, E]."""
+        return layout.pack(self.x if self.batch_first else self.x.transpose(0, 1))
+
+    def unpack(self, packed: Tensor, layout: Layout) -> Tensor:
+        """[N, E] to the caller's form, zeros at padding."""
+        x = layout.unpack(packed)
+        if not self.batched:
+            return x[0]
+        return x if self.batch_first else x.transpose(0, 1).contiguous()
+
+    def questions(self) -> list[Tensor]:
+        """What must be read from the device to pack: whether padding stands at the right only, and the token count."""
+        if self.padding_mask is not None:
+            padding = self.padding()
+            assert padding is not None
+            lengths = (~padding).sum(dim=1)
+            right = padding == ~valid_positions(lengths, padding.shape[1])
+            if self.padding_mask.is_floating_point():
+                right = right & (padding | (self.padding_mask == 0))
+            return [right.all().long(), lengths.sum()]
+        if self.lengths is not None and self.tokens is None:
+            inside = (self.lengths >= 0) & (self.lengths <= self.shape[1])
+            return [inside.all().long(), self.lengths.sum()]
+        return []
+
+    def layout(self, answers: list[int]) -> Layout | None:
+        """The packed layout, given the answers to `questions`; None where padding is not at the right only."""
+        batch, length = self.shape
+        if not self.is_ragged:
+            cu_seq = torch.arange(batch + 1, dtype=torch.int32, device=self.x.device) * length
+            return Layout.of(cu_seq, length, batch * length)
+        fits, tokens = answers or (1, self.tokens)
+        assert tokens is not None
+        if self.lengths is not None:
+            check(bool(fits), f"lengths: expected numbers in [0, {length}], got others")
+            return Layout.of(offsets(self.lengths), length, tokens)
+        padding = self.padding()
+        assert padding is not None
+        return Layout.of(offsets((~padding).sum(dim=1)), length, tokens) if fits else None
+
+
+def padded_scope(queries: Side, keys: Side, attn_mask: Tensor | None, is_causal: bool) -> Padded:
+    """What padded queries see, given torch's mask and its hint.
+
+    As in torch the hint replaces the mask, unless there is a padding mask to merge it with: then the mask rules.
+    """
+    causal = is_causal and (attn_mask is None or keys.padding_mask is None)
+    mask = merge_masks(None if causal else attn_mask, keys.padding_mask, keys.shape[0])
+    return Padded(queries.batch_first, mask, causal, keys.lengths)
+
+
+def survey(
+    sides: Sequence[Side], mask: Tensor | None, is_causal: bool | None, packing: bool
+) -> tuple[bool, list[Layout] | None]:
+    """Whether a stack's self-attention is causal, and the sides' layouts where the stack shall run packed.
+
+    Reads from the device once where there is padding to measure or a mask to recognise, and not at all where `sides`
+    came with lengths the host knows and the mask with a hint.
+
+    Args:
+        sides: the stack's own tokens first, then its memory.
+        mask: of the self-attention, torch's.
+        is_causal: torch's hint; None = look at the mask.
+        packing: whether the stack's layers can run packed.
+    """
+    readable = may_read(sides[0].x)
+    frozen = not any(side.padding_mask is not None and side.padding_mask.requires_grad for side in sides)
+    packing = packing and readable and frozen and any(side.is_ragged for side in sides)
+    # Where padding is read anyway, the mask itself is looked at, not the hint.
+    measured = packing and any(side.padding_mask is not None for side in sides)
+    look = mask is not None and readable and _may_be_causal(mask) and (is_causal is None or measured)
+    questions = [_equals_causal(mask)] if look and mask is not None else []
+    packing = packing and (look or mask is None or (is_causal is True and not measured))
+    if packing:
+        for side in sides:
+            questions += side.questions()
+    answers = torch.stack(questions).tolist() if questions else []
+    causal = bool(answers.pop(0)) if look else bool(is_causal)
+    if not packing or (mask is not None and not causal):
+        return causal, None
+    layouts = []
+    for side in sides:
+        asked = 2 * (side.padding_mask is not None or (side.is_ragged and side.tokens is None))
+        layout = side.layout(answers[:asked])
+        del answers[:asked]
+        if layout is None:
+            return causal, None
+        layouts.append(layout)
+    return causal, layouts
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether values may be read from the device here: not while a graph is being traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _may_be_causal(mask: Tensor) -> bool:
+    return mask.dim() == 2 and mask.shape[0] == mask.shape[1] and not mask.requires_grad
+
+
+def _equals_causal(mask: Tensor) -> Tensor:
+    later = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return (mask == later).all().long()
+    return (mask == torch.zeros_like(mask).masked_fill(later, float("-inf"))).all().long()
+
+
+def _lengths(name: str, lengths: Lengths, batch: int, longest: int, device: torch.device) -> tuple[Tensor, int | None]:
+    if isinstance(lengths, Tensor):
+        came = tuple(lengths.shape)
+        check(came == (batch,), f"{name}: expected {batch} lengths, got shape {came}")
+        check_integers(lengths=lengths)
+        if lengths.device.type != "cpu" or not may_read(lengths):
+            return lengths.to(device), None
+        lengths = lengths.tolist()
+    check(len(lengths) == batch, f"{name}: expected {batch} lengths, got {len(lengths)}")
+    inside = all(0 <= length <= longest for length in lengths)
+    check(inside, f"{name}: expected lengths in [0, {longest}], got {list(lengths)}")
+    return torch.tensor(lengths, dtype=torch.int32, device=device), sum(lengths)

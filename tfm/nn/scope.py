@@ -1,0 +1,118 @@
+"""Which keys each query sees: torch's masks turned into what the operations take, for padded and packed tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tfm import ops
+from tfm.ops.checks import check
+from tfm.sequences import Layout
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Tokens lie in [B, S, E] (batch_first) or [S, B, E].
+
+    Attributes:
+        batch_first: which of the two.
+        attn_mask: broadcastable to [B, H, Sq, Sk], as tfm.ops.attention takes it: bool (True = attend) or added.
+        is_causal: a query sees keys up to its own position.
+        key_lengths: [B], how many keys of each sequence are valid.
+    """
+
+    batch_first: bool
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    key_lengths: Tensor | None = None
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
+    ) -> Tensor:
+        """[..., H, D] query, key and value to the heads' outputs side by side, [..., H · D]."""
+        query, key, value = self.heads_first(query), self.heads_first(key), self.heads_first(value)
+        output = self.per_head(query, key, value, dropout_p, seed, site)
+        return output.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(-2)
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """[B, S, H, D] or [S, B, H, D] to [B, H, S, D]."""
+        return x.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
+
+    def per_head(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
+    ) -> Tensor:
+        """`attention` on [B, H, S, D]."""
+        output = ops.attention(
+            query, key, value, self.attn_mask, dropout_p, self.is_causal,
+            key_lengths=self.key_lengths, seed=seed, site=site,
+        )  # fmt: skip
+        assert isinstance(output, Tensor)
+        return output
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tokens lie in [N, E], sequences end to end; `is_causal` as in `Padded`."""
+
+    queries: Layout
+    keys: Layout
+    is_causal: bool = False
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
+    ) -> Tensor:
+        """[N, H, D] query, key and value to the heads' outputs side by side, [N, H · D]."""
+        output = ops.varlen_attention(
+            query, key, value, self.queries.cu_seq, self.keys.cu_seq, self.queries.max_length, self.keys.max_length,
+            dropout_p, self.is_causal, seed=seed, site=site,
+        )  # fmt: skip
+        assert isinstance(output, Tensor)
+        return output.flatten(-2)
+
+
+def merge_masks(attn_mask: Tensor | None, padding_mask: Tensor | None, batch: int) -> Tensor | None:
+    """torch's two masks as one for tfm.ops.attention.
+
+    Args:
+        attn_mask: [Sq, Sk] or [B · H, Sq, Sk]: bool (True = masked) or floating point, added to the scores.
+        padding_mask: [B, Sk], likewise.
+        batch: B.
+
+    Returns:
+        Broadcastable to [B, H, Sq, Sk]: bool (True = attend) where both are bool, else floating point, added; None
+        where there is neither.
+
+    Raises:
+        ValueError: a shape or dtype that torch does not take.
+    """
+    masks = []
+    if attn_mask is not None:
+        fits = attn_mask.dim() == 2 or (attn_mask.dim() == 3 and attn_mask.shape[0] % max(batch, 1) == 0)
+        came = tuple(attn_mask.shape)
+        check(fits, f"attn_mask: expected [queries, keys] or [{batch} · heads, queries, keys], got shape {came}")
+        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1)))
+    if padding_mask is not None:
+        masks.append(padding_mask[:, None, None, :])
+    if not masks:
+        return None
+    for mask in masks:
+        check_mask_dtype(mask)
+    floats = [mask.dtype for mask in masks if mask.is_floating_point()]
+    if not floats:
+        return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
+    added = [as_added(mask, floats[0]) for mask in masks]
+    return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def check_mask_dtype(mask: Tensor) -> None:
+    kind = mask.dtype == torch.bool or mask.is_floating_point()
+    check(kind, f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
+
+
+def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of torch's (bool, True = masked, or already added) in the form that is added to the scores."""
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

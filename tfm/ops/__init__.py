@@ -1,0 +1,25 @@
+"""Every operation once: documented, checked, and dispatched to a backend (tfm.ops.backends)."""
+
+from tfm.ops.attention import attention, varlen_attention
+from tfm.ops.dropout import draw_seed, dropout
+from tfm.ops.embedding import embedding, sinusoid
+from tfm.ops.feed_forward import feed_forward, gated_feed_forward
+from tfm.ops.layer_norm import layer_norm, residual_layer_norm
+from tfm.ops.linear_cross_entropy import linear_cross_entropy
+from tfm.ops.rms_norm import residual_rms_norm, rms_norm
+
+__all__ = [
+    "attention",
+    "draw_seed",
+    "dropout",
+    "embedding",
+    "feed_forward",
+    "gated_feed_forward",
+    "layer_norm",
+    "linear_cross_entropy",
+    "residual_layer_norm",
+    "residual_rms_norm",
+    "rms_norm",
+    "sinusoid",
+    "varlen_attention",
+]

@@ -1,0 +1,204 @@
+"""Masked softmax attention, padded and packed."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfm.ops.backends import choose
+from tfm.ops.checks import check, check_floating, check_integers, check_same_device, check_vector
+from tfm.ops.dropout import seed_for
+from tfm.reference import attention as reference
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    query_start: int | Tensor = 0,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
+    seed: Tensor | int | None = None,
+    site: int = 0,
+    impl: str = "auto",
+) -> Any:
+    """softmax(scale · query keyᵀ + mask) value ("Attention Is All You Need", section 3.2.1, equation 1).
+
+    The contract of `torch.nn.functional.scaled_dot_product_attention`, and more: a query whose keys are all masked
+    gives 0 and zero gradients, a float mask may learn, NaN in keys that no query may attend to stays there.
+
+    Args:
+        query: [B, Hq, Sq, D], floating point.
+        key: [B, Hkv, Sk, D]; Hq is any multiple of Hkv.
+        value: [B, Hkv, Sk, Dv].
+        attn_mask: broadcastable to [B, Hq, Sq, Sk]: bool (True = attend), or floating point, added to the scores; the
+            latter gets its gradient. Causality, mask, lengths and window combine by AND.
+        dropout_p: dropout of the softmax weights, in [0, 1]. Always applied: pass 0 in eval.
+        is_causal: a query attends to keys up to its own position, key <= query + query_start.
+        scale: of the scores; None is 1/sqrt(D).
+        enable_gqa: accepted for torch's sake; the ratio of heads is read from the shapes.
+        query_start: position of the first query among the keys, an int or integer tensor [B]; 0 = top-left as in torch,
+            Sk - Sq = bottom-right.
+        window_size: (left, right): keys from `left` before to `right` after the query's position; -1 = open.
+        softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2).
+        sinks: [Hq], a logit per head that takes its share of the softmax and gives no value.
+        key_lengths: integer [B], the valid keys of each sequence, counted from its first.
+        return_lse: also return the log of the softmax denominators.
+        seed: of the dropout: an int or int64 scalar tensor; None draws one.
+        site: which of the dropouts that share a seed this is.
+        impl: backend; see tfm.ops.backends.
+
+    Returns:
+        [B, Hq, Sq, Dv] in the dtype of `query`; with `return_lse` also [B, Hq, Sq], fp32 or wider.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check(tensor.dim() == 4, f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
+    batch, query_heads, query_length, dim = query.shape
+    _check_heads(query, key, value, heads=1, dim=3)
+    for name, tensor in (("key", key), ("value", value)):
+        check(tensor.shape[0] == batch, f"{name}: expected batch {batch} as query, got {tensor.shape[0]}")
+    lengths = key.shape[2], value.shape[2]
+    check(lengths[0] == lengths[1], f"value: expected length {lengths[0]} as key, got {lengths[1]}")
+    if attn_mask is not None:
+        _check_mask(attn_mask, (batch, query_heads, query_length, key.shape[2]))
+    check_vector("key_lengths", key_lengths, batch)
+    check_integers(key_lengths=key_lengths)
+    check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, key_lengths=key_lengths)
+    _check_common(query_start, batch, window_size, softcap, sinks, query_heads)
+    choose("attention", impl, query)
+    drawn = seed_for(dropout_p, seed, query.device)
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    return reference.attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, query_start, window_size,
+        softcap, sinks, key_lengths, return_lse, drawn, site,
+    )  # fmt: skip
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    query_start: int | Tensor = 0,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    seed: Tensor | int | None = None,
+    site: int = 0,
+    impl: str = "auto",
+) -> Any:
+    """`attention` over sequences laid end to end, without padding. Names as in `torch.nn.attention.varlen`.
+
+    Args:
+        query: [Nq, Hq, D], the queries of all sequences.
+        key: [Nk, Hkv, D].
+        value: [Nk, Hkv, Dv].
+        cu_seq_q: int32 [B + 1], where each sequence's queries begin, and Nq.
+        cu_seq_k: int32 [B + 1], where each sequence's keys begin, and Nk.
+        max_q: length of the longest sequence of queries, or more.
+        max_k: length of the longest sequence of keys, or more.
+        dropout_p, is_causal, scale, query_start, window_size, softcap, sinks, seed, site, impl: as in `attention`;
+            positions count within each sequence, and so does dropout: packed and padded draw the same mask.
+        return_lse: also return the log of the softmax denominators.
+
+    Returns:
+        [Nq, Hq, Dv] in the dtype of `query`; with `return_lse` also [Nq, Hq], fp32 or wider.
+
+    Raises:
+        ValueError: as `attention`; on CPU also offsets that do not start at 0, fall, or end elsewhere than at the
+            number of rows, and sequences longer than max_q or max_k. (On a GPU that would cost a device read.)
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check(tensor.dim() == 3, f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
+    _check_heads(query, key, value, heads=1, dim=2)
+    rows = key.shape[0], value.shape[0]
+    check(rows[0] == rows[1], f"value: expected {rows[0]} rows as key, got {rows[1]}")
+    check_same_device(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, sinks=sinks)
+    _check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
+    _check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
+    batch = cu_seq_q.shape[0] - 1
+    check_vector("cu_seq_k", cu_seq_k, batch + 1)
+    _check_common(query_start, batch, window_size, softcap, sinks, query.shape[1])
+    choose("varlen_attention", impl, query)
+    drawn = seed_for(dropout_p, seed, query.device)
+    scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+    return reference.varlen_attention(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, scale, query_start, window_size,
+        softcap, sinks, return_lse, drawn, site,
+    )  # fmt: skip
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, heads: int, dim: int) -> None:
+    check_floating(query=query, key=key, value=value)
+    for name, tensor in (("key", key), ("value", value)):
+        check(tensor.dtype == query.dtype, f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+    check(key.shape[dim] == query.shape[dim], f"key: expected dim {query.shape[dim]} as query, got {key.shape[dim]}")
+    check(
+        value.shape[heads] == key.shape[heads],
+        f"value: expected {key.shape[heads]} heads as key, got {value.shape[heads]}",
+    )
+    divides = key.shape[heads] > 0 and query.shape[heads] % key.shape[heads] == 0
+    check(divides, f"query: expected a multiple of key's {key.shape[heads]} heads, got {query.shape[heads]}")
+
+
+def _check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
+    kind = mask.dtype == torch.bool or mask.is_floating_point()
+    check(kind, f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
+    padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    fits = mask.dim() <= 4 and all(have in (1, want) for have, want in zip(padded, full, strict=True))
+    check(fits, f"attn_mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
+
+
+def _check_common(
+    query_start: int | Tensor,
+    batch: int,
+    window_size: tuple[int, int],
+    softcap: float | None,
+    sinks: Tensor | None,
+    query_heads: int,
+) -> None:
+    if isinstance(query_start, Tensor):
+        check_vector("query_start", query_start, batch)
+        check_integers(query_start=query_start)
+    check(len(window_size) == 2, f"window_size: expected (left, right), got {window_size}")
+    check(softcap is None or softcap > 0, f"softcap: expected a positive number, got {softcap}")
+    check_vector("sinks", sinks, query_heads)
+    check_floating(sinks=sinks)
+
+
+def _check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_length: int) -> None:
+    check(cu_seq.dim() == 1 and len(cu_seq) > 0, f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
+    check_integers(**{name: cu_seq})
+    if cu_seq.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = cu_seq.tolist()
+    lengths = [end - start for start, end in pairwise(values)]
+    check(values[0] == 0, f"{name}: expected offsets that start at 0, got {values[0]}")
+    check(min(lengths, default=0) >= 0, f"{name}: expected offsets that never fall, got {values}")
+    check(values[-1] == rows, f"{name}: expected offsets that end at the {rows} rows given, got {values[-1]}")
+    longest = max(lengths, default=0)
+    check(longest <= max_length, f"{max_name}: expected at least the longest sequence, {longest}, got {max_length}")

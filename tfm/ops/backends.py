@@ -1,0 +1,121 @@
+"""The one place where a backend is chosen for an operation.
+
+`impl="auto"` reads TABLE top to bottom and takes the first row that fits; the reference serves whatever no row takes.
+A backend asked for by name, in a call or by `use`, is never replaced by another: it runs or raises ValueError.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """`backend` serves `operation` on tensors of these dtypes with at most `max_columns` in the last dimension."""
+
+    operation: str
+    backend: str
+    dtypes: tuple[torch.dtype, ...]
+    max_columns: int
+
+
+TABLE = (
+    Row("layer_norm", "triton", FLOATS, max_columns=32768),
+    Row("residual_layer_norm", "triton", FLOATS, max_columns=32768),
+)
+
+# A plain module global: Dynamo guards on it, where a ContextVar would break the graph.
+_forced: str | None = None
+
+
+@contextmanager
+def use(impl: str) -> Iterator[None]:
+    """Within the block every operation called with impl="auto" runs on backend `impl`, or raises ValueError.
+
+    "auto" gives the choice back to the table. The setting is one for the whole process, not for a thread.
+    """
+    global _forced
+    _check_name(impl)
+    before, _forced = _forced, None if impl == "auto" else impl
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(operation: str, impl: str, x: Tensor) -> str:
+    """The backend that runs `operation` on tensors like `x`.
+
+    Raises:
+        ValueError: `impl` is no backend, or one that cannot run here; the message says why.
+    """
+    if impl == "auto":
+        impl = _forced or "auto"
+    _check_name(impl)
+    if impl == "reference":
+        return impl
+    reason = f"{operation} has no backend of that name"
+    for row in TABLE:
+        if row.operation != operation or impl not in ("auto", row.backend):
+            continue
+        reason = obstacle(row, x, automatic=impl == "auto")
+        if not reason:
+            return row.backend
+    if impl == "auto":
+        return "reference"
+    raise ValueError(f"{operation} cannot run with impl={impl!r}: {reason}")
+
+
+def obstacle(row: Row, x: Tensor, automatic: bool) -> str:
+    """Why `row` cannot serve `x`, in words; empty where it can."""
+    if x.dtype not in row.dtypes:
+        return f"expected one of {', '.join(map(_dtype_name, row.dtypes))}, got {_dtype_name(x.dtype)}"
+    if x.dim() and x.shape[-1] > row.max_columns:
+        return f"expected at most {row.max_columns} columns, got {x.shape[-1]}"
+    return triton_obstacle(x.device, automatic)
+
+
+def triton_obstacle(device: torch.device, automatic: bool) -> str:
+    """Why Triton kernels cannot run on `device`; empty where they can. `auto` never takes the interpreter."""
+    if not has_triton():
+        return "triton is not installed"
+    if device.type == "cuda":
+        if torch.version.cuda is None:
+            return "the kernels are for NVIDIA GPUs, and this torch is built for others"
+        major, minor = torch.cuda.get_device_capability(device)
+        return "" if major >= 8 else f"expected compute capability 8.0 or newer, got {major}.{minor}"
+    if device.type != "cpu":
+        return f"expected CUDA tensors, got {device.type} tensors"
+    if automatic or not interpreting():
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+    return ""
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported."""
+    return "triton" in sys.modules or importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _check_name(impl: str) -> None:
+    if impl != "auto" and impl not in BACKENDS:
+        raise ValueError(f"impl: expected one of {', '.join(('auto', *BACKENDS))}, got {impl!r}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

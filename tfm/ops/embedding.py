@@ -1,0 +1,59 @@
+"""Token embedding with scale, positions and dropout."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tfm.ops.backends import choose
+from tfm.ops.checks import check, check_floating, check_integers, check_same_device
+from tfm.ops.dropout import seed_for
+from tfm.reference import embedding as reference
+
+sinusoid = reference.sinusoid
+
+
+def embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    *,
+    position_weight: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    padding_idx: int | None = None,
+    seed: Tensor | int | None = None,
+    site: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """dropout(weight[tokens] · scale + position) ("Attention Is All You Need", sections 3.4, 3.5 and 5.4).
+
+    Args:
+        tokens: int32 or int64, any shape.
+        weight: [V, D], floating point.
+        positions: integers broadcastable to the shape of `tokens`: where each token stands in its sequence.
+        position_weight: [P, D], learned positions; None computes the paper's sinusoid.
+        scale: of the token rows; sqrt(D) in the paper.
+        dropout_p: dropout of the sum, in [0, 1]. Always applied: pass 0 in eval.
+        padding_idx: the token whose row gets no gradient.
+        seed: an int or int64 scalar tensor; None draws one.
+        site: which of the dropouts that share a seed this is.
+        impl: backend; see tfm.ops.backends.
+
+    Returns:
+        [*tokens.shape, D] in the dtype of `weight`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
+    """
+    check(weight.dim() == 2, f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
+    check_floating(weight=weight, position_weight=position_weight)
+    check_integers(tokens=tokens, positions=positions)
+    check_same_device(tokens=tokens, weight=weight, positions=positions, position_weight=position_weight)
+    if position_weight is not None:
+        fits = position_weight.dim() == 2 and position_weight.shape[1] == weight.shape[1]
+        came = tuple(position_weight.shape)
+        check(fits, f"position_weight: expected [positions, {weight.shape[1]}], got shape {came}")
+    choose("embedding", impl, weight)
+    drawn = seed_for(dropout_p, seed, weight.device)
+    positions = positions.expand(tokens.shape)
+    return reference.embedding(tokens, weight, positions, position_weight, scale, dropout_p, padding_idx, drawn, site)

@@ -1,0 +1,88 @@
+"""Cross-entropy of a linear layer's output without the whole logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tfm.ops.backends import choose
+from tfm.ops.checks import check, check_floating, check_same_device, check_vector
+from tfm.reference import linear_cross_entropy as reference
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """cross_entropy(input linear_weightᵀ + linear_bias, target), a chunk of rows at a time.
+
+    Equals `torch.nn.functional.cross_entropy` of the linear layer's output in every argument, but never holds the
+    [N, V] logits; gradients are formed in the forward. Where every target is ignored the mean is 0, not NaN. Obeys
+    autocast.
+
+    Args:
+        input: [..., D], floating point.
+        linear_weight: [V, D]; may be fp32 under a narrower `input`.
+        target: class indices [...] int64, or probabilities [..., V].
+        linear_bias: [V] or None.
+        weight: [V], a weight per class, without gradient.
+        reduction: "mean" (over the targets' weights), "sum" or "none".
+        ignore_index: the class index whose rows count for nothing.
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
+        z_loss: weight of the squared log-partition added to each row's loss (PaLM, section 5).
+        softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
+        impl: backend; see tfm.ops.backends.
+
+    Returns:
+        fp32 or wider: a scalar, or the leading shape of `input` for reduction "none".
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown reduction, or a backend that cannot run.
+        IndexError: on CPU, a target that is neither a class nor `ignore_index`. (On a GPU that would cost a read.)
+    """
+    check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
+    matrix = linear_weight.dim() == 2 and input.dim() > 0 and linear_weight.shape[1] == input.shape[-1]
+    came = tuple(linear_weight.shape)
+    check(matrix, f"linear_weight: expected [classes, {input.shape[-1] if input.dim() else 'dim'}], got shape {came}")
+    classes = linear_weight.shape[0]
+    check_vector("linear_bias", linear_bias, classes)
+    check_vector("weight", weight, classes)
+    check(reduction in REDUCTIONS, f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check(0.0 <= label_smoothing <= 1.0, f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    check_same_device(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
+    rows = tuple(input.shape[:-1])
+    expected = (*rows, classes) if target.is_floating_point() else rows
+    check(tuple(target.shape) == expected, f"target: expected shape {expected}, got {tuple(target.shape)}")
+    if not target.is_floating_point():
+        check(target.dtype == torch.int64, f"target: expected int64 classes or probabilities, got {target.dtype}")
+        _check_range(target, classes, ignore_index)
+    choose("linear_cross_entropy", impl, input)
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
+    flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+    losses = reference.linear_cross_entropy(
+        input.reshape(-1, input.shape[-1]), linear_weight, flat, linear_bias, weight, reduction, options
+    )
+    return losses.view(rows) if reduction == "none" else losses
+
+
+def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        raise IndexError(f"target: expected classes in [0, {classes}) or {ignore_index}, got {target[wrong][0].item()}")

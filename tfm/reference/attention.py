@@ -1,0 +1,176 @@
+"""Masked softmax attention ("Attention Is All You Need", section 3.2.1, equation 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfm.reference.dropout import keep_mask, keep_scale
+from tfm.sequences import Layout
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    query_start: int | Tensor,
+    window_size: tuple[int, int],
+    softcap: float | None,
+    sinks: Tensor | None,
+    key_lengths: Tensor | None,
+    return_lse: bool,
+    seed: Tensor | None,
+    site: int,
+) -> Any:
+    """See tfm.ops.attention, which fills in the defaults and has checked the arguments."""
+    allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
+    bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
+    if allowed is not None:
+        # A key that nobody may attend to must not reach a product: 0 times NaN is NaN.
+        unreachable = ~allowed.any(dim=-2)[..., None]
+        heads = unreachable.shape[1]
+        if heads not in (1, key.shape[1]):
+            unreachable = unreachable.unflatten(1, (key.shape[1], -1)).all(dim=2)
+        key, value = key.masked_fill(unreachable, 0), value.masked_fill(unreachable, 0)
+        # Nor may a query without keys; causality and lengths alone leave every query its first key, or nobody any.
+        starts_inside = isinstance(query_start, int) and query_start >= 0
+        if attn_mask is not None or max(window_size) >= 0 or not starts_inside:
+            query = query.masked_fill(~allowed.any(dim=-1, keepdim=True), 0)
+    plain = dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not return_lse
+    if plain and query.device.type == "cpu" and query.dtype != torch.float64:
+        return _torch_attention(query, key, value, allowed, scale)
+    return _attention(query, key, value, allowed, bias, dropout_p, scale, softcap, sinks, return_lse, seed, site)
+
+
+def allowed_keys(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    query_start: int | Tensor,
+    window_size: tuple[int, int],
+    key_lengths: Tensor | None,
+) -> Tensor | None:
+    """Which keys each query may attend to: bool, broadcastable to [B, Hq, Sq, Sk] and four-dimensional; None = all.
+
+    Causality, mask, lengths and window combine by AND. A float mask forbids where it is -inf.
+    """
+    device = query.device
+    parts = []
+    left, right = window_size
+    if is_causal or left >= 0 or right >= 0:
+        start = query_start.view(-1, 1, 1, 1) if isinstance(query_start, Tensor) else query_start
+        row = torch.arange(query.shape[-2], device=device)[:, None] + start
+        column = torch.arange(key.shape[-2], device=device)
+        if is_causal:
+            parts.append(column <= row)
+        if left >= 0:
+            parts.append(column >= row - left)
+        if right >= 0:
+            parts.append(column <= row + right)
+    if key_lengths is not None:
+        parts.append(torch.arange(key.shape[-2], device=device) < key_lengths.view(-1, 1, 1, 1))
+    if attn_mask is not None:
+        parts.append(attn_mask if attn_mask.dtype == torch.bool else attn_mask != float("-inf"))
+    if not parts:
+        return None
+    allowed = parts[0]
+    for part in parts[1:]:
+        allowed = allowed & part
+    return allowed.view(*[1] * (4 - allowed.dim()), *allowed.shape)
+
+
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    # torch's CPU kernel gives 0 and finite gradients for fully masked rows; other devices' kernels need not.
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+    seed: Tensor | None,
+    site: int,
+) -> Any:
+    dtype = query.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    batch, query_heads, query_length, _ = query.shape
+    group = query_heads // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, query_length, 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    probabilities = scores.softmax(dim=-1)
+    if sinks is not None:
+        probabilities = probabilities[..., :-1]
+    if allowed is not None:
+        probabilities = probabilities.masked_fill(~allowed, 0.0)
+    if dropout_p > 0.0:
+        assert seed is not None
+        device = query.device
+        groups = torch.arange(batch * query_heads, device=device).view(batch, query_heads, 1)
+        rows = torch.arange(query_length, device=device).expand(batch, query_heads, -1)
+        keep = keep_mask(rows, key.shape[-2], groups, dropout_p, seed, site)
+        probabilities = probabilities * (keep.to(scores.dtype) * keep_scale(dropout_p))
+    output = (probabilities @ value).to(dtype)
+    return (output, scores.logsumexp(dim=-1).to(torch.promote_types(dtype, torch.float32))) if return_lse else output
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    query_start: int | Tensor,
+    window_size: tuple[int, int],
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+    seed: Tensor | None,
+    site: int,
+) -> Any:
+    """See tfm.ops.varlen_attention. Pads, attends and packs again: sentences of a batch are of similar length."""
+    query_layout = Layout.of(cu_seq_q, max_q, query.shape[0])
+    same = cu_seq_k is cu_seq_q and max_k == max_q
+    key_layout = query_layout if same else Layout.of(cu_seq_k, max_k, key.shape[0])
+    key_lengths = None if key_layout.is_rectangular else cu_seq_k.diff()
+    result = attention(
+        query_layout.unpack(query).transpose(1, 2),
+        key_layout.unpack(key).transpose(1, 2),
+        key_layout.unpack(value).transpose(1, 2),
+        None, dropout_p, is_causal, scale, query_start, window_size,
+        softcap, sinks, key_lengths, return_lse, seed, site,
+    )  # fmt: skip
+    output, lse = result if return_lse else (result, None)
+    packed = query_layout.pack(output.transpose(1, 2))
+    return packed if lse is None else (packed, query_layout.pack(lse.transpose(1, 2)))

@@ -1,0 +1,116 @@
+"""Ragged batches: lengths, offsets, and the way between padded [B, S, ...] and packed [N, ...] tensors.
+
+A packed batch lays the sentences of a batch end to end, without padding; `cu_seq` [B + 1] int32 holds where each
+begins, as in torch.nn.attention.varlen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def offsets(lengths: Tensor) -> Tensor:
+    """Lengths [B] of any integer dtype to offsets [B + 1] int32: 0, then the running sum."""
+    zero = torch.zeros(1, dtype=torch.int32, device=lengths.device)
+    return torch.cat((zero, lengths.cumsum(0).to(torch.int32)))
+
+
+def valid_positions(lengths: Tensor, max_length: int) -> Tensor:
+    """Lengths [B] to bool [B, max_length], True where a position lies inside its sequence."""
+    return torch.arange(max_length, device=lengths.device) < lengths[:, None]
+
+
+def lengths_of(padding_mask: Tensor) -> Tensor | None:
+    """The lengths [B] int32 that a padding mask [B, S] (bool, True = padding) stands for.
+
+    None where some row is not of the form valid, ..., valid, padding, ..., padding: such a mask has no lengths. One
+    device-to-host read.
+    """
+    valid = ~padding_mask
+    lengths = valid.sum(dim=1, dtype=torch.int32)
+    right_padded = (valid == valid_positions(lengths, valid.shape[1])).all()
+    return lengths if bool(right_padded) else None
+
+
+class _GatherRows(torch.autograd.Function):
+    """rows[index], zero where index is -1; each row is used at most once, so that the backward is a gather too."""
+
+    @staticmethod
+    def forward(ctx, rows, index, inverse):
+        ctx.save_for_backward(index, inverse)
+        return _gather(rows, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, inverse = ctx.saved_tensors
+        return _GatherRows.apply(grad, inverse, index), None, None
+
+
+def _gather(rows: Tensor, index: Tensor) -> Tensor:
+    if rows.shape[0] == 0:
+        return rows.new_zeros((index.shape[0], *rows.shape[1:]))
+    gathered = rows.index_select(0, index.clamp(min=0))
+    return gathered.masked_fill_((index < 0).view(-1, *[1] * (rows.dim() - 1)), 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of one ragged batch lie in memory, packed and padded.
+
+    Attributes:
+        cu_seq: [B + 1] int32, where each sequence begins in the packed tensor.
+        max_length: S, the padded length.
+        to_packed: [N] int64, for each packed row its row in the padded tensor [B * S].
+        to_padded: [B * S] int64, for each padded row its packed row, -1 for padding.
+    """
+
+    cu_seq: Tensor
+    max_length: int
+    to_packed: Tensor
+    to_padded: Tensor
+
+    @classmethod
+    def of(cls, cu_seq: Tensor, max_length: int, tokens: int) -> Layout:
+        """The layout of sequences at offsets `cu_seq` [B + 1], `tokens` of them in all, padded to `max_length`."""
+        starts = cu_seq[:-1].long()
+        position = torch.arange(max_length, device=cu_seq.device)
+        valid = position < cu_seq.diff()[:, None]
+        to_padded = torch.where(valid, starts[:, None] + position, -1).flatten()
+        token = torch.arange(tokens, device=cu_seq.device)
+        sequence = torch.searchsorted(cu_seq[1:].contiguous(), token, right=True)
+        to_packed = sequence * max_length + token - starts[sequence]
+        return cls(cu_seq, max_length, to_packed, to_padded)
+
+    @property
+    def is_rectangular(self) -> bool:
+        """All sequences have the padded length: both forms are then one piece of memory."""
+        return self.to_packed.shape[0] == self.to_padded.shape[0]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[N, ...] to [B, S, ...] with zeros at padding."""
+        shape = (self.cu_seq.shape[0] - 1, self.max_length, *packed.shape[1:])
+        if self.is_rectangular:
+            return packed.reshape(shape)
+        return _GatherRows.apply(packed, self.to_padded, self.to_packed).view(shape)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, S, ...] to [N, ...]; what lies at padding is left behind."""
+        rows = padded.flatten(0, 1)
+        if self.is_rectangular:
+            return rows
+        return _GatherRows.apply(rows, self.to_packed, self.to_padded)
+
+
+def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:
+    """A padded batch [B, S, ...] and its lengths [B] to ([N, ...], its layout). One device-to-host read."""
+    cu_seq = offsets(lengths)
+    layout = Layout.of(cu_seq, padded.shape[1], int(cu_seq[-1]))
+    return layout.pack(padded), layout
+
+
+def unpack(packed: Tensor, layout: Layout) -> Tensor:
+    """A packed batch [N, ...] back to [B, S, ...], zeros at padding."""
+    return layout.unpack(packed)

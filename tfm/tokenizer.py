@@ -1,0 +1,147 @@
+"""Byte-level byte-pair encoding, one vocabulary for both languages.
+
+Byte-pair encoding of words is Sennrich et al., 2016 (https://arxiv.org/abs/1508.07909); working on bytes, so that no
+text is unknown, is GPT-2's (Radford et al., 2019, section 2.2). The work is done by Hugging Face's `tokenizers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tfm.errors import UserError
+
+PAD, BOS, EOS = 0, 1, 2
+
+# No merge can spell these: the brackets are outside the byte-level alphabet.
+SPECIAL_TOKENS = ["⟨pad⟩", "⟨bos⟩", "⟨eos⟩"]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
+
+# Everything str.splitlines breaks at.
+LINE_BREAKS = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
+
+
+class Tokenizer:
+    """Lines of text to lists of token ids and back, exactly: `decode(encode(lines)) == lines` for any Unicode text.
+
+    Made by `Tokenizer.train` or `Tokenizer.load`. No text, "<pad>" or "</s>" included, ever becomes `PAD`, `BOS` or
+    `EOS`. A line is encoded behind one added space, so that its first word has the tokens it has inside a line.
+    """
+
+    def __init__(self, model: models.BPE) -> None:
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._tokenizer.decoder = decoders.ByteLevel()
+        # The special tokens' own spelling, met in a text, is text.
+        self._tokenizer.encode_special_tokens = True
+
+    @classmethod
+    def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn a vocabulary of `vocab_size` tokens from the lines of both languages together.
+
+        The result depends on the lines and the size alone. Pairs seen only once are not merged, so a small corpus may
+        not fill the size asked for: `vocab_size` of the result is the size reached.
+
+        Raises:
+            UserError: `vocab_size` does not hold the 256 bytes and the special tokens.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise UserError(
+                f"vocabulary size {vocab_size} is too small: expected at least {SMALLEST_VOCABULARY} "
+                f"({len(ALPHABET)} bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            )
+        trained = cls(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=ALPHABET,
+            show_progress=False,
+        )
+        trained._tokenizer.train_from_iterator((f" {line}" for line in lines), trainer)
+        return trained
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """The token ids of each line, without special tokens. An empty line is one token, the added space.
+
+        Raises:
+            UserError: a line holds a lone surrogate, which is no Unicode text and has no UTF-8 bytes.
+        """
+        for number, line in enumerate(lines, start=1):
+            # isascii costs nothing, and most lines end here.
+            if not line.isascii():
+                _check_unicode(line, number)
+        encodings = self._tokenizer.encode_batch_fast([f" {line}" for line in lines], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each sequence of ids. Never fails on what a model may generate.
+
+        Special tokens and ids outside the vocabulary are skipped; bytes that are not UTF-8 become U+FFFD.
+        """
+        return [text.removeprefix(" ") for text in self._tokenizer.decode_batch(sequences, skip_special_tokens=True)]
+
+    def decode_lines(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """As `decode`, with a space for every line break, so that one sequence is one line of output."""
+        return [text.translate(LINE_BREAKS) for text in self.decode(sequences)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON of Hugging Face's `tokenizers`, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file cannot be read, or is not a whole tokenizer of this class.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a tokenizer file (not valid UTF-8)") from None
+        try:
+            parts = json.loads(text)["model"]
+            vocabulary, merges = parts["vocab"], [(left, right) for left, right in parts["merges"]]
+            missing = [token for token in SPECIAL_TOKENS + ALPHABET if token not in vocabulary]
+            numbered = sorted(vocabulary.values()) == list(range(len(vocabulary)))
+            special = [vocabulary.get(token) for token in SPECIAL_TOKENS] == [PAD, BOS, EOS]
+            loaded = cls(models.BPE(vocab=vocabulary, merges=merges))
+        # tokenizers raises bare Exception.
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{path}: not a tokenizer file ({reason})") from None
+        if missing:
+            raise UserError(f"{path}: not a tokenizer file (its vocabulary lacks {missing[0]!r})")
+        if not (numbered and special):
+            raise UserError(
+                f"{path}: not a tokenizer file (its ids are not 0 to {len(vocabulary) - 1}, specials first)"
+            )
+        loaded._tokenizer.add_special_tokens(SPECIAL_TOKENS)
+        return loaded
+
+
+def _check_unicode(line: str, number: int) -> None:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"line {number}: not Unicode text (lone surrogate U+{ord(line[error.start]):04X} "
+            f"at column {error.start + 1})"
+        ) from None

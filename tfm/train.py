@@ -1,0 +1,266 @@
+"""The training loop of the bundled model: packed batches, Adam with inverse-square-root warm-up, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfm.checkpoint import Run, average, load_tensors, load_weights, save_tensors
+from tfm.config import Recipe
+from tfm.data import Batch, BatchPlan, EncodedPairs, ParallelText, batches, encode_parallel
+from tfm.errors import UserError
+from tfm.evaluate import score
+from tfm.generate import Search, translate
+from tfm.model import Sequences, Transformer
+from tfm.tokenizer import Tokenizer
+
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may differ in without being another model.
+
+    Attributes:
+        seed: of the batch order, and of everything that torch draws.
+        dtype: of the activations; "bfloat16" trains under autocast, weights stay fp32.
+        interval: updates between checkpoints, with validation; None = an epoch.
+        log_every: updates between log lines.
+        keep: checkpoints kept, and averaged into the model that translates.
+        tokenize: sacrebleu's tokenizer for the validation BLEU.
+    """
+
+    seed: int = 1
+    dtype: str = "float32"
+    interval: int | None = None
+    log_every: int = 20
+    keep: int = 1
+    tokenize: str = "13a"
+
+
+class Training:
+    """One run: the model, its optimizer, and the place in the data where it stands."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        recipe: Recipe,
+        pairs: EncodedPairs,
+        validation: ParallelText | None,
+        options: Options = Options(),
+    ) -> None:
+        self.run, self.model, self.tokenizer, self.recipe = run, model, tokenizer, recipe
+        self.pairs, self.validation, self.options = pairs, validation, options
+        self.device = model.embedding.device
+        self.optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.adam_eps, fused=True)
+        self.step, self.epoch, self.batch = 0, 0, 0
+        self.saved_step = 0
+        self.stop_reason: str | None = None
+        # Sums since the last log line, kept on the device so that a step need not wait for its loss.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss_steps = 0
+        self.first_bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def train(
+        self,
+        report: Callable[[dict[str, Any]], None] = lambda record: None,
+        max_steps: int | None = None,
+        seconds: float | None = None,
+    ) -> str:
+        """Train until `max_steps` updates in all, `seconds` of this call, or `stop`; returns which it was.
+
+        Args:
+            report: told of every record that goes to the log.
+            max_steps: the recipe's where None.
+            seconds: None = no limit.
+
+        Raises:
+            UserError: the loss is not finite, or a file cannot be written. The last checkpoint stays good.
+        """
+        last_step = self.recipe.max_steps if max_steps is None else max_steps
+        started, tokens = time.perf_counter(), 0
+        logged_at, logged_tokens = started, 0
+        self.model.train()
+        plan = self._plan()
+        interval = self.options.interval or len(plan)
+        while self.step < last_step and self.stop_reason is None:
+            if self.batch == len(plan):
+                self.epoch, self.batch = self.epoch + 1, 0
+                plan = self._plan()
+            batch = plan[self.batch].to(self.device, non_blocking=True)
+            gradient_norm = self._update(batch)
+            tokens += batch.tokens
+            now = time.perf_counter()
+            if self.step % self.options.log_every == 0:
+                speed = (tokens - logged_tokens) / (now - logged_at)
+                self._log(report, gradient_norm, speed, now - started)
+                logged_at, logged_tokens = time.perf_counter(), tokens
+            if seconds is not None and now - started >= seconds:
+                self.stop_reason = "time"
+            if self.step % interval == 0 and self.step < last_step and self.stop_reason is None:
+                paused = time.perf_counter()
+                self._checkpoint(report)
+                logged_at += time.perf_counter() - paused
+        if self.step > self.saved_step:
+            self._checkpoint(report)
+        return self.stop_reason or "steps"
+
+    def stop(self, reason: str) -> None:
+        """Ends `train` after the update under way, with a checkpoint. Safe in a signal handler."""
+        self.stop_reason = reason
+
+    def _plan(self) -> BatchPlan:
+        return batches(self.pairs, self.recipe.batch_tokens, self.options.seed, self.epoch)
+
+    def _update(self, batch: Batch) -> Tensor:
+        """One update of the weights; returns the gradient's norm, on the device."""
+        self.step, self.batch = self.step + 1, self.batch + 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate_at(self.step)
+        loss = batch_loss(self.model, batch, self.recipe.label_smoothing, self.options.dtype)
+        loss.backward()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        bad = ~(loss.detach().isfinite() & gradient_norm.isfinite())
+        self.first_bad_step = torch.where((self.first_bad_step == 0) & bad, self.step, self.first_bad_step)
+        self.loss_sum += loss.detach()
+        self.loss_steps += 1
+        return gradient_norm
+
+    def _log(self, report: Callable[[dict[str, Any]], None], norm: Tensor, speed: float, elapsed: float) -> None:
+        self._check_finite()
+        record = {
+            "event": "train",
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": self.loss_sum.item() / self.loss_steps,
+            "gradient_norm": norm.item(),
+            "learning_rate": self.recipe.learning_rate_at(self.step),
+            "tokens_per_second": speed,
+            "seconds": elapsed,
+        }
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        self._record(record, report)
+
+    def _check_finite(self) -> None:
+        step = int(self.first_bad_step)
+        if step:
+            kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint yet"
+            raise UserError(f"the loss or its gradient is not finite at step {step}: training stopped, {kept}")
+
+    def _checkpoint(self, report: Callable[[dict[str, Any]], None]) -> None:
+        """Saves; then validates, so that an interrupted validation loses nothing."""
+        self._check_finite()
+        self.save()
+        self.saved_step = self.step
+        self._record({"event": "checkpoint", "step": self.step, "path": str(self.run.checkpoint(self.step))}, report)
+        if self.validation is not None:
+            self._record({"event": "validation", "step": self.step} | self.validate(), report)
+
+    def validate(self) -> dict[str, Any]:
+        """Loss per token without smoothing, BLEU of greedy translations, and the first few of them."""
+        assert self.validation is not None
+        self.model.eval()
+        pairs = encode_parallel(self.validation, self.tokenizer, self.model.config.max_length)
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            budget = max(self.recipe.batch_tokens, self.model.config.max_length)
+            for batch in batches(pairs, budget, shuffle=False):
+                loss = batch_loss(self.model, batch.to(self.device), 0.0, self.options.dtype)
+                total, count = total + loss.item() * len(batch.target_output), count + len(batch.target_output)
+        translations = translate(self.model, self.tokenizer, self.validation.source, Search())
+        scores = score(translations, self.validation.target, self.options.tokenize)
+        self.model.train()
+        samples = list(zip(self.validation.source, self.validation.target, translations, strict=True))[:SAMPLES]
+        return {
+            "loss": total / count,
+            "perplexity": math.exp(min(total / count, 700.0)),
+            "bleu": scores.bleu,
+            "signature": scores.bleu_signature,
+            "samples": [{"source": s, "reference": r, "translation": t} for s, r, t in samples],
+        }
+
+    def save(self) -> None:
+        """Everything that `resume` needs, and the weights that translate."""
+        weights = self.model.state_dict()
+        save_tensors(self.run.checkpoint(self.step), weights, {"step": self.step})
+        state = {f"model.{name}": tensor for name, tensor in weights.items()}
+        for name, parameter in self.model.named_parameters():
+            for key, tensor in self.optimizer.state[parameter].items():
+                state[f"optimizer.{name}.{key}"] = tensor
+        state["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        state["loss_sum"] = self.loss_sum
+        place = {name: getattr(self, name) for name in ("step", "epoch", "batch", "loss_steps")}
+        save_tensors(self.run.state, state, place | {"log_bytes": self._log_size()})
+        for old in self.run.checkpoints()[: -self.options.keep]:
+            old.unlink()
+        save_tensors(self.run.model, average(self.run.checkpoints()), {"step": self.step})
+
+    def resume(self) -> None:
+        """Takes up where the last `save` stood: the same weights, random numbers, batches and losses.
+
+        Raises:
+            UserError: there is no checkpoint, or it is damaged.
+        """
+        if not self.run.state.is_file():
+            raise UserError(f"{self.run.folder}: nothing to resume, no checkpoint was written yet")
+        state, place = load_tensors(self.run.state)
+        prefix = "model."
+        weights = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        load_weights(self.model, weights, self.run.state)
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: state[f"optimizer.{name}.{key}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        torch.set_rng_state(state["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in state:
+            torch.cuda.set_rng_state(state["random.cuda"], self.device)
+        self.loss_sum.copy_(state["loss_sum"])
+        for name in ("step", "epoch", "batch", "loss_steps"):
+            setattr(self, name, place[name])
+        self.saved_step = self.step
+        for path in self.run.checkpoints():
+            if path > self.run.checkpoint(self.step):
+                path.unlink()
+        # What was logged after the checkpoint will be logged again.
+        if self._log_size() > place["log_bytes"]:
+            with self.run.log.open("r+b") as log:
+                log.truncate(place["log_bytes"])
+
+    def _log_size(self) -> int:
+        return self.run.log.stat().st_size if self.run.log.exists() else 0
+
+    def _record(self, record: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        with self.run.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record, ensure_ascii=False) + "\n")
+        report(record)
+
+
+def batch_loss(model: Transformer, batch: Batch, label_smoothing: float, dtype: str = "float32") -> Tensor:
+    """The mean cross-entropy of a batch's target tokens, a scalar."""
+    source_sequences = Sequences(batch.cu_seq_source, batch.max_source)
+    target_sequences = Sequences(batch.cu_seq_target, batch.max_target)
+    with torch.autocast(batch.source.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        hidden = model(
+            batch.source,
+            batch.source_positions,
+            source_sequences,
+            batch.target_input,
+            batch.target_positions,
+            target_sequences,
+        )
+        return model.loss(hidden, batch.target_output, label_smoothing)

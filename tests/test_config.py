@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -86,3 +87,13 @@ def test_learning_rate_is_equation_3(warmup, step, peak):
     paper = min(step**-0.5, step * warmup**-1.5)
     assert recipe.learning_rate_at(step) == pytest.approx(peak * warmup**0.5 * paper, rel=1e-12)
     assert recipe.learning_rate_at(step) <= recipe.learning_rate_at(warmup) == peak
+
+
+def test_linear_schedule_falls_to_zero_behind_the_last_update():
+    recipe = replace(PRESETS["demo"].recipe, warmup=10, max_steps=100, learning_rate=1.0, schedule="linear")
+    assert recipe.learning_rate_at(5) == pytest.approx(0.5)
+    assert recipe.learning_rate_at(10) == pytest.approx(1.0)
+    assert recipe.learning_rate_at(100) == pytest.approx(1 / 91)
+    assert recipe.learning_rate_at(101) == recipe.learning_rate_at(500) == 0.0
+    with pytest.raises(UserError, match=r"schedule: expected one of inverse_sqrt, linear, got 'cosine'"):
+        replace(recipe, schedule="cosine")

@@ -231,15 +231,17 @@ def test_errs_no_more_than_torch(dtype, mixed, reduction):
 
 
 def test_half_precision_gradients_do_not_underflow():
-    """The mean over many rows divides after the narrow gradient is formed, so that a loss scale can save it."""
-    rows, classes = 4096, 64
-    input, weight = tensors(rows, 8, classes, torch.float16)
-    target = torch.randint(classes, (rows,))
-    loss = ops.linear_cross_entropy(input, weight, target) * 2.0**14
+    """The mean over many rows divides only after the narrow products: 1e-4 / 8192 is 0 in half precision."""
+    rows, classes = 8192, 64
+    input, weight = ((t.detach() / 8).requires_grad_() for t in tensors(rows, 8, classes, torch.float16))
+    bias = torch.zeros(classes).index_fill(0, torch.tensor(0), 9.0)  # leaves about 1e-4 for each other class
+    target = torch.zeros(rows, dtype=torch.int64)
     wide = [t.detach().double().requires_grad_() for t in (input, weight)]
-    expected = oracle.linear_cross_entropy(*wide, target) * 2.0**14
-    grads = torch.autograd.grad(loss, (input, weight))
-    for grad, truth in zip(grads, torch.autograd.grad(expected, wide), strict=True):
+    grads, truths = (
+        torch.autograd.grad(function(*some, target, linear_bias=bias.to(some[0].dtype)) * 2.0**14, some)
+        for function, some in ((ops.linear_cross_entropy, (input, weight)), (oracle.linear_cross_entropy, wide))
+    )
+    for grad, truth in zip(grads, truths, strict=True):
         assert oracle.error(grad, truth) < 4 * torch.finfo(torch.float16).eps
 
 
@@ -264,9 +266,8 @@ def test_obeys_autocast(dtype, reduction):
 def test_double_backward_is_refused():
     inputs = tensors()
     loss = ops.linear_cross_entropy(*inputs, targets("classes"))
-    grad = torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=r"^linear_cross_entropy: expected .+, got create_graph=True"):
+        torch.autograd.grad(loss, inputs[0], create_graph=True)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -295,31 +296,3 @@ def test_never_holds_the_whole_logits(monkeypatch, case, reduction):
             function(*inputs, target, reduction=reduction, **options).sum().backward()
         largest.append(record.elements)
     assert largest[0] <= 20 * classes < rows * classes <= largest[1]
-
-
-BAD_CALLS = {
-    "input": {"input": torch.zeros(11, 5, dtype=torch.int64)},
-    "linear_weight": {"linear_weight": torch.zeros(7, 4)},
-    "linear_weight ": {"linear_weight": torch.zeros(5)},
-    "linear_weight  ": {"input": torch.zeros(())},
-    "linear_weight   ": {"linear_weight": torch.zeros(7, 5, device="meta")},
-    "linear_weight    ": {"linear_weight": torch.zeros(0, 5)},
-    "target": {"target": torch.zeros(10, dtype=torch.int64)},
-    "target ": {"target": torch.zeros(11, dtype=torch.int32)},
-    "target  ": {"target": torch.zeros(11, 6)},
-    "linear_bias": {"linear_bias": torch.zeros(5)},
-    "weight": {"weight": torch.zeros(7, dtype=torch.int64)},
-    "weight ": {"weight": torch.zeros(11)},
-    "reduction": {"reduction": "average"},
-    "label_smoothing": {"label_smoothing": 1.1},
-    "softcap": {"softcap": -1.0},
-    "impl": {"impl": "liger"},
-}
-
-
-@pytest.mark.parametrize(("name", "change"), BAD_CALLS.items())
-def test_bad_calls_say_what_was_expected_and_what_came(name, change):
-    input, weight = tensors(dtype=torch.float32)
-    good = {"input": input, "linear_weight": weight, "target": torch.zeros(ROWS, dtype=torch.int64)}
-    with pytest.raises(ValueError, match=rf"^{name.strip()}: expected .+, got "):
-        ops.linear_cross_entropy(**{**good, **change})

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, get_type_hints
 
 from tfm.errors import UserError
+from tfm.ops.feed_forward import ACTIVATIONS
 
 T = TypeVar("T", "TransformerConfig", "Recipe")
+
+SCHEDULES = ("inverse_sqrt", "linear")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}: expected at least 1, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -29,14 +38,14 @@ class TransformerConfig:
     max_length: int = 512  # tokens in a sentence, its end included
 
     def __post_init__(self) -> None:
+        _check_positive(self, "vocab_size", "dim", "heads", "ffn_dim", "encoder_layers", "decoder_layers", "max_length")
         if self.dim % self.heads:
             raise UserError(f"dim: expected a multiple of the {self.heads} heads, got {self.dim}")
-        for name in ("vocab_size", "dim", "heads", "ffn_dim", "encoder_layers", "decoder_layers", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)}")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,18 @@ class Recipe:
     adam_eps: float = 1e-9
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
+    schedule: str = "inverse_sqrt"  # of the learning rate after the warm-up; or "linear", to 0 at max_steps
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "vocab_size", "batch_tokens", "warmup", "max_steps")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
     def learning_rate_at(self, step: int) -> float:
         """Of update `step`, counted from 1: linear warm-up, then inverse square root ("Attention", equation 3)."""
+        if self.schedule == "linear":
+            left = max(self.max_steps + 1 - step, 0) / max(self.max_steps + 1 - self.warmup, 1)
+            return self.learning_rate * min(step / self.warmup, left)
         return self.learning_rate * min(step / self.warmup, (self.warmup / step) ** 0.5)
 
 
@@ -74,8 +92,15 @@ class Preset:
 PRESETS = {
     "demo": Preset(
         "the bundled corpus on two CPU cores, in minutes",
-        {"dim": 128, "heads": 4, "ffn_dim": 256, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.05},
-        Recipe(vocab_size=1200, batch_tokens=2048, learning_rate=4e-3, warmup=200, max_steps=1500, clip_norm=1.0),
+        {"dim": 128, "heads": 4, "ffn_dim": 256, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.0},
+        Recipe(
+            vocab_size=2000,
+            batch_tokens=2048,
+            learning_rate=4e-3,
+            warmup=200,
+            max_steps=1000,
+            schedule="linear",
+        ),
     ),
     "tiny": Preset(
         "Wu et al. 2021, 'Good for Misconceived Reasons', Transformer-Tiny on Multi30k",
@@ -112,11 +137,16 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     """The inverse of `to_dict`.
 
     Raises:
-        UserError: a field is missing or unknown.
+        UserError: a field is missing, unknown, or of the wrong type.
     """
-    known = {field.name for field in fields(kind)}
-    wrong = sorted(set(values) ^ known)
+    known = get_type_hints(kind)
+    wrong = sorted(set(values) ^ set(known))
     if wrong:
         raise UserError(f"{kind.__name__}: unknown or missing field {wrong[0]!r}")
+    for name, value in values.items():
+        # JSON has no tuples, and writes 1.0 as 1 where people write it.
+        fits = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}.get(known[name], (list, tuple))
+        if type(value) not in fits:
+            raise UserError(f"{kind.__name__}: {name}: expected {fits[0].__name__}, got {value!r}")
     plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return kind(**plain)

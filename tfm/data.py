@@ -175,20 +175,22 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return lines
 
 
-def split_lines(data: bytes, name: str) -> list[str]:
+def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
     r"""The lines of UTF-8 bytes, split at "\n" only; a "\r" before it and a byte order mark are dropped.
 
     Other characters that Unicode calls line breaks are text: splitting at them would shift one side against the other.
+    `first_line` is the number of the first, where `data` is a piece of a text.
 
     Raises:
         UserError: a byte that is not UTF-8, with `name`, its line and its column in characters, both from 1.
     """
-    data = data.removeprefix(codecs.BOM_UTF8)
+    if first_line == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         before = data[: error.start]
-        line = before.count(b"\n") + 1
+        line = before.count(b"\n") + first_line
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8")) + 1
         raise UserError(f"{name}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x} at column {column})") from None
     if lines[-1] == "":

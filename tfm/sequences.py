@@ -35,25 +35,32 @@ def lengths_of(padding_mask: Tensor) -> Tensor | None:
     return lengths if bool(right_padded) else None
 
 
-class _GatherRows(torch.autograd.Function):
-    """rows[index], zero where index is -1; each row is used at most once, so that the backward is a gather too."""
+class _Unpack(torch.autograd.Function):
+    """Rows [N, ...] to [B * S, ...], 0 at padding. Its backward is `_Pack`, a gather like the forward."""
 
     @staticmethod
-    def forward(ctx, rows, index, inverse):
-        ctx.save_for_backward(index, inverse)
-        return _gather(rows, index)
+    def forward(ctx, rows, layout):
+        ctx.layout = layout
+        if rows.shape[0] == 0:
+            return rows.new_zeros((layout.to_padded.shape[0], *rows.shape[1:]))
+        return rows.index_select(0, layout.to_padded).index_fill_(0, layout.padding, 0)
 
     @staticmethod
     def backward(ctx, grad):
-        index, inverse = ctx.saved_tensors
-        return _GatherRows.apply(grad, inverse, index), None, None
+        return _Pack.apply(grad, ctx.layout), None
 
 
-def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    if rows.shape[0] == 0:
-        return rows.new_zeros((index.shape[0], *rows.shape[1:]))
-    gathered = rows.index_select(0, index.clamp(min=0))
-    return gathered.masked_fill_((index < 0).view(-1, *[1] * (rows.dim() - 1)), 0)
+class _Pack(torch.autograd.Function):
+    """The inverse of `_Unpack`: what lies at padding is left behind."""
+
+    @staticmethod
+    def forward(ctx, rows, layout):
+        ctx.layout = layout
+        return rows.index_select(0, layout.to_packed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Unpack.apply(grad, ctx.layout), None
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,15 @@ class Layout:
         cu_seq: [B + 1] int32, where each sequence begins in the packed tensor.
         max_length: S, the padded length.
         to_packed: [N] int64, for each packed row its row in the padded tensor [B * S].
-        to_padded: [B * S] int64, for each padded row its packed row, -1 for padding.
+        to_padded: [B * S] int64, for each padded row its packed row, 0 for padding.
+        padding: [B * S - N] int64, the padded rows that are padding.
     """
 
     cu_seq: Tensor
     max_length: int
     to_packed: Tensor
     to_padded: Tensor
+    padding: Tensor
 
     @classmethod
     def of(cls, cu_seq: Tensor, max_length: int, tokens: int) -> Layout:
@@ -78,11 +87,13 @@ class Layout:
         starts = cu_seq[:-1].long()
         position = torch.arange(max_length, device=cu_seq.device)
         valid = position < cu_seq.diff()[:, None]
-        to_padded = torch.where(valid, starts[:, None] + position, -1).flatten()
+        to_padded = torch.where(valid, starts[:, None] + position, 0).flatten()
+        # Sorting puts padding first; unlike nonzero it needs no read of the device.
+        padding = valid.flatten().byte().argsort(stable=True)[: to_padded.shape[0] - tokens]
         token = torch.arange(tokens, device=cu_seq.device)
         sequence = torch.searchsorted(cu_seq[1:].contiguous(), token, right=True)
         to_packed = sequence * max_length + token - starts[sequence]
-        return cls(cu_seq, max_length, to_packed, to_padded)
+        return cls(cu_seq, max_length, to_packed, to_padded, padding)
 
     @property
     def is_rectangular(self) -> bool:
@@ -94,14 +105,14 @@ class Layout:
         shape = (self.cu_seq.shape[0] - 1, self.max_length, *packed.shape[1:])
         if self.is_rectangular:
             return packed.reshape(shape)
-        return _GatherRows.apply(packed, self.to_padded, self.to_packed).view(shape)
+        return _Unpack.apply(packed, self).view(shape)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, S, ...] to [N, ...]; what lies at padding is left behind."""
         rows = padded.flatten(0, 1)
         if self.is_rectangular:
             return rows
-        return _GatherRows.apply(rows, self.to_packed, self.to_padded)
+        return _Pack.apply(rows, self)
 
 
 def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:

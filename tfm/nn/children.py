@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
@@ -33,8 +35,9 @@ def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]
     """Why a layer must call its children, as torch does, one by one; empty where their parameters suffice."""
     if _has_any_global_hook():
         return "hooks for all modules are set"
+    self_attn: Any = layer._modules["self_attn"]
     for name, types in expected.items():
-        child = layer._modules[name]
+        child: Any = layer._modules[name]
         reason = _obstacle(child, types)
         if reason:
             return f"{name} {reason}"
@@ -42,12 +45,12 @@ def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]
             return f"{name} normalises over several dimensions"
         if types is ATTENTION:
             plain = child._qkv_same_embed_dim and child.bias_k is None and not child.add_zero_attn
-            if not plain or child.batch_first != layer._modules["self_attn"].batch_first:
+            if not plain or child.batch_first != self_attn.batch_first:
                 return f"{name} is not the attention that torch gives such a layer"
     return ""
 
 
-def stack_obstacle(layers: torch.nn.ModuleList, norm: torch.nn.Module | None, layer_type: type) -> str:
+def stack_obstacle(layers: torch.nn.ModuleList, norm: Any, layer_type: type) -> str:
     """Why a stack must call its layers as modules, on padded tensors; empty where it may reach inside them."""
     children = DECODER_CHILDREN if "multihead_attn" in layers[0]._modules else ENCODER_CHILDREN
     for index, layer in enumerate(layers):
@@ -64,6 +67,8 @@ def own_calls(module: torch.nn.Module) -> str:
     """What a call of `module` does besides its class's forward, in words; empty where nothing."""
     if "forward" in module.__dict__:
         return "has a forward of its own"
+    if module._compiled_call_impl is not None:
+        return "is compiled by itself"
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return "carries hooks" if hooks else ""
 

@@ -20,7 +20,7 @@ from tfm.nn.scope import Packed, Padded, as_added
 
 SELF_WEIGHTS, SELF_RESIDUAL, CROSS_WEIGHTS, CROSS_RESIDUAL, HIDDEN, LAST_RESIDUAL = range(6)
 
-FUSED_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
+FUSED_FUNCTIONS: dict[Callable[..., Tensor], str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -62,7 +62,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         Args:
             src: [B, S, E] (batch_first), [S, B, E] or [S, E].
             src_mask: [S, S] or [B · H, S, S]: bool (True = masked), or floating point, added to the scores.
-            src_key_padding_mask: [B, S] or [S]: bool (True = padding), or floating point, added to the scores of its key.
+            src_key_padding_mask: [B, S] or [S]: bool (True = padding), or floating point, added to its key's scores.
             is_causal: hint that `src_mask` is the causal mask; without a mask, it stands for one.
 
         Returns:
@@ -75,25 +75,169 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         side = Side.of("src", src, self.self_attn.batch_first, src_key_padding_mask)
         if layer_obstacle(self, ENCODER_CHILDREN):
-            added = (None if mask is None else as_added(mask, src.dtype) for mask in (src_mask, src_key_padding_mask))
-            return side.leave(side.enter(self._call_children(src, *added, is_causal)))
+            mask, padding = as_added(src_mask, src.dtype), as_added(src_key_padding_mask, src.dtype)
+            return side.leave(side.enter(self._call_children(src, mask, padding, is_causal)))
         return side.leave(self.run(side.blank(side.x), padded_scope(side, side, src_mask, is_causal)))
 
     def run(self, x: Tensor, scope: Padded | Packed) -> Tensor:
         """The layer on [..., E], padded or packed as `scope` says."""
-        seed = _draw_seed(self, x, (self.dropout, self.dropout1, self.dropout2))
+        seed = _draw_seed(self.self_attn, self.dropout, self.dropout1, self.dropout2, device=x.device)
         if self.norm_first:
-            y = _norm(self.norm1, x)
-            y, x = _add_norm(attend(self.self_attn, y, y, scope, seed, SELF_WEIGHTS), x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
-            return x + _dropout(_feed_forward(self, y, seed), self.dropout2, seed, LAST_RESIDUAL)
+            y = _norm(x, self.norm1)
+            y = attend(self.self_attn, y, y, scope, seed, SELF_WEIGHTS)
+            y, x = _add_norm(y, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
+            y = _feed_forward(self, y, seed)
+            return x + ops.dropout(y, rate(self.dropout2), seed=seed, site=LAST_RESIDUAL)
         x = widened(x)
-        x, _ = _add_norm(attend(self.self_attn, x, x, scope, seed, SELF_WEIGHTS), x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
-        x, _ = _add_norm(_feed_forward(self, x, seed), x, self.norm2, self.dropout2, seed, LAST_RESIDUAL)
+        y = attend(self.self_attn, x, x, scope, seed, SELF_WEIGHTS)
+        x, _ = _add_norm(y, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
+        y = _feed_forward(self, x, seed)
+        x, _ = _add_norm(y, x, self.norm2, self.dropout2, seed, LAST_RESIDUAL)
         return x
 
-    def _call_children(self, x, mask, padding_mask, is_causal) -> Tensor:
+    def _call_children(self, x: Tensor, mask: Tensor | None, padding_mask: Tensor | None, is_causal: bool) -> Tensor:
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), mask, padding_mask, is_causal=is_causal)
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + self._sa_block(x, mask, padding_mask, is_causal=is_causal))
         return self.norm2(x + self._ff_block(x))
+
+
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer`: self-attention, attention over the memory and feed-forward network.
+
+    What `TransformerEncoderLayer` says of its children holds here too.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        _adopt_children(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Figure 1, right.
+
+        Args:
+            tgt: [B, T, E] (batch_first), [T, B, E] or [T, E].
+            memory: [B, S, E], [S, B, E] or [S, E].
+            tgt_mask: [T, T] or [B · H, T, T]: bool (True = masked), or floating point, added to the scores.
+            memory_mask: [T, S] or [B · H, T, S], likewise.
+            tgt_key_padding_mask: [B, T] or [T]: bool (True = padding), or floating point, added to its key's scores.
+            memory_key_padding_mask: [B, S] or [S], likewise.
+            tgt_is_causal: hint that `tgt_mask` is the causal mask; without a mask, it stands for one.
+            memory_is_causal: likewise of `memory_mask`.
+
+        Returns:
+            The form of `tgt`, 0 at its padding.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit.
+        """
+        batch_first = self.self_attn.batch_first
+        queries = Side.of("tgt", tgt, batch_first, tgt_key_padding_mask)
+        if layer_obstacle(self, DECODER_CHILDREN):
+            output = super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+            return queries.leave(queries.enter(output))
+        keys = Side.of("memory", memory, batch_first, memory_key_padding_mask)
+        scope = padded_scope(queries, queries, tgt_mask, tgt_is_causal)
+        memory_scope = padded_scope(queries, keys, memory_mask, memory_is_causal)
+        return queries.leave(self.run(queries.blank(queries.x), keys.blank(keys.x), scope, memory_scope))
+
+    def run(self, x: Tensor, memory: Tensor, scope: Padded | Packed, memory_scope: Padded | Packed) -> Tensor:
+        """The layer on [..., E] tokens and memory, padded or packed as the scopes say."""
+        dropouts = (self.dropout, self.dropout1, self.dropout2, self.dropout3)
+        seed = _draw_seed(self.self_attn, self.multihead_attn, *dropouts, device=x.device)
+        if self.norm_first:
+            y = _norm(x, self.norm1)
+            y = attend(self.self_attn, y, y, scope, seed, SELF_WEIGHTS)
+            y, x = _add_norm(y, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
+            y = attend(self.multihead_attn, y, memory, memory_scope, seed, CROSS_WEIGHTS)
+            y, x = _add_norm(y, x, self.norm3, self.dropout2, seed, CROSS_RESIDUAL)
+            y = _feed_forward(self, y, seed)
+            return x + ops.dropout(y, rate(self.dropout3), seed=seed, site=LAST_RESIDUAL)
+        x = widened(x)
+        y = attend(self.self_attn, x, x, scope, seed, SELF_WEIGHTS)
+        x, _ = _add_norm(y, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
+        y = attend(self.multihead_attn, x, memory, memory_scope, seed, CROSS_WEIGHTS)
+        x, _ = _add_norm(y, x, self.norm2, self.dropout2, seed, CROSS_RESIDUAL)
+        y = _feed_forward(self, x, seed)
+        x, _ = _add_norm(y, x, self.norm3, self.dropout3, seed, LAST_RESIDUAL)
+        return x
+
+
+def rate(module: torch.nn.Dropout | torch.nn.MultiheadAttention) -> float:
+    """The probability with which a dropout or an attention drops now: each obeys its own training flag."""
+    if isinstance(module, torch.nn.MultiheadAttention):
+        return attention_dropout(module)
+    return module.p if module.training else 0.0
+
+
+def fused_activation(activation: Callable[[Tensor], Tensor]) -> str:
+    """The name by which tfm.ops.feed_forward knows `activation`; empty where it does not."""
+    if not isinstance(activation, torch.nn.Module):
+        return FUSED_FUNCTIONS.get(activation, "")
+    if own_calls(activation):
+        return ""
+    if type(activation) is torch.nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    return {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}.get(type(activation), "")
+
+
+def _adopt_children(layer: torch.nn.Module) -> None:
+    classes = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: LayerNorm}
+    for child in layer.children():
+        child.__class__ = classes.get(type(child), type(child))
+
+
+def _draw_seed(*modules: torch.nn.Dropout | torch.nn.MultiheadAttention, device: torch.device) -> Tensor | None:
+    return ops.draw_seed(device) if any(rate(module) > 0.0 for module in modules) else None
+
+
+def _norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def _add_norm(
+    x: Tensor, residual: Tensor, norm: torch.nn.LayerNorm, dropout: torch.nn.Dropout, seed: Tensor | None, site: int
+) -> tuple[Tensor, Tensor]:
+    return ops.residual_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, rate(dropout), seed=seed, site=site)
+
+
+def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor, seed: Tensor | None) -> Tensor:
+    """Section 3.3, equation 2, with the layer's own activation."""
+    first, second, dropout_p = layer.linear1, layer.linear2, rate(layer.dropout)
+    name = fused_activation(layer.activation)
+    if name:
+        return ops.feed_forward(
+            x, first.weight, first.bias, second.weight, second.bias, name, dropout_p, seed=seed, site=HIDDEN
+        )
+    hidden = layer.activation(F.linear(x, first.weight, first.bias))
+    return F.linear(ops.dropout(hidden, dropout_p, seed=seed, site=HIDDEN), second.weight, second.bias)

@@ -20,7 +20,7 @@ class LayerNorm(torch.nn.LayerNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if len(self.normalized_shape) > 1:
+        if input.is_nested or len(self.normalized_shape) > 1:
             return super().forward(input)
         _check_columns(input, self.normalized_shape)
         return ops.layer_norm(widened(input), self.weight, self.bias, self.eps)
@@ -35,7 +35,7 @@ class RMSNorm(torch.nn.RMSNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if len(self.normalized_shape) > 1:
+        if x.is_nested or len(self.normalized_shape) > 1:
             return super().forward(x)
         _check_columns(x, self.normalized_shape)
         computed = torch.promote_types(x.dtype, torch.float32)

@@ -78,12 +78,21 @@ class Side:
             return self.padding_mask
         return self.padding_mask == float("-inf")
 
+    def callers_mask(self) -> Tensor | None:
+        """The padding mask in torch's form, [B, S] or [S], made from the lengths where those were given."""
+        mask = self.padding_mask if self.lengths is None else self.padding()
+        return mask if mask is None or self.batched else mask[0]
+
     def blank(self, x: Tensor) -> Tensor:
         """`x`, laid out as the side's own tensor, with zeros at padding."""
         padding = self.padding()
         if padding is None:
             return x
         return x.masked_fill((padding if self.batch_first else padding.t())[..., None], 0)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """A tensor in the caller's form, laid out as the side's own."""
+        return x if self.batched else x[None]
 
     def leave(self, x: Tensor) -> Tensor:
         """`x`, laid out as the side's own tensor, blanked and in the caller's form."""
@@ -143,37 +152,41 @@ def padded_scope(queries: Side, keys: Side, attn_mask: Tensor | None, is_causal:
 
 
 def survey(
-    sides: Sequence[Side], mask: Tensor | None, is_causal: bool | None, packing: bool
-) -> tuple[bool, list[Layout] | None]:
-    """Whether a stack's self-attention is causal, and the sides' layouts where the stack shall run packed.
+    sides: Sequence[Side], masks: Sequence[tuple[Tensor | None, bool | None]], packing: bool
+) -> tuple[list[bool], list[Layout] | None]:
+    """Which self-attentions are causal, and the sides' layouts where the stack shall run packed.
 
     Reads from the device once where there is padding to measure or a mask to recognise, and not at all where `sides`
-    came with lengths the host knows and the mask with a hint.
+    came with lengths the host knows and the masks with hints.
 
     Args:
-        sides: the stack's own tokens first, then its memory.
-        mask: of the self-attention, torch's.
-        is_causal: torch's hint; None = look at the mask.
+        sides: of which one at least may be ragged.
+        masks: for each self-attention torch's mask and its hint; None = look at the mask.
         packing: whether the stack's layers can run packed.
     """
     readable = may_read(sides[0].x)
     frozen = not any(side.padding_mask is not None and side.padding_mask.requires_grad for side in sides)
     packing = packing and readable and frozen and any(side.is_ragged for side in sides)
-    # Where padding is read anyway, the mask itself is looked at, not the hint.
+    # Where padding is read anyway, a mask itself is looked at, not its hint.
     measured = packing and any(side.padding_mask is not None for side in sides)
-    look = mask is not None and readable and _may_be_causal(mask) and (is_causal is None or measured)
-    questions = [_equals_causal(mask)] if look and mask is not None else []
-    packing = packing and (look or mask is None or (is_causal is True and not measured))
+    questions = []
+    looked = []
+    for mask, hint in masks:
+        look = mask is not None and readable and _may_be_causal(mask) and (hint is None or measured)
+        looked.append(look)
+        if look and mask is not None:
+            questions.append(_equals_causal(mask))
+        packing = packing and (look or mask is None or (hint is True and not measured))
     if packing:
         for side in sides:
             questions += side.questions()
     answers = torch.stack(questions).tolist() if questions else []
-    causal = bool(answers.pop(0)) if look else bool(is_causal)
-    if not packing or (mask is not None and not causal):
+    causal = [bool(answers.pop(0)) if look else bool(hint) for look, (_, hint) in zip(looked, masks, strict=True)]
+    if not packing or not all(flag or mask is None for flag, (mask, _) in zip(causal, masks, strict=True)):
         return causal, None
     layouts = []
     for side in sides:
-        asked = 2 * (side.padding_mask is not None or (side.is_ragged and side.tokens is None))
+        asked = 2 * (side.is_ragged and side.tokens is None)
         layout = side.layout(answers[:asked])
         del answers[:asked]
         if layout is None:

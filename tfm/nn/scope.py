@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -111,8 +112,12 @@ def check_mask_dtype(mask: Tensor) -> None:
     check(kind, f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
 
 
-def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+@overload
+def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def as_added(mask: None, dtype: torch.dtype) -> None: ...
+def as_added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask of torch's (bool, True = masked, or already added) in the form that is added to the scores."""
-    if mask.is_floating_point():
+    if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

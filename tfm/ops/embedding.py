@@ -53,6 +53,13 @@ def embedding(
         fits = position_weight.dim() == 2 and position_weight.shape[1] == weight.shape[1]
         came = tuple(position_weight.shape)
         check(fits, f"position_weight: expected [positions, {weight.shape[1]}], got shape {came}")
+    pairs = zip(reversed(positions.shape), reversed(tokens.shape), strict=False)
+    fits = positions.dim() <= tokens.dim() and all(have in (1, want) for have, want in pairs)
+    came = tuple(positions.shape)
+    check(fits, f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
+    vocabulary = weight.shape[0]
+    known = padding_idx is None or -vocabulary <= padding_idx < vocabulary
+    check(known, f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
     choose("embedding", impl, weight)
     drawn = seed_for(dropout_p, seed, weight.device)
     positions = positions.expand(tokens.shape)

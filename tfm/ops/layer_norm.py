@@ -72,7 +72,8 @@ def residual_layer_norm(
     """
     check_norm(x, weight, bias)
     check_residual(x, residual)
-    backend = choose("residual_layer_norm", impl, x)
+    wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
+    backend = choose("residual_layer_norm", impl, wider)
     drawn = seed_for(dropout_p, seed, x.device)
     if backend == "triton":
         from tfm.kernels import layer_norm as kernels

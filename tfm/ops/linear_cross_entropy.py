@@ -59,8 +59,10 @@ def linear_cross_entropy(
     classes = linear_weight.shape[0]
     check_vector("linear_bias", linear_bias, classes)
     check_vector("weight", weight, classes)
+    check(classes > 0, f"linear_weight: expected at least one class, got shape {came}")
     check(reduction in REDUCTIONS, f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check(0.0 <= label_smoothing <= 1.0, f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    check(softcap is None or softcap > 0, f"softcap: expected a positive number, got {softcap}")
     check_same_device(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     rows = tuple(input.shape[:-1])
     expected = (*rows, classes) if target.is_floating_point() else rows
@@ -74,9 +76,11 @@ def linear_cross_entropy(
         input = input.to(torch.get_autocast_dtype(device))
     options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
     flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
-    losses = reference.linear_cross_entropy(
-        input.reshape(-1, input.shape[-1]), linear_weight, flat, linear_bias, weight, reduction, options
-    )
+    # The backend chooses its own precisions: what it keeps in fp32 must stay so.
+    with torch.autocast(device, enabled=False):
+        losses = reference.linear_cross_entropy(
+            input.reshape(-1, input.shape[-1]), linear_weight, flat, linear_bias, weight, reduction, options
+        )
     return losses.view(rows) if reduction == "none" else losses
 
 

@@ -33,20 +33,24 @@ def attention(
     allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
     bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     if allowed is not None:
-        # A key that nobody may attend to must not reach a product: 0 times NaN is NaN.
-        unreachable = ~allowed.any(dim=-2)[..., None]
-        heads = unreachable.shape[1]
-        if heads not in (1, key.shape[1]):
-            unreachable = unreachable.unflatten(1, (key.shape[1], -1)).all(dim=2)
-        key, value = key.masked_fill(unreachable, 0), value.masked_fill(unreachable, 0)
-        # Nor may a query without keys; causality and lengths alone leave every query its first key, or nobody any.
+        # Causality alone leaves every query its first key.
         starts_inside = isinstance(query_start, int) and query_start >= 0
-        if attn_mask is not None or max(window_size) >= 0 or not starts_inside:
-            query = query.masked_fill(~allowed.any(dim=-1, keepdim=True), 0)
-    plain = dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not return_lse
-    if plain and query.device.type == "cpu" and query.dtype != torch.float64:
-        return _torch_attention(query, key, value, allowed, scale)
-    return _attention(query, key, value, allowed, bias, dropout_p, scale, softcap, sinks, return_lse, seed, site)
+        every_query_attends = starts_inside and attn_mask is None and key_lengths is None and max(window_size) < 0
+        query, key, value = _shield(query, key, value, allowed, every_query_attends)
+    return _attend(query, key, value, allowed, bias, dropout_p, scale, softcap, sinks, return_lse, seed, site)
+
+
+def _shield(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, every_query_attends: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros where nobody may attend: there 0 times NaN would be NaN."""
+    unreachable = ~allowed.any(dim=-2)[..., None]
+    if unreachable.shape[1] not in (1, key.shape[1]):
+        unreachable = unreachable.unflatten(1, (key.shape[1], -1)).all(dim=2)
+    key, value = key.masked_fill(unreachable, 0), value.masked_fill(unreachable, 0)
+    if not every_query_attends:
+        query = query.masked_fill(~allowed.any(dim=-1, keepdim=True), 0)
+    return query, key, value
 
 
 def allowed_keys(
@@ -87,13 +91,7 @@ def allowed_keys(
     return allowed.view(*[1] * (4 - allowed.dim()), *allowed.shape)
 
 
-def _torch_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
-    # torch's CPU kernel gives 0 and finite gradients for fully masked rows; other devices' kernels need not.
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped)
-
-
-def _attention(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -107,6 +105,11 @@ def _attention(
     seed: Tensor | None,
     site: int,
 ) -> Any:
+    grouped = query.shape[1] != key.shape[1]
+    plain = dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not return_lse
+    # torch's CPU kernel gives 0 and finite gradients for fully masked rows; other devices' kernels need not.
+    if plain and query.device.type == "cpu" and query.dtype != torch.float64:
+        return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped)
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
@@ -163,14 +166,19 @@ def varlen_attention(
     query_layout = Layout.of(cu_seq_q, max_q, query.shape[0])
     same = cu_seq_k is cu_seq_q and max_k == max_q
     key_layout = query_layout if same else Layout.of(cu_seq_k, max_k, key.shape[0])
-    key_lengths = None if key_layout.is_rectangular else cu_seq_k.diff()
-    result = attention(
-        query_layout.unpack(query).transpose(1, 2),
-        key_layout.unpack(key).transpose(1, 2),
-        key_layout.unpack(value).transpose(1, 2),
-        None, dropout_p, is_causal, scale, query_start, window_size,
-        softcap, sinks, key_lengths, return_lse, seed, site,
-    )  # fmt: skip
+    query, key, value = (
+        layout.unpack(x).transpose(1, 2)
+        for layout, x in ((query_layout, query), (key_layout, key), (key_layout, value))
+    )
+    # Keys at padding are 0, so they need a mask but no shield; behind a causal diagonal not even a mask, since queries
+    # at padding are left behind.
+    diagonal = is_causal and same and isinstance(query_start, int) and query_start == 0
+    key_lengths = None if key_layout.is_rectangular or diagonal else cu_seq_k.diff()
+    allowed = allowed_keys(query, key, None, is_causal, query_start, window_size, key_lengths)
+    only_padding_is_unreachable = max(window_size) < 0 and (diagonal or not is_causal)
+    if allowed is not None and not only_padding_is_unreachable:
+        query, key, value = _shield(query, key, value, allowed, every_query_attends=False)
+    result = _attend(query, key, value, allowed, None, dropout_p, scale, softcap, sinks, return_lse, seed, site)
     output, lse = result if return_lse else (result, None)
     packed = query_layout.pack(output.transpose(1, 2))
     return packed if lse is None else (packed, query_layout.pack(lse.transpose(1, 2)))

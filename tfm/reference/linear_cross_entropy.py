@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # A chunk of logits should fit the caches of a CPU; on other devices it should feed a large matmul.
 CHUNK_BYTES = {"cpu": 8 << 20}
@@ -37,53 +36,58 @@ def linear_cross_entropy(
     options: Options,
 ) -> Tensor:
     """See tfm.ops.linear_cross_entropy, which has flattened `input` to [N, D] and `target` to [N] or [N, V]."""
-    wide = torch.promote_types(input.dtype, torch.float32)
-    class_weight = None if weight is None else weight.to(wide)
-    divisor = None
-    if reduction == "mean":
-        divisor = _divisor(target, class_weight, options.ignore_index, wide)
-    losses = _LinearCrossEntropy.apply(
-        input, linear_weight, linear_bias, target, class_weight, divisor, reduction, options
-    )
-    return losses
-
-
-def _divisor(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    if target.is_floating_point():
-        return torch.full((), target.shape[0], dtype=dtype, device=target.device)
-    kept = target != ignore_index
-    if class_weight is None:
-        return kept.sum().to(dtype)
-    return (class_weight[target.masked_fill(~kept, 0)] * kept).sum()
+    class_weight = None if weight is None else weight.to(torch.promote_types(input.dtype, torch.float32))
+    return _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, class_weight, reduction, options)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, target, class_weight, divisor, reduction, options):
-        needs = ctx.needs_input_grad[:3]
-        ctx.options, ctx.reduction, ctx.needs = options, reduction, needs
-        scale = torch.ones((), dtype=torch.promote_types(input.dtype, torch.float32), device=input.device)
-        if reduction == "mean":
-            # Nothing to average is no loss, and no gradient: 0, where torch has NaN.
-            scale = torch.where(divisor > 0, 1 / divisor, torch.zeros_like(divisor))
+    def forward(ctx, input, linear_weight, linear_bias, target, class_weight, reduction, options):
+        ctx.options, ctx.reduction, ctx.needs = options, reduction, ctx.needs_input_grad[:3]
+        tensors = input, linear_weight, linear_bias, target, class_weight
         if reduction == "none":
-            losses, _ = _chunks(input, linear_weight, linear_bias, target, class_weight, None, (False,) * 3, options)
-            ctx.save_for_backward(input, linear_weight, linear_bias, target, class_weight)
+            losses, _ = _chunks(*tensors, None, (False, False, False), options)
+            ctx.save_for_backward(*tensors)
             return losses
-        row_scale = scale.expand(input.shape[0])
-        losses, grads = _chunks(input, linear_weight, linear_bias, target, class_weight, row_scale, needs, options)
-        ctx.save_for_backward(*grads)
+        losses, grads = _chunks(*tensors, None, ctx.needs, options)
+        scale = losses.new_ones(())
+        if reduction == "mean":
+            divisor = _divisor(target, class_weight, options.ignore_index).to(losses.dtype)
+            # Nothing to average is no loss, and no gradient: 0, where torch has NaN.
+            scale = torch.where(divisor > 0, 1 / divisor, 0.0)
+        ctx.save_for_backward(scale, *grads)
         return losses.sum() * scale
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
+        # Autograd rounds each gradient to the dtype of its input.
         if ctx.reduction == "none":
             input, linear_weight, linear_bias, target, class_weight = ctx.saved_tensors
-            _, grads = _chunks(input, linear_weight, linear_bias, target, class_weight, grad, ctx.needs, ctx.options)
+            with torch.autocast(grad.device.type, enabled=False):
+                _, grads = _chunks(
+                    input, linear_weight, linear_bias, target, class_weight, grad, ctx.needs, ctx.options
+                )
         else:
-            grads = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+            # Scaled only now, so that the gradients of half precision do not underflow.
+            scale, *unscaled = ctx.saved_tensors
+            grads = [None if g is None else g.to(scale.dtype) * (grad * scale) for g in unscaled]
+        return (*grads, None, None, None, None)
+
+
+def _divisor(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    kept = _kept(target, ignore_index)[:, 0]
+    if class_weight is None or target.is_floating_point():
+        return kept.sum()
+    return (class_weight[target.masked_fill(~kept, 0)] * kept).sum()
+
+
+def _kept(target: Tensor, ignore_index: int) -> Tensor:
+    """bool [N, 1], False for the rows that count for nothing."""
+    if target.is_floating_point():
+        return torch.ones(target.shape[0], 1, dtype=torch.bool, device=target.device)
+    return (target != ignore_index)[:, None]
 
 
 def _chunks(
@@ -92,94 +96,117 @@ def _chunks(
     linear_bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    row_scale: Tensor | None,
+    row_grad: Tensor | None,
     needs: tuple[bool, bool, bool],
     options: Options,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses [N], and, where `needs` asks, the gradients of input, linear weight and bias under `row_scale` [N]."""
+    """Losses [N], and, where `needs` asks, the gradients of input, linear weight and bias.
+
+    `row_grad` [N] is the gradient of each loss, None for 1. The gradients of weight and bias are fp32 at least.
+    """
     rows, classes = input.shape[0], linear_weight.shape[0]
     wide = torch.promote_types(input.dtype, torch.float32)
     weight = linear_weight.to(input.dtype)
+    kept = _kept(target, options.ignore_index)
+    factor = kept.to(wide) if row_grad is None else torch.where(kept, row_grad[:, None], 0.0)
+    floor = _floor(class_weight, classes, options.label_smoothing, factor)
     losses = torch.empty(rows, dtype=wide, device=input.device)
     d_input = torch.empty_like(input) if needs[0] else None
     d_weight = torch.zeros(weight.shape, dtype=wide, device=input.device) if needs[1] else None
-    d_bias = torch.zeros(classes, dtype=wide, device=input.device) if needs[2] and linear_bias is not None else None
+    d_bias = torch.zeros(classes, dtype=wide, device=input.device) if needs[2] else None
     chunk_bytes = CHUNK_BYTES.get(input.device.type, DEFAULT_CHUNK_BYTES)
     per_chunk = max(1, chunk_bytes // (classes * wide.itemsize))
     for start in range(0, rows, per_chunk):
         part = slice(start, start + per_chunk)
-        x = input[part]
+        # An ignored row may hold NaN, which 0 would not stop in the product with the gradient.
+        x = input[part].masked_fill(~kept[part], 0)
         logits = (x @ weight.t()).to(wide)
         if linear_bias is not None:
-            logits = logits.add_(linear_bias.to(wide))
-        losses[part], d_logits = _rows(logits, target[part], class_weight, options, any(needs))
+            logits.add_(linear_bias)
+        q = _smoothed(target[part], kept[part], class_weight, floor, 1 - options.label_smoothing, wide)
+        loss, d_logits = _rows(logits, q, options, any(needs))
+        losses[part] = loss.masked_fill(~kept[part, 0], 0)
         if d_logits is None:
             continue
-        assert row_scale is not None
-        d_logits = d_logits.mul_(row_scale[part, None])
-        if d_bias is not None:
-            d_bias += d_logits.sum(dim=0)
+        # Factors of rows are cheaper on the narrow side of each product.
         narrow = d_logits.to(input.dtype)
         if d_input is not None:
-            d_input[part] = narrow @ weight
+            d_input[part] = (narrow @ weight).mul_(factor[part])
         if d_weight is not None:
+            scaled = (x * factor[part]).to(input.dtype)
             if narrow.dtype == wide:
-                d_weight.addmm_(narrow.t(), x)
+                d_weight.addmm_(narrow.t(), scaled)
             else:
-                d_weight += narrow.t() @ x
-    return losses, [
-        d_input,
-        None if d_weight is None else d_weight.to(linear_weight.dtype),
-        None if d_bias is None or linear_bias is None else d_bias.to(linear_bias.dtype),
-    ]
+                d_weight += narrow.t() @ scaled
+        if d_bias is not None:
+            d_bias.addmv_(d_logits.t(), factor[part, 0])
+    return losses, [d_input, d_weight, d_bias]
 
 
-def _rows(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Losses [m] of logits [m, V], which become, in place, their gradient [m, V]."""
-    classes = logits.shape[1]
-    smoothing, softcap = options.label_smoothing, options.softcap
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    capped = logits.clone() if softcap is not None and needs_grad else None
-    log_p = logits.log_softmax(dim=-1)
-    lse = logits[:, 0] - log_p[:, 0] if classes > 0 else logits.new_zeros(len(logits))
+def _floor(class_weight: Tensor | None, classes: int, smoothing: float, like: Tensor) -> Tensor | None:
+    """What smoothing gives to every class, [V] in the dtype of `like`; None for nothing."""
+    if smoothing == 0.0:
+        return None
+    return (like.new_ones(classes) if class_weight is None else class_weight) * (smoothing / classes)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """q of a chunk's rows, smoothed and times the class weights.
+
+    Attributes:
+        base: what every class gets, [m, V], or [V] for all rows, or None for 0.
+        peak: what one class gets beyond that, (its index [m, 1], how much [m, 1]); None for probabilities.
+        mass: [m, 1], the sum of q; None for 1.
+    """
+
+    base: Tensor | None
+    peak: tuple[Tensor, Tensor] | None
+    mass: Tensor | None
+
+
+def _smoothed(
+    target: Tensor, kept: Tensor, class_weight: Tensor | None, floor: Tensor | None, share: float, dtype: torch.dtype
+) -> _Target:
+    """`target` [m] or [m, V] with `share` of its weight, over `floor`."""
     if target.is_floating_point():
-        q = target.to(logits.dtype) * (1 - smoothing) + smoothing / classes
+        q = target.to(dtype) * share
         q = q if class_weight is None else q * class_weight
-        loss, mass, kept = -(q * log_p).sum(dim=-1), q.sum(dim=-1), None
-    else:
-        kept = target != options.ignore_index
-        safe = target.masked_fill(~kept, 0)[:, None]
-        uniform = smoothing / classes
-        true = (1 - smoothing) if class_weight is None else (1 - smoothing) * class_weight[safe]
-        spread = 1.0 if class_weight is None else class_weight
-        loss = -(log_p.gather(1, safe) * true)[:, 0]
-        if smoothing > 0:
-            total = log_p.sum(dim=-1) if class_weight is None else log_p @ class_weight
-            loss = loss - uniform * total
-        mass = true + uniform * (classes if class_weight is None else class_weight.sum())
-        mass = mass[:, 0] if isinstance(mass, Tensor) else mass
-        loss = loss + options.z_loss * lse.square() if options.z_loss else loss
-        loss = loss.masked_fill(~kept, 0.0)
-    if target.is_floating_point() and options.z_loss:
+        q = q if floor is None else q + floor
+        return _Target(q, None, q.sum(dim=-1, keepdim=True))
+    index = target[:, None].masked_fill(~kept, 0)
+    if class_weight is None:
+        return _Target(floor, (index, kept.to(dtype) * share), None)
+    height = class_weight[index] * share
+    return _Target(floor, (index, height), height if floor is None else height + floor.sum())
+
+
+def _rows(logits: Tensor, q: _Target, options: Options, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Losses [m] of logits [m, V], whose memory is used up, and their gradients [m, V]."""
+    slope = None
+    if options.softcap is not None:
+        logits = logits.div_(options.softcap).tanh_()
+        slope = 1 - logits.square() if needs_grad else None
+        logits = logits.mul_(options.softcap)
+    log_p = logits.log_softmax(dim=-1)
+    loss, mass = log_p.new_zeros(len(log_p)), q.mass
+    if q.base is not None:
+        loss = loss - (log_p.mv(q.base) if q.base.dim() == 1 else (log_p * q.base).sum(dim=-1))
+    if q.peak is not None:
+        index, height = q.peak
+        loss = loss - (log_p.gather(1, index) * height)[:, 0]
+    if options.z_loss:
+        lse = logits.logsumexp(dim=-1)
         loss = loss + options.z_loss * lse.square()
+        mass = (1 if mass is None else mass) + 2 * options.z_loss * lse[:, None]
     if not needs_grad:
         return loss, None
     grad = log_p.exp_()
-    if options.z_loss:
-        mass = mass + 2 * options.z_loss * lse
-    if isinstance(mass, Tensor):
-        grad = grad.mul_(mass[:, None])
-    if kept is None:
-        grad = grad.sub_(q)
-    else:
-        if smoothing > 0:
-            grad = grad.sub_(uniform * spread)
-        peak = true if isinstance(true, Tensor) else torch.full_like(grad[:, :1], true)
-        grad = grad.scatter_add_(1, safe, -peak).masked_fill_(~kept[:, None], 0.0)
-    if capped is not None:
-        assert softcap is not None
-        grad = grad.mul_(1 - (capped / softcap).square_())
-    return loss, grad
+    if mass is not None:
+        grad = grad.mul_(mass)
+    if q.base is not None:
+        grad = grad.sub_(q.base)
+    if q.peak is not None:
+        index, height = q.peak
+        grad = grad.scatter_add_(1, index, -height)
+    return loss, grad if slope is None else grad.mul_(slope)

@@ -1,0 +1,78 @@
+"""Launch settings: they cover every shape, fit every chip, and do not depend on what must not matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfm.kernels import launch
+
+COLUMNS = st.integers(1, 32768)
+
+
+def is_power_of_two(number):
+    return number > 0 and number & (number - 1) == 0
+
+
+def backward(rows, columns):
+    return launch.layer_norm_backward(rows, columns, multiprocessors=132)
+
+
+@pytest.mark.parametrize("settings_of", [launch.layer_norm_forward, backward], ids=["forward", "backward"])
+@given(rows=st.integers(0, 10**10), columns=COLUMNS)
+def test_tiles_cover_the_rows(settings_of, rows, columns):
+    tiles = settings_of(rows, columns)
+    assert tiles.block_columns * tiles.chunks >= columns
+    assert tiles.chunks == 1 or tiles.block_rows == 1
+    assert all(map(is_power_of_two, (tiles.block_rows, tiles.block_columns, tiles.num_warps)))
+    # Philox draws eight columns at once; CUDA allows 1,024 threads a block; triton 2**20 elements a tensor.
+    assert tiles.block_columns % 8 == 0
+    assert tiles.num_warps <= 32
+    assert tiles.block_rows * tiles.block_columns <= 2**20
+    # 16 elements a thread are what the registers hold.
+    assert tiles.block_rows * tiles.block_columns <= 16 * 32 * tiles.num_warps
+    assert tiles.programs >= 1
+
+
+@given(rows=st.integers(0, 10**10), columns=COLUMNS)
+def test_forward_has_a_program_for_each_tile(rows, columns):
+    tiles = launch.layer_norm_forward(rows, columns)
+    assert (tiles.programs - 1) * tiles.block_rows < max(rows, 1) <= tiles.programs * tiles.block_rows
+
+
+@given(rows=st.integers(0, 10**10), columns=COLUMNS, multiprocessors=st.integers(1, 200))
+def test_backward_programs_are_bounded(rows, columns, multiprocessors):
+    tiles = launch.layer_norm_backward(rows, columns, multiprocessors)
+    assert tiles.programs <= 2 * multiprocessors
+    assert (tiles.programs - 1) * tiles.block_rows < max(rows, 1)
+
+
+@pytest.mark.parametrize("settings_of", [launch.layer_norm_forward, backward], ids=["forward", "backward"])
+@given(rows=st.lists(st.integers(0, 10**7), min_size=2, max_size=2), columns=COLUMNS)
+def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
+    first, second = (settings_of(number, columns) for number in rows)
+    assert (first.block_rows, first.block_columns, first.chunks, first.num_warps) == (
+        second.block_rows, second.block_columns, second.chunks, second.num_warps
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("columns", "forward", "backward_settings"),
+    [
+        (512, launch.RowTiles(2048, 4, 512, 1, 4), launch.RowTiles(264, 4, 512, 1, 8)),
+        (1000, launch.RowTiles(4096, 2, 1024, 1, 4), launch.RowTiles(264, 2, 1024, 1, 8)),
+        (8192, launch.RowTiles(8192, 1, 8192, 1, 16), launch.RowTiles(264, 1, 8192, 1, 16)),
+        (8191, launch.RowTiles(8192, 1, 8192, 1, 16), launch.RowTiles(264, 1, 2048, 4, 8)),
+        (32768, launch.RowTiles(8192, 1, 8192, 4, 16), launch.RowTiles(264, 1, 4096, 8, 8)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_settings_at_8192_rows(columns, forward, backward_settings):
+    assert launch.layer_norm_forward(8192, columns) == forward
+    assert backward(8192, columns) == backward_settings
+
+
+def test_interpreter_strides():
+    assert launch.multiprocessors(torch.device("cpu")) == 2

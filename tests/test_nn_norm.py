@@ -1,0 +1,27 @@
+"""LayerNorm and RMSNorm against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch_pairs import assert_equal_results, pair, results
+
+import tfm.nn
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_norms_equal_torch(shape: tuple[int, ...]) -> None:
+    inputs = {"input": torch.randn(4, 2, *shape, dtype=torch.float64)}
+    for options in ({}, {"eps": 1e-2}, {"elementwise_affine": False}, {"bias": False}):
+        theirs, ours = pair("LayerNorm", shape, **options)
+        assert_equal_results(results(ours, inputs, {}), results(theirs, inputs, {}))
+    inputs = {"x": inputs["input"]}
+    for options in ({}, {"eps": 1e-2}, {"elementwise_affine": False}):
+        theirs, ours = pair("RMSNorm", shape, **options)
+        assert_equal_results(results(ours, inputs, {}), results(theirs, inputs, {}))
+
+
+def test_norms_say_what_they_expected() -> None:
+    for norm in (tfm.nn.LayerNorm(6), tfm.nn.RMSNorm(6)):
+        with pytest.raises(ValueError, match=r"input: expected \[..., 6\], got shape \(2, 1\)"):
+            norm(torch.zeros(2, 1))

@@ -1,0 +1,92 @@
+"""The kernels' dropout masks are the reference's, bit for bit."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfm.kernels.philox import keep_mask, philox, threshold_and_scale
+from tfm.reference import dropout as reference
+
+ONES = 0xFFFFFFFF
+# From Random123's kat_vectors, "philox4x32 7": counter, key, result.
+PUBLISHED = [
+    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+    ),
+]
+
+
+@triton.jit
+def words_kernel(counters, seed, words):
+    place = tl.arange(0, 1)
+    key = tl.load(seed)
+    c0, c1, c2, c3 = (
+        tl.load(counters + place).to(tl.uint32),
+        tl.load(counters + 1 + place).to(tl.uint32),
+        tl.load(counters + 2 + place).to(tl.uint32),
+        tl.load(counters + 3 + place).to(tl.uint32),
+    )
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, key.to(tl.uint32), (key >> 32).to(tl.uint32))
+    tl.store(words + place, w0.to(tl.int64))
+    tl.store(words + 1 + place, w1.to(tl.int64))
+    tl.store(words + 2 + place, w2.to(tl.int64))
+    tl.store(words + 3 + place, w3.to(tl.int64))
+
+
+@triton.jit
+def mask_kernel(mask, rows, first_column, group, site, seed, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    place = tl.arange(0, ROWS)[:, None]
+    keep = keep_mask(tl.load(rows + place), first_column, group, site, seed, threshold, COLUMNS)
+    tl.store(mask + place * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep)
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED, ids=["zeros", "ones", "pi"])
+def test_published_vectors(counter, key, words, kernel_device):
+    unsigned = key[1] << 32 | key[0]
+    seed = torch.tensor(unsigned - (1 << 64 if unsigned >= 1 << 63 else 0), device=kernel_device)
+    drawn = torch.zeros(4, dtype=torch.int64, device=kernel_device)
+    words_kernel[(1,)](torch.tensor(counter, device=kernel_device), seed, drawn)
+    assert tuple(drawn.tolist()) == words
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    p=st.one_of(st.sampled_from([0.0, 1 / 65536, 65535 / 65536, 1.0]), st.floats(0, 1)),
+    row=st.integers(0, ONES - 4),
+    octet=st.integers(0, 4096),
+    group=st.integers(0, 2**31 - 1),
+    site=st.integers(0, 9),
+    columns=st.sampled_from([8, 16, 64]),
+)
+def test_masks_equal_the_references(seed, p, row, octet, group, site, columns):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = torch.arange(row, row + 4, device=device)
+    drawn = torch.tensor(seed, device=device)
+    expected = reference.keep_mask(rows, 8 * octet + columns, torch.tensor(group, device=device), p, drawn, site)
+    mask = torch.zeros(4, columns, dtype=torch.bool, device=device)
+    threshold, _ = threshold_and_scale(p)
+    mask_kernel[(1,)](mask, rows, 8 * octet, group, site, drawn, threshold, ROWS=4, COLUMNS=columns)
+    assert torch.equal(mask, expected[:, 8 * octet :])
+
+
+def test_masks_equal_the_naive_ones(kernel_device):
+    mask = torch.zeros(4, 64, dtype=torch.bool, device=kernel_device)
+    rows, seed = torch.arange(4, device=kernel_device), torch.tensor(-7, device=kernel_device)
+    mask_kernel[(1,)](mask, rows, 0, 5, 3, seed, threshold_and_scale(0.3)[0], ROWS=4, COLUMNS=64)
+    assert torch.equal(mask.cpu(), oracle.kept_elements(-7, 0.3, 4, 64, 5, 3).bool())
+
+
+@given(p=st.floats(0, 1))
+def test_threshold_and_scale_are_the_references(p):
+    assert threshold_and_scale(p) == (reference.threshold(p), reference.keep_scale(p))

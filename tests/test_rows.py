@@ -1,0 +1,52 @@
+"""Matrices seen as rows without copies, and sums over programs' partial results."""
+
+from __future__ import annotations
+
+import launches
+import oracle
+import pytest
+import torch
+
+from tfm.kernels.rows import as_rows, sum_partials
+
+BASE = torch.arange(3 * 4 * 20.0).view(3, 4, 20)
+
+
+@pytest.mark.parametrize(
+    ("x", "stride", "copied"),
+    [
+        (BASE, 20, False),
+        (BASE[..., 3:], 20, False),
+        (BASE[:, 1], 80, False),
+        (BASE[0, 0], 20, False),
+        (BASE[:0], 20, False),
+        (BASE[:1, :1].expand(3, 4, 20), 0, False),
+        (BASE.transpose(0, 1), 20, True),
+        (BASE[..., ::2], 10, True),
+        (BASE[..., :1].expand(3, 4, 20), 20, True),
+    ],
+    ids=["whole", "columns", "one of each", "vector", "empty", "expanded rows", "swapped", "gaps", "expanded columns"],
+)
+def test_as_rows(x, stride, copied):
+    rows, row_stride = as_rows(x)
+    assert row_stride == stride
+    assert (rows.data_ptr() != x.data_ptr()) == copied
+    assert torch.equal(rows, x.reshape(-1, x.shape[-1]))
+
+
+def test_nothing_has_no_rows():
+    assert as_rows(None) == (None, 0)
+
+
+@pytest.mark.parametrize(("programs", "columns"), [(1, 1), (3, 17), (128, 65), (300, 130)])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (None, torch.float32), (torch.float16, None)])
+def test_sum_partials(programs, columns, dtypes, kernel_device, monkeypatch):
+    launched = launches.watch(monkeypatch)
+    partials = torch.randn(programs, 2, columns, device=kernel_device)
+    sums = [None if kind is None else torch.empty(columns, dtype=kind, device=kernel_device) for kind in dtypes]
+    sum_partials(partials, *sums)
+    for i, found in enumerate(sums):
+        if found is not None:
+            truth, plain = partials[:, i].double().sum(0), partials[:, i].sum(0).to(found.dtype)
+            oracle.assert_matches(found, truth, plain)
+    assert launched == ["sum_partials_kernel"]

@@ -1,0 +1,129 @@
+"""Offsets, masks and the way between padded and packed batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfm import sequences
+from tfm.sequences import Layout
+
+LENGTHS = st.lists(st.integers(0, 6), max_size=5)
+
+
+def padded_batch(lengths, extra=0, dtype=torch.float64):
+    return torch.randn(len(lengths), max(lengths, default=0) + extra, 2, 3, dtype=dtype)
+
+
+@given(lengths=LENGTHS, dtype=st.sampled_from([torch.int32, torch.int64]))
+def test_offsets_are_the_running_sum(lengths, dtype):
+    found = sequences.offsets(torch.tensor(lengths, dtype=dtype))
+    assert found.dtype == torch.int32
+    assert found.tolist() == [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+
+
+def test_valid_positions():
+    found = sequences.valid_positions(torch.tensor([2, 0, 3]), 3)
+    assert found.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize(
+    ("padding", "lengths"),
+    [
+        ([[0, 0, 1], [0, 1, 1]], [2, 1]),
+        ([[0, 0, 0], [1, 1, 1]], [3, 0]),
+        ([[1, 0, 0], [0, 0, 0]], None),
+        ([[0, 1, 0], [0, 0, 0]], None),
+        ([], []),
+    ],
+    ids=["right-padded", "all and nothing", "left-padded", "with a hole", "no rows"],
+)
+def test_lengths_of_a_padding_mask(padding, lengths):
+    found = sequences.lengths_of(torch.tensor(padding, dtype=torch.bool).view(-1, 3))
+    assert found is None if lengths is None else found.tolist() == lengths
+    assert found is None or found.dtype == torch.int32
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, extra=st.integers(0, 3))
+def test_packs_sentence_after_sentence_and_back(lengths, extra):
+    padded = padded_batch(lengths, extra)
+    packed, layout = sequences.pack(padded, torch.tensor(lengths, dtype=torch.int64))
+    expected = [padded[index, :length] for index, length in enumerate(lengths)]
+    assert torch.equal(packed, torch.cat(expected) if expected else padded.flatten(0, 1))
+    valid = sequences.valid_positions(torch.tensor(lengths, dtype=torch.int64), padded.shape[1])
+    assert torch.equal(sequences.unpack(packed, layout), padded * valid[..., None, None])
+    assert layout.is_rectangular == bool(valid.all())
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 5], [4, 4]], ids=["ragged", "rectangular"])
+def test_gradients_to_the_second_order(lengths):
+    cu_seq = sequences.offsets(torch.tensor(lengths))
+    layout = Layout.of(cu_seq, max(lengths), sum(lengths))
+    padded, packed = padded_batch(lengths).requires_grad_(), torch.randn(sum(lengths), 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(layout.pack, padded)
+    assert torch.autograd.gradcheck(layout.unpack, packed)
+    assert torch.autograd.gradgradcheck(layout.pack, padded)
+    assert torch.autograd.gradgradcheck(layout.unpack, packed)
+
+
+def test_nan_in_padding_is_left_behind():
+    lengths = torch.tensor([2, 4])
+    padded = padded_batch([2, 4])
+    padded[0, 2:] = float("nan")
+    padded.requires_grad_()
+    packed, layout = sequences.pack(padded, lengths)
+    assert packed.isfinite().all()
+    (grad,) = torch.autograd.grad(packed.square().sum(), padded)
+    assert (grad[0, 2:] == 0).all()
+    assert (layout.unpack(packed)[0, 2:] == 0).all()
+
+
+def test_padding_gets_no_gradient_from_the_packed_side():
+    layout = Layout.of(torch.tensor([0, 1, 4], dtype=torch.int32), 3, 4)
+    packed = torch.randn(4, 2, requires_grad=True)
+    cotangent = torch.full((2, 3, 2), float("nan"))
+    cotangent[0, :1], cotangent[1] = 1.0, 2.0
+    (grad,) = torch.autograd.grad(layout.unpack(packed), packed, cotangent)
+    assert grad.tolist() == [[1.0, 1.0], *[[2.0, 2.0]] * 3]
+
+
+def test_layout_indices_are_inverse_to_each_other():
+    layout = Layout.of(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 4, 5)
+    assert layout.to_packed.tolist() == [0, 1, 8, 9, 10]
+    assert layout.to_padded[layout.to_packed].tolist() == [0, 1, 2, 3, 4]
+    assert sorted(layout.padding.tolist()) == [2, 3, 4, 5, 6, 7, 11]
+    assert not layout.is_rectangular
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16], ids=str)
+def test_packs_tokens_and_masks_too(dtype):
+    padded = torch.tensor([[1, 1, 0], [1, 0, 0]]).to(dtype)
+    packed, layout = sequences.pack(padded, torch.tensor([2, 1]))
+    assert torch.equal(packed, torch.ones(3, dtype=dtype))
+    assert torch.equal(layout.unpack(packed), padded)
+
+
+def test_rectangular_batches_are_not_copied():
+    padded = padded_batch([4, 4])
+    packed, layout = sequences.pack(padded, torch.tensor([4, 4]))
+    assert packed.data_ptr() == padded.data_ptr() == layout.unpack(packed).data_ptr()
+
+
+def test_packing_takes_any_strides():
+    padded = torch.randn(5, 2, 3, dtype=torch.float64).transpose(0, 1)[:, ::2]
+    packed, layout = sequences.pack(padded, torch.tensor([1, 3]))
+    assert torch.equal(packed, torch.cat((padded[0, :1], padded[1])))
+    assert torch.equal(layout.unpack(packed.t().contiguous().t())[1], padded[1])
+
+
+def test_compiles_into_one_graph():
+    def function(padded, cu_seq):
+        layout = Layout.of(cu_seq, padded.shape[1], 6)
+        return layout.unpack(layout.pack(padded) * 2)
+
+    padded, cu_seq = padded_batch([2, 4]), torch.tensor([0, 2, 6], dtype=torch.int32)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(padded, cu_seq), function(padded, cu_seq))

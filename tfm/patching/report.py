@@ -1,0 +1,67 @@
+"""What accelerate() and restore() did to a model, and what they left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A module whose class was changed: its name in the model ("" = the model itself) and its new class."""
+
+    name: str
+    kind: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that was left as it is, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened to a model; print it.
+
+    Attributes:
+        verb: "replaced" or "restored".
+        swapped: the modules whose class was changed.
+        left: modules one might have expected to change.
+        unchanged: how many were there already: a second accelerate() changes nothing.
+    """
+
+    verb: str
+    swapped: tuple[Swapped, ...]
+    left: tuple[Left, ...]
+    unchanged: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many modules of each new class."""
+        return dict(Counter(module.kind for module in self.swapped))
+
+    def __str__(self) -> str:
+        lines = [f"{self.verb} {_modules(len(self.swapped))}" if self.swapped else f"nothing {self.verb}"]
+        if self.unchanged:
+            lines[0] += f", {_modules(self.unchanged)} already done"
+        for kind, count in self.counts.items():
+            names = ", ".join(_name(module.name) for module in self.swapped if module.kind == kind)
+            lines.append(f"  {count} x {kind}: {names}")
+        lines += [f"  {_name(module.name)} {module.note}" for module in self.swapped if module.note]
+        if self.left:
+            lines.append(f"left {_modules(len(self.left))}")
+        lines += [f"  {_name(module.name)} ({module.kind}): {module.reason}" for module in self.left]
+        return "\n".join(lines)
+
+
+def _modules(count: int) -> str:
+    return "1 module" if count == 1 else f"{count} modules"
+
+
+def _name(name: str) -> str:
+    return name or "the model itself"

@@ -1,0 +1,139 @@
+"""torch.nn's Transformer modules to tfm.nn's and back, by changing the class of each object.
+
+The object stays: its parameters, buffers, hooks and flags, and whatever points at it, optimisers included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from tfm import nn
+from tfm.nn.children import DECODER_CHILDREN, ENCODER_CHILDREN, layer_obstacle
+from tfm.patching.report import Left, Report, Swapped
+
+PAIRS: dict[type[Module], type[Module]] = {
+    torch.nn.Transformer: nn.Transformer,
+    torch.nn.TransformerEncoder: nn.TransformerEncoder,
+    torch.nn.TransformerDecoder: nn.TransformerDecoder,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.LayerNorm: nn.LayerNorm,
+    torch.nn.RMSNorm: nn.RMSNorm,
+}
+ORIGINALS = {ours: theirs for theirs, ours in PAIRS.items()}
+
+# Set on each object that accelerate() changed, so that copies of a model know it too.
+MARK = "_accelerated_by_tfm"
+
+
+def accelerate(model: Module) -> Report:
+    """Put tfm.nn's layers in place of torch.nn's everywhere inside `model`, in place.
+
+    Only modules whose class is exactly torch.nn's change, by their `__class__`; nothing is copied, and state_dict,
+    hooks and optimisers stay as they are. User subclasses, TorchScript and Hugging Face modules are left. A second call
+    changes nothing more.
+
+    Returns:
+        What was replaced, and what was left and why; print it.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+    """
+    _check_module("accelerate", model)
+    swapped, left, unchanged = [], [], 0
+    for name, module in _walk(model):
+        kind = type(module)
+        if kind in ORIGINALS:
+            unchanged += 1
+            continue
+        reason = _why_left(module)
+        if reason:
+            left.append(Left(name, kind.__name__, reason))
+        elif kind in PAIRS:
+            module.__class__ = PAIRS[kind]
+            setattr(module, MARK, True)
+            swapped.append((name, module))
+    # Only now, as a layer's children have all changed.
+    done = tuple(Swapped(name, f"tfm.nn.{type(module).__name__}", _note(module)) for name, module in swapped)
+    return Report("replaced", done, tuple(left), unchanged)
+
+
+def restore(model: Module) -> Report:
+    """Undo what accelerate() did to `model`; modules that were made as tfm.nn's stay.
+
+    Returns:
+        What was restored; print it.
+
+    Raises:
+        TypeError: `model` is no torch.nn.Module.
+    """
+    _check_module("restore", model)
+    swapped, left = [], []
+    for name, module in _walk(model):
+        kind = type(module)
+        if MARK in module.__dict__:
+            if kind not in ORIGINALS:
+                left.append(Left(name, kind.__name__, "its class was changed again after accelerate()"))
+                continue
+            module.__class__ = ORIGINALS[kind]
+            delattr(module, MARK)
+            swapped.append(Swapped(name, f"torch.nn.{kind.__name__}"))
+        elif kind in ORIGINALS:
+            left.append(Left(name, kind.__name__, "made as a tfm.nn module, not by accelerate()"))
+    return Report("restored", tuple(swapped), tuple(left))
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _walk(module: Module, name: str = "", seen: set[Module] | None = None) -> Iterator[tuple[str, Module]]:
+    """Each module once, under its first name; what is inside foreign modules stays out."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    # Children are listed before the caller may change the module's class.
+    children = [] if _foreign(module) else list(module._modules.items())
+    yield name, module
+    for child_name, child in children:
+        if child is not None:
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _foreign(module: Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript, it no longer runs Python"
+    if type(module).__module__.split(".")[0] == "transformers":
+        return "a Hugging Face module: accelerate() serves torch.nn's Transformer modules only"
+    return ""
+
+
+def _why_left(module: Module) -> str:
+    """Why a module that one might expect to change does not; empty where there is nothing to say."""
+    reason = _foreign(module)
+    if reason:
+        return reason
+    base = next((theirs for theirs in PAIRS if isinstance(module, theirs)), None)
+    if base is None or isinstance(module, tuple(ORIGINALS)):
+        return ""
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return f"a torch.nn.{base.__name__} with parametrizations"
+    if type(module) is not base:
+        return f"a subclass of torch.nn.{base.__name__}, whose own code might be lost"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object itself"
+    dimensions = len(getattr(module, "normalized_shape", ()))
+    return f"normalises over {dimensions} dimensions, which torch does" if dimensions > 1 else ""
+
+
+def _note(module: Any) -> str:
+    expected = {nn.TransformerEncoderLayer: ENCODER_CHILDREN, nn.TransformerDecoderLayer: DECODER_CHILDREN}
+    reason = layer_obstacle(module, expected[type(module)]) if type(module) in expected else ""
+    return f"calls its children one by one, unfused: {reason}" if reason else ""

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,24 @@ class Run:
         except UserError as error:
             raise UserError(f"{self.config}: {error}") from None
 
+    def read_tokenizer(self, model: TransformerConfig, training: dict[str, Any]) -> Tokenizer:
+        """The tokenizer, checked against what `read_config` gave.
+
+        Raises:
+            UserError: it is missing, damaged, or another run's.
+        """
+        tokenizer = Tokenizer.load(self.tokenizer)
+        if tokenizer.vocab_size != model.vocab_size:
+            sizes = f"{tokenizer.vocab_size} tokens, the model {model.vocab_size}"
+            raise UserError(f"{self.tokenizer}: does not belong to the model beside it: it has {sizes}")
+        if training.get("tokenizer_sha256", self.tokenizer_sha256()) != self.tokenizer_sha256():
+            raise UserError(f"{self.tokenizer}: not the tokenizer that the model beside it was trained with")
+        return tokenizer
+
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer's file; the trainer stores it in config.json."""
+        return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+
 
 def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
     """The trained model of a run, in eval mode on `device`, and its tokenizer.
@@ -101,16 +120,13 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         UserError: the folder is no run, has no checkpoint yet, or a file in it is damaged.
     """
     run = Run(Path(folder))
-    config, _, _ = run.read_config()
-    tokenizer = Tokenizer.load(run.tokenizer)
+    config, _, training = run.read_config()
+    tokenizer = run.read_tokenizer(config, training)
     if not run.model.is_file():
         raise UserError(f"{run.folder}: no checkpoint yet, model.safetensors is missing")
     weights, _ = load_tensors(run.model)
     model = Transformer(config)
     load_weights(model, weights, run.model)
-    if tokenizer.vocab_size != config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {config.vocab_size}"
-        raise UserError(f"{run.tokenizer}: does not belong to the model beside it: it has {sizes}")
     return model.to(device).eval(), tokenizer
 
 
@@ -191,5 +207,6 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None

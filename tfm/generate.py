@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tfm import ops
+from tfm.errors import UserError
 from tfm.model import DecoderLayer, Sequences, State, Transformer
 from tfm.sequences import Layout, offsets
 from tfm.tokenizer import BOS, EOS, PAD, Tokenizer
@@ -31,6 +33,11 @@ class Search:
     beam: int = 1
     length_penalty: float = 1.0
     batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 def translate(
@@ -97,47 +104,81 @@ def beam_search(model: Transformer, sources: list[list[int]], search: Search) ->
     limits = [min(len(source) + EXTRA_LENGTH, model.config.max_length) for source in sources]
     limit = torch.tensor(limits, device=device)
     sentence = torch.arange(len(sources), device=device)
-    # Hypotheses that run: at first one, the empty one. Those that ended: none.
-    tokens = torch.full((len(sources), beam), BOS, device=device)
-    scores = torch.full((len(sources), beam), float("-inf"), device=device)
-    scores[:, 0] = 0.0
-    history = torch.empty((len(sources), beam, 0), dtype=torch.int64, device=device)
-    ended_scores = torch.full((len(sources), beam), float("-inf"), device=device)
-    ended = torch.empty((len(sources), beam, 0), dtype=torch.int64, device=device)
+    done = torch.zeros(len(sources), dtype=torch.bool, device=device)
+    latest = torch.full((len(sources), beam), BOS, device=device)
+    running, ended = (Hypotheses.none(len(sources), beam, device) for _ in range(2))
+    # What runs at first is one hypothesis, the empty one.
+    running.scores[:, 0] = 0.0
     results: list[list[int]] = [[] for _ in sources]
     for length in range(1, max(limits) + 1):
-        log_p = cache.step(tokens).log_softmax(dim=-1)
+        log_p = cache.step(latest).log_softmax(dim=-1)
         log_p[..., [PAD, BOS]] = float("-inf")
-        must_end = (length >= limit)[:, None, None]
-        log_p = log_p.masked_fill(must_end & (torch.arange(log_p.shape[-1], device=device) != EOS), float("-inf"))
-        best, flat = (scores[..., None] + log_p).flatten(1).topk(2 * beam)
-        parent, token = flat // log_p.shape[-1], flat % log_p.shape[-1]
-        grown = torch.cat((_take(history, parent), token[..., None]), dim=-1)
+        goes_on = torch.arange(log_p.shape[-1], device=device) != EOS
+        log_p = log_p.masked_fill((length >= limit)[:, None, None] & goes_on, float("-inf"))
+        grown, parent = running.grow(log_p, 2 * beam)
+        ends = grown.tokens[..., -1] == EOS
 
-        ends = token == EOS
-        new_scores = (best / length**search.length_penalty).masked_fill(~ends, float("-inf"))[:, :beam]
-        ended_scores, order = torch.cat((ended_scores, new_scores), dim=1).topk(beam)
-        padding = ended.new_full((len(ended), beam, length - ended.shape[2]), EOS)
-        ended = _take(torch.cat((torch.cat((ended, padding), dim=2), grown[:, :beam]), dim=1), order)
+        # A sentence that is done waits unchanged, so that it does not depend on the others of its batch.
+        arrived = grown.where(ends & ~done[:, None]).first(beam)
+        ended = ended.joined(replace(arrived, scores=arrived.scores / length**search.length_penalty)).best(beam)[0]
+        running, place = grown.where(~ends).best(beam)
+        latest, parent = running.tokens[..., -1], parent.gather(1, place)
 
-        scores, order = best.masked_fill(ends, float("-inf")).topk(beam)
-        tokens, parent, history = token.gather(1, order), parent.gather(1, order), _take(grown, order)
-
-        done = ended_scores.isfinite().all(dim=1) | (length >= limit)
+        done = ended.scores.isfinite().all(dim=1) | (length >= limit)
         finished = int(done.sum())
-        if finished == len(done) or 2 * finished >= len(done):
-            for row in done.nonzero()[:, 0].tolist():
-                best_tokens = ended[row, 0].tolist()
-                results[int(sentence[row])] = best_tokens[: best_tokens.index(EOS)]
+        # Sentences leave when half of the batch is done: leaving copies the cache.
+        if 2 * finished < len(done):
+            cache.reorder(parent, None)
+            continue
+        for row in done.nonzero()[:, 0].tolist():
+            tokens = ended.tokens[row, 0].tolist()
+            results[int(sentence[row])] = tokens[: tokens.index(EOS)]
         if finished == len(done):
             break
-        keep = None
-        if 2 * finished >= len(done):
-            keep = (~done).nonzero()[:, 0]
-            tokens, scores, history, parent = tokens[keep], scores[keep], history[keep], parent[keep]
-            ended_scores, ended, limit, sentence = ended_scores[keep], ended[keep], limit[keep], sentence[keep]
+        keep = (~done).nonzero()[:, 0]
+        running, ended, latest, parent = running.of(keep), ended.of(keep), latest[keep], parent[keep]
+        limit, sentence, done = limit[keep], sentence[keep], done[keep]
         cache.reorder(parent, keep)
     return results
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """J translations of each of B sentences: `tokens` [B, J, T], and `scores` fp32 [B, J], -inf where there is none."""
+
+    tokens: Tensor
+    scores: Tensor
+
+    @classmethod
+    def none(cls, sentences: int, count: int, device: torch.device) -> Hypotheses:
+        tokens = torch.empty((sentences, count, 0), dtype=torch.int64, device=device)
+        return cls(tokens, torch.full((sentences, count), float("-inf"), device=device))
+
+    def grow(self, log_p: Tensor, count: int) -> tuple[Hypotheses, Tensor]:
+        """The `count` best with one more token, by `log_p` [B, J, vocab_size], and which each continues [B, count]."""
+        scores, place = (self.scores[..., None] + log_p).flatten(1).topk(count)
+        parent, token = place // log_p.shape[-1], place % log_p.shape[-1]
+        return Hypotheses(torch.cat((_take(self.tokens, parent), token[..., None]), dim=-1), scores), parent
+
+    def best(self, count: int) -> tuple[Hypotheses, Tensor]:
+        """The `count` best of each sentence, best first, and their places [B, count]."""
+        scores, place = self.scores.topk(count)
+        return Hypotheses(_take(self.tokens, place), scores), place
+
+    def joined(self, longer: Hypotheses) -> Hypotheses:
+        """These and `longer`, whose tokens are one more; the difference is filled with EOS."""
+        tokens = torch.cat((F.pad(self.tokens, (0, 1), value=EOS), longer.tokens), dim=1)
+        return Hypotheses(tokens, torch.cat((self.scores, longer.scores), dim=1))
+
+    def where(self, kept: Tensor) -> Hypotheses:
+        """Without those that `kept`, bool [B, J], excludes."""
+        return replace(self, scores=self.scores.masked_fill(~kept, float("-inf")))
+
+    def first(self, count: int) -> Hypotheses:
+        return Hypotheses(self.tokens[:, :count], self.scores[:, :count])
+
+    def of(self, sentences: Tensor) -> Hypotheses:
+        return Hypotheses(self.tokens[sentences], self.scores[sentences])
 
 
 def _take(hypotheses: Tensor, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfm.checkpoint import Run, average, load_tensors, load_weights, save_tensors
+from tfm.checkpoint import Run, average, load_tensors, load_weights, save_tensors, write_atomically
 from tfm.config import Recipe
 from tfm.data import Batch, BatchPlan, EncodedPairs, ParallelText, batches, encode_parallel
 from tfm.errors import UserError
@@ -43,6 +43,12 @@ class Options:
     log_every: int = 20
     keep: int = 1
     tokenize: str = "13a"
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "log_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected at least 1, got {value}")
 
 
 class Training:
@@ -195,6 +201,8 @@ class Training:
         """Everything that `resume` needs, and the weights that translate."""
         weights = self.model.state_dict()
         save_tensors(self.run.checkpoint(self.step), weights, {"step": self.step})
+        checkpoints = self.run.checkpoints()
+        save_tensors(self.run.model, average(checkpoints[-self.options.keep :]), {"step": self.step})
         state = {f"model.{name}": tensor for name, tensor in weights.items()}
         for name, parameter in self.model.named_parameters():
             for key, tensor in self.optimizer.state[parameter].items():
@@ -204,10 +212,10 @@ class Training:
             state["random.cuda"] = torch.cuda.get_rng_state(self.device)
         state["loss_sum"] = self.loss_sum
         place = {name: getattr(self, name) for name in ("step", "epoch", "batch", "loss_steps")}
-        save_tensors(self.run.state, state, place | {"log_bytes": self._log_size()})
-        for old in self.run.checkpoints()[: -self.options.keep]:
+        # Last, so that a run that dies before resumes at the checkpoint before, and writes the files above again.
+        save_tensors(self.run.state, state, place)
+        for old in checkpoints[: -self.options.keep]:
             old.unlink()
-        save_tensors(self.run.model, average(self.run.checkpoints()), {"step": self.step})
 
     def resume(self) -> None:
         """Takes up where the last `save` stood: the same weights, random numbers, batches and losses.
@@ -235,13 +243,10 @@ class Training:
         for path in self.run.checkpoints():
             if path > self.run.checkpoint(self.step):
                 path.unlink()
-        # What was logged after the checkpoint will be logged again.
-        if self._log_size() > place["log_bytes"]:
-            with self.run.log.open("r+b") as log:
-                log.truncate(place["log_bytes"])
-
-    def _log_size(self) -> int:
-        return self.run.log.stat().st_size if self.run.log.exists() else 0
+        # What was logged after the checkpoint will be logged again; a last line may be torn.
+        lines = self.run.log.read_bytes().splitlines(keepends=True) if self.run.log.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
+        write_atomically(self.run.log, b"".join(kept))
 
     def _record(self, record: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
         self.run.folder.mkdir(parents=True, exist_ok=True)

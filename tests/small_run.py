@@ -1,0 +1,61 @@
+"""A few sentences of the bundled corpus, and a run that learns them in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from tfm.cli import app
+from tfm.demo import corpus
+
+PAIRS = 200
+STEPS = 40
+FLAGS = (
+    "--preset demo --vocab-size 400 --batch-tokens 256 --warmup 10 --every 10 --log-every 1 --dropout 0.1 "
+    f"--max-length 64 --max-steps {STEPS} --threads 1 --device cpu"
+).split()
+
+
+@cache
+def pairs() -> tuple[list[str], list[str]]:
+    """French and English lines."""
+    training, _ = corpus(size=PAIRS)
+    return [pair.source for pair in training], [pair.target for pair in training]
+
+
+def write_text(folder: Path) -> list[str]:
+    """Writes the text, and gives the flags that name it."""
+    flags = []
+    for name, lines in zip(("source", "target"), pairs(), strict=True):
+        path = folder / f"{name}.txt"
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        flags += [f"--{name}", str(path)]
+    return flags
+
+
+def tfm(*arguments: str | Path, stdin: bytes = b"") -> Any:
+    """The command in this process: exit_code, stdout, stderr. A bug raises what it raised."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, catch_exceptions=False)
+
+
+def start_tfm(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, for what signals and pipes do to it."""
+    command = [sys.executable, "-m", "tfm", *(str(argument) for argument in arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    return subprocess.Popen(
+        command, env=environment, cwd=root, **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)
+    )
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The run's log without what a clock says."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "path")} for r in records]

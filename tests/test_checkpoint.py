@@ -1,0 +1,295 @@
+"""Files that are whole or refused: whatever happens to them on the way is one UserError, never another model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from samples import parallel_lines, small_config, small_model
+from torch.testing import assert_close
+
+from tfm import checkpoint
+from tfm.checkpoint import (
+    Run,
+    average,
+    load_model,
+    load_tensors,
+    load_weights,
+    save_tensors,
+    write_atomically,
+)
+from tfm.config import PRESETS, Recipe, TransformerConfig
+from tfm.errors import UserError
+from tfm.tokenizer import Tokenizer
+
+RECIPE = PRESETS["tiny"].recipe
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "a": torch.randn(5, 3),
+        "b.scalar": torch.tensor(2.5, dtype=torch.float64),
+        "c.bytes": torch.randint(256, (7,), dtype=torch.uint8),
+        "d.half": torch.randn(4).bfloat16(),
+        "e.empty": torch.empty(0, 3),
+        "f.view": torch.randn(4, 6).t(),
+    }
+
+
+def write_run(folder: Path) -> Run:
+    """A run whose training has just been saved."""
+    run, tokenizer = Run(folder), Tokenizer.train(parallel_lines(30)[0], 280)
+    model = small_model(torch.float32, vocab_size=tokenizer.vocab_size)
+    run.folder.mkdir(exist_ok=True)
+    tokenizer.save(run.tokenizer)
+    run.write_config(model.config, RECIPE, {"tokenizer_sha256": run.tokenizer_sha256()})
+    save_tensors(run.model, model.state_dict(), {"step": 12})
+    return run
+
+
+# Tensors
+
+
+def test_tensors_and_metadata_come_back(tmp_path, tensors):
+    metadata = {"step": 12, "names": ["ü", "☃"], "rate": 1e-9, "none": None}
+    save_tensors(tmp_path / "deep" / "er" / "x.safetensors", tensors, metadata)
+    loaded, described = load_tensors(tmp_path / "deep" / "er" / "x.safetensors")
+    assert described == metadata
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert_close(loaded[name], tensor, rtol=0, atol=0)
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["x.safetensors"]
+
+
+def test_every_truncation_is_noticed(tmp_path, tensors):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors, {"step": 1})
+    data = path.read_bytes()
+    for length in {*range(20), *range(20, len(data), 13), len(data) - 1}:
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match=r"x\.safetensors: truncated or damaged"):
+            load_tensors(path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load_tensors(path)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF])
+def test_every_changed_byte_is_noticed(tmp_path, tensors, flip):
+    """In the length of the header, the header, its metadata and the data."""
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, tensors, {"step": 1})
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+        with pytest.raises(UserError, match=r"x\.safetensors: "):
+            load_tensors(path)
+
+
+def test_files_of_others_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match="no such file"):
+        load_tensors(path)
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load_tensors(tmp_path)
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not written by tfm"):
+        load_tensors(path)
+    torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load_tensors(path)
+
+
+def test_average_is_the_mean(tmp_path):
+    sets = [{"a": torch.randn(3, 4) * 1000, "b": torch.randn(2)} for _ in range(5)]
+    paths = [tmp_path / str(k) for k in range(5)]
+    for path, tensors in zip(paths, sets, strict=True):
+        save_tensors(path, tensors, {})
+    mean = average(iter(paths))
+    for name in ("a", "b"):
+        exact = torch.stack([tensors[name].double() for tensors in sets]).mean(0).float()
+        assert_close(mean[name], exact, rtol=0, atol=0)
+    assert_close(average(paths[:1]), sets[0], rtol=0, atol=0)
+
+
+# Writing
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_atomically(path, b"old")
+
+    def full(descriptor):
+        assert (tmp_path / "x.part").read_bytes() == b"new" * 1000
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"x: cannot be written \(No space left on device\)"):
+        write_atomically(path, b"new" * 1000)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x", b"old")]
+    monkeypatch.undo()
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_power_cut_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    """Nothing is cleaned up then; the next write replaces what was left."""
+    path = tmp_path / "x"
+    write_atomically(path, b"old")
+
+    def cut(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    write_atomically(path, b"newer")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x", b"newer")]
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "deep" / "x", tmp_path / "folder"):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_atomically(path, b"data")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+# A run's folder
+
+
+def test_config_comes_back(tmp_path):
+    run = Run(tmp_path / "new" / "run")
+    config = small_config(norm_first=True, activation="gelu", dropout=0.1)
+    run.write_config(config, RECIPE, {"seed": 7, "source": "größe.de"})
+    assert run.read_config() == (config, RECIPE, {"seed": 7, "source": "größe.de"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: "", "damaged"),
+        (lambda text: "[]", "damaged"),
+        (lambda text: "null", "damaged"),
+        (lambda text: '{"model": {}}', "damaged"),
+        (lambda text: text.replace('"dim"', '"dime"'), "unknown or missing field 'dim'"),
+        (lambda text: text.replace('"dim": 16', '"dim": "16"'), "dim: expected int, got '16'"),
+        (lambda text: text.replace('"dim": 16', '"dim": 15'), "multiple of the 2 heads"),
+        (lambda text: text.replace('"relu"', '"relo"'), "activation: expected one of"),
+    ],
+)
+def test_a_damaged_config_is_refused(tmp_path, damage, message):
+    run = Run(tmp_path)
+    run.write_config(small_config(), RECIPE, {})
+    run.config.write_text(damage(run.config.read_text()))
+    with pytest.raises(UserError, match=rf"config\.json: .*{message}"):
+        run.read_config()
+
+
+@given(place=st.integers(0, 10_000), byte=st.integers(0, 255))
+@settings(deadline=None, max_examples=150)
+def test_a_changed_byte_of_the_config_is_no_traceback(tmp_path_factory, place, byte):
+    run = Run(tmp_path_factory.mktemp("run"))
+    run.write_config(small_config(), RECIPE, {"seed": 1})
+    data = bytearray(run.config.read_bytes())
+    data[place % len(data)] = byte
+    run.config.write_bytes(data)
+    try:
+        config, recipe, _ = run.read_config()
+    except UserError:
+        return
+    assert isinstance(config, TransformerConfig)
+    assert isinstance(recipe, Recipe)
+
+
+def test_checkpoints_are_listed_oldest_first(tmp_path):
+    run = Run(tmp_path)
+    assert run.checkpoints() == []
+    for step in (900, 20, 12_000_000, 1000):
+        write_atomically(run.checkpoint(step), b"")
+    (tmp_path / "checkpoints" / "step-00000001.safetensors.part").touch()
+    assert run.checkpoints() == [run.checkpoint(step) for step in (20, 900, 1000, 12_000_000)]
+
+
+def test_load_model_gives_what_was_saved(tmp_path):
+    run = write_run(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    assert not model.training
+    assert tokenizer.decode(tokenizer.encode(["un deux"])) == ["un deux"]
+    saved, _ = load_tensors(run.model)
+    for name, tensor in model.state_dict().items():
+        assert_close(tensor, saved[name], rtol=0, atol=0)
+    load_model(str(tmp_path))
+
+
+def smaller_tokenizer(run: Run) -> None:
+    Tokenizer.train(parallel_lines(30)[0], 270).save(run.tokenizer)
+
+
+def other_tokenizer(run: Run) -> None:
+    Tokenizer.train(parallel_lines(30)[1], 280).save(run.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: run.config.unlink(), "not a run folder, config.json is missing"),
+        (lambda run: run.tokenizer.unlink(), r"tokenizer\.json: cannot read the tokenizer"),
+        (lambda run: run.tokenizer.write_text("{"), r"tokenizer\.json: not a tokenizer file"),
+        (other_tokenizer, r"tokenizer\.json: not the tokenizer that the model beside it was trained with"),
+        (
+            smaller_tokenizer,
+            r"tokenizer\.json: does not belong to the model beside it: it has 270 tokens, the model 280",
+        ),
+        (lambda run: run.model.unlink(), r"no checkpoint yet, model\.safetensors is missing"),
+        (lambda run: run.model.write_bytes(run.model.read_bytes()[:-1]), "truncated or damaged"),
+        (lambda run: run.write_config(small_config(vocab_size=280, dim=32), RECIPE, {}), "expected shape"),
+        (
+            lambda run: run.write_config(small_config(vocab_size=280, encoder_layers=3), RECIPE, {}),
+            r"encoder\.layers\.2\..* is missing: another model's weights",
+        ),
+        (
+            lambda run: run.write_config(small_config(vocab_size=280, encoder_layers=1), RECIPE, {}),
+            r"encoder\.layers\.1\..* is unknown: another model's weights",
+        ),
+    ],
+)
+def test_a_run_that_lacks_something_is_refused(tmp_path, damage, message):
+    damage(write_run(tmp_path))
+    with pytest.raises(UserError, match=message) as raised:
+        load_model(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no such run folder"):
+        load_model(tmp_path / "file")
+
+
+def test_another_models_weights_leave_the_model_as_it_was():
+    model, other = small_model(), small_model(norm_first=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"x: decoder\.first_norm\.bias is unknown"):
+        load_weights(model, other.state_dict(), Path("x"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_is_ever_pickled():
+    sources = list(Path(checkpoint.__file__).parent.rglob("*.py"))
+    assert len(sources) > 10
+    for path in sources:
+        text = path.read_text("utf-8")
+        assert not re.search(r"\bimport (pickle|shelve|marshal|dill)\b|torch\.(load|save)\(", text), path

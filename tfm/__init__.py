@@ -5,16 +5,22 @@ into a model that already exists, `tfm.ops` is every operation as a function, an
 bundled translation model.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a source checkout the kernels lie beside this package; setup.py installs them inside it.
 if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-from tfm import nn, ops
-from tfm.ops.backends import use
-from tfm.patching import Report, accelerate, restore
+if TYPE_CHECKING:
+    from tfm import nn, ops
+    from tfm.ops.backends import use
+    from tfm.patching import Report, accelerate, restore
+
+# Imported on first use: torch takes seconds, which `tfm --help` need not wait for.
+_HOMES = {"use": "tfm.ops.backends", "Report": "tfm.patching", "accelerate": "tfm.patching", "restore": "tfm.patching"}
 
 try:
     __version__ = version("tfm")
@@ -22,3 +28,12 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+checkout"
 
 __all__ = ["Report", "__version__", "accelerate", "nn", "ops", "restore", "use"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("nn", "ops"):
+        return import_module(f"tfm.{name}")
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
+    raise AttributeError(f"module 'tfm' has no attribute {name!r}")

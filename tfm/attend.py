@@ -1,0 +1,115 @@
+"""Where each head of a trained model looks, for one sentence and its translation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tfm.errors import UserError
+from tfm.model import CrossAttention, SelfAttention, Sequences, Transformer
+from tfm.tokenizer import BOS, EOS, SPECIAL_TOKENS, Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMaps:
+    """Softmax weights, fp32 on the CPU; row i says where token i looks, and sums to 1.
+
+    Attributes:
+        source: the S tokens that the encoder reads, its end included.
+        target: the T tokens that the decoder reads; its first is BOS.
+        encoder: [layers, heads, S, S].
+        decoder: [layers, heads, T, T], zero after the diagonal.
+        cross: [layers, heads, T, S].
+    """
+
+    source: list[str]
+    target: list[str]
+    encoder: Tensor
+    decoder: Tensor
+    cross: Tensor
+
+
+def attend(model: Transformer, tokenizer: Tokenizer, sentence: str, translation: str) -> AttentionMaps:
+    """The attention weights of one forward pass over `sentence` and, as the decoder's input, `translation`.
+
+    Args:
+        model: in eval mode.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: the sentence is blank, or one of the two is longer than the model takes.
+    """
+    if not sentence.strip():
+        raise UserError("the sentence is blank")
+    source, target = tokenizer.encode([sentence, translation])
+    for name, tokens in (("sentence", source), ("translation", target)):
+        if len(tokens) >= model.config.max_length:
+            limit = model.config.max_length - 1
+            raise UserError(f"the {name} has {len(tokens)} tokens, the model takes at most {limit}")
+    source, target = [*source, EOS], [BOS, *target]
+    encoder, decoder, cross = attention_weights(model, source, target)
+    return AttentionMaps(_labels(tokenizer, source), _labels(tokenizer, target), encoder, decoder, cross)
+
+
+@torch.inference_mode()
+def attention_weights(model: Transformer, source: list[int], target: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax weights of every layer and head ("Attention Is All You Need", equation 1), of the real forward pass.
+
+    Args:
+        model: in eval mode.
+        source: S token ids, the end included.
+        target: T token ids, BOS included.
+
+    Returns:
+        Of the encoder [layers, heads, S, S], the decoder [layers, heads, T, T] and between them [layers, heads, T, S].
+    """
+    encoder: list[Tensor] = []
+    decoder: list[Tensor] = []
+    cross: list[Tensor] = []
+
+    def of_self(module: SelfAttention, inputs: tuple[Tensor, Sequences, bool, Tensor | None]) -> None:
+        x, _, is_causal, _ = inputs
+        query, key, _ = module.project(x)
+        (decoder if is_causal else encoder).append(_weights(query, key, is_causal))
+
+    def of_cross(module: CrossAttention, inputs: tuple[Tensor, Sequences, Tensor, Sequences, Tensor | None]) -> None:
+        x, _, key_value, _, _ = inputs
+        cross.append(_weights(module.project(x), key_value[:, 0], False))
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            hooks.append(module.register_forward_pre_hook(of_self))
+        elif isinstance(module, CrossAttention):
+            hooks.append(module.register_forward_pre_hook(of_cross))
+    try:
+        model(*_packed(source, model), *_packed(target, model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(encoder), torch.stack(decoder), torch.stack(cross)
+
+
+def _weights(query: Tensor, key: Tensor, is_causal: bool) -> Tensor:
+    """[N, heads, D] and [M, heads, D] to [heads, N, M], fp32 on the CPU."""
+    scores = torch.einsum("nhd,mhd->hnm", query.float(), key.float()) / math.sqrt(query.shape[-1])
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(dim=-1).cpu()
+
+
+def _packed(tokens: list[int], model: Transformer) -> tuple[Tensor, Tensor, Sequences]:
+    """Tokens, positions and offsets of a batch of one sentence."""
+    device = model.embedding.device
+    cu_seq = torch.tensor([0, len(tokens)], dtype=torch.int32, device=device)
+    positions = torch.arange(len(tokens), device=device)
+    return torch.tensor(tokens, device=device), positions, Sequences(cu_seq, len(tokens))
+
+
+def _labels(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    texts = tokenizer.decode([[token] for token in tokens])
+    special = range(len(SPECIAL_TOKENS))
+    return [SPECIAL_TOKENS[token] if token in special else text for token, text in zip(tokens, texts, strict=True)]

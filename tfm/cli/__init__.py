@@ -1,0 +1,91 @@
+"""The `tfm` command. A user's mistake ends in one line on stderr and exit status 2, never in a traceback.
+
+What is slow to import (torch, matplotlib, sacrebleu) is imported inside the commands that need it.
+"""
+
+from __future__ import annotations
+
+import sys
+from io import TextIOWrapper
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tfm.cli import demo, doctor, pictures, training, translation
+from tfm.errors import UserError
+
+
+class Commands(TyperGroup):
+    """The commands, with the one place where errors become messages. What is not the user's mistake stays as it is."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            message = str(error)
+        except BrokenPipeError:
+            raise  # typer ends quietly
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename is not None else ""
+            message = f"{place}{error.strerror or error}"
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = "the GPU ran out of memory: try again with a lower --batch-tokens"
+        except KeyboardInterrupt:
+            typer.echo("tfm: interrupted", err=True)
+            raise typer.Exit(130) from None
+        typer.echo("tfm: error: " + " ".join(message.splitlines()), err=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    name="tfm",
+    cls=Commands,
+    help="Train a translation model on parallel text, translate with it, look inside it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(training.train)
+app.command()(translation.translate)
+app.command()(translation.evaluate)
+app.command()(pictures.attend)
+app.add_typer(pictures.plot)
+app.command()(demo.demo)
+app.command()(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from tfm import __version__
+
+        typer.echo(f"tfm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end a training run.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    app(prog_name="tfm")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)

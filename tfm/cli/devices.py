@@ -1,0 +1,32 @@
+"""--device and --threads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from tfm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+Device = Annotated[DeviceName, typer.Option(help="Where to compute; auto is the GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")]
+
+
+def prepare(device: str, threads: int | None) -> torch.device:
+    """The device of that name, with the threads set.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")

@@ -1,0 +1,57 @@
+"""`tfm attend` and `tfm plot`: what goes on inside, as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfm.cli.devices import Device, prepare
+from tfm.cli.translation import Folder
+
+plot = typer.Typer(name="plot", help="Pictures that need no trained model.", no_args_is_help=True)
+
+
+def attend(
+    run: Folder,
+    sentence: Annotated[str, typer.Argument(help="A sentence in the source language.")],
+    translation: Annotated[
+        str | None, typer.Option(help="What the decoder is given; by default the model's own, greedy.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("attend.png"),
+    device: Device = "auto",
+) -> None:
+    """Draw where every head looks: encoder, decoder, and decoder over encoder, layer by layer."""
+    from tfm.attend import attend as attend_sentence
+    from tfm.checkpoint import load_model, write_atomically
+    from tfm.generate import translate
+    from tfm.plots import attention_maps
+
+    model, tokenizer = load_model(run, prepare(device, None))
+    if translation is None:
+        translation = translate(model, tokenizer, [sentence])[0]
+    maps = attend_sentence(model, tokenizer, sentence, translation)
+    write_atomically(out, attention_maps(maps))
+    typer.echo(f"{sentence} -> {translation}")
+    typer.echo(f"wrote {out}")
+
+
+@plot.command()
+def positions(
+    dim: Annotated[int, typer.Option(min=1, help="Columns of the encoding.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Positions.")] = 100,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("positions.png"),
+) -> None:
+    """Draw the sinusoidal positional encoding ("Attention Is All You Need", section 3.5)."""
+    from tfm.checkpoint import write_atomically
+    from tfm.plots import positional_encoding
+
+    write_atomically(out, positional_encoding(length, dim))
+    typer.echo(f"wrote {out}")
+
+
+@plot.callback()
+def _pictures() -> None:
+    # With a callback typer keeps the name of a group's only command.
+    pass

@@ -30,7 +30,7 @@ check-kernels: $(INSTALLED)
 
 # Each operation beside what people would use instead, as ratios in one run.
 bench: $(INSTALLED)
-	$(BIN)/pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-group-by=group
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-group-by=group
 
 # torch comes first, pinned: every other package would pull the newest one.
 $(INSTALLED): constraints.txt pyproject.toml setup.py

@@ -13,13 +13,14 @@ from typing import Any
 from triton.runtime.jit import JITFunction
 
 from tfm.kernels import launch, layer_norm
+from tfm.kernels import rows as row_kernels
 
 DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: `name` for the table, `arguments` by parameter name."""
+    """One compilation; `arguments` by the kernel's parameter names."""
 
     name: str
     kernel: JITFunction
@@ -28,34 +29,40 @@ class Case:
 
 
 def layer_norm_cases(every: bool) -> Iterator[Case]:
-    """Dropout, residual, fp32 parameters and both gradients; columns that are and are not a multiple of 16."""
-    narrow = [16, 32, 64, 256, 512, 1024] if every else [64]
-    for columns in [*narrow, 2048, 4096, 8192, 16384, 32768]:
-        for dtype in DTYPES:
-            for alignment in (":16", ""):
-                pointer, number = f"*{dtype}:16", f"i32{alignment}"
-                shared = dict(h=pointer, mean="*fp32:16", rstd="*fp32:16", weight="*fp32:16", seed="*i64:16")
-                shared |= dict(rows="i32", columns=number, threshold="i32", scale="fp32", site="i32")
-                name = f"{columns if alignment else columns - 1} {dtype}"
+    """Dropout, residual, fp32 parameters, every gradient; odd row strides wherever they need more registers."""
+    powers = [1 << bits for bits in range(4, 16)]
+    everything = powers + [power - 1 for power in powers]
+    for dtype in DTYPES:
+        data, single = f"*{dtype}:16", "*fp32:16"
+        numbers = {"rows": "i32", "threshold": "i32", "scale": "fp32", "site": "i32", "seed": "*i64:16"}
+        saved = {"h": data, "mean": single, "rstd": single, "weight": single}
 
-                tiles = launch.layer_norm_forward(columns, columns)
-                arguments = dict(x=pointer, residual=pointer, bias="*fp32:16", y=pointer, eps="fp32")
-                arguments |= dict(x_stride=number, residual_stride=number)
-                blocks = dict(BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns)
-                forward = layer_norm.layer_norm_forward_kernel
-                yield Case(f"layer_norm_forward {name}", forward, shared | arguments | blocks, tiles.num_warps)
+        for columns in everything if every else (63, 2047, 4095, 8191, 16384, 32767):
+            tiles = launch.layer_norm_forward(columns, columns)
+            tensors = {"x": data, "residual": data, "bias": single, "y": data, "eps": "fp32"}
+            shape = _shape(columns, tiles, "columns", "x_stride", "residual_stride")
+            arguments = {**saved, **numbers, **tensors, **shape}
+            kernel = layer_norm.layer_norm_forward_kernel
+            yield Case(f"layer_norm_forward {columns} {dtype}", kernel, arguments, tiles.num_warps)
 
-                tiles = launch.layer_norm_backward(columns, columns, multiprocessors=132)
-                arguments = dict(dy=pointer, dh=pointer, dx=pointer, dresidual=pointer, partials="*fp32:16")
-                arguments |= dict(dy_stride=number, dh_stride=number, h_stride=number)
-                blocks = dict(BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, CHUNKS=tiles.chunks)
-                backward = layer_norm.layer_norm_backward_kernel
-                yield Case(f"layer_norm_backward {name}", backward, shared | arguments | blocks, tiles.num_warps)
+        for columns in everything if every else (63, 2047, 4095, 8192, 32767, 32768):
+            tiles = launch.layer_norm_backward(columns, columns, multiprocessors=132)
+            tensors = {"dy": data, "dh": data, "dx": data, "dresidual": data, "partials": single}
+            shape = _shape(columns, tiles, "columns", "dy_stride", "dh_stride", "h_stride")
+            arguments = {**saved, **numbers, **tensors, **shape}
+            kernel = layer_norm.layer_norm_backward_kernel
+            yield Case(f"layer_norm_backward {columns} {dtype}", kernel, arguments, tiles.num_warps)
 
-    sums = launch.sum_partials(512)
-    arguments = dict(partials="*fp32:16", dweight="*fp32:16", dbias="*fp32:16", programs="i32", columns="i32")
-    blocks = dict(BLOCK_PROGRAMS=sums.block_rows, BLOCK_COLUMNS=sums.block_columns)
-    yield Case("sum_partials", layer_norm.sum_partials_kernel, arguments | blocks, sums.num_warps)
+    tiles = launch.sum_partials(512)
+    tensors = {"partials": "*fp32:16", "dweight": "*fp32:16", "dbias": "*fp32:16"}
+    blocks = {"BLOCK_PROGRAMS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns}
+    arguments = {**tensors, **blocks, "programs": "i32", "columns": "i32"}
+    yield Case("sum_partials fp32", row_kernels.sum_partials_kernel, arguments, tiles.num_warps)
+
+
+def _shape(columns: int, tiles: launch.RowTiles, *numbers: str) -> dict[str, Any]:
+    blocks = {"BLOCK_ROWS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns, "CHUNKS": tiles.chunks}
+    return {**blocks, **dict.fromkeys(numbers, "i32" if columns % 16 else "i32:16")}
 
 
 ALL = (layer_norm_cases,)

@@ -23,56 +23,66 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tfm.kernels import launch
-from tfm.kernels.launch import as_rows
 from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
+from tfm.kernels.rows import as_rows, cover, load, sum_partials
 
 
 @triton.jit(do_not_specialize=["rows", "threshold", "site"])
 def layer_norm_forward_kernel(
     x, residual, weight, bias, seed, y, h, mean, rstd,
     rows, columns, x_stride, residual_stride, eps, threshold, scale, site,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Each program normalises BLOCK_ROWS whole rows."""
+    """Each program normalises BLOCK_ROWS rows of CHUNKS chunks; one chunk stays in registers, more are read again."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    inside = (row < rows) & (column < columns)
+    value = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    total = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    for chunk in range(CHUNKS):
+        column, inside = cover(row, rows, chunk, columns, BLOCK_COLUMNS)
+        value = load(x + row * x_stride + column, inside)
+        if seed is not None:
+            keep = keep_mask(row, chunk * BLOCK_COLUMNS, 0, site, seed, threshold, BLOCK_COLUMNS)
+            value = tl.where(keep, value * tl.cast(scale, tl.float32), 0.0)
+        if residual is not None:
+            value += load(residual + row * residual_stride + column, inside)
+            stored = value.to(h.dtype.element_ty)
+            tl.store(h + row * columns + column, stored, mask=inside)
+            value = stored.to(tl.float32)
+        total += tl.sum(value, axis=1, keep_dims=True)
+    average = total / columns
 
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if seed is not None:
-        keep = keep_mask(row, 0, 0, site, seed, threshold, BLOCK_COLUMNS)
-        value = tl.where(keep, value * tl.cast(scale, tl.float32), 0.0)
-    if residual is not None:
-        value += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-        stored = value.to(h.dtype.element_ty)
-        tl.store(h + row * columns + column, stored, mask=inside)
-        value = stored.to(tl.float32)
-
-    average = tl.sum(value, axis=1, keep_dims=True) / columns
-    centred = tl.where(inside, value - average, 0.0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / columns
-    inverse = tl.rsqrt(variance + tl.cast(eps, tl.float32))
+    h_row = x + row * x_stride if residual is None else h + row * columns
+    squares = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    for chunk in range(CHUNKS):
+        column, inside = cover(row, rows, chunk, columns, BLOCK_COLUMNS)
+        if CHUNKS > 1:  # The sums above end in a barrier, so that every thread sees h as stored.
+            value = load(h_row + column, inside)
+        centred = tl.where(inside, value - average, 0.0)
+        squares += tl.sum(centred * centred, axis=1, keep_dims=True)
+    inverse = tl.rsqrt(squares / columns + tl.cast(eps, tl.float32))
     tl.store(mean + row, average, mask=row < rows)
     tl.store(rstd + row, inverse, mask=row < rows)
 
-    result = centred * inverse
-    if weight is not None:
-        result *= tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
-    if bias is not None:
-        result += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
-    tl.store(y + row * columns + column, result, mask=inside)
+    for chunk in range(CHUNKS):
+        column, inside = cover(row, rows, chunk, columns, BLOCK_COLUMNS)
+        if CHUNKS > 1:
+            value = load(h_row + column, inside)
+        result = (value - average) * inverse
+        if weight is not None:
+            result *= load(weight + column, inside)
+        if bias is not None:
+            result += load(bias + column, inside)
+        tl.store(y + row * columns + column, result, mask=inside)
 
 
 @triton.jit
-def load_gradient(dy_row, h_row, weight, average, inverse, column, columns, inside):
-    """dy, z and g of the formulas above, in fp32; dy and g are 0 outside."""
-    dy = tl.load(dy_row + column, mask=inside, other=0.0).to(tl.float32)
-    z = (tl.load(h_row + column, mask=inside, other=0.0).to(tl.float32) - average) * inverse
-    g = dy
-    if weight is not None:
-        g *= tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
-    return dy, z, g
+def load_gradient(dy_row, h_row, weight, average, inverse, column, inside):
+    """dy, z and g of the formulas above; dy and g are 0 outside."""
+    d_y = load(dy_row + column, inside)
+    z = (load(h_row + column, inside) - average) * inverse
+    g = d_y if weight is None else d_y * load(weight + column, inside)
+    return d_y, z, g
 
 
 @triton.jit(do_not_specialize=["rows", "threshold", "site"])
@@ -86,30 +96,29 @@ def layer_norm_backward_kernel(
     dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for tile in range(program, tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-        average = tl.load(mean + row, mask=row < rows, other=0.0)
-        inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
+        row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        average = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+        inverse = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+        row = row[:, None]
         dy_row, h_row = dy + row * dy_stride, h + row * h_stride
 
+        d_y = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        z, g = d_y, d_y
         g_sum = tl.zeros([BLOCK_ROWS, 1], tl.float32)
         gz_sum = tl.zeros([BLOCK_ROWS, 1], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            column = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-            inside = (row < rows) & (column < columns)
-            d_y, z, g = load_gradient(dy_row, h_row, weight, average, inverse, column, columns, inside)
+        for chunk in range(CHUNKS):
+            column, inside = cover(row, rows, chunk, columns, BLOCK_COLUMNS)
+            d_y, z, g = load_gradient(dy_row, h_row, weight, average, inverse, column, inside)
             g_sum += tl.sum(g, axis=1, keep_dims=True)
             gz_sum += tl.sum(g * z, axis=1, keep_dims=True)
 
-        for chunk in tl.static_range(CHUNKS):
-            # A row of one chunk is still in registers; a wider one is read again, from the cache.
+        for chunk in range(CHUNKS):
+            column, inside = cover(row, rows, chunk, columns, BLOCK_COLUMNS)
             if CHUNKS > 1:
-                column = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-                inside = (row < rows) & (column < columns)
-                d_y, z, g = load_gradient(dy_row, h_row, weight, average, inverse, column, columns, inside)
-
+                d_y, z, g = load_gradient(dy_row, h_row, weight, average, inverse, column, inside)
             total = (g - (g_sum + z * gz_sum) / columns) * inverse
             if dh is not None:
-                total += tl.load(dh + row * dh_stride + column, mask=inside, other=0.0).to(tl.float32)
+                total += load(dh + row * dh_stride + column, inside)
             if dresidual is not None:
                 tl.store(dresidual + row * columns + column, total, mask=inside)
             if dx is not None:
@@ -124,35 +133,14 @@ def layer_norm_backward_kernel(
                     dbias += d_y
                 else:
                     partial = partials + program * 2 * columns + column
-                    tl.store(partial, tl.load(partial, mask=inside) + d_y * z, mask=inside)
-                    tl.store(partial + columns, tl.load(partial + columns, mask=inside) + d_y, mask=inside)
+                    tl.store(partial, load(partial, inside) + d_y * z, mask=inside)
+                    tl.store(partial + columns, load(partial + columns, inside) + d_y, mask=inside)
 
     if partials is not None and CHUNKS == 1:
         column = tl.arange(0, BLOCK_COLUMNS)
         partial = partials + program * 2 * columns + column
         tl.store(partial, tl.sum(dweight, axis=0), mask=column < columns)
         tl.store(partial + columns, tl.sum(dbias, axis=0), mask=column < columns)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def sum_partials_kernel(
-    partials, dweight, dbias, programs, columns,
-    BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Each program sums BLOCK_COLUMNS columns of partials [programs, 2, columns], always in the same order."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    weight_sum = tl.zeros([BLOCK_PROGRAMS, BLOCK_COLUMNS], tl.float32)
-    bias_sum = tl.zeros([BLOCK_PROGRAMS, BLOCK_COLUMNS], tl.float32)
-    for start in range(0, programs, BLOCK_PROGRAMS):
-        program = start + tl.arange(0, BLOCK_PROGRAMS)[:, None]
-        partial = partials + program * 2 * columns + column[None, :]
-        inside = (program < programs) & (column < columns)[None, :]
-        weight_sum += tl.load(partial, mask=inside, other=0.0)
-        bias_sum += tl.load(partial + columns, mask=inside, other=0.0)
-    if dweight is not None:
-        tl.store(dweight + column, tl.sum(weight_sum, axis=0), mask=column < columns)
-    if dbias is not None:
-        tl.store(dbias + column, tl.sum(bias_sum, axis=0), mask=column < columns)
 
 
 def residual_layer_norm_forward(
@@ -172,7 +160,8 @@ def residual_layer_norm_forward(
             y=y, h=h, mean=mean, rstd=rstd,
             rows=rows, columns=columns, x_stride=x_stride, residual_stride=residual_stride,
             eps=eps, threshold=threshold, scale=scale, site=site,
-            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, num_warps=tiles.num_warps,
+            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, CHUNKS=tiles.chunks,
+            num_warps=tiles.num_warps,
         )  # fmt: skip
     return y, h, mean, rstd
 
@@ -211,11 +200,7 @@ def residual_layer_norm_backward(
             num_warps=tiles.num_warps,
         )  # fmt: skip
         if partials is not None:
-            sums = launch.sum_partials(columns)
-            sum_partials_kernel[(sums.programs,)](
-                partials=partials, dweight=dweight, dbias=dbias, programs=tiles.programs, columns=columns,
-                BLOCK_PROGRAMS=sums.block_rows, BLOCK_COLUMNS=sums.block_columns, num_warps=sums.num_warps,
-            )  # fmt: skip
+            sum_partials(partials, dweight, dbias)
     return dx, dresidual, dweight, dbias
 
 
@@ -247,17 +232,21 @@ class ResidualLayerNorm(torch.autograd.Function):
     """Autograd of the two operators; without a residual h is empty and has no gradient."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, dropout_p, seed, site):
-        y, h, mean, rstd = torch.ops.tfm.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, site)
+    def forward(x, residual, weight, bias, eps, dropout_p, seed, site):
+        return torch.ops.tfm.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, site)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, bias, _, ctx.dropout_p, seed, ctx.site = inputs
+        _, h, mean, rstd = output
         ctx.save_for_backward(x if residual is None else h, mean, rstd, weight, seed)
         ctx.dtypes = tuple(None if given is None else given.dtype for given in (x, residual, weight, bias))
-        ctx.dropout_p, ctx.site = dropout_p, site
+        ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return y, h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dh):
+    def backward(ctx, dy, dh, *_):
         h, mean, rstd, weight, seed = ctx.saved_tensors
         wanted = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:4], strict=True)]
         # Without dropout x and residual have one gradient: it is written once.
@@ -283,4 +272,4 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See tfm.ops.residual_layer_norm."""
     seed = None if seed is None else seed.to(x.device)
-    return ResidualLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed, site)
+    return ResidualLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed, site)[:2]

@@ -179,3 +179,9 @@ def test_checkpoint_repeats_the_seed():
     x = torch.randn(5, 9, requires_grad=True)
     dropped = torch.utils.checkpoint.checkpoint(lambda x: ops.dropout(x.exp(), 0.5), x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(dropped.sum(), x)[0], dropped.detach())
+
+
+def test_nothing_is_kept_at_one():
+    mask = reference.keep_mask(torch.arange(3), 20, torch.tensor(0), 1.0, torch.tensor(5), 0)
+    assert mask.shape == (3, 20)
+    assert not mask.any()

@@ -62,10 +62,10 @@ def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
     ("columns", "forward", "backward_settings"),
     [
         (512, launch.RowTiles(2048, 4, 512, 1, 4), launch.RowTiles(264, 4, 512, 1, 8)),
-        (1000, launch.RowTiles(4096, 2, 1024, 1, 4), launch.RowTiles(264, 2, 1024, 1, 8)),
+        (1000, launch.RowTiles(8192, 1, 1024, 1, 4), launch.RowTiles(264, 2, 1024, 1, 8)),
         (8192, launch.RowTiles(8192, 1, 8192, 1, 16), launch.RowTiles(264, 1, 8192, 1, 16)),
-        (8191, launch.RowTiles(8192, 1, 8192, 1, 16), launch.RowTiles(264, 1, 2048, 4, 8)),
-        (32768, launch.RowTiles(8192, 1, 8192, 4, 16), launch.RowTiles(264, 1, 4096, 8, 8)),
+        (8191, launch.RowTiles(8192, 1, 8192, 1, 16), launch.RowTiles(264, 1, 4096, 2, 8)),
+        (32768, launch.RowTiles(8192, 1, 4096, 8, 8), launch.RowTiles(264, 1, 4096, 8, 8)),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )

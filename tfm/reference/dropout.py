@@ -71,7 +71,9 @@ def keep_mask(rows: Tensor, columns: int, groups: Tensor, p: float, seed: Tensor
     flip = -0x7FFF7FFF7FFF8000
     pairs = torch.stack((((w1 << 32) | w0) ^ flip, ((w3 << 32) | w2) ^ flip), dim=-1)
     halves = pairs.view(torch.int16).flatten(-2)
-    return (halves >= threshold(p) - 32768)[..., :columns]
+    # At p = 1 the threshold lies outside int16.
+    kept = halves >= threshold(p) - 32768 if threshold(p) < 65536 else torch.zeros_like(halves, dtype=torch.bool)
+    return kept[..., :columns]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:

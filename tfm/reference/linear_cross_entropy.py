@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # A chunk of logits should fit the caches of a CPU; on other devices it should feed a large matmul.
-CHUNK_BYTES = {"cpu": 8 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20}
 DEFAULT_CHUNK_BYTES = 256 << 20
 
 

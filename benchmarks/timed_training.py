@@ -1,0 +1,157 @@
+"""What a training benchmark trains on, and its clock."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from benchmarks.peers import CONTENDERS
+from tfm import demo
+from tfm.checkpoint import Run
+from tfm.config import PRESETS, Recipe, TransformerConfig
+from tfm.data import EncodedPairs, ParallelText, batches, encode_parallel, read_parallel
+from tfm.model import Transformer
+from tfm.tokenizer import Tokenizer
+from tfm.train import Options, Training, batch_loss
+
+WARM_UP_BATCHES = 12
+UPDATES_PER_POINT = 50
+# Of Multi30k's sentences in 9,712 tokens, end included: how many of a hundred have 6, 7, ... tokens.
+LENGTHS = {6: 1, 8: 6, 10: 15, 12: 22, 14: 19, 16: 13, 18: 9, 21: 7, 24: 4, 28: 3, 34: 1}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt: the texts, their tokenizer, the model's shape and the recipe."""
+
+    training: ParallelText
+    validation: ParallelText
+    test: ParallelText
+    tokenizer: Tokenizer
+    config: TransformerConfig
+    recipe: Recipe
+    pairs: EncodedPairs
+
+
+class TimedTraining(Training):
+    """A contender's training, by the update of `tfm train`, with a clock around updates alone."""
+
+    def __init__(self, name: str, task: Task, device: torch.device, seed: int) -> None:
+        self.contender = CONTENDERS[name]
+        torch.manual_seed(seed)
+        # A peer has the bundled model's interface.
+        model = cast(Transformer, self.contender.build(task.config, device))
+        options = Options(seed=seed, dtype=self.contender.dtype, tokenize="none")
+        nowhere = Run(Path(tempfile.gettempdir()))
+        super().__init__(nowhere, model, task.tokenizer, task.recipe, task.pairs, None, options)
+        self.points: list[dict[str, float]] = []
+        self.clock = 0.0
+
+    def start_loss(self) -> float:
+        """The untrained model's loss of the first batch, without dropout."""
+        self.model.eval()
+        # Compiling what is run once would cost minutes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            batch = self._plan()[0].to(self.device)
+            loss = batch_loss(self.model, batch, self.recipe.label_smoothing, self.options.dtype).item()
+        self.model.train()
+        return loss
+
+    def warm_up(self) -> float:
+        """Forward and backward over short to long batches, without an update; returns the seconds it took."""
+        started = time.perf_counter()
+        self.model.train()
+        plan = batches(self.pairs, self.recipe.batch_tokens, shuffle=False)
+        for place in range(WARM_UP_BATCHES):
+            batch = plan[place * (len(plan) - 1) // (WARM_UP_BATCHES - 1)].to(self.device)
+            batch_loss(self.model, batch, self.recipe.label_smoothing, self.options.dtype).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._synchronize()
+        torch.manual_seed(self.options.seed)
+        return time.perf_counter() - started
+
+    def run_for(self, seconds: float) -> dict[str, float]:
+        """Train for so long; what was done, and how fast."""
+        tokens, first, plan = 0, self.step, self._plan()
+        self._synchronize()
+        started, elapsed = time.perf_counter(), 0.0
+        while elapsed < seconds:
+            if self.batch == len(plan):
+                self.epoch, self.batch = self.epoch + 1, 0
+                plan = self._plan()
+            batch = plan[self.batch].to(self.device, non_blocking=True)
+            self._update(batch)
+            tokens += batch.tokens
+            if self.step % UPDATES_PER_POINT == 0:
+                self._point(self.clock + elapsed)
+            elapsed = time.perf_counter() - started
+        self._synchronize()
+        elapsed = time.perf_counter() - started
+        self._check_finite()
+        self.clock += elapsed
+        updates = self.step - first
+        return {"seconds": elapsed, "updates": updates, "tokens": tokens, "tokens_per_second": tokens / elapsed}
+
+    def _point(self, seconds: float) -> None:
+        loss = self.loss_sum.item() / self.loss_steps
+        self.points.append({"seconds": seconds, "step": self.step, "epoch": self.epoch, "train_loss": loss})
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def load(arguments: argparse.Namespace) -> Task:
+    """The task that the command line names; the bundled corpus without --data.
+
+    Raises:
+        UserError: a file of --data is missing or damaged.
+    """
+    if arguments.data is None:
+        training, held_out = (
+            ParallelText([pair.source for pair in pairs], [pair.target for pair in pairs]) for pairs in demo.corpus()
+        )
+        half = len(held_out) // 2
+        validation = ParallelText(held_out.source[:half], held_out.target[:half])
+        test = ParallelText(held_out.source[half:], held_out.target[half:])
+    else:
+        languages = (arguments.source_language, arguments.target_language)
+        parts = ("train", "val", arguments.test_set)
+        training, validation, test = (
+            read_parallel(*(arguments.data / f"{part}.lc.norm.tok.{language}.gz" for language in languages))
+            for part in parts
+        )
+    preset = PRESETS[arguments.preset or ("demo" if arguments.data is None else "tiny")]
+    changes = {name: getattr(arguments, name) for name in ("batch_tokens", "learning_rate", "warmup")}
+    recipe = replace(preset.recipe, **changes)
+    tokenizer = Tokenizer.train(chain(training.source, training.target), recipe.vocab_size)
+    config = preset.config(tokenizer.vocab_size)
+    pairs = encode_parallel(training, tokenizer, config.max_length)
+    return Task(training, validation, test, tokenizer, config, recipe, pairs)
+
+
+def synthetic_task(sentences: int = 29_000) -> Task:
+    """Random tokens in Multi30k's number and lengths, so that sorting leaves as little padding; the tiny preset."""
+    config = replace(PRESETS["tiny"].config(9712), max_length=64)
+    generator = torch.Generator().manual_seed(1)
+    sides: list[torch.Tensor] = []
+    for _ in range(2):
+        drawn = torch.multinomial(torch.tensor(list(LENGTHS.values())).float(), sentences, True, generator=generator)
+        offsets = torch.tensor([0, *(list(LENGTHS)[k] for k in drawn.tolist())]).cumsum(0)
+        tokens = torch.randint(3, config.vocab_size, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
+        sides += [tokens, offsets]
+    source, source_offsets, target, target_offsets = sides
+    pairs = EncodedPairs(source, source_offsets, target, target_offsets)
+    recipe = replace(PRESETS["tiny"].recipe, batch_tokens=2048)
+    nothing = ParallelText([], [])
+    tokenizer = cast(Tokenizer, None)  # nothing is translated
+    return Task(nothing, nothing, nothing, tokenizer, config, recipe, pairs)

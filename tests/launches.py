@@ -1,0 +1,28 @@
+"""Watching Triton kernels: which ran, and that they wrote every element they were given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton.runtime.jit import KernelInterface
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched from now on, in order: a fallback leaves the list empty.
+
+    Allocations are filled with NaN from now on, so that an element that no kernel writes is seen.
+    """
+    launched: list[str] = []
+    subscript, empty, empty_like = KernelInterface.__getitem__, torch.empty, torch.empty_like
+
+    def recorded(kernel, grid):
+        launched.append(kernel.fn.__name__)
+        return subscript(kernel, grid)
+
+    def poisoned(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", recorded)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
+    return launched

@@ -54,7 +54,9 @@ def test_equals_torch(batch_first: bool, norm_first: bool, case: str, monkeypatc
     torch.testing.assert_close(ours.eval()(**inputs, **call), output, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"bias": False}, {"activation": "gelu"}, {"activation": torch.tanh}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bias": False}, {"activation": "gelu"}, {"activation": torch.tanh}], ids=["no bias", "gelu", "tanh"]
+)
 def test_constructor_arguments(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, ours = transformers(batch_first=True, layer_norm_eps=1e-3, **options)
     inputs, call = {"src": batch(SOURCES), "tgt": batch(TARGETS)}, CASES["causal and padding"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,7 +136,8 @@ def test_the_interpreter_serves_only_those_who_ask(monkeypatch):
 def test_which_gpus_the_kernels_serve(monkeypatch, built_for, capability, auto, reason):
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chip = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
     row, device = Row("layer_norm", "triton", backends.FLOATS, max_columns=8), torch.device("cuda")
     found = backends.triton_obstacle(device, automatic=True)
     assert (found == "") == (auto == "triton")

@@ -125,7 +125,7 @@ def test_attention_maps_show_every_head(figures: list[Figure]) -> None:
     assert all((array == weights.numpy()).all() for array, weights in zip(drawn, expected, strict=True))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == odd
     assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == odd
-    assert figure.axes[9].get_title() == "decoder over encoder, layer 1, head 1"
+    assert figure.axes[9].get_title() == "cross, layer 1, head 1"
 
 
 def test_attention_maps_of_a_long_sentence_stay_a_picture() -> None:

@@ -50,7 +50,7 @@ def attention_maps(maps: AttentionMaps) -> bytes:
     parts = (
         ("encoder", maps.encoder, maps.source, maps.source),
         ("decoder", maps.decoder, maps.target, maps.target),
-        ("decoder over encoder", maps.cross, maps.target, maps.source),
+        ("cross", maps.cross, maps.target, maps.source),
     )
     heads = maps.encoder.shape[1]
     rows = sum(len(weights) for _, weights, _, _ in parts)

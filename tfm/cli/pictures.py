@@ -22,7 +22,7 @@ def attend(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("attend.png"),
     device: Device = "auto",
 ) -> None:
-    """Draw where every head looks: encoder, decoder, and decoder over encoder, layer by layer."""
+    """Draw where every head looks: encoder, decoder, and cross-attention, layer by layer."""
     from tfm.attend import attend as attend_sentence
     from tfm.checkpoint import load_model, write_atomically
     from tfm.generate import translate

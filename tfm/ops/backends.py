@@ -93,8 +93,9 @@ def triton_obstacle(device: torch.device, automatic: bool) -> str:
     if device.type == "cuda":
         if torch.version.cuda is None:
             return "the kernels are for NVIDIA GPUs, and this torch is built for others"
-        major, minor = torch.cuda.get_device_capability(device)
-        return "" if major >= 8 else f"expected compute capability 8.0 or newer, got {major}.{minor}"
+        # Dynamo folds the properties to constants, but breaks its graph at get_device_capability.
+        chip = torch.cuda.get_device_properties(device)
+        return "" if chip.major >= 8 else f"expected compute capability 8.0 or newer, got {chip.major}.{chip.minor}"
     if device.type != "cpu":
         return f"expected CUDA tensors, got {device.type} tensors"
     if automatic or not interpreting():

@@ -1,21 +1,17 @@
-# make demo, make test: a fresh machine needs Python 3.10 or newer, make and a C++ compiler; no GPU.
+# make demo, make test: a fresh machine needs Python 3.11 or newer with venv, make and a C++ compiler; no GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check check-kernels bench clean
+.PHONY: demo test check check-kernels bench clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: $(INSTALLED)
 	$(BIN)/tfm demo
 
-# Every test but those that take minutes each.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
-
-test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 # Format, lint, types, and who may import whom.
 check: $(INSTALLED)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tfm.checkpoint import write_atomically
+from tfm.files import write_atomically
 
 
 def environment(device: torch.device) -> dict[str, Any]:

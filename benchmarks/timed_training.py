@@ -13,6 +13,7 @@ from typing import cast
 import torch
 
 from benchmarks.peers import CONTENDERS
+from benchmarks.shapes import MULTI30K_LENGTHS
 from tfm import demo
 from tfm.checkpoint import Run
 from tfm.config import PRESETS, Recipe, TransformerConfig
@@ -23,8 +24,6 @@ from tfm.train import Options, Training, batch_loss
 
 WARM_UP_BATCHES = 12
 UPDATES_PER_POINT = 50
-# Of Multi30k's sentences in 9,712 tokens, end included: how many of a hundred have 6, 7, ... tokens.
-LENGTHS = {6: 1, 8: 6, 10: 15, 12: 22, 14: 19, 16: 13, 18: 9, 21: 7, 24: 4, 28: 3, 34: 1}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def load(arguments: argparse.Namespace) -> Task:
         )
     preset = PRESETS[arguments.preset or ("demo" if arguments.data is None else "tiny")]
     changes = {name: getattr(arguments, name) for name in ("batch_tokens", "learning_rate", "warmup")}
-    recipe = replace(preset.recipe, **changes)
+    recipe = replace(preset.recipe, schedule="inverse_sqrt", **changes)
     tokenizer = Tokenizer.train(chain(training.source, training.target), recipe.vocab_size)
     config = preset.config(tokenizer.vocab_size)
     pairs = encode_parallel(training, tokenizer, config.max_length)
@@ -145,8 +144,10 @@ def synthetic_task(sentences: int = 29_000) -> Task:
     generator = torch.Generator().manual_seed(1)
     sides: list[torch.Tensor] = []
     for _ in range(2):
-        drawn = torch.multinomial(torch.tensor(list(LENGTHS.values())).float(), sentences, True, generator=generator)
-        offsets = torch.tensor([0, *(list(LENGTHS)[k] for k in drawn.tolist())]).cumsum(0)
+        drawn = torch.multinomial(
+            torch.tensor(list(MULTI30K_LENGTHS.values())).float(), sentences, True, generator=generator
+        )
+        offsets = torch.tensor([0, *(list(MULTI30K_LENGTHS)[k] for k in drawn.tolist())]).cumsum(0)
         tokens = torch.randint(3, config.vocab_size, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
         sides += [tokens, offsets]
     source, source_offsets, target, target_offsets = sides

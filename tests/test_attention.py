@@ -308,3 +308,18 @@ def test_any_shape(batch, queries, keys, dim, group, is_causal, dtype):
         torch.testing.assert_close((output, lse), oracle.attention(*inputs, allowed))
     for grad in torch.autograd.grad(output.sum(), inputs):
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_autocast_rounds_the_inputs_alone(dropout_p):
+    query, key, value = (torch.randn(2, 2, length, 8) for length in (5, 7, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        output, lse = ops.attention(query, key, value, dropout_p=dropout_p, return_lse=True, seed=3)
+        alone = ops.attention(query, key, value, dropout_p=dropout_p, seed=3)
+    expected = ops.attention(
+        query.bfloat16(), key.bfloat16(), value.bfloat16(), dropout_p=dropout_p, return_lse=True, seed=3
+    )
+    assert output.dtype == alone.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert torch.equal(output, expected[0])
+    assert torch.equal(lse, expected[1])

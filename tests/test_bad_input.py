@@ -194,6 +194,9 @@ def test_cuda_where_there_is_none(tmp_path: Path, trained: Path) -> None:
         (["train", "--out", "x", "--device", "tpu"], "Invalid value for '--device'"),
         (["train", "--out", "x", "--dtype", "int8"], "Invalid value for '--dtype'"),
         (["train", "--out", "x", "--warmup", "0"], "Invalid value for '--warmup'"),
+        (["train", "--out", "x", "--seed", "9" * 20], "Invalid value for '--seed'"),
+        (["train", "--out", "x", "--threads", "100000"], "Invalid value for '--threads'"),
+        (["train", "--out", "x", "--vocab-size", "9" * 20], "Invalid value for '--vocab-size'"),
         (["translat"], "No such command 'translat'"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
@@ -321,13 +324,21 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint(tmp_path: Path) -> None
     assert message == "the loss or its gradient is not finite at step 2: training stopped, no checkpoint yet"
 
 
-def test_out_of_memory_comes_with_advice(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_out_of_memory_comes_with_advice(error: RuntimeError, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: Any) -> list[str]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr(generate, "translate", too_large)
     message = refusal("translate", trained, stdin=b"oui\n")
-    assert message == "the GPU ran out of memory: try again with a lower --batch-tokens"
+    assert message == "out of memory: try a smaller model or, in a new run, a lower --batch-tokens"
 
 
 def test_a_bug_keeps_its_traceback(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from tfm.checkpoint import (
     load_tensors,
     load_weights,
     save_tensors,
-    write_atomically,
 )
 from tfm.config import PRESETS, Recipe, TransformerConfig
 from tfm.errors import UserError
+from tfm.files import write_atomically
 from tfm.tokenizer import Tokenizer
 
 RECIPE = PRESETS["tiny"].recipe
@@ -293,3 +294,15 @@ def test_nothing_is_ever_pickled():
     for path in sources:
         text = path.read_text("utf-8")
         assert not re.search(r"\bimport (pickle|shelve|marshal|dill)\b|torch\.(load|save)\(", text), path
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"event": "tr', b"\0\0\n", b"\xff\n", b"{\n"], ids=["torn", "zeros", "bytes", "JSON"]
+)
+def test_a_log_is_read_up_to_its_damage(tmp_path, damage):
+    run = Run(tmp_path)
+    assert run.read_log() == []
+    whole = [{"event": "train", "loss": 5.0}, {"event": "validation", "samples": ["a\u2028b"]}]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole)
+    run.log.write_bytes(lines.encode() + damage)
+    assert run.read_log() == whole

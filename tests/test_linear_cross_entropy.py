@@ -296,3 +296,15 @@ def test_never_holds_the_whole_logits(monkeypatch, case, reduction):
             function(*inputs, target, reduction=reduction, **options).sum().backward()
         largest.append(record.elements)
     assert largest[0] <= 20 * classes < rows * classes <= largest[1]
+
+
+def test_without_grad_no_gradient_is_formed(monkeypatch):
+    asked = []
+    chunks = reference._chunks
+    monkeypatch.setattr(reference, "_chunks", lambda *args: asked.append(args[6]) or chunks(*args))
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with torch.no_grad():
+        ops.linear_cross_entropy(x, weight, torch.tensor([0, 1, 2]))
+    assert asked == [(False, False, False)]
+    with pytest.raises(ValueError, match="target: expected no gradient, got a target that requires one"):
+        ops.linear_cross_entropy(x, weight, torch.rand(3, 5, requires_grad=True))

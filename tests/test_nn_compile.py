@@ -21,15 +21,15 @@ import tfm.nn
 
 def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
-    ours = tfm.nn.Transformer(DIM, HEADS, 1, 1, 12, dropout=0.0, batch_first=True)
+    ours = tfm.nn.Transformer(DIM, HEADS, 1, 1, 12, dropout=0.0, batch_first=True, dtype=torch.float64)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    source, target = batch(SOURCES).float(), batch(TARGETS).float()
+    source, target = batch(SOURCES), batch(TARGETS)
     keep = ~padding(TARGET_LENGTHS, TARGETS)
     masks = CASES["causal and padding"]
     lengths = {"src_lengths": torch.tensor(SOURCE_LENGTHS), "tgt_lengths": torch.tensor(TARGET_LENGTHS)}
     for call in (masks, lengths, {}):
         found, expected = compiled(source, target, **call), ours(source, target, **call)
-        torch.testing.assert_close(found[keep], expected[keep], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[keep], expected[keep], rtol=0, atol=1e-10)
         assert not call or (found[~keep] == 0).all()
     gradients = []
     for module in (compiled, ours):
@@ -37,28 +37,29 @@ def test_compiles_to_one_graph() -> None:
         (module(source, target, **masks) ** 2).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in ours.parameters()])
     for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 def test_inductor_runs_it() -> None:
     torch._dynamo.reset()
-    layer = tfm.nn.TransformerEncoderLayer(DIM, HEADS, 12, 0.0, batch_first=True)
+    layer = tfm.nn.TransformerEncoderLayer(DIM, HEADS, 12, 0.0, batch_first=True, dtype=torch.float64)
     ours = tfm.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    source, padded = batch(SOURCES).float(), padding(SOURCE_LENGTHS, SOURCES)
+    source, padded = batch(SOURCES), padding(SOURCE_LENGTHS, SOURCES)
     with torch.no_grad():
         found = torch.compile(ours, fullgraph=True)(source, src_key_padding_mask=padded)
         expected = ours(source, src_key_padding_mask=padded)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 def test_compiles_with_dropout() -> None:
     torch._dynamo.reset()
-    ours = tfm.nn.TransformerEncoder(tfm.nn.TransformerEncoderLayer(DIM, HEADS, 12, 0.5), 1, enable_nested_tensor=False)
+    layer = tfm.nn.TransformerEncoderLayer(DIM, HEADS, 12, 0.5, dtype=torch.float64)
+    ours = tfm.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    source = torch.randn(SOURCES, BATCH, DIM)
+    source = torch.randn(SOURCES, BATCH, DIM, dtype=torch.float64)
     outputs = []
     for module in (compiled, ours):
         torch.manual_seed(4)
         outputs.append(module(source))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-10)
     assert not torch.allclose(compiled(source), outputs[0])

@@ -110,7 +110,7 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("installed")
 def test_installs_and_imports_from_elsewhere(installed, tmp_path):
     program = f"import sys; sys.path.insert(0, {str(installed)!r})\n" + IMPORT_EVERYTHING
     report = """
@@ -125,7 +125,7 @@ print(tfm.__version__ == version("tfm"), *tfm.__path__)
     assert state.split() == ["True", str(installed / "tfm")]
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("installed")
 def test_ships_what_it_needs_and_nothing_else(installed):
     assert (installed / "tfm" / "py.typed").exists()
     sources = {path.relative_to(ROOT) for path in (ROOT / "tfm").rglob("*.py")}

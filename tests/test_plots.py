@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -155,11 +153,3 @@ def test_loss_curve_shows_the_log(figures: list[Figure]) -> None:
     assert both.axes[0].lines[1].get_xydata().tolist() == [[2, 4.5]]
     assert both.axes[1].lines[0].get_xydata().tolist() == [[2, 12]]
     assert empty.axes[0].lines[0].get_xydata().tolist() == []
-
-
-def test_read_log_leaves_a_torn_line_out(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    assert plots.read_log(path) == []
-    whole = [record("train", 1, loss=5.0), {"event": "validation", "samples": ["a\u2028b"]}]
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in whole) + '{"event": "tr', "utf-8")
-    assert plots.read_log(path) == whole

@@ -29,23 +29,6 @@ def test_valid_positions():
     assert found.tolist() == [[True, True, False], [False] * 3, [True] * 3]
 
 
-@pytest.mark.parametrize(
-    ("padding", "lengths"),
-    [
-        ([[0, 0, 1], [0, 1, 1]], [2, 1]),
-        ([[0, 0, 0], [1, 1, 1]], [3, 0]),
-        ([[1, 0, 0], [0, 0, 0]], None),
-        ([[0, 1, 0], [0, 0, 0]], None),
-        ([], []),
-    ],
-    ids=["right-padded", "all and nothing", "left-padded", "with a hole", "no rows"],
-)
-def test_lengths_of_a_padding_mask(padding, lengths):
-    found = sequences.lengths_of(torch.tensor(padding, dtype=torch.bool).view(-1, 3))
-    assert found is None if lengths is None else found.tolist() == lengths
-    assert found is None or found.dtype == torch.int32
-
-
 @settings(deadline=None)
 @given(lengths=LENGTHS, extra=st.integers(0, 3))
 def test_packs_sentence_after_sentence_and_back(lengths, extra):

@@ -361,7 +361,16 @@ def test_twenty_pairs_are_learned_by_heart(tmp_path):
         assert translate(model.eval(), TOKENIZER, text.source, search) == text.target
 
 
-@pytest.mark.parametrize("name", ["interval", "log_every", "keep"])
-def test_options_are_checked(name):
-    with pytest.raises(UserError, match=f"{name}: expected at least 1, got 0"):
-        Options(**{name: 0})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interval": 0}, "interval: expected at least 1, got 0"),
+        ({"log_every": 0}, "log_every: expected at least 1, got 0"),
+        ({"keep": 0}, "keep: expected at least 1, got 0"),
+        ({"dtype": "float16"}, "dtype: expected one of float32, bfloat16, got 'float16'"),
+        ({"tokenize": "moses"}, "tokenize: expected one of 13a, none, intl, char, got 'moses'"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(UserError, match=message):
+        Options(**options)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from tfm.config import Recipe, TransformerConfig, from_dict, to_dict
 from tfm.errors import UserError
+from tfm.files import write_atomically
 from tfm.model import Transformer
 from tfm.tokenizer import Tokenizer
 
@@ -62,6 +62,16 @@ class Run:
     @property
     def loss_curve(self) -> Path:
         return self.folder / "loss.png"
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The records of the log, up to the first line that is torn or damaged."""
+        records = []
+        for line in self.log.read_bytes().splitlines(keepends=True) if self.log.exists() else []:
+            try:
+                records.append(json.loads(line if line.endswith(b"\n") else b""))
+            except ValueError:
+                break
+        return records
 
     def checkpoints(self) -> list[Path]:
         """The weights kept, oldest first."""
@@ -190,23 +200,3 @@ def digest(tensors: dict[str, Tensor], metadata: str) -> str:
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds its old contents or all of `data`, whenever the machine stops.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -60,11 +61,16 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.98)
     adam_eps: float = 1e-9
     label_smoothing: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of the gradient; 0 = no clipping
     schedule: str = "inverse_sqrt"  # of the learning rate after the warm-up; or "linear", to 0 at max_steps
 
     def __post_init__(self) -> None:
         _check_positive(self, "vocab_size", "batch_tokens", "warmup", "max_steps")
+        if not 0 <= self.label_smoothing <= 1:
+            raise UserError(f"label_smoothing: expected a number in [0, 1], got {self.label_smoothing}")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}: expected a finite number from 0, got {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 

@@ -38,6 +38,8 @@ class Search:
         for name in ("beam", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not -10 <= self.length_penalty <= 10:
+            raise UserError(f"length_penalty: expected a number in [-10, 10], got {self.length_penalty}")
 
 
 def translate(

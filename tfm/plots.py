@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +17,6 @@ from tfm.attend import AttentionMaps
 
 # Beyond this many tokens their labels would be a grey bar.
 MOST_LABELS = 40
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl; a last line that was being written when the process died is left out."""
-    lines = path.read_text("utf-8").split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def loss_curve(records: list[dict[str, Any]]) -> bytes:

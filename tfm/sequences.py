@@ -23,18 +23,6 @@ def valid_positions(lengths: Tensor, max_length: int) -> Tensor:
     return torch.arange(max_length, device=lengths.device) < lengths[:, None]
 
 
-def lengths_of(padding_mask: Tensor) -> Tensor | None:
-    """The lengths [B] int32 that a padding mask [B, S] (bool, True = padding) stands for.
-
-    None where some row is not of the form valid, ..., valid, padding, ..., padding: such a mask has no lengths. One
-    device-to-host read.
-    """
-    valid = ~padding_mask
-    lengths = valid.sum(dim=1, dtype=torch.int32)
-    right_padded = (valid == valid_positions(lengths, valid.shape[1])).all()
-    return lengths if bool(right_padded) else None
-
-
 class _Unpack(torch.autograd.Function):
     """Rows [N, ...] to [B * S, ...], 0 at padding. Its backward is `_Pack`, a gather like the forward."""
 

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tfm.errors import UserError
+from tfm.files import write_atomically
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -97,10 +98,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON of Hugging Face's `tokenizers`, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(Path(path), self._tokenizer.to_str(pretty=True).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:

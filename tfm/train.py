@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfm.checkpoint import Run, average, load_tensors, load_weights, save_tensors, write_atomically
+from tfm.checkpoint import Run, average, load_tensors, load_weights, save_tensors
 from tfm.config import Recipe
 from tfm.data import Batch, BatchPlan, EncodedPairs, ParallelText, batches, encode_parallel
 from tfm.errors import UserError
-from tfm.evaluate import score
+from tfm.evaluate import TOKENIZERS, score
+from tfm.files import write_atomically
 from tfm.generate import Search, translate
 from tfm.model import Sequences, Transformer
 from tfm.tokenizer import Tokenizer
 
 SAMPLES = 3
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Options:
     """What a run may differ in without being another model.
 
     Attributes:
-        seed: of the batch order, and of everything that torch draws.
+        seed: of the batch order; the caller seeds torch with it before it builds the model.
         dtype: of the activations; "bfloat16" trains under autocast, weights stay fp32.
         interval: updates between checkpoints, with validation; None = an epoch.
         log_every: updates between log lines.
@@ -49,6 +51,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected at least 1, got {value}")
+        for name, known in (("dtype", DTYPES), ("tokenize", TOKENIZERS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 class Training:
@@ -66,10 +71,12 @@ class Training:
     ) -> None:
         self.run, self.model, self.tokenizer, self.recipe = run, model, tokenizer, recipe
         self.pairs, self.validation, self.options = pairs, validation, options
+        if validation is not None:
+            self.validation_pairs = encode_parallel(validation, tokenizer, model.config.max_length)
         self.device = model.embedding.device
         self.optimizer = torch.optim.Adam(model.parameters(), betas=recipe.betas, eps=recipe.adam_eps, fused=True)
         self.step, self.epoch, self.batch = 0, 0, 0
-        self.saved_step = 0
+        self.saved_step, self.validated_step = 0, 0
         self.stop_reason: str | None = None
         # Sums since the last log line, kept on the device so that a step need not wait for its loss.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -98,27 +105,36 @@ class Training:
         self.model.train()
         plan = self._plan()
         interval = self.options.interval or len(plan)
+        if self.validated_step < self.saved_step and self.saved_step % interval == 0:
+            self._validate(report)
         while self.step < last_step and self.stop_reason is None:
             if self.batch == len(plan):
                 self.epoch, self.batch = self.epoch + 1, 0
                 plan = self._plan()
-            batch = plan[self.batch].to(self.device, non_blocking=True)
+            batch = plan[self.batch]
+            if self.device.type == "cuda":
+                batch = batch.pin_memory().to(self.device, non_blocking=True)
             gradient_norm = self._update(batch)
             tokens += batch.tokens
+            if self.step % self.options.log_every == 0:
+                # Waits for the device, so that the clock sees the updates' end.
+                self._check_finite()
             now = time.perf_counter()
             if self.step % self.options.log_every == 0:
                 speed = (tokens - logged_tokens) / (now - logged_at)
                 self._log(report, gradient_norm, speed, now - started)
                 logged_at, logged_tokens = time.perf_counter(), tokens
-            if seconds is not None and now - started >= seconds:
+            if seconds is not None and now - started >= seconds and self.stop_reason is None:
                 self.stop_reason = "time"
             if self.step % interval == 0 and self.step < last_step and self.stop_reason is None:
+                self._check_finite()
                 paused = time.perf_counter()
                 self._checkpoint(report)
                 logged_at += time.perf_counter() - paused
         if self.step > self.saved_step:
             self._checkpoint(report)
-        return self.stop_reason or "steps"
+        reason, self.stop_reason = self.stop_reason or "steps", None
+        return reason
 
     def stop(self, reason: str) -> None:
         """Ends `train` after the update under way, with a checkpoint. Safe in a signal handler."""
@@ -134,7 +150,7 @@ class Training:
             group["lr"] = self.recipe.learning_rate_at(self.step)
         loss = batch_loss(self.model, batch, self.recipe.label_smoothing, self.options.dtype)
         loss.backward()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         bad = ~(loss.detach().isfinite() & gradient_norm.isfinite())
@@ -144,7 +160,6 @@ class Training:
         return gradient_norm
 
     def _log(self, report: Callable[[dict[str, Any]], None], norm: Tensor, speed: float, elapsed: float) -> None:
-        self._check_finite()
         record = {
             "event": "train",
             "step": self.step,
@@ -166,23 +181,27 @@ class Training:
             raise UserError(f"the loss or its gradient is not finite at step {step}: training stopped, {kept}")
 
     def _checkpoint(self, report: Callable[[dict[str, Any]], None]) -> None:
-        """Saves; then validates, so that an interrupted validation loses nothing."""
+        """Saves; then validates, unless the process was told to go: a signal leaves it seconds."""
         self._check_finite()
         self.save()
         self.saved_step = self.step
         self._record({"event": "checkpoint", "step": self.step, "path": str(self.run.checkpoint(self.step))}, report)
+        if self.stop_reason in (None, "time"):
+            self._validate(report)
+
+    def _validate(self, report: Callable[[dict[str, Any]], None]) -> None:
         if self.validation is not None:
             self._record({"event": "validation", "step": self.step} | self.validate(), report)
+            self.validated_step = self.step
 
     def validate(self) -> dict[str, Any]:
         """Loss per token without smoothing, BLEU of greedy translations, and the first few of them."""
         assert self.validation is not None
         self.model.eval()
-        pairs = encode_parallel(self.validation, self.tokenizer, self.model.config.max_length)
         total, count = 0.0, 0
         with torch.inference_mode():
             budget = max(self.recipe.batch_tokens, self.model.config.max_length)
-            for batch in batches(pairs, budget, shuffle=False):
+            for batch in batches(self.validation_pairs, budget, shuffle=False):
                 loss = batch_loss(self.model, batch.to(self.device), 0.0, self.options.dtype)
                 total, count = total + loss.item() * len(batch.target_output), count + len(batch.target_output)
         translations = translate(self.model, self.tokenizer, self.validation.source, Search())
@@ -243,16 +262,20 @@ class Training:
         for path in self.run.checkpoints():
             if path > self.run.checkpoint(self.step):
                 path.unlink()
-        # What was logged after the checkpoint will be logged again; a last line may be torn.
-        lines = self.run.log.read_bytes().splitlines(keepends=True) if self.run.log.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
-        write_atomically(self.run.log, b"".join(kept))
+        # What was logged after the checkpoint will be logged again, and what was not validated then will be now.
+        records = [record for record in self.run.read_log() if record["step"] <= self.step]
+        write_atomically(self.run.log, "".join(map(_line, records)).encode())
+        self.validated_step = max((r["step"] for r in records if r["event"] == "validation"), default=0)
 
     def _record(self, record: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with self.run.log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record, ensure_ascii=False) + "\n")
+            log.write(_line(record))
         report(record)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def batch_loss(model: Transformer, batch: Batch, label_smoothing: float, dtype: str = "float32") -> Tensor:

@@ -32,7 +32,7 @@ class Commands(TyperGroup):
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            message = "the GPU ran out of memory: try again with a lower --batch-tokens"
+            message = "out of memory: try a smaller model or, in a new run, a lower --batch-tokens"
         except KeyboardInterrupt:
             typer.echo("tfm: interrupted", err=True)
             raise typer.Exit(130) from None
@@ -88,4 +88,5 @@ def main() -> None:
 def _is_out_of_memory(error: RuntimeError) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError)
+    # On a CPU torch has no class for it.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -97,7 +97,7 @@ def _text_files(run: Run, part: str) -> tuple[Path, Path]:
 
 
 def _write_text(run: Run, part: str, pairs: list[Pair]) -> tuple[Path, Path]:
-    from tfm.checkpoint import write_atomically
+    from tfm.files import write_atomically
 
     source, target = _text_files(run, part)
     write_atomically(source, "".join(f"{pair.source}\n" for pair in pairs).encode())

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Device = Annotated[DeviceName, typer.Option(help="Where to compute; auto is the GPU where there is one.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; by default as many as torch takes.")]
 
 
 def prepare(device: str, threads: int | None) -> torch.device:

@@ -24,7 +24,8 @@ def attend(
 ) -> None:
     """Draw where every head looks: encoder, decoder, and cross-attention, layer by layer."""
     from tfm.attend import attend as attend_sentence
-    from tfm.checkpoint import load_model, write_atomically
+    from tfm.checkpoint import load_model
+    from tfm.files import write_atomically
     from tfm.generate import translate
     from tfm.plots import attention_maps
 
@@ -44,7 +45,7 @@ def positions(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("positions.png"),
 ) -> None:
     """Draw the sinusoidal positional encoding ("Attention Is All You Need", section 3.5)."""
-    from tfm.checkpoint import write_atomically
+    from tfm.files import write_atomically
     from tfm.plots import positional_encoding
 
     write_atomically(out, positional_encoding(length, dim))

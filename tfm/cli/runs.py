@@ -17,12 +17,13 @@ import typer
 from rich.console import Console
 
 from tfm import plots
-from tfm.checkpoint import Run, write_atomically
+from tfm.checkpoint import Run
 from tfm.cli.devices import prepare
 from tfm.cli.progress import TrainingProgress, say
 from tfm.config import PRESETS, Recipe, TransformerConfig
 from tfm.data import EncodedPairs, ParallelText, batches, encode_parallel, read_parallel
 from tfm.errors import UserError
+from tfm.files import write_atomically
 from tfm.model import Transformer
 from tfm.tokenizer import Tokenizer
 from tfm.train import Options, Training
@@ -150,7 +151,8 @@ def resume(console: Console, out: Path, given: Given) -> Training:
         training.resume()
         say(console, f"resuming at step {training.step:,}")
     else:
-        run.log.unlink(missing_ok=True)
+        for path in (run.log, *run.checkpoints()):
+            path.unlink(missing_ok=True)
         say(console, f"no checkpoint was written yet: starting again from step 0 with the same seed, {options.seed}")
     run.write_config(config, recipe, described | texts.absolute() | {"device": device, "threads": threads})
     if training.step >= recipe.max_steps:
@@ -191,7 +193,7 @@ def stopped_by_signals(training: Training) -> Iterator[None]:
 
 def draw_loss(run: Run) -> None:
     """loss.png from log.jsonl."""
-    write_atomically(run.loss_curve, plots.loss_curve(plots.read_log(run.log)))
+    write_atomically(run.loss_curve, plots.loss_curve(run.read_log()))
 
 
 def _read(console: Console, texts: Texts) -> tuple[ParallelText, ParallelText | None]:

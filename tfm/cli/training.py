@@ -27,7 +27,9 @@ def train(
     valid_target: Annotated[Path | None, typer.Option(help="Its translation.", rich_help_panel=TEXT)] = None,
     vocab_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of the vocabulary that both sides share.", rich_help_panel=TEXT),
+        typer.Option(
+            min=1, max=1_000_000, help="Tokens of the vocabulary that both sides share.", rich_help_panel=TEXT
+        ),
     ] = None,
     preset: Annotated[
         PresetName | None, typer.Option(help="Model and recipe; tiny by default.", rich_help_panel=MODEL)
@@ -96,7 +98,8 @@ def train(
         typer.Option(help="sacrebleu's tokenizer for validation; 13a by default.", rich_help_panel=RUN),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of weights, batches and dropout; 1 by default.", rich_help_panel=RUN)
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Of weights, batches and dropout; 1 by default.", rich_help_panel=RUN),
     ] = None,
     device: Annotated[
         DeviceName | None,

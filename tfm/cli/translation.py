@@ -74,9 +74,10 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Translate a text and compare with its reference: BLEU and chrF, with sacrebleu's signatures."""
-    from tfm.checkpoint import load_model, write_atomically
+    from tfm.checkpoint import load_model
     from tfm.data import read_lines
     from tfm.evaluate import score
+    from tfm.files import write_atomically
     from tfm.generate import Search
     from tfm.generate import translate as translate_lines
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check, check_floating, check_integers, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
@@ -62,11 +63,12 @@ def attention(
         impl: backend; see tfm.ops.backends.
 
     Returns:
-        [B, Hq, Sq, Dv] in the dtype of `query`; with `return_lse` also [B, Hq, Sq], fp32 or wider.
+        [B, Hq, Sq, Dv] in the dtype of `query`, or autocast's; with `return_lse` also [B, Hq, Sq], fp32 or wider.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
     """
+    query, key, value = under_autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check(tensor.dim() == 4, f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
     batch, query_heads, query_length, dim = query.shape
@@ -80,14 +82,15 @@ def attention(
     check_vector("key_lengths", key_lengths, batch)
     check_integers(key_lengths=key_lengths)
     check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, key_lengths=key_lengths)
-    _check_common(query_start, batch, window_size, softcap, sinks, query_heads)
+    _check_common(query, query_start, batch, window_size, softcap, sinks, query_heads)
     choose("attention", impl, query)
     drawn = seed_for(dropout_p, seed, query.device)
     scale = 1 / math.sqrt(dim) if scale is None else scale
-    return reference.attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, query_start, window_size,
-        softcap, sinks, key_lengths, return_lse, drawn, site,
-    )  # fmt: skip
+    with without_autocast(query.device):
+        return reference.attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, query_start, window_size,
+            softcap, sinks, key_lengths, return_lse, drawn, site,
+        )  # fmt: skip
 
 
 def varlen_attention(
@@ -126,12 +129,13 @@ def varlen_attention(
         return_lse: also return the log of the softmax denominators.
 
     Returns:
-        [Nq, Hq, Dv] in the dtype of `query`; with `return_lse` also [Nq, Hq], fp32 or wider.
+        [Nq, Hq, Dv] in the dtype of `query`, or autocast's; with `return_lse` also [Nq, Hq], fp32 or wider.
 
     Raises:
         ValueError: as `attention`; on CPU also offsets that do not start at 0, fall, or end elsewhere than at the
             number of rows, and sequences longer than max_q or max_k. (On a GPU that would cost a device read.)
     """
+    query, key, value = under_autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check(tensor.dim() == 3, f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
     _check_heads(query, key, value, heads=1, dim=2)
@@ -142,14 +146,15 @@ def varlen_attention(
     _check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
     batch = cu_seq_q.shape[0] - 1
     check_vector("cu_seq_k", cu_seq_k, batch + 1)
-    _check_common(query_start, batch, window_size, softcap, sinks, query.shape[1])
+    _check_common(query, query_start, batch, window_size, softcap, sinks, query.shape[1])
     choose("varlen_attention", impl, query)
     drawn = seed_for(dropout_p, seed, query.device)
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
-    return reference.varlen_attention(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, scale, query_start, window_size,
-        softcap, sinks, return_lse, drawn, site,
-    )  # fmt: skip
+    with without_autocast(query.device):
+        return reference.varlen_attention(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, scale, query_start, window_size,
+            softcap, sinks, return_lse, drawn, site,
+        )  # fmt: skip
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, heads: int, dim: int) -> None:
@@ -174,6 +179,7 @@ def _check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
 
 
 def _check_common(
+    query: Tensor,
     query_start: int | Tensor,
     batch: int,
     window_size: tuple[int, int],
@@ -184,6 +190,7 @@ def _check_common(
     if isinstance(query_start, Tensor):
         check_vector("query_start", query_start, batch)
         check_integers(query_start=query_start)
+        check_same_device(query=query, query_start=query_start)
     check(len(window_size) == 2, f"window_size: expected (left, right), got {window_size}")
     check(softcap is None or softcap > 0, f"softcap: expected a positive number, got {softcap}")
     check_vector("sinks", sinks, query_heads)

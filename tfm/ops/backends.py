@@ -88,6 +88,10 @@ def obstacle(row: Row, x: Tensor, automatic: bool) -> str:
 
 def triton_obstacle(device: torch.device, automatic: bool) -> str:
     """Why Triton kernels cannot run on `device`; empty where they can. `auto` never takes the interpreter."""
+    if device.type == "cpu" and (automatic or not interpreting()):
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+    if device.type not in ("cpu", "cuda"):
+        return f"expected CUDA tensors, got {device.type} tensors"
     if not has_triton():
         return "triton is not installed"
     if device.type == "cuda":
@@ -96,10 +100,6 @@ def triton_obstacle(device: torch.device, automatic: bool) -> str:
         # Dynamo folds the properties to constants, but breaks its graph at get_device_capability.
         chip = torch.cuda.get_device_properties(device)
         return "" if chip.major >= 8 else f"expected compute capability 8.0 or newer, got {chip.major}.{chip.minor}"
-    if device.type != "cpu":
-        return f"expected CUDA tensors, got {device.type} tensors"
-    if automatic or not interpreting():
-        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
     return ""
 
 

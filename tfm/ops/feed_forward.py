@@ -33,7 +33,7 @@ def feed_forward(
         b1: [F] or None.
         w2: [E, F].
         b2: [E] or None.
-        activation: one of tfm.ops.feed_forward.ACTIVATIONS.
+        activation: relu, gelu, gelu_tanh, silu, quick_gelu, relu_squared, sigmoid or tanh.
         dropout_p: dropout of the hidden activations, in [0, 1]. Always applied: pass 0 in eval.
         seed: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check, check_floating, check_same_device, check_vector
 from tfm.reference import linear_cross_entropy as reference
@@ -35,7 +36,7 @@ def linear_cross_entropy(
     Args:
         input: [..., D], floating point.
         linear_weight: [V, D]; may be fp32 under a narrower `input`.
-        target: class indices [...] int64, or probabilities [..., V].
+        target: class indices [...] int64, or probabilities [..., V], without gradient.
         linear_bias: [V] or None.
         weight: [V], a weight per class, without gradient.
         reduction: "mean" (over the targets' weights), "sum" or "none".
@@ -70,14 +71,12 @@ def linear_cross_entropy(
     if not target.is_floating_point():
         check(target.dtype == torch.int64, f"target: expected int64 classes or probabilities, got {target.dtype}")
         _check_range(target, classes, ignore_index)
+    check(not target.requires_grad, "target: expected no gradient, got a target that requires one: detach it")
     choose("linear_cross_entropy", impl, input)
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))
+    (input,) = under_autocast(input)
     options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
     flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
-    # The backend chooses its own precisions: what it keeps in fp32 must stay so.
-    with torch.autocast(device, enabled=False):
+    with without_autocast(input.device):
         losses = reference.linear_cross_entropy(
             input.reshape(-1, input.shape[-1]), linear_weight, flat, linear_bias, weight, reduction, options
         )

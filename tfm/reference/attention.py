@@ -138,7 +138,7 @@ def _attend(
         groups = torch.arange(batch * query_heads, device=device).view(batch, query_heads, 1)
         rows = torch.arange(query_length, device=device).expand(batch, query_heads, -1)
         keep = keep_mask(rows, key.shape[-2], groups, dropout_p, seed, site)
-        probabilities = probabilities * (keep.to(scores.dtype) * keep_scale(dropout_p))
+        probabilities = torch.where(keep, probabilities * keep_scale(dropout_p), 0)
     output = (probabilities @ value).to(dtype)
     return (output, scores.logsumexp(dim=-1).to(torch.promote_types(dtype, torch.float32))) if return_lse else output
 

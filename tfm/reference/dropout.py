@@ -17,7 +17,7 @@ ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
-# Elements whose mask is drawn at once: their counters then stay in the second-level cache.
+# Elements whose mask a CPU draws at once: their counters then stay in its second-level cache.
 CHUNK = 1 << 20
 
 
@@ -84,15 +84,14 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
     if p == 0.0 or x.numel() == 0:
         return x
     assert seed is not None
-    return x * token_wise_multiplier(x, p, seed, site)
+    return torch.where(token_wise_mask(x, p, seed, site), x * keep_scale(p), 0)
 
 
-def token_wise_multiplier(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
-    """0 or the keep scale for each element of `x`, in the dtype of `x`."""
+def token_wise_mask(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+    """Which elements of `x` are kept: bool, in the shape of `x`."""
     columns = x.shape[-1]
     rows = torch.arange(x.numel() // columns, device=x.device)
     group = torch.zeros((), dtype=torch.int64, device=x.device)
-    per_chunk = max(1, CHUNK // columns)
+    per_chunk = max(1, CHUNK // columns) if x.device.type == "cpu" else len(rows)
     masks = [keep_mask(part, columns, group, p, seed, site) for part in rows.split(per_chunk)]
-    mask = masks[0] if len(masks) == 1 else torch.cat(masks)
-    return (mask.to(x.dtype) * keep_scale(p)).view(x.shape)
+    return (masks[0] if len(masks) == 1 else torch.cat(masks)).view(x.shape)

@@ -36,6 +36,10 @@ def linear_cross_entropy(
     options: Options,
 ) -> Tensor:
     """See tfm.ops.linear_cross_entropy, which has flattened `input` to [N, D] and `target` to [N] or [N, V]."""
+    if not torch.is_grad_enabled():
+        # An autograd.Function is told that a gradient is needed even then.
+        input, linear_weight = input.detach(), linear_weight.detach()
+        linear_bias = None if linear_bias is None else linear_bias.detach()
     class_weight = None if weight is None else weight.to(torch.promote_types(input.dtype, torch.float32))
     return _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, class_weight, reduction, options)
 

@@ -1,0 +1,23 @@
+"""Autocast, obeyed at the door of an operation: its inputs take autocast's dtype, and behind the door it is off.
+
+A backend chooses its own precisions: what it keeps in fp32 must stay so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on for their device; float64 stays float64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """The context in which backends run."""
+    return torch.autocast(device.type, enabled=False)

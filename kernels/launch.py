@@ -62,7 +62,7 @@ def _row_tiles(
         programs=tiles if most_programs is None else min(tiles, most_programs),
         block_rows=block_rows,
         block_columns=block_columns,
-        chunks=width // block_columns,
+        chunks=-(-columns // block_columns),
         num_warps=max(fewest_warps, block_rows * block_columns // 512),
     )
 

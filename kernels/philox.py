@@ -36,7 +36,7 @@ def keep_mask(row, first_column, group, site, seed, threshold, BLOCK_COLUMNS: tl
     key = tl.load(seed)
     octet = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)[None, :]
     w0, w1, w2, w3 = philox(
-        octet.to(tl.uint32), row.to(tl.uint32), tl.cast(group, tl.uint32), site.to(tl.uint32),
+        octet.to(tl.uint32), row.to(tl.uint32), tl.cast(group, tl.uint32), tl.cast(site, tl.uint32),
         key.to(tl.uint32), (key >> 32).to(tl.uint32),
     )  # fmt: skip
     # Joins add minor dimensions, so the last one tells the two halves of a word apart: low half first.

@@ -139,8 +139,9 @@ def test_kernel_matches_at_any_shape(rows, columns, dtype, p):
         (torch.float16, torch.float16, torch.float32),
         (torch.float16, torch.float32, torch.float32),
         (torch.float32, torch.float16, torch.float16),
+        pytest.param(torch.bfloat16, torch.float32, torch.float32, marks=pytest.mark.gpu),
     ],
-    ids=["wide parameters", "wide residual", "wide x"],
+    ids=["wide parameters", "wide residual", "wide x", "autocast"],
 )
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_kernel_takes_mixed_dtypes(dtype, residual_dtype, parameter_dtype, p, kernel_device, launched):

@@ -130,3 +130,13 @@ def test_global_hooks_fire() -> None:
         handle.remove()
     assert torch.nn.Linear in called
     assert tfm.nn.LayerNorm in called
+
+
+def test_a_block_of_the_layers_own_is_called() -> None:
+    _, ours = make("Encoder", batch_first=True)
+    source = tokens(SOURCES, True)
+    called = []
+    block = ours._ff_block
+    ours._ff_block = lambda x: called.append(x.shape) or block(x)
+    ours(source)
+    assert called == [source.shape]

@@ -4,7 +4,11 @@ Results are torch's, with three differences that are kept on purpose, in trainin
 
 * a query whose keys are all masked gets attention output 0 and zero gradients, where torch gives NaN;
 * positions that a key padding mask or lengths call padding are 0 in the output of a layer or stack;
-* whatever stands in padding, NaN included, reaches no valid output.
+* whatever stands in padding, NaN included, reaches no valid output; a decoder that is given no mask for its memory
+  attends to zeros there.
+
+`is_causal=True` without a mask, which torch refuses, means causal; keys of add_bias_kv and add_zero_attn stay visible
+under it.
 
 There is one code path: dropout apart, training and evaluation run the same operations and give the same shapes.
 """

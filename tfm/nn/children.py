@@ -16,6 +16,8 @@ LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
 NORM = (LayerNorm, torch.nn.LayerNorm)
 DROPOUT = (torch.nn.Dropout,)
 TOKEN_WISE_NORM = (*NORM, RMSNorm, torch.nn.RMSNorm)
+# The methods that torch's layers consist of.
+BLOCKS = ("_sa_block", "_mha_block", "_ff_block")
 PLAIN_PARAMETERS = (torch.nn.Parameter, torch.Tensor, type(None))
 
 ENCODER_CHILDREN = {
@@ -35,6 +37,9 @@ def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]
     """Why a layer must call its children, as torch does, one by one; empty where their parameters suffice."""
     if _has_any_global_hook():
         return "hooks for all modules are set"
+    for name in BLOCKS:
+        if name in layer.__dict__:
+            return f"has a {name} of its own"
     self_attn: Any = layer._modules["self_attn"]
     for name, types in expected.items():
         child: Any = layer._modules[name]

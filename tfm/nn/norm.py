@@ -40,7 +40,7 @@ class RMSNorm(torch.nn.RMSNorm):
         _check_columns(x, self.normalized_shape)
         computed = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(computed).eps if self.eps is None else self.eps
-        return ops.rms_norm(x, self.weight, eps)
+        return ops.rms_norm(widened(x), self.weight, eps)
 
 
 def widened(x: Tensor) -> Tensor:

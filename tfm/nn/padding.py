@@ -160,7 +160,7 @@ def survey(
     came with lengths the host knows and the masks with hints.
 
     Args:
-        sides: of which one at least may be ragged.
+        sides: of which one at least may be ragged; those with a self-attention first.
         masks: for each self-attention torch's mask and its hint; None = look at the mask.
         packing: whether the stack's layers can run packed.
     """
@@ -171,8 +171,8 @@ def survey(
     measured = packing and any(side.padding_mask is not None for side in sides)
     questions = []
     looked = []
-    for mask, hint in masks:
-        look = mask is not None and readable and _may_be_causal(mask) and (hint is None or measured)
+    for side, (mask, hint) in zip(sides, masks, strict=False):
+        look = mask is not None and readable and _may_be_causal(mask, side) and (hint is None or measured)
         looked.append(look)
         if look and mask is not None:
             questions.append(_equals_causal(mask))
@@ -204,8 +204,9 @@ def may_read(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _may_be_causal(mask: Tensor) -> bool:
-    return mask.dim() == 2 and mask.shape[0] == mask.shape[1] and not mask.requires_grad
+def _may_be_causal(mask: Tensor, side: Side) -> bool:
+    check_mask_dtype(mask)
+    return tuple(mask.shape) == (side.shape[1], side.shape[1]) and not mask.requires_grad
 
 
 def _equals_causal(mask: Tensor) -> Tensor:
@@ -226,4 +227,5 @@ def _lengths(name: str, lengths: Lengths, batch: int, longest: int, device: torc
     check(len(lengths) == batch, f"{name}: expected {batch} lengths, got {len(lengths)}")
     inside = all(0 <= length <= longest for length in lengths)
     check(inside, f"{name}: expected lengths in [0, {longest}], got {list(lengths)}")
-    return torch.tensor(lengths, dtype=torch.int32, device=device), sum(lengths)
+    # From a list on the host, without waiting for the device.
+    return torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True), sum(lengths)

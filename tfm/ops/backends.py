@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,9 @@ TABLE = (
     Row("layer_norm", "triton", FLOATS, max_columns=32768),
     Row("residual_layer_norm", "triton", FLOATS, max_columns=32768),
 )
+
+# Looked up once: it walks the path, and Dynamo of torch 2.11 breaks its graph there.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # A plain module global: Dynamo guards on it, where a ContextVar would break the graph.
 _forced: str | None = None
@@ -105,7 +107,7 @@ def triton_obstacle(device: torch.device, automatic: bool) -> str:
 
 def has_triton() -> bool:
     """Whether triton can be imported."""
-    return "triton" in sys.modules or importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:

@@ -108,7 +108,8 @@ def _attend(
     grouped = query.shape[1] != key.shape[1]
     plain = dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not return_lse
     # torch's CPU kernel gives 0 and finite gradients for fully masked rows; other devices' kernels need not.
-    if plain and query.device.type == "cpu" and query.dtype != torch.float64:
+    safe = query.device.type == "cpu" or allowed is None
+    if plain and safe and query.dtype != torch.float64:
         return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped)
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):

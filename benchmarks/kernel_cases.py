@@ -38,7 +38,7 @@ def layer_norm_cases(every: bool) -> Iterator[Case]:
         saved = {"h": data, "mean": single, "rstd": single, "weight": single}
 
         for columns in everything if every else (63, 2047, 4095, 8191, 16384, 32767):
-            tiles = launch.layer_norm_forward(columns, columns)
+            tiles = launch.layer_norm_forward(columns, columns, columns % 16 == 0)
             tensors = {"x": data, "residual": data, "bias": single, "y": data, "eps": "fp32"}
             shape = _shape(columns, tiles, "columns", "x_stride", "residual_stride")
             arguments = {**saved, **numbers, **tensors, **shape}
@@ -46,7 +46,7 @@ def layer_norm_cases(every: bool) -> Iterator[Case]:
             yield Case(f"layer_norm_forward {columns} {dtype}", kernel, arguments, tiles.num_warps)
 
         for columns in everything if every else (63, 2047, 4095, 8192, 32767, 32768):
-            tiles = launch.layer_norm_backward(columns, columns, multiprocessors=132)
+            tiles = launch.layer_norm_backward(columns, columns, columns % 16 == 0, multiprocessors=132)
             tensors = {"dy": data, "dh": data, "dx": data, "dresidual": data, "partials": single}
             shape = _shape(columns, tiles, "columns", "dy_stride", "dh_stride", "h_stride")
             arguments = {**saved, **numbers, **tensors, **shape}

@@ -27,19 +27,25 @@ class RowTiles:
     num_warps: int
 
 
-def layer_norm_forward(rows: int, columns: int) -> RowTiles:
-    """A program normalises one tile and ends: many small ones on a multiprocessor hide each other's loads."""
+def layer_norm_forward(rows: int, columns: int, aligned: bool) -> RowTiles:
+    """A program normalises one tile and ends: many small ones on a multiprocessor hide each other's loads.
+
+    `aligned`: columns and row strides are multiples of 16, so that a thread's elements share an address.
+    """
     # 4 warps with 16 elements a thread: two 16-byte loads of bf16 in flight, at less than 64 registers. Half of that
     # where an odd row stride takes an address for each element.
-    tile = 2048 if columns % 16 == 0 else 1024
-    return _row_tiles(rows, columns, tile, widest=16384, fewest_warps=4)
+    tile = 2048 if aligned else 1024
+    return _row_tiles(rows, columns, aligned, tile, widest=16384, fewest_warps=4)
 
 
-def layer_norm_backward(rows: int, columns: int, multiprocessors: int) -> RowTiles:
-    """Two programs a multiprocessor stride over the tiles, so that the partial sums do not grow with the rows."""
+def layer_norm_backward(rows: int, columns: int, aligned: bool, multiprocessors: int) -> RowTiles:
+    """Two programs a multiprocessor stride over the tiles, so that the partial sums do not grow with the rows.
+
+    `aligned` as in the forward.
+    """
     # 8 warps: what two programs keep in flight must hide the memory's latency. Half the forward's width: the sums of
     # dweight and dbias lie beside the row.
-    return _row_tiles(rows, columns, tile=2048, widest=8192, fewest_warps=8, most_programs=2 * multiprocessors)
+    return _row_tiles(rows, columns, aligned, tile=2048, widest=8192, fewest_warps=8, most_programs=2 * multiprocessors)
 
 
 def sum_partials(columns: int) -> RowTiles:
@@ -48,12 +54,12 @@ def sum_partials(columns: int) -> RowTiles:
 
 
 def _row_tiles(
-    rows: int, columns: int, tile: int, widest: int, fewest_warps: int, most_programs: int | None = None
+    rows: int, columns: int, aligned: bool, tile: int, widest: int, fewest_warps: int, most_programs: int | None = None
 ) -> RowTiles:
     # At least 16 columns: two octets of the dropout mask.
     width = max(16, 1 << (columns - 1).bit_length())
-    # Half the width for an odd row stride, as above.
-    widest = widest if columns % 16 == 0 else widest // 2
+    # Half the width where each element takes an address, as above.
+    widest = widest if aligned else widest // 2
     block_columns = width if width <= widest else CHUNK
     block_rows = max(1, tile // block_columns)
     # No rows still make one program: it stores the empty sums.
@@ -70,3 +76,8 @@ def _row_tiles(
 def multiprocessors(device: torch.device) -> int:
     """Of `device`; the interpreter is given two, so that its programs, too, stride over several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def are_aligned(*numbers: int) -> bool:
+    """Whether columns and row strides let a thread's elements share an address: triton specialises on 16."""
+    return all(number % 16 == 0 for number in numbers)

@@ -153,7 +153,8 @@ def residual_layer_norm_forward(
     rows = x.numel() // columns
     (x_rows, x_stride), (residual_rows, residual_stride) = as_rows(x), as_rows(residual)
     threshold, scale = threshold_and_scale(dropout_p)
-    tiles = launch.layer_norm_forward(rows, columns)
+    aligned = launch.are_aligned(columns, x_stride, residual_stride)
+    tiles = launch.layer_norm_forward(rows, columns, aligned)
     with torch.cuda.device_of(x):
         layer_norm_forward_kernel[(tiles.programs,)](
             x=x_rows, residual=residual_rows, weight=as_rows(weight)[0], bias=as_rows(bias)[0], seed=seed,
@@ -185,7 +186,8 @@ def residual_layer_norm_backward(
     rows = h.numel() // columns
     (dy_rows, dy_stride), (dh_rows, dh_stride), (h_rows, h_stride) = as_rows(dy), as_rows(dh), as_rows(h)
     threshold, scale = threshold_and_scale(dropout_p)
-    tiles = launch.layer_norm_backward(rows, columns, launch.multiprocessors(h.device))
+    aligned = launch.are_aligned(columns, dy_stride, dh_stride, h_stride)
+    tiles = launch.layer_norm_backward(rows, columns, aligned, launch.multiprocessors(h.device))
     partials = None
     if dweight is not None or dbias is not None:
         allocate = torch.empty if tiles.chunks == 1 else torch.zeros

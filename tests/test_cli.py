@@ -136,7 +136,7 @@ def test_a_signal_saves_and_resume_repeats_nothing(
     run = tmp_path / "run"
     handler = signal.getsignal(number)
     raise_signal_at(monkeypatch, 13, number)
-    result = tfm("train", *write_text(tmp_path), *FLAGS, "--out", run)
+    result = tfm("train", *write_text(tmp_path), *validation_flags(tmp_path), *FLAGS, "--out", run)
     assert result.exit_code == status
     assert result.stderr == (
         f"tfm: stopped by {signal.Signals(number).name} at step 13, saved; "
@@ -144,6 +144,8 @@ def test_a_signal_saves_and_resume_repeats_nothing(
     )
     assert signal.getsignal(number) is handler
     assert load_tensors(run / "state.safetensors")[1]["step"] == 13
+    # The process was told to go: it does not stay to validate.
+    assert [record["step"] for record in log_of(run) if record["event"] == "validation"] == [10]
     monkeypatch.undo()
     result = tfm("train", "--resume", "--out", run)
     assert result.exit_code == 0

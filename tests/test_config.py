@@ -43,6 +43,21 @@ def test_recipe_fields_are_checked(field):
         from_dict(Recipe, to_dict(PRESETS["tiny"].recipe) | {field: 0})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("label_smoothing", math.nan, r"a number in \[0, 1\]"),
+        ("label_smoothing", 1.5, r"a number in \[0, 1\]"),
+        ("learning_rate", math.inf, "a finite number from 0"),
+        ("clip_norm", math.nan, "a finite number from 0"),
+        ("clip_norm", -1.0, "a finite number from 0"),
+    ],
+)
+def test_recipe_numbers_are_checked(field, value, expected):
+    with pytest.raises(UserError, match=f"{field}: expected {expected}, got {value}"):
+        replace(PRESETS["tiny"].recipe, **{field: value})
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_json(name):
     preset = PRESETS[name]

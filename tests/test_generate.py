@@ -301,3 +301,9 @@ def test_the_batches_hold_what_they_may(monkeypatch):
     assert sum(map(len, seen)) == 30
     assert all(len(batch) * max(batch) <= 40 for batch in seen)
     assert len(seen) < 20
+
+
+@pytest.mark.parametrize("penalty", [1000.0, math.nan])
+def test_a_length_penalty_out_of_range(penalty):
+    with pytest.raises(UserError, match=r"length_penalty: expected a number in \[-10, 10\], got"):
+        Search(length_penalty=penalty)

@@ -16,11 +16,15 @@ def is_power_of_two(number):
     return number > 0 and number & (number - 1) == 0
 
 
-def backward(rows, columns):
-    return launch.layer_norm_backward(rows, columns, multiprocessors=132)
+def forward(rows, columns):
+    return launch.layer_norm_forward(rows, columns, columns % 16 == 0)
 
 
-@pytest.mark.parametrize("settings_of", [launch.layer_norm_forward, backward], ids=["forward", "backward"])
+def backward(rows, columns, multiprocessors=132):
+    return launch.layer_norm_backward(rows, columns, columns % 16 == 0, multiprocessors)
+
+
+@pytest.mark.parametrize("settings_of", [forward, backward], ids=["forward", "backward"])
 @given(rows=st.integers(0, 10**10), columns=COLUMNS)
 def test_tiles_cover_the_rows(settings_of, rows, columns):
     tiles = settings_of(rows, columns)
@@ -38,18 +42,18 @@ def test_tiles_cover_the_rows(settings_of, rows, columns):
 
 @given(rows=st.integers(0, 10**10), columns=COLUMNS)
 def test_forward_has_a_program_for_each_tile(rows, columns):
-    tiles = launch.layer_norm_forward(rows, columns)
+    tiles = forward(rows, columns)
     assert (tiles.programs - 1) * tiles.block_rows < max(rows, 1) <= tiles.programs * tiles.block_rows
 
 
 @given(rows=st.integers(0, 10**10), columns=COLUMNS, multiprocessors=st.integers(1, 200))
 def test_backward_programs_are_bounded(rows, columns, multiprocessors):
-    tiles = launch.layer_norm_backward(rows, columns, multiprocessors)
+    tiles = backward(rows, columns, multiprocessors)
     assert tiles.programs <= 2 * multiprocessors
     assert (tiles.programs - 1) * tiles.block_rows < max(rows, 1)
 
 
-@pytest.mark.parametrize("settings_of", [launch.layer_norm_forward, backward], ids=["forward", "backward"])
+@pytest.mark.parametrize("settings_of", [forward, backward], ids=["forward", "backward"])
 @given(rows=st.lists(st.integers(0, 10**7), min_size=2, max_size=2), columns=COLUMNS)
 def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
     first, second = (settings_of(number, columns) for number in rows)
@@ -59,7 +63,7 @@ def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
 
 
 @pytest.mark.parametrize(
-    ("columns", "forward", "backward_settings"),
+    ("columns", "forward_settings", "backward_settings"),
     [
         (512, launch.RowTiles(2048, 4, 512, 1, 4), launch.RowTiles(264, 4, 512, 1, 8)),
         (1000, launch.RowTiles(8192, 1, 1024, 1, 4), launch.RowTiles(264, 2, 1024, 1, 8)),
@@ -69,10 +73,17 @@ def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
-def test_settings_at_8192_rows(columns, forward, backward_settings):
-    assert launch.layer_norm_forward(8192, columns) == forward
+def test_settings_at_8192_rows(columns, forward_settings, backward_settings):
+    assert forward(8192, columns) == forward_settings
     assert backward(8192, columns) == backward_settings
 
 
 def test_interpreter_strides():
     assert launch.multiprocessors(torch.device("cpu")) == 2
+
+
+def test_odd_strides_take_smaller_tiles():
+    assert launch.are_aligned(512, 1536, 0)
+    assert not launch.are_aligned(512, 515)
+    assert launch.layer_norm_forward(8192, 512, aligned=False).block_rows == 2
+    assert launch.layer_norm_backward(8192, 8192, aligned=False, multiprocessors=132).block_columns == 4096

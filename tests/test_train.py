@@ -118,6 +118,28 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, log_every):
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
 
 
+def test_a_run_killed_while_it_validates_makes_up_for_it(tmp_path, monkeypatch):
+    whole = training_in(tmp_path / "whole", interval=5)
+    whole.train()
+
+    def die():
+        raise KeyboardInterrupt
+
+    killed = training_in(tmp_path / "killed", interval=5)
+    monkeypatch.setattr(killed, "validate", die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert not log_of(tmp_path / "killed", "validation")
+    resumed_in(tmp_path / "killed", interval=5).train()
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_training_goes_on_after_its_time(tmp_path):
+    training = training_in(tmp_path)
+    assert [training.train(seconds=0), training.train(seconds=0)] == ["time", "time"]
+    assert training.step == 2
+
+
 @pytest.mark.parametrize("unwritten", ["model.safetensors", "state.safetensors"])
 def test_a_run_killed_while_it_saves_goes_on(tmp_path, monkeypatch, unwritten):
     whole = training_in(tmp_path / "whole", interval=5, keep=2)

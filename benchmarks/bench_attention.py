@@ -36,7 +36,7 @@ PEERS = {"ours, packed": packed, "ours, padded": padded, "eager": sdpa, "compile
 
 def inputs(size: Sentences, peer: str):
     lengths = size.lengths()
-    shape = (len(lengths), size.heads, max(lengths), size.head_dim)
+    shape: tuple[int, ...] = (len(lengths), size.heads, max(lengths), size.head_dim)
     if peer == "ours, packed":
         shape = (sum(lengths), size.heads, size.head_dim)
     return *(random(*shape) for _ in range(3)), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max(lengths)

@@ -323,3 +323,19 @@ def test_autocast_rounds_the_inputs_alone(dropout_p):
     assert lse.dtype == torch.float32
     assert torch.equal(output, expected[0])
     assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_returned_weights_are_those_applied(dropout_p):
+    query, key, value = (torch.randn(2, heads, length, 8).double() for heads, length in ((4, 5), (2, 7), (2, 7)))
+    mask = torch.rand(2, 1, 5, 7) < 0.6
+    mask[0, 0, 3] = False
+    call = {"dropout_p": dropout_p, "seed": 3, "key_lengths": torch.tensor([7, 4])}
+    output, lse, weights = ops.attention(query, key, value, mask, return_lse=True, return_weights=True, **call)
+    torch.testing.assert_close(weights @ value.repeat_interleave(2, dim=1), output, rtol=0, atol=1e-12)
+    assert torch.equal(output, ops.attention(query, key, value, mask, **call))
+    assert not weights[0, :, 3].any()
+    assert not weights[1, ..., 4:].any()
+    if dropout_p == 0.0:
+        reached = weights.sum(dim=-1)
+        torch.testing.assert_close(reached, lse.isfinite().double(), rtol=0, atol=1e-12)

@@ -37,7 +37,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key: likewise, [.., kdim].
             value: likewise, [.., vdim].
             key_padding_mask: [B, Sk] or [Sk]: bool (True = padding), or floating point, added to the scores of its key.
-            need_weights: also return the softmax weights. They are computed apart, at more cost than the output.
+            need_weights: also return the softmax weights, which then exist in memory.
             attn_mask: [Sq, Sk] or [B · H, Sq, Sk]: bool (True = masked), or floating point, added to the scores.
             average_attn_weights: the mean of the weights over heads rather than each head's.
             is_causal: hint that `attn_mask` is the causal mask, which then need not be read.
@@ -71,12 +71,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k, v = self._with_extra_keys(k, self.bias_k, scope), self._with_extra_keys(v, self.bias_v, scope)
         dropout_p = attention_dropout(self)
         seed = ops.draw_seed(query.device) if dropout_p > 0.0 else None
-        output = scope.attention(q, k, v, dropout_p, seed, 0)
-        output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
         weights = None
         if need_weights:
-            weights = _weights(scope.heads_first(q), scope.heads_first(k), scope, dropout_p, seed)
+            output, weights = scope.attention_and_weights(q, k, v, dropout_p, seed, 0)
             weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            output = scope.attention(q, k, v, dropout_p, seed, 0)
+        output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
         if queries.batched:
             return output, weights
         return output[0], None if weights is None else weights[0]
@@ -133,13 +134,6 @@ def attend(
 def attention_dropout(module: torch.nn.MultiheadAttention) -> float:
     """The probability with which `module` drops softmax weights now."""
     return module.dropout if module.training else 0.0
-
-
-def _weights(query: Tensor, key: Tensor, scope: Padded, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """The softmax weights [B, H, Sq, Sk]: what attention makes of the identity."""
-    batch, heads, length, _ = key.shape
-    identity = torch.eye(length, dtype=key.dtype, device=key.device).expand(batch, heads, -1, -1)
-    return scope.per_head(query, key, identity, dropout_p, seed, 0)
 
 
 def _seeing_extra_keys(scope: Padded, attn_mask: Tensor | None, queries: Side, keys: Side, extra: int) -> Padded:

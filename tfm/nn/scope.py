@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -33,24 +33,35 @@ class Padded:
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
     ) -> Tensor:
         """[..., H, D] query, key and value to the heads' outputs side by side, [..., H · D]."""
-        query, key, value = self.heads_first(query), self.heads_first(key), self.heads_first(value)
-        output = self.per_head(query, key, value, dropout_p, seed, site)
+        return self.beside(self._attend(query, key, value, dropout_p, seed, site, False))
+
+    def attention_and_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the softmax weights [B, H, Sq, Sk] as dropout leaves them."""
+        output, weights = self._attend(query, key, value, dropout_p, seed, site, True)
+        return self.beside(output), weights
+
+    def beside(self, output: Tensor) -> Tensor:
+        """[B, H, S, D] to [B, S, H · D] or [S, B, H · D]."""
         return output.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(-2)
 
-    def heads_first(self, x: Tensor) -> Tensor:
-        """[B, S, H, D] or [S, B, H, D] to [B, H, S, D]."""
-        return x.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
-
-    def per_head(
-        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
-    ) -> Tensor:
-        """`attention` on [B, H, S, D]."""
-        output = ops.attention(
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout_p: float,
+        seed: Tensor | None,
+        site: int,
+        return_weights: bool,
+    ) -> Any:
+        # [B, S, H, D] or [S, B, H, D] to [B, H, S, D].
+        query, key, value = (x.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)) for x in (query, key, value))
+        return ops.attention(
             query, key, value, self.attn_mask, dropout_p, self.is_causal,
-            key_lengths=self.key_lengths, seed=seed, site=site,
+            key_lengths=self.key_lengths, return_weights=return_weights, seed=seed, site=site,
         )  # fmt: skip
-        assert isinstance(output, Tensor)
-        return output
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,6 @@ class Packed:
             query, key, value, self.queries.cu_seq, self.keys.cu_seq, self.queries.max_length, self.keys.max_length,
             dropout_p, self.is_causal, seed=seed, site=site,
         )  # fmt: skip
-        assert isinstance(output, Tensor)
         return output.flatten(-2)
 
 

@@ -32,6 +32,7 @@ def attention(
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     return_lse: bool = False,
+    return_weights: bool = False,
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
@@ -58,12 +59,14 @@ def attention(
         sinks: [Hq], a logit per head that takes its share of the softmax and gives no value.
         key_lengths: integer [B], the valid keys of each sequence, counted from its first.
         return_lse: also return the log of the softmax denominators.
+        return_weights: also return the softmax weights, as dropout leaves them.
         seed: of the dropout: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.
         impl: backend; see tfm.ops.backends.
 
     Returns:
-        [B, Hq, Sq, Dv] in the dtype of `query`, or autocast's; with `return_lse` also [B, Hq, Sq], fp32 or wider.
+        [B, Hq, Sq, Dv] in the dtype of `query`, or autocast's; with `return_lse` also [B, Hq, Sq], fp32 or wider,
+        with `return_weights` also [B, Hq, Sq, Sk] in that dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
@@ -89,7 +92,7 @@ def attention(
     with without_autocast(query.device):
         return reference.attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, query_start, window_size,
-            softcap, sinks, key_lengths, return_lse, drawn, site,
+            softcap, sinks, key_lengths, return_lse, return_weights, drawn, site,
         )  # fmt: skip
 
 

@@ -90,12 +90,12 @@ def obstacle(row: Row, x: Tensor, automatic: bool) -> str:
 
 def triton_obstacle(device: torch.device, automatic: bool) -> str:
     """Why Triton kernels cannot run on `device`; empty where they can. `auto` never takes the interpreter."""
+    if not has_triton():
+        return "triton is not installed"
     if device.type == "cpu" and (automatic or not interpreting()):
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
     if device.type not in ("cpu", "cuda"):
         return f"expected CUDA tensors, got {device.type} tensors"
-    if not has_triton():
-        return "triton is not installed"
     if device.type == "cuda":
         if torch.version.cuda is None:
             return "the kernels are for NVIDIA GPUs, and this torch is built for others"

@@ -26,6 +26,7 @@ def attention(
     sinks: Tensor | None,
     key_lengths: Tensor | None,
     return_lse: bool,
+    return_weights: bool,
     seed: Tensor | None,
     site: int,
 ) -> Any:
@@ -37,7 +38,9 @@ def attention(
         starts_inside = isinstance(query_start, int) and query_start >= 0
         every_query_attends = starts_inside and attn_mask is None and key_lengths is None and max(window_size) < 0
         query, key, value = _shield(query, key, value, allowed, every_query_attends)
-    return _attend(query, key, value, allowed, bias, dropout_p, scale, softcap, sinks, return_lse, seed, site)
+    return _attend(
+        query, key, value, allowed, bias, dropout_p, scale, softcap, sinks, return_lse, return_weights, seed, site
+    )
 
 
 def _shield(
@@ -102,11 +105,14 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
     return_lse: bool,
+    return_weights: bool,
     seed: Tensor | None,
     site: int,
 ) -> Any:
     grouped = query.shape[1] != key.shape[1]
-    plain = dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not return_lse
+    plain = (
+        dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not (return_lse or return_weights)
+    )
     # torch's CPU kernel gives 0 and finite gradients for fully masked rows; other devices' kernels need not.
     safe = query.device.type == "cpu" or allowed is None
     if plain and safe and query.dtype != torch.float64:
@@ -140,8 +146,12 @@ def _attend(
         rows = torch.arange(query_length, device=device).expand(batch, query_heads, -1)
         keep = keep_mask(rows, key.shape[-2], groups, dropout_p, seed, site)
         probabilities = torch.where(keep, probabilities * keep_scale(dropout_p), 0)
-    output = (probabilities @ value).to(dtype)
-    return (output, scores.logsumexp(dim=-1).to(torch.promote_types(dtype, torch.float32))) if return_lse else output
+    results = [(probabilities @ value).to(dtype)]
+    if return_lse:
+        results.append(scores.logsumexp(dim=-1).to(torch.promote_types(dtype, torch.float32)))
+    if return_weights:
+        results.append(probabilities.to(dtype))
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def varlen_attention(
@@ -179,7 +189,7 @@ def varlen_attention(
     only_padding_is_unreachable = max(window_size) < 0 and (diagonal or not is_causal)
     if allowed is not None and not only_padding_is_unreachable:
         query, key, value = _shield(query, key, value, allowed, every_query_attends=False)
-    result = _attend(query, key, value, allowed, None, dropout_p, scale, softcap, sinks, return_lse, seed, site)
+    result = _attend(query, key, value, allowed, None, dropout_p, scale, softcap, sinks, return_lse, False, seed, site)
     output, lse = result if return_lse else (result, None)
     packed = query_layout.pack(output.transpose(1, 2))
     return packed if lse is None else (packed, query_layout.pack(lse.transpose(1, 2)))

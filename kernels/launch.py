@@ -38,14 +38,14 @@ def layer_norm_forward(rows: int, columns: int, aligned: bool) -> RowTiles:
     return _row_tiles(rows, columns, aligned, tile, widest=16384, fewest_warps=4)
 
 
-def layer_norm_backward(rows: int, columns: int, aligned: bool, multiprocessors: int) -> RowTiles:
+def layer_norm_backward(rows: int, columns: int, simple: bool, multiprocessors: int) -> RowTiles:
     """Two programs a multiprocessor stride over the tiles, so that the partial sums do not grow with the rows.
 
-    `aligned` as in the forward.
+    `simple`: aligned as in the forward, and dx of the dtype of h; two dtypes take two layouts, and more registers.
     """
     # 8 warps: what two programs keep in flight must hide the memory's latency. Half the forward's width: the sums of
     # dweight and dbias lie beside the row.
-    return _row_tiles(rows, columns, aligned, tile=2048, widest=8192, fewest_warps=8, most_programs=2 * multiprocessors)
+    return _row_tiles(rows, columns, simple, tile=2048, widest=8192, fewest_warps=8, most_programs=2 * multiprocessors)
 
 
 def sum_partials(columns: int) -> RowTiles:
@@ -54,12 +54,12 @@ def sum_partials(columns: int) -> RowTiles:
 
 
 def _row_tiles(
-    rows: int, columns: int, aligned: bool, tile: int, widest: int, fewest_warps: int, most_programs: int | None = None
+    rows: int, columns: int, simple: bool, tile: int, widest: int, fewest_warps: int, most_programs: int | None = None
 ) -> RowTiles:
     # At least 16 columns: two octets of the dropout mask.
     width = max(16, 1 << (columns - 1).bit_length())
-    # Half the width where each element takes an address, as above.
-    widest = widest if aligned else widest // 2
+    # Half the width where each element takes more registers.
+    widest = widest if simple else widest // 2
     block_columns = width if width <= widest else CHUNK
     block_rows = max(1, tile // block_columns)
     # No rows still make one program: it stores the empty sums.

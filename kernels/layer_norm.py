@@ -186,8 +186,8 @@ def residual_layer_norm_backward(
     rows = h.numel() // columns
     (dy_rows, dy_stride), (dh_rows, dh_stride), (h_rows, h_stride) = as_rows(dy), as_rows(dh), as_rows(h)
     threshold, scale = threshold_and_scale(dropout_p)
-    aligned = launch.are_aligned(columns, dy_stride, dh_stride, h_stride)
-    tiles = launch.layer_norm_backward(rows, columns, aligned, launch.multiprocessors(h.device))
+    simple = launch.are_aligned(columns, dy_stride, dh_stride, h_stride) and dtypes[0] in (None, h.dtype)
+    tiles = launch.layer_norm_backward(rows, columns, simple, launch.multiprocessors(h.device))
     partials = None
     if dweight is not None or dbias is not None:
         allocate = torch.empty if tiles.chunks == 1 else torch.zeros

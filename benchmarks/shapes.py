@@ -12,6 +12,13 @@ CUDA = torch.cuda.is_available()
 MULTI30K_LENGTHS = {6: 1, 8: 6, 10: 15, 12: 22, 14: 19, 16: 13, 18: 9, 21: 7, 24: 4, 28: 3, 34: 1}
 
 
+def draw_lengths(sentences: int, generator: torch.Generator) -> list[int]:
+    """So many lengths, as Multi30k's sentences have them."""
+    shares = torch.tensor(list(MULTI30K_LENGTHS.values())).float()
+    drawn = torch.multinomial(shares, sentences, replacement=True, generator=generator)
+    return [list(MULTI30K_LENGTHS)[k] for k in drawn.tolist()]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Tokens of a batch by the width of the model."""
@@ -36,10 +43,7 @@ class Sentences:
 
     def lengths(self) -> list[int]:
         """The length of each sentence, drawn anew the same each time, in ascending order as a bucketed batch has it."""
-        generator = torch.Generator().manual_seed(1)
-        shares = torch.tensor(list(MULTI30K_LENGTHS.values())).float()
-        drawn = torch.multinomial(shares, self.sentences, replacement=True, generator=generator)
-        return sorted(list(MULTI30K_LENGTHS)[k] for k in drawn.tolist())
+        return sorted(draw_lengths(self.sentences, torch.Generator().manual_seed(1)))
 
 
 @dataclass(frozen=True)

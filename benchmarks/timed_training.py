@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from benchmarks.peers import CONTENDERS
-from benchmarks.shapes import MULTI30K_LENGTHS
+from benchmarks.shapes import draw_lengths
 from tfm import demo
 from tfm.checkpoint import Run
 from tfm.config import PRESETS, Recipe, TransformerConfig
@@ -144,10 +144,7 @@ def synthetic_task(sentences: int = 29_000) -> Task:
     generator = torch.Generator().manual_seed(1)
     sides: list[torch.Tensor] = []
     for _ in range(2):
-        drawn = torch.multinomial(
-            torch.tensor(list(MULTI30K_LENGTHS.values())).float(), sentences, True, generator=generator
-        )
-        offsets = torch.tensor([0, *(list(MULTI30K_LENGTHS)[k] for k in drawn.tolist())]).cumsum(0)
+        offsets = torch.tensor([0, *draw_lengths(sentences, generator)]).cumsum(0)
         tokens = torch.randint(3, config.vocab_size, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
         sides += [tokens, offsets]
     source, source_offsets, target, target_offsets = sides

@@ -41,6 +41,19 @@ def assert_all_match(
         assert_matches(result, true, same_dtype, name)
 
 
+ONES = 0xFFFFFFFF
+# From Random123's kat_vectors, "philox4x32 7": counter, key, result.
+PHILOX_VECTORS = [
+    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
+    ),
+]
+
+
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int], rounds: int = 7) -> tuple[int, int, int, int]:
     """Philox4x32 in Python's own integers (Salmon et al., SC 2011, figure 2): four words from a counter and a key."""
     c0, c1, c2, c3 = counter

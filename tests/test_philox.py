@@ -13,18 +13,6 @@ from hypothesis import strategies as st
 from tfm.kernels.philox import keep_mask, philox, threshold_and_scale
 from tfm.reference import dropout as reference
 
-ONES = 0xFFFFFFFF
-# From Random123's kat_vectors, "philox4x32 7": counter, key, result.
-PUBLISHED = [
-    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
-    ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
-    ),
-]
-
 
 @triton.jit
 def words_kernel(counters, seed, words):
@@ -50,7 +38,7 @@ def mask_kernel(mask, rows, first_column, group, site, seed, threshold, ROWS: tl
     tl.store(mask + place * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep)
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED, ids=["zeros", "ones", "pi"])
+@pytest.mark.parametrize(("counter", "key", "words"), oracle.PHILOX_VECTORS, ids=["zeros", "ones", "pi"])
 def test_published_vectors(counter, key, words, kernel_device):
     unsigned = key[1] << 32 | key[0]
     seed = torch.tensor(unsigned - (1 << 64 if unsigned >= 1 << 63 else 0), device=kernel_device)
@@ -63,7 +51,7 @@ def test_published_vectors(counter, key, words, kernel_device):
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
     threshold=st.integers(0, 65535),
-    row=st.integers(0, ONES - 4),
+    row=st.integers(0, 0xFFFFFFFF - 4),
     octet=st.integers(0, 4096),
     group=st.integers(0, 2**31 - 1),
     site=st.integers(0, 9),

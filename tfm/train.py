@@ -116,11 +116,12 @@ class Training:
                 batch = batch.pin_memory().to(self.device, non_blocking=True)
             gradient_norm = self._update(batch)
             tokens += batch.tokens
-            if self.step % self.options.log_every == 0:
+            logs = self.step % self.options.log_every == 0
+            if logs:
                 # Waits for the device, so that the clock sees the updates' end.
                 self._check_finite()
             now = time.perf_counter()
-            if self.step % self.options.log_every == 0:
+            if logs:
                 speed = (tokens - logged_tokens) / (now - logged_at)
                 self._log(report, gradient_norm, speed, now - started)
                 logged_at, logged_tokens = time.perf_counter(), tokens

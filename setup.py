@@ -7,7 +7,11 @@ package of that name would shadow Hugging Face's.
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["tfm", "tfm.*"]), "tfm.kernels"],
+    packages=[
+        *find_packages(include=["tfm", "tfm.*"]),
+        "tfm.kernels",
+        *(f"tfm.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"tfm": "tfm", "tfm.kernels": "kernels"},
     package_data={"tfm": ["py.typed"]},
 )

@@ -17,10 +17,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """Where there is a GPU, every test of a kernel is a GPU test; elsewhere those that need one are skipped."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if torch.cuda.is_available() and "kernel_device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 

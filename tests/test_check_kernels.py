@@ -15,7 +15,7 @@ CASES = """
 import triton
 import triton.language as tl
 
-from benchmarks.kernel_cases import Case
+from benchmarks.kernel_cases.case import Case
 
 
 @triton.jit

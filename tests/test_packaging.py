@@ -29,12 +29,12 @@ def run(program: str, cwd: Path = ROOT, python: tuple[str, ...] = (sys.executabl
     return finished.stdout.splitlines()
 
 
-def packages_in_the_tree() -> set[str]:
-    return {
-        ".".join(folder.relative_to(ROOT).parts)
-        for folder in (ROOT / "tfm", *(ROOT / "tfm").rglob("*"))
-        if folder.is_dir() and any(folder.glob("*.py"))
-    }
+def packages_in_the_tree() -> dict[str, Path]:
+    """The folders that must be packaged, by the names they are imported under."""
+    inside = [*(ROOT / "tfm").rglob("*"), *(ROOT / "kernels").rglob("*")]
+    folders = [folder for folder in (ROOT / "tfm", *inside) if folder.is_dir() and any(folder.glob("*.py"))]
+    names = [".".join(folder.relative_to(ROOT).parts) for folder in folders]
+    return {name if name.startswith("tfm") else f"tfm.{name}": at for name, at in zip(names, folders, strict=True)}
 
 
 def test_public_names_resolve():
@@ -83,13 +83,13 @@ exec(open("setup.py").read())
 """
     *packages, directories = run(program)
     assert len(packages) == len(set(packages))
-    assert set(packages) == packages_in_the_tree() | {"tfm.kernels"}
+    assert set(packages) == packages_in_the_tree().keys() | {"tfm.kernels"}
     assert ast.literal_eval(directories) == {"tfm": "tfm", "tfm.kernels": "kernels"}
 
 
 def test_every_folder_of_modules_has_its_init():
-    for package in packages_in_the_tree():
-        assert (ROOT / package.replace(".", "/") / "__init__.py").exists(), package
+    for package, folder in packages_in_the_tree().items():
+        assert (folder / "__init__.py").exists(), package
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ print(tfm.__version__ == version("tfm"), *tfm.__path__)
 def test_ships_what_it_needs_and_nothing_else(installed):
     assert (installed / "tfm" / "py.typed").exists()
     sources = {path.relative_to(ROOT) for path in (ROOT / "tfm").rglob("*.py")}
-    sources |= {Path("tfm/kernels") / path.name for path in (ROOT / "kernels").glob("*.py")}
+    sources |= {Path("tfm") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     shipped = {path.relative_to(installed) for path in installed.rglob("*.py")}
     assert shipped == sources
     assert (installed / "bin" / "tfm").exists()

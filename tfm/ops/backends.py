@@ -56,8 +56,10 @@ def use(impl: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(operation: str, impl: str, x: Tensor) -> str:
+def choose(operation: str, impl: str, x: Tensor, reference_only: str = "") -> str:
     """The backend that runs `operation` on tensors like `x`.
+
+    `reference_only`: what the caller asks for that no kernel does, in words; empty where kernels do all of it.
 
     Raises:
         ValueError: `impl` is no backend, or one that cannot run here; the message says why.
@@ -71,7 +73,7 @@ def choose(operation: str, impl: str, x: Tensor) -> str:
     for row in TABLE:
         if row.operation != operation or impl not in ("auto", row.backend):
             continue
-        reason = obstacle(row, x, automatic=impl == "auto")
+        reason = reference_only or obstacle(row, x, automatic=impl == "auto")
         if not reason:
             return row.backend
     if impl == "auto":

@@ -1,13 +1,8 @@
-"""Launch settings as pure functions of the problem: no autotuning, the same on every run, testable without a GPU.
-
-Block sizes never depend on the number of rows, so that a row's numbers do not change with the batch around it.
-"""
+"""Settings of kernels that work on whole rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
 
 # Columns at a time of a row that is too wide for the registers: 8 warps, each thread with up to 255 registers.
 CHUNK = 4096
@@ -71,13 +66,3 @@ def _row_tiles(
         chunks=-(-columns // block_columns),
         num_warps=max(fewest_warps, block_rows * block_columns // 512),
     )
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of `device`; the interpreter is given two, so that its programs, too, stride over several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def are_aligned(*numbers: int) -> bool:
-    """Whether columns and row strides let a thread's elements share an address: triton specialises on 16."""
-    return all(number % 16 == 0 for number in numbers)

@@ -1,32 +1,13 @@
-"""What check_kernels compiles: every kernel at its launch settings, with the flags that need the most registers.
-
-A kernel's arguments are written as in triton.tools.compile: a string is a type (":16" where the address or the number
-is a multiple of 16), anything else a constant, None an absent tensor. A new kernel adds its function to ALL.
-"""
+"""LayerNorm behind dropout and residual, and the sums of its partial gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from triton.runtime.jit import JITFunction
-
+from benchmarks.kernel_cases.case import DTYPES, Case
 from tfm.kernels import launch, layer_norm
 from tfm.kernels import rows as row_kernels
-
-# Of what a sublayer gives, and of the residual stream: autocast makes the last pair.
-DTYPES = (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One compilation; `arguments` by the kernel's parameter names."""
-
-    name: str
-    kernel: JITFunction
-    arguments: dict[str, Any]
-    num_warps: int
 
 
 def layer_norm_cases(every: bool) -> Iterator[Case]:
@@ -66,6 +47,3 @@ def layer_norm_cases(every: bool) -> Iterator[Case]:
 def _shape(columns: int, tiles: launch.RowTiles, *numbers: str) -> dict[str, Any]:
     blocks = {"BLOCK_ROWS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns, "CHUNKS": tiles.chunks}
     return {**blocks, **dict.fromkeys(numbers, "i32" if columns % 16 else "i32:16")}
-
-
-ALL = (layer_norm_cases,)

@@ -1,0 +1,25 @@
+"""One compilation of a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from triton.runtime.jit import JITFunction
+
+# Of what a sublayer gives, and of the residual stream: autocast makes the last pair.
+DTYPES = (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation; `arguments` by the kernel's parameter names, written as in triton.tools.compile.
+
+    A string is a type (":16" where the address or the number is a multiple of 16), anything else a constant, None an
+    absent tensor.
+    """
+
+    name: str
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    num_warps: int

@@ -107,7 +107,7 @@ def compile_case(module: str, every: bool, index: int, capability: int) -> Usage
         if argument.endswith(":16"):
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, aligned)
-    options = {"num_warps": case.num_warps}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = resource_usage(compiled.asm["cubin"], Path(triton.__file__).parent)
     return Usage(case.name, capability, case.num_warps, registers, stack, compiled.metadata.shared)

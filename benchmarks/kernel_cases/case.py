@@ -23,3 +23,6 @@ class Case:
     kernel: JITFunction
     arguments: dict[str, Any]
     num_warps: int
+    num_stages: int = 3
+    # Whether it multiplies matrices, so that sm_90 must show HGMMA.
+    matrix: bool = False

@@ -1,0 +1,8 @@
+"""From records to README: tables and pictures of what was measured, and where the tree has moved on since.
+
+    python -m benchmarks.report [--check]
+
+Writes the part of README.md between its two markers, and the charts beside the records, from the newest record of each
+device. A row is marked stale when a source file that its numbers rest upon has changed since. Prints what no record
+covers. With --check nothing is written: exit status 1 where README differs from what the records say.
+"""

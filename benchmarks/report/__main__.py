@@ -1,0 +1,62 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.report import __doc__ as description
+from benchmarks.report import charts, tables
+from benchmarks.report.records import ROOT, load, newest
+from tfm.files import write_atomically
+
+BEGIN = "<!-- written by python -m benchmarks.report, from benchmarks/results/ -->"
+END = "<!-- end of what is written -->"
+
+
+def main(command_line: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where README differs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    arguments = parser.parse_args(command_line)
+    try:
+        records = load(arguments.results)
+        if not arguments.check:
+            for record in newest(records):
+                for kind, draw in (("roofline", charts.roofline), ("speed_up", charts.speed_up)):
+                    if picture := draw(record):
+                        write_atomically(record.path.with_name(f"{record.path.stem}_{kind}.png"), picture)
+        before = arguments.readme.read_text()
+        after = replaced(before, tables.markdown(records))
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    print(tables.missing(records) or "Every operation with a kernel has a record of a GPU.")
+    if before == after:
+        print("README.md says what the records say.")
+        return 0
+    if arguments.check:
+        print("README.md differs from the records: run python -m benchmarks.report", file=sys.stderr)
+        return 1
+    write_atomically(arguments.readme, after.encode())
+    print(f"Wrote {arguments.readme.name}.")
+    return 0
+
+
+def replaced(readme: str, text: str) -> str:
+    """`readme` with `text` between the markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}")
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""README's tables, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.report.records import ROOT, Record, Row, newest, operations
+
+NAMES = {
+    "tfm": "tfm, fp32",
+    "tfm-bf16": "tfm, autocast bf16",
+    "eager": "torch eager, fp32",
+    "eager-bf16": "torch eager, autocast bf16",
+    "compile": "torch.compile, fp32",
+    "compile-bf16": "torch.compile, autocast bf16",
+}
+STALE = "stale"
+
+
+def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
+    """Everything that README generates: the training records, the newest record of each device, and what is missing."""
+    parts = [training(record) for record in records if record.data.get("benchmark") == "training"]
+    parts += [device(record, root) for record in newest(records)]
+    parts.append(missing(records, root))
+    return "\n\n".join(parts)
+
+
+def device(record: Record, root: Path = ROOT) -> str:
+    """The newest record of a device: its ceilings, its tests, a table for each operation."""
+    environment = record.environment
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in ("torch", "triton", "driver") if environment.get(name)
+    )
+    lines = [f"### {record.device}", "", f"{versions}; `{_shown(record.path, root)}`, {environment['date'][:10]}."]
+    if ceilings := record.data.get("ceilings"):
+        copy, matmul = ceilings.get("copy", {}).get("GB/s"), ceilings.get("matmul", {}).get("TFLOP/s")
+        measured = [f"copy {copy:,.0f} GB/s"] if copy else []
+        measured += [f"bf16 matmul {matmul:,.0f} TFLOP/s"] if matmul else []
+        lines.append(f"Ceilings measured in the same run: {', '.join(measured) or 'none'}.")
+    if tests := record.data.get("tests"):
+        lines.append(
+            f"Tests there: {tests['passed']:,} passed, {tests['failed']:,} failed, {tests['skipped']:,} skipped."
+        )
+    for chart in charts_of(record):
+        lines += ["", f"![{chart.stem.replace('_', ' ')}]({_shown(chart, root)})"]
+    for suite in record.suites:
+        stale = record.changed_sources(suite, root)
+        mark = f" ({STALE}: {', '.join(stale)} changed since)" if stale else ""
+        lines += ["", f"**{suite}**{mark}", "", *_suite(record, suite, stale=bool(stale))]
+    for preset, throughput in record.data.get("training", {}).items():
+        lines += ["", f"**Training step, preset {preset}**", "", *_throughput(throughput["throughput"], "eager-bf16")]
+    return "\n".join(lines)
+
+
+def _suite(record: Record, suite: str, stale: bool) -> list[str]:
+    rows = [row for row in record.rows if row.suite == suite]
+    peers = list(dict.fromkeys(row.peer for row in rows if not row.is_ours))
+    table = []
+    for ours in (row for row in rows if row.is_ours):
+        speed = {row.peer: _ratio(ours, row) for row in rows if row.case == ours.case}
+        name = ours.peer.removeprefix("ours").strip(", ")
+        case = f"{ours.size}, {ours.direction}" + f", {name}" * bool(name) + ", graph" * (ours.mode == "graph")
+        share = f"{ours.share:.0%}" if ours.share is not None else ""
+        time = f"failed: {ours.failed}" if ours.failed else _time(ours.seconds)
+        table.append([case, time + f" ({STALE})" * stale, _rate(ours), share, *(speed.get(peer, "") for peer in peers)])
+    return _table(["case", "time", "rate", "of ceiling", *(f"{peer} / ours" for peer in peers)], table)
+
+
+def _ratio(ours: Row, peer: Row) -> str:
+    if peer.failed:
+        return "failed"
+    ratio = peer.times(ours)
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e6:,.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
+
+
+def _rate(row: Row) -> str:
+    extra = row.entry["extra_info"]
+    if "TFLOP/s" in extra:
+        rate = extra["TFLOP/s"]
+        return f"{rate:,.0f} TFLOP/s" if rate >= 10 else f"{1e3 * rate:,.0f} GFLOP/s"
+    return f"{extra['GB/s']:,.0f} GB/s" if "GB/s" in extra else ""
+
+
+def training(record: Record) -> str:
+    """A record of the training benchmark: tokens a second, then what the same minutes taught."""
+    environment, arguments = record.environment, record.data["arguments"]
+    corpus = "the bundled corpus" if record.data["corpus"] == "bundled" else "Multi30k"
+    preset = arguments["preset"] or ("demo" if record.data["corpus"] == "bundled" else "tiny")
+    lines = [
+        f"Training preset `{preset}` on {corpus}, batches of {arguments['batch_tokens']:,} tokens, on {record.device}, "
+        f"{environment['threads']} threads, torch {environment['torch']} (`{record.path.name}`, "
+        f"{environment['date'][:10]}). Real tokens a second, source and target, {arguments['repeats']} repeats of "
+        f"{arguments['throughput_seconds']:.0f} seconds in turn:",
+        "",
+        *_throughput(record.data.get("throughput", {}), "eager"),
+    ]
+    if quality := record.data.get("quality"):
+        lines += [
+            "",
+            f"Then {arguments['minutes']:.0f} minutes each, greedy BLEU by sacrebleu on tokenized lower-cased text:",
+            "",
+            *_quality(quality, arguments["test_set"]),
+        ]
+    return "\n".join(lines)
+
+
+def _throughput(results: dict[str, Any], baseline: str) -> list[str]:
+    rows = []
+    for name, result in results.items():
+        label = NAMES.get(name, name)
+        if "failed" in result:
+            rows.append([label, f"failed: {result['failed']}", "", ""])
+            continue
+        speeds = [repeat["tokens_per_second"] for repeat in result["repeats"]]
+        bases = [repeat["tokens_per_second"] for repeat in results.get(baseline, {}).get("repeats", [])]
+        ratios = [speed / base for speed, base in zip(speeds, bases, strict=False)]
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+        rows.append([label, f"{median(speeds):,.0f}", f"{min(speeds):,.0f}-{max(speeds):,.0f}", spread])
+    return _table(["", "tokens/s, median", "range", f"ratio to {NAMES[baseline]}, same round"], rows)
+
+
+def _quality(results: list[dict[str, Any]], test_set: str) -> list[str]:
+    rows = []
+    for result in results:
+        label = f"{NAMES.get(result['contender'], result['contender'])}, seed {result['seed']}"
+        if "failed" in result:
+            rows.append([label, f"failed: {result['failed']}", "", "", "", "", ""])
+            continue
+        numbers = f"{result['tokens_per_second']:,.0f}", f"{result['updates']:,}", f"{result['epochs']:.1f}"
+        validation, test = result["validation"], result["test"]
+        rows.append([label, *numbers, f"{validation['loss']:.3f}", f"{validation['bleu']:.1f}", f"{test['bleu']:.1f}"])
+    head = ["", "tokens/s", "updates", "epochs", "validation loss", "BLEU, validation", f"BLEU, {test_set}"]
+    return _table(head, rows)
+
+
+def missing(records: Sequence[Record], root: Path = ROOT) -> str:
+    """One paragraph: the operations with kernels that no record of a GPU covers."""
+    gpus = [record for record in newest(records) if record.environment["gpu"]]
+    covered = {suite for record in gpus for suite in record.suites}
+    bare = [name for name in operations(root) if name not in covered]
+    if not gpus:
+        return "No record of a GPU yet: nothing is claimed for one."
+    return f"No record of a GPU covers: {', '.join(f'`{name}`' for name in bare)}." if bare else ""
+
+
+def charts_of(record: Record) -> list[Path]:
+    """Where the pictures of a record lie, those that have been drawn."""
+    paths = (record.path.with_name(f"{record.path.stem}_{kind}.png") for kind in ("roofline", "speed_up"))
+    return [path for path in paths if path.exists()]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [_line(head), "|---" * len(head) + "|", *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _shown(path: Path, root: Path) -> str:
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name

@@ -1,0 +1,162 @@
+"""README says what the records say, and what it says of a record is marked when the sources have moved on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from benchmarks.report import tables
+from benchmarks.report.__main__ import BEGIN, END, main
+from benchmarks.report.records import ROOT, Record, load, newest, sha256, sources_of
+
+CEILINGS = {"copy": {"GB/s": 4300.0, "samples": [4300.0]}, "matmul": {"TFLOP/s": 780.0, "samples": [780.0]}}
+
+
+def entry(peer, seconds=None, mode="eager", suite="layer_norm", **extra):
+    """An entry as a suite leaves it; without seconds, of a peer that failed."""
+    facts = {"suite": suite, "direction": "forward", "size": "4096x512", "peer": peer, "mode": mode}
+    facts |= {"failed": "out of memory"} if seconds is None else {"GB/s": 0.016 / seconds, "share": 0.5}
+    stats = None if seconds is None else {"median": seconds, "data": [seconds]}
+    return {"name": "test_layer_norm_forward", "extra_info": facts | {"ceiling": "copy"} | extra, "stats": stats}
+
+
+ENTRIES = [
+    entry("ours", 20e-6),
+    entry("eager", 50e-6),
+    entry("compile", 25e-6),
+    entry("liger"),
+    entry("ours", 8e-6, mode="graph"),
+    entry("eager", 4e-3, mode="graph"),
+]
+
+
+def gpu_record(folder, name="h200", date="2026-01-02T00:00:00+00:00", gpu="NVIDIA H200", **changes):
+    """A record of `gpu` whose sources are those of the tree."""
+    sources = {source: sha256(ROOT / source) for source in sources_of("layer_norm")}
+    environment = {"date": date, "gpu": gpu, "cpu": "a CPU", "torch": "2.11.0", "triton": "3.6.0", "driver": "580"}
+    tests = {"passed": 1200, "failed": 1, "skipped": 3}
+    data = {"format": 1, "environment": environment, "sources": sources, "ceilings": CEILINGS, "tests": tests}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(data | {"benchmarks": ENTRIES} | changes))
+    return Record(path, json.loads(path.read_text()))
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    return path
+
+
+def test_readme_matches_the_records(capsys):
+    assert main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_every_picture_in_readme_is_there():
+    for record in newest(load(ROOT / "benchmarks" / "results")):
+        assert len(tables.charts_of(record)) == 2, record.path
+
+
+def test_a_record_becomes_a_table(tmp_path):
+    text = tables.device(gpu_record(tmp_path))
+    assert "### NVIDIA H200" in text
+    assert "copy 4,300 GB/s, bf16 matmul 780 TFLOP/s" in text
+    assert "1,200 passed, 1 failed, 3 skipped" in text
+    head, _, eager, graph = (line for line in text.splitlines() if line.startswith("|"))
+    assert head == "| case | time | rate | of ceiling | eager / ours | compile / ours | liger / ours |"
+    assert eager == "| 4096x512, forward | 20.0 µs | 800 GB/s | 50% | 2.50 | 1.25 | failed |"
+    assert graph == "| 4096x512, forward, graph | 8.0 µs | 2,000 GB/s | 50% | 500.00 |  |  |"
+    assert tables.STALE not in text
+
+
+def test_changed_sources_make_rows_stale(tmp_path):
+    sources = {source: sha256(ROOT / source) for source in sources_of("layer_norm")}
+    record = gpu_record(tmp_path, sources=sources | {"kernels/layer_norm.py": "0" * 64})
+    assert record.changed_sources("layer_norm") == ["kernels/layer_norm.py"]
+    text = tables.device(record)
+    assert "**layer_norm** (stale: kernels/layer_norm.py changed since)" in text
+    assert text.count("(stale) |") == 2
+
+
+def test_ours_that_failed_says_why(tmp_path):
+    text = tables.device(gpu_record(tmp_path, benchmarks=[entry("ours"), entry("eager", 5e-5)]))
+    assert "| 4096x512, forward | failed: out of memory |  |  |  |" in text
+
+
+def test_training_steps_of_a_gpu_are_told(tmp_path):
+    repeats = [{"tokens_per_second": speed} for speed in (100e3, 110e3, 105e3)]
+    slower = [{"tokens_per_second": speed} for speed in (50e3, 44e3, 42e3)]
+    results = {"tfm-bf16": {"repeats": repeats}, "eager-bf16": {"repeats": slower}, "compile-bf16": {"failed": "why"}}
+    text = tables.device(gpu_record(tmp_path, training={"base": {"throughput": results}}))
+    assert "**Training step, preset base**" in text
+    assert "| tfm, autocast bf16 | 105,000 | 100,000-110,000 | 2.50 (2.00-2.50) |" in text
+    assert "| torch.compile, autocast bf16 | failed: why |" in text
+
+
+def test_newest_record_of_each_device_counts(tmp_path):
+    gpu_record(tmp_path, "a", "2026-03-01T00:00:00+00:00")
+    gpu_record(tmp_path, "b", "2026-02-01T00:00:00+00:00")
+    gpu_record(tmp_path, "c", "2026-01-01T00:00:00+00:00", gpu="NVIDIA A100")
+    assert [record.path.stem for record in newest(load(tmp_path))] == ["c", "a"]
+
+
+def test_what_no_record_covers_is_printed(tmp_path, readme, capsys):
+    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    assert main(arguments) == 0
+    assert "No record of a GPU yet" in capsys.readouterr().out
+    gpu_record(tmp_path, benchmarks=[entry("ours", 1e-3, suite="training")])
+    assert main(arguments) == 0
+    assert "`layer_norm`" in capsys.readouterr().out
+    assert "No record of a GPU covers: " in readme.read_text()
+
+
+def test_writes_readme_and_pictures_once(tmp_path, readme, capsys):
+    gpu_record(tmp_path)
+    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    assert main([*arguments, "--check"]) == 1
+    assert "old" in readme.read_text()
+    assert main(arguments) == 0
+    written = readme.read_text()
+    assert written.startswith("before\n")
+    assert written.endswith("\nafter\n")
+    assert "![h200 roofline](h200_roofline.png)" in written
+    assert (tmp_path / "h200_roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "h200_speed_up.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, "--check"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 99}'])
+def test_damaged_records_are_one_line(damage, tmp_path, readme, capsys):
+    (tmp_path / "broken.json").write_text(damage)
+    assert main(["--results", str(tmp_path), "--readme", str(readme)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("report: ")
+    assert "broken.json: expected a record" in error
+    assert error.count("\n") == 1
+
+
+def test_readme_without_markers_is_one_line(tmp_path, readme, capsys):
+    readme.write_text("nothing\n")
+    assert main(["--results", str(tmp_path), "--readme", str(readme)]) == 2
+    assert "expected the lines" in capsys.readouterr().err
+
+
+def test_sources_follow_imports_and_names(tmp_path):
+    """An operation rests upon the files it reaches, and of a package upon those whose names are used."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    (tmp_path / "tfm" / "ops").mkdir(parents=True)
+    operation = tmp_path / "tfm" / "ops" / "scaled.py"
+    operation.write_text(
+        "def scaled(x):\n    from tfm.kernels import scaled as kernels\n    return kernels.scaled(x)\n"
+    )
+    (tmp_path / "kernels" / "scaled.py").write_text(
+        "from tfm.kernels import launch\n\nTILES = launch.scaled_tiles(8)\n"
+    )
+    settings = tmp_path / "kernels" / "launch"
+    (settings / "scaled.py").write_text("from tfm.kernels.philox import philox\n")
+    package = settings / "__init__.py"
+    package.write_text(f"from tfm.kernels.launch.scaled import scaled_tiles\n{package.read_text()}")
+    expected = ["kernels/launch/scaled.py", "kernels/philox.py", "kernels/scaled.py"]
+    assert sources_of("scaled", tmp_path) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check, check_columns, check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
@@ -29,7 +30,7 @@ def feed_forward(
 
     Args:
         x: [..., D], floating point.
-        w1: [F, D], as torch.nn.Linear keeps it; may be fp32 under a narrower `x`.
+        w1: [F, D], as torch.nn.Linear keeps it; taken in the dtype of `x`, whatever its own.
         b1: [F] or None.
         w2: [E, F].
         b2: [E] or None.
@@ -40,12 +41,13 @@ def feed_forward(
         impl: backend; see tfm.ops.backends.
 
     Returns:
-        [..., E] in the dtype of `x`.
+        [..., E] in the dtype of `x`, or autocast's.
 
     Raises:
         ValueError: an unknown activation, shapes, dtypes or devices that do not fit, a probability outside [0, 1], or a
             backend that cannot run.
     """
+    (x,) = under_autocast(x)
     check_columns(x)
     check_floating(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     _check_matrix("w1", w1, x.shape[-1])
@@ -54,15 +56,20 @@ def feed_forward(
     check_vector("b2", b2, w2.shape[0])
     check_same_device(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     _check_activation(activation)
-    choose("feed_forward", impl, x)
+    backend = choose("feed_forward", impl, x, _without_elements(x, w1, w2))
     drawn = seed_for(dropout_p, seed, x.device)
-    return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
+    with without_autocast(x.device):
+        if backend == "triton":
+            from tfm.kernels import feed_forward as kernels
+
+            return kernels.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
+        return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
 
 
 def gated_feed_forward(
     x: Tensor,
     gate_weight: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     down_weight: Tensor,
     activation: str = "silu",
     dropout_p: float = 0.0,
@@ -75,33 +82,51 @@ def gated_feed_forward(
 
     Args:
         x: [..., D], floating point.
-        gate_weight, up_weight: [F, D].
+        gate_weight: [F, D], or [2 F, D] with the rows of up below those of gate.
+        up_weight: [F, D]; None where `gate_weight` holds both.
         down_weight: [E, F].
         activation, dropout_p, seed, site, impl: as in `feed_forward`.
 
     Returns:
-        [..., E] in the dtype of `x`.
+        [..., E] in the dtype of `x`, or autocast's.
 
     Raises:
         ValueError: as `feed_forward`.
     """
+    (x,) = under_autocast(x)
     check_columns(x)
     check_floating(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     _check_matrix("gate_weight", gate_weight, x.shape[-1])
-    _check_matrix("up_weight", up_weight, x.shape[-1])
-    _check_matrix("down_weight", down_weight, gate_weight.shape[0])
-    rows = gate_weight.shape[0], up_weight.shape[0]
-    check(rows[0] == rows[1], f"up_weight: expected {rows[0]} rows as gate_weight, got {rows[1]}")
+    rows = gate_weight.shape[0]
+    if up_weight is None:
+        check(rows % 2 == 0, f"gate_weight: expected an even number of rows without up_weight, got {rows}")
+        rows //= 2
+    else:
+        _check_matrix("up_weight", up_weight, x.shape[-1])
+        check(up_weight.shape[0] == rows, f"up_weight: expected {rows} rows as gate_weight, got {up_weight.shape[0]}")
+    _check_matrix("down_weight", down_weight, rows)
     check_same_device(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     _check_activation(activation)
-    choose("gated_feed_forward", impl, x)
+    backend = choose("gated_feed_forward", impl, x, _without_elements(x, gate_weight, down_weight))
     drawn = seed_for(dropout_p, seed, x.device)
-    return reference.gated_feed_forward(x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site)
+    with without_autocast(x.device):
+        if backend == "triton":
+            from tfm.kernels import feed_forward as kernels
+
+            return kernels.gated_feed_forward(
+                x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site
+            )  # fmt: skip
+        return reference.gated_feed_forward(x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site)
 
 
 def _check_matrix(name: str, weight: Tensor, columns: int) -> None:
     fits = weight.dim() == 2 and weight.shape[1] == columns
     check(fits, f"{name}: expected [rows, {columns}], got shape {tuple(weight.shape)}")
+
+
+def _without_elements(x: Tensor, first: Tensor, second: Tensor) -> str:
+    """Why no kernel multiplies these; empty where one does. No rows of `x` are well."""
+    return "" if x.shape[-1] and first.numel() and second.numel() else "expected weights with elements, got none"
 
 
 def _check_activation(activation: str) -> None:

@@ -54,7 +54,7 @@ def feed_forward(
 def gated_feed_forward(
     x: Tensor,
     gate_weight: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     down_weight: Tensor,
     activation: str,
     dropout_p: float,
@@ -62,6 +62,8 @@ def gated_feed_forward(
     site: int,
 ) -> Tensor:
     """See tfm.ops.gated_feed_forward."""
+    if up_weight is None:
+        gate_weight, up_weight = gate_weight.chunk(2)
     hidden = ACTIVATIONS[activation](_linear(x, gate_weight, None)) * _linear(x, up_weight, None)
     return _linear(dropout(hidden, dropout_p, seed, site), down_weight, None)
 

@@ -1,0 +1,282 @@
+"""A linear layer with activation, gate and dropout, and the gradient of its pre-activation: see the formulas of
+tfm.kernels.activation_dropout.
+
+Forward: hidden of x weightᵀ + bias, or of x weightᵀ gated by x up_weightᵀ, whose rows are read alternately, so that a
+gate and what it lets through lie in neighbouring columns of one tile and in the registers of one thread.
+
+Backward: dhidden = dy weight2 is turned into dpre before it is ever stored; the same epilogue gives hidden (row-major:
+cuBLAS multiplies by either layout alike, and rows are what the tile stores whole) and the bias gradient's partial sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.activation_dropout import (
+    activation_dropout,
+    activation_dropout_backward,
+    backward_tile,
+    hidden_columns,
+    hidden_tile,
+)
+from tfm.kernels.library import register
+from tfm.kernels.linear import halves, multiply, tile_of
+from tfm.kernels.philox import threshold_and_scale
+from tfm.kernels.rows import as_rows, sum_partials
+
+
+@triton.jit
+def store_hidden(
+    total, bias, seed, hidden, pre, row, first_column, rows, columns, threshold, scale, site,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Stores hidden and pre of a tile of products, one slice of its columns after the other to spare registers."""
+    ROWS: tl.constexpr = total.shape[0]
+    HIDDEN_COLUMNS: tl.constexpr = total.shape[1] // 2 if GATED else total.shape[1]
+    if SLICES > 1:
+        left, right = halves(total)
+        store_hidden(
+            left, bias, seed, hidden, pre, row, first_column, rows, columns, threshold, scale, site,
+            ACTIVATION, GATED, SLICES // 2,
+        )  # fmt: skip
+        store_hidden(
+            right, bias, seed, hidden, pre, row, first_column + HIDDEN_COLUMNS // 2, rows, columns, threshold, scale,
+            site, ACTIVATION, GATED, SLICES // 2,
+        )  # fmt: skip
+    else:
+        column = first_column + tl.arange(0, HIDDEN_COLUMNS)[None, :]
+        inside = (row < rows) & (column < columns)
+        if bias is not None:
+            total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+        # Rounded as stored, so that forward and backward see the same.
+        stored = total.to(hidden.dtype.element_ty)
+        if GATED:
+            gate, up = tl.split(tl.reshape(stored, [ROWS, HIDDEN_COLUMNS, 2]))
+            if pre is not None:
+                tl.store(pre + row * (2 * columns) + column, gate, mask=inside)
+                tl.store(pre + row * (2 * columns) + columns + column, up, mask=inside)
+            gate, up = gate.to(tl.float32), up.to(tl.float32)
+        else:
+            if pre is not None:
+                tl.store(pre + row * columns + column, stored, mask=inside)
+            gate, up = stored.to(tl.float32), None
+        value = hidden_tile(gate, up, seed, row, first_column, threshold, scale, site, ACTIVATION)
+        tl.store(hidden + row * columns + column, value, mask=inside)
+
+
+@triton.jit
+def store_gradient(
+    total, saved, seed, dpre, hidden, partial, row, first_column, rows, columns, threshold, scale, site,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Stores dpre, hidden and the partial sums of a tile of dhidden, in slices as above."""
+    HALF: tl.constexpr = total.shape[1] // 2
+    if SLICES > 1:
+        left, right = halves(total)
+        store_gradient(
+            left, saved, seed, dpre, hidden, partial, row, first_column, rows, columns, threshold, scale, site,
+            ACTIVATION, GATED, SLICES // 2,
+        )  # fmt: skip
+        store_gradient(
+            right, saved, seed, dpre, hidden, partial, row, first_column + HALF, rows, columns, threshold, scale, site,
+            ACTIVATION, GATED, SLICES // 2,
+        )  # fmt: skip
+    else:
+        gradient = backward_tile(
+            total, saved, seed, dpre, hidden, row, first_column, rows, columns, threshold, scale, site,
+            ACTIVATION, GATED,
+        )  # fmt: skip
+        if partial is not None:
+            column = first_column + tl.arange(0, total.shape[1])
+            tl.store(partial + column, tl.sum(gradient, axis=0), mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["rows", "threshold", "site"])
+def linear_activation_kernel(
+    x, weight, up_weight, bias, seed, hidden, pre,
+    rows, columns, depth, x_stride, weight_stride, up_stride, threshold, scale, site,
+    ACTIVATION: tl.constexpr, EVEN: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Each program computes one tile of hidden, and of pre where it is kept."""
+    HIDDEN_COLUMNS: tl.constexpr = BLOCK_COLUMNS if up_weight is None else BLOCK_COLUMNS // 2
+    row_tile, column_tile = tile_of(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(columns, HIDDEN_COLUMNS)
+    )  # fmt: skip
+    first_column = column_tile * HIDDEN_COLUMNS
+    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    a = x + (row % rows)[:, None].to(tl.int64) * x_stride
+    step = tl.arange(0, BLOCK_DEPTH)[:, None]
+    product_column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    if up_weight is None:
+        b = weight + ((first_column + product_column) % columns).to(tl.int64) * weight_stride + step
+    else:
+        weight_row = ((first_column + product_column // 2) % columns).to(tl.int64)
+        is_gate = product_column % 2 == 0
+        b = tl.where(is_gate, weight + weight_row * weight_stride, up_weight + weight_row * up_stride) + step
+    total = multiply(a, b, 1, depth, EVEN, BLOCK_DEPTH)
+
+    store_hidden(
+        total, bias, seed, hidden, pre, row[:, None].to(tl.int64), first_column, rows, columns,
+        threshold, scale, site, ACTIVATION, up_weight is not None, SLICES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "threshold", "site"])
+def linear_activation_backward_kernel(
+    dy, weight, saved, seed, dpre, hidden, partials,
+    rows, columns, depth, dy_stride, weight_stride, threshold, scale, site,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Each program computes one tile of dpre; partials [row tiles, columns] get the sums of its rows."""
+    row_tile, column_tile = tile_of(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(columns, BLOCK_COLUMNS)
+    )  # fmt: skip
+    first_column = column_tile * BLOCK_COLUMNS
+    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    a = dy + (row % rows)[:, None].to(tl.int64) * dy_stride
+    b = weight + tl.arange(0, BLOCK_DEPTH)[:, None].to(tl.int64) * weight_stride + (column % columns)[None, :]
+    total = multiply(a, b, weight_stride, depth, EVEN, BLOCK_DEPTH)
+    store_gradient(
+        total, saved, seed, dpre, hidden, None if partials is None else partials + row_tile.to(tl.int64) * columns,
+        row[:, None].to(tl.int64), first_column, rows, columns,
+        threshold, scale, site, ACTIVATION, GATED, SLICES,
+    )  # fmt: skip
+
+
+def keeps_hidden(gated: bool, activation: str) -> bool:
+    """Whether the backward works from hidden itself instead of the pre-activation."""
+    return activation == "relu" and not gated
+
+
+def linear_activation(
+    x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor | None, gated: bool,
+    activation: str, dropout_p: float, seed: Tensor | None, site: int, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """hidden [rows, columns] of x [rows, depth], and the pre-activation where `save` and the backward needs it.
+
+    `weight` is [columns, depth]; gated without `up_weight` [2 · columns, depth], gate first. One launch, or as many
+    as tfm.kernels.launch.linear_activation says.
+    """
+    hidden_shape, pre_shape = forward_shapes(x, weight, up_weight, gated, activation, save)
+    if keeps_hidden(gated, activation) and seed is None and bias is not None:
+        # torch's own name for cuBLASLt's epilogue of bias and ReLU, which costs nothing beside the product.
+        return torch._addmm_activation(bias.to(x.dtype), x, weight.t()), x.new_empty(pre_shape)
+    (rows, columns), depth = hidden_shape, x.shape[1]
+    gate, up = weight.chunk(2) if gated and up_weight is None else (weight, up_weight)
+    (x_rows, x_stride), (gate_rows, weight_stride), (up_rows, up_stride) = as_rows(x), as_rows(gate), as_rows(up)
+    aligned = launch.are_aligned(depth, columns, x_stride, weight_stride, up_stride)
+    tiles = launch.linear_activation(rows, columns, depth, gated, x.dtype, aligned, launch.chip(x.device))
+    if tiles is None:
+        pre = products(x, weight, up_weight, bias)
+        hidden = activation_dropout(pre, gated, activation, dropout_p, seed, site)
+        return hidden, pre if pre.shape == pre_shape else x.new_empty(pre_shape)
+    hidden, pre = x.new_empty(hidden_shape), x.new_empty(pre_shape)
+    threshold, scale = threshold_and_scale(dropout_p)
+    if tiles.programs:
+        with torch.cuda.device_of(x):
+            linear_activation_kernel[(tiles.programs,)](
+                x=x_rows, weight=gate_rows, up_weight=up_rows, bias=as_rows(bias)[0], seed=seed,
+                hidden=hidden, pre=pre if pre.numel() else None,
+                rows=rows, columns=columns, depth=depth,
+                x_stride=x_stride, weight_stride=weight_stride, up_stride=up_stride,
+                threshold=threshold, scale=scale, site=site,
+                ACTIVATION=activation, EVEN=depth % tiles.block_depth == 0, SLICES=tiles.slices,
+                BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, BLOCK_DEPTH=tiles.block_depth,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
+            )  # fmt: skip
+    return hidden, pre
+
+
+def forward_shapes(
+    x: Tensor, weight: Tensor, up_weight: Tensor | None, gated: bool, activation: str, save: bool
+) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Of hidden and pre; pre is empty where it is not kept."""
+    columns = weight.shape[0] // 2 if gated and up_weight is None else weight.shape[0]
+    kept = save and not keeps_hidden(gated, activation)
+    return (x.shape[0], columns), (x.shape[0], 2 * columns if gated else columns) if kept else (0,)
+
+
+def products(x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The pre-activations by cuBLAS: contiguous, gate and up side by side."""
+    if bias is not None:
+        return torch.addmm(bias.to(x.dtype), x, weight.t())
+    if up_weight is None:
+        return torch.mm(x, weight.t())
+    pre = x.new_empty((x.shape[0], 2 * weight.shape[0]))
+    for half, rows in zip(pre.chunk(2, dim=1), (weight, up_weight), strict=True):
+        torch.mm(x, rows.t(), out=half)
+    return pre
+
+
+def linear_activation_backward(
+    dy: Tensor, weight: Tensor, saved: Tensor, gated: bool, activation: str,
+    dropout_p: float, seed: Tensor | None, site: int, recompute: bool, dbias: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dpre, hidden where `recompute`, dbias in this dtype where given).
+
+    Of dy [rows, depth] and weight [depth, columns]. `saved` is hidden where `keeps_hidden`, which then need not be
+    recomputed, else the pre-activation. One launch, two with dbias, each one more where
+    tfm.kernels.launch.linear_activation_backward leaves the product to cuBLAS.
+    """
+    dpre, hidden, sums = backward_outputs(saved, gated, recompute, dbias)
+    columns = weight.shape[1]
+    rows, depth = dy.shape
+    (dy_rows, dy_stride), (weight_rows, weight_stride) = as_rows(dy), as_rows(weight)
+    aligned = launch.are_aligned(depth, columns, dy_stride, weight_stride)
+    tiles = launch.linear_activation_backward(rows, columns, depth, dy.dtype, aligned, launch.chip(dy.device))
+    if tiles is None:
+        activation_dropout_backward(
+            torch.mm(dy, weight), saved, gated, activation, dropout_p, seed, site, dpre, hidden, sums
+        )  # fmt: skip
+        return dpre, hidden, sums
+    threshold, scale = threshold_and_scale(dropout_p)
+    partials = None
+    if sums is not None:
+        partials = torch.empty((-(-rows // tiles.block_rows), 1, columns), dtype=torch.float32, device=dy.device)
+    with torch.cuda.device_of(dy):
+        if tiles.programs:
+            linear_activation_backward_kernel[(tiles.programs,)](
+                dy=dy_rows, weight=weight_rows, saved=saved, seed=seed, dpre=dpre, hidden=hidden, partials=partials,
+                rows=rows, columns=columns, depth=depth, dy_stride=dy_stride, weight_stride=weight_stride,
+                threshold=threshold, scale=scale, site=site,
+                ACTIVATION=activation, GATED=gated, EVEN=depth % tiles.block_depth == 0, SLICES=tiles.slices,
+                BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, BLOCK_DEPTH=tiles.block_depth,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
+            )  # fmt: skip
+        if sums is not None:
+            sum_partials(partials, sums)
+    return dpre, hidden, sums
+
+
+def backward_outputs(
+    saved: Tensor, gated: bool, recompute: bool, dbias: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the backward fills, still empty."""
+    columns = hidden_columns(saved, gated)
+    hidden = saved.new_empty((saved.shape[0], columns)) if recompute else None
+    return torch.empty_like(saved), hidden, None if dbias is None else saved.new_empty(columns, dtype=dbias)
+
+
+register(
+    "linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"
+    " float dropout_p, Tensor? seed, int site, bool save) -> (Tensor hidden, Tensor pre)",
+    linear_activation,
+    fake=lambda x, weight, up_weight, bias, gated, activation, dropout_p, seed, site, save: tuple(
+        x.new_empty(shape) for shape in forward_shapes(x, weight, up_weight, gated, activation, save)
+    ),
+)
+register(
+    "linear_activation_backward(Tensor dy, Tensor weight, Tensor saved, bool gated, str activation, float dropout_p,"
+    " Tensor? seed, int site, bool recompute, ScalarType? dbias) -> (Tensor, Tensor?, Tensor?)",
+    linear_activation_backward,
+    fake=lambda dy, weight, saved, gated, activation, dropout_p, seed, site, recompute, dbias: backward_outputs(
+        saved, gated, recompute, dbias
+    ),
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown reduction, or a backend that cannot run.
-        IndexError: on CPU, a target that is neither a class nor `ignore_index`. (On a GPU that would cost a read.)
+        IndexError: a target that is neither a class nor `ignore_index`; on a GPU, where looking costs a wait, only
+            under CUDA_LAUNCH_BLOCKING=1. Without it the kernels make that row's loss NaN, and read nothing for it.
     """
     check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
     matrix = linear_weight.dim() == 2 and input.dim() > 0 and linear_weight.shape[1] == input.shape[-1]
@@ -72,19 +75,32 @@ def linear_cross_entropy(
         check(target.dtype == torch.int64, f"target: expected int64 classes or probabilities, got {target.dtype}")
         _check_range(target, classes, ignore_index)
     check(not target.requires_grad, "target: expected no gradient, got a target that requires one: detach it")
-    choose("linear_cross_entropy", impl, input)
+    special = weight is not None or target.is_floating_point()
+    reason = "class weights and probability targets run on the reference alone" if special else ""
+    backend = choose("linear_cross_entropy", impl, input, reason)
     (input,) = under_autocast(input)
-    options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
+    flat_input = input.reshape(-1, input.shape[-1])
     flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
     with without_autocast(input.device):
-        losses = reference.linear_cross_entropy(
-            input.reshape(-1, input.shape[-1]), linear_weight, flat, linear_bias, weight, reduction, options
-        )
+        if backend == "triton":
+            from tfm.kernels import linear_cross_entropy as kernels
+
+            losses = kernels.linear_cross_entropy(
+                flat_input, linear_weight, linear_bias, flat, reduction, ignore_index, label_smoothing, z_loss, softcap
+            )
+        else:
+            options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
+            losses = reference.linear_cross_entropy(
+                flat_input, linear_weight, flat, linear_bias, weight, reduction, options
+            )
     return losses.view(rows) if reduction == "none" else losses
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    """Where reading the target costs nothing: on CPUs, and where the user already waits for every kernel."""
+    waiting = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+    readable = target.device.type == "cpu" or (target.is_cuda and waiting)
+    if not readable or torch.compiler.is_compiling():
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():

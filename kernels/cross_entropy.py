@@ -1,0 +1,204 @@
+"""Cross-entropy of rows of logits, and its gradient written over them, in one launch.
+
+For a row of logits a [V], with z = softcap · tanh((a + bias) / softcap) (z = a + bias where nothing caps), target t,
+smoothing ε, and q = (1 - ε) · onehot(t) + ε / V (Szegedy et al. 2016, section 7):
+
+    lse  = log sum exp z
+    loss = (1 - ε) · (lse - z_t) + ε · (lse - mean z) + z_loss · lse²            (PaLM, section 5, for the last)
+    dz   = (1 + 2 z_loss · lse) · exp(z - lse) - q          da = dz · (1 - (z / softcap)²) · the gradient of the loss
+
+A row whose target is `ignore_index` gives 0 and zeros, whatever it holds; a target that is no class gives NaN, and is
+never an address.
+
+One program a row: it reads the row, and reads it again to write da over it, so an element of bf16 moves 4 bytes to and
+from memory as long as the second read finds the row in the L2 cache. The maximum is kept for each group of GROUP
+neighbours, which one thread holds: no barrier until the row ends, and 1 + 1/GROUP exponentials an element where a
+running maximum for each column would take two. Where a row fits the registers it is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.activations import tanh
+
+# Neighbouring columns that share a maximum: what one 16-byte load of 16-bit logits gives a thread.
+GROUP = tl.constexpr(8)
+# Rows are padded to a multiple of this: loads are then whole vectors for any number of classes.
+PADDING = 16
+# Below every logit there may be, and finite, so that no difference of two maxima is NaN.
+LOWEST = tl.constexpr(-1.0e38)
+# Exponentials are powers of two: one multiply-add and one instruction each.
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def softcapped(a, softcap):
+    """softcap · tanh(a / softcap); `a` itself where softcap is None."""
+    if softcap is not None:
+        cap = tl.cast(softcap, tl.float32)
+        a = cap * tanh(a * (1.0 / cap))
+    return a
+
+
+@triton.jit
+def load_logits(logits_row, bias, column, width, softcap, EVICTION: tl.constexpr):
+    """A block of z in fp32; beyond the classes, up to the padded width, both vectors hold 0."""
+    a = tl.load(logits_row + column, mask=column < width, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    if bias is not None:
+        a += tl.load(bias + column, mask=column < width, other=0.0)
+    return softcapped(a, softcap)
+
+
+@triton.jit
+def loss_of_row(top, logarithm, peak, total, classes, smoothing, z_loss):
+    """The loss of a row whose largest z is `top`, where logarithm = lse - top.
+
+    `peak` is the target's z, `total` with smoothing the sum of all.
+    """
+    # Differences first: of large logits the sum top + logarithm would round what the loss consists of.
+    loss = (top - peak) + logarithm
+    if smoothing is not None:
+        share = tl.cast(smoothing, tl.float32)
+        loss = (1.0 - share) * loss + share * ((top - total / classes) + logarithm)
+    if z_loss is not None:
+        lse = top + logarithm
+        loss += tl.cast(z_loss, tl.float32) * lse * lse
+    return loss
+
+
+@triton.jit(do_not_specialize=["classes", "ignore_index"])
+def cross_entropy_kernel(
+    logits, bias, target, losses, grad, largest,
+    classes, width, ignore_index, smoothing, z_loss, softcap,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Each program takes one row: its loss where wanted, and its gradient in place of the logits.
+
+    The gradient is that of the loss times grad[row] / largest, of the loss alone where grad is None.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits + row * width
+    group = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    given = tl.load(target + row)
+    if given == ignore_index:
+        if losses is not None:
+            tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for chunk in range(CHUNKS):
+                column = chunk * BLOCK + group
+                tl.store(logits_row + column, tl.zeros_like(column).to(tl.float32), mask=column < width)
+    else:
+        is_class = (given >= 0) & (given < classes)
+        label = tl.where(is_class, given, -1).to(tl.int32)
+        z = tl.zeros([BLOCK // GROUP, GROUP], tl.float32)
+        # Before any thread overwrites it: the sums below end in a barrier.
+        peak = tl.load(logits_row + label, mask=is_class, other=float("nan")).to(tl.float32)
+        if bias is not None:
+            peak += tl.load(bias + label, mask=is_class, other=0.0)
+        peak = softcapped(peak, softcap)
+        highest = tl.full([BLOCK // GROUP, 1], LOWEST, tl.float32)
+        exponentials = tl.zeros([BLOCK // GROUP, 1], tl.float32)
+        total = tl.zeros([BLOCK // GROUP, 1], tl.float32)
+        for chunk in range(CHUNKS):
+            column = chunk * BLOCK + group
+            # The cache keeps what is read again, and lets go first of what is not.
+            z = load_logits(logits_row, bias, column, width, softcap, "evict_last" if CHUNKS > 1 else "")
+            if smoothing is not None:
+                total += tl.sum(z, axis=1, keep_dims=True)
+            counted = z
+            if (chunk + 1) * BLOCK > classes:
+                counted = tl.where(column < classes, z, float("-inf"))
+            higher = tl.maximum(highest, tl.max(counted, axis=1, keep_dims=True))
+            exponentials *= tl.exp2((highest - higher) * LOG2_E)
+            exponentials += tl.sum(tl.exp2((counted - higher) * LOG2_E), axis=1, keep_dims=True)
+            highest = higher
+        top = tl.max(highest)
+        logarithm = tl.log2(tl.sum(exponentials * tl.exp2((highest - top) * LOG2_E))) * LN_2
+        if losses is not None:
+            tl.store(losses + row, loss_of_row(top, logarithm, peak, tl.sum(total), classes, smoothing, z_loss))
+
+        if GRADIENT:
+            mass = tl.where(is_class, 1.0, float("nan"))
+            share = 1.0
+            floor = 0.0
+            if z_loss is not None:
+                mass += 2.0 * tl.cast(z_loss, tl.float32) * (top + logarithm)
+            if smoothing is not None:
+                share -= tl.cast(smoothing, tl.float32)
+                floor += tl.cast(smoothing, tl.float32) / classes
+            factor = 1.0
+            if grad is not None:
+                factor = tl.load(grad + row) / tl.load(largest)
+            for chunk in range(CHUNKS):
+                column = chunk * BLOCK + group
+                if CHUNKS > 1:
+                    z = load_logits(logits_row, bias, column, width, softcap, "evict_first")
+                d = tl.exp2((z - top) * LOG2_E - logarithm * LOG2_E) * mass - floor
+                d = tl.where(column == label, d - share, d)
+                if softcap is not None:
+                    bounded = z * (1.0 / tl.cast(softcap, tl.float32))
+                    d *= 1.0 - bounded * bounded
+                if (chunk + 1) * BLOCK > classes:
+                    d = tl.where(column < classes, d, 0.0)
+                tl.store(logits_row + column, d * factor, mask=column < width, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "ignore_index"])
+def mean_loss_kernel(losses, target, loss, scale, rows, chunks, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program sums the losses, always in the same order; the mean is over the rows that count, 0 of none."""
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(chunks):
+        row = chunk * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(losses + row, mask=row < rows, other=0.0)
+        kept = tl.load(target + row, mask=row < rows, other=ignore_index) != ignore_index
+        count += kept.to(tl.float32)
+    factor = 1.0
+    if MEAN:
+        # Lanes count to 2**24 exactly; their sum is a number of rows, rounded as the division is.
+        counted = tl.sum(count)
+        factor = tl.where(counted > 0, 1.0 / tl.maximum(counted, 1.0), 0.0)
+    tl.store(loss, tl.sum(total) * factor)
+    tl.store(scale, factor)
+
+
+def cross_entropy_(
+    logits: Tensor, bias: Tensor | None, target: Tensor, losses: Tensor | None,
+    ignore_index: int, smoothing: float, z_loss: float, softcap: float | None,
+    gradient: bool, grad: Tensor | None = None, largest: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills losses [m] (fp32) from logits [m, V], and turns the logits into their gradient. One launch.
+
+    The rows of `logits` lie in a buffer of a multiple of PADDING columns, which holds 0 beyond the classes, and will
+    again; so does `bias`, fp32 and of the buffer's width. `grad` [m] (fp32) are the losses' gradients, divided by the
+    scalar `largest`; None is 1.
+    """
+    rows, classes = logits.shape
+    tiles = launch.cross_entropy(classes)
+    cross_entropy_kernel[(rows,)](
+        logits=logits, bias=bias, target=target, losses=losses, grad=grad, largest=largest,
+        classes=classes, width=logits.stride(0), ignore_index=ignore_index,
+        smoothing=smoothing or None, z_loss=z_loss or None, softcap=softcap,
+        GRADIENT=gradient, BLOCK=tiles.block, CHUNKS=tiles.chunks, num_warps=tiles.num_warps,
+    )  # fmt: skip
+
+
+def mean_loss(losses: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
+    """(loss, scale): the sum of losses [N] times scale, 1 / the number of targets that count, 1 unless `mean`.
+
+    Both fp32 scalars, and no count comes back to the host. One launch.
+    """
+    loss = torch.empty((), dtype=torch.float32, device=losses.device)
+    scale = torch.empty_like(loss)
+    tiles = launch.mean_loss(losses.shape[0])
+    mean_loss_kernel[(1,)](
+        losses=losses, target=target, loss=loss, scale=scale,
+        rows=losses.shape[0], chunks=tiles.chunks, ignore_index=ignore_index,
+        MEAN=mean, BLOCK=tiles.block, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return loss, scale

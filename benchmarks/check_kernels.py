@@ -1,130 +1,119 @@
-"""Compiles every kernel for GPUs that need not be here, and fails on spills and on shared memory that does not fit.
+"""Compiles every kernel for GPUs that need not be here, and fails on what must not ship.
 
-    python -m benchmarks.check_kernels [--every] [--cases benchmarks.kernel_cases]
+    python -m benchmarks.check_kernels [--every] [--only layer_norm,attention] [--json FILE]
 
-Prints a table of registers and shared memory. Exit status 1 where a kernel has a stack (its registers did not suffice)
-or more shared memory than the chip.
+Prints a table: registers, stack and shared memory, how many blocks a multiprocessor holds, and the instructions that
+speed depends on (loads and stores as count x bits). Exit status 1 where a kernel spills, does not fit the chip, does
+not compile, or multiplies matrices on sm_90 without HGMMA, unless benchmarks/allowed.py says why it may; and where an
+exception there is not needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import re
-import subprocess
+import json
 import sys
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import product
-from multiprocessing import get_context
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-# Bytes of shared memory that a block may use (CUDA C++ Programming Guide, technical specifications per capability).
-SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-CAPABILITIES = (80, 90, 100)
+from benchmarks.allowed import Allowed
+from benchmarks.compiled import CAPABILITIES, CASES, EVERY_CAPABILITY, Compiled, compile_all
 
-
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel takes of a multiprocessor; stack and shared memory in bytes."""
-
-    name: str
-    capability: int
-    num_warps: int
-    registers: int
-    stack: int
-    shared: int
-
-    @property
-    def complaint(self) -> str:
-        """Why this kernel must not ship; empty where it may."""
-        if self.stack:
-            return f"spills: {self.stack} bytes of stack"
-        limit = SHARED_LIMITS[self.capability]
-        return f"expected at most {limit} bytes of shared memory" if self.shared > limit else ""
-
-    def __str__(self) -> str:
-        numbers = f"{self.num_warps:5}  {self.registers:9}  {self.stack:5}  {self.shared:6}"
-        return f"{self.name:<32}  sm_{self.capability:<3}  {numbers}  {self.complaint}".rstrip()
+HEADER = "kernel\n  chip    warps  regs  stack  shared     blocks  instructions"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every kernel and check its registers and shared memory.")
-    parser.add_argument("--every", action="store_true", help="every launch setting and capability, not the hungriest")
-    parser.add_argument("--cases", default="benchmarks.kernel_cases", help="the module that lists the kernels in ALL")
+    parser = argparse.ArgumentParser(description="Compile every kernel; fail on what must not ship.")
+    parser.add_argument("--every", action="store_true", help="every launch setting and chip, not the hungriest")
+    parser.add_argument(
+        "--only", type=_names, default=(), help="kernels whose name contains one of these: norm,attention"
+    )
+    parser.add_argument("--capabilities", type=_numbers, help="of the chips: 90,100")
+    parser.add_argument("--workers", type=int, help="processes; one for each core where not given")
+    parser.add_argument("--json", type=Path, help="where to write all rows")
+    parser.add_argument("--cases", default=CASES, help="the module that lists the kernels in ALL")
+    parser.add_argument("--allowed", default="benchmarks.allowed", help="the module that lists exceptions in ALLOWED")
     arguments = parser.parse_args()
-    capabilities = tuple(SHARED_LIMITS) if arguments.every else CAPABILITIES
+    capabilities = arguments.capabilities or (EVERY_CAPABILITY if arguments.every else CAPABILITIES)
 
-    # Interpreted kernels cannot be compiled, and triton reads the variable when it is imported: here, in the workers.
-    os.environ.pop("TRITON_INTERPRET", None)
     start = time.perf_counter()
-    failures = 0
-    print(f"{'kernel columns dtype':<32}  {'chip':<6}  warps  registers  stack  shared")
-    # Fresh processes: a forked one would share torch's threads. Two: what a small machine has.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        names = pool.submit(case_names, arguments.cases, arguments.every).result()
-        jobs = [
-            pool.submit(compile_case, arguments.cases, arguments.every, index, capability)
-            for index, capability in product(range(len(names)), capabilities)
-        ]
-        for job in jobs:
-            usage = job.result()
-            print(usage, flush=True)
-            failures += bool(usage.complaint)
+    print(HEADER)
+    try:
+        rows = compile_all(
+            arguments.cases, arguments.every, capabilities, arguments.workers, arguments.only,
+            report=Table().add,
+        )  # fmt: skip
+    except ValueError as error:
+        parser.error(str(error))
     seconds = time.perf_counter() - start
-    print(f"{len(jobs)} compilations in {seconds:.0f} s, {failures} of them must not ship")
-    return 1 if failures or not jobs else 0
+    if arguments.json:
+        arguments.json.write_text(json.dumps([row.record() for row in rows], indent=1) + "\n")
+
+    whole = arguments.every and not arguments.only and set(capabilities) >= set(EVERY_CAPABILITY)
+    allowed = importlib.import_module(arguments.allowed).ALLOWED
+    failures = verdict(rows, allowed, whole)
+    slowest = max(rows, key=lambda row: row.seconds)
+    print(f"\n{len(rows)} compilations in {seconds:.0f} s, {sum(row.seconds for row in rows):.0f} s of one core")
+    print(f"slowest: {slowest.name}, sm_{slowest.capability}, {slowest.seconds:.0f} s of one core")
+    print(f"{len(failures)} failures")
+    print("\n".join(failures))
+    return 1 if failures else 0
 
 
-def cases_of(module: str, every: bool) -> list[Any]:
-    """The cases that `module` lists; imported late, so that only workers import triton."""
-    return [case for family in importlib.import_module(module).ALL for case in family(every)]
+class Table:
+    """A line for each chip, under the kernel's name, as the rows come."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def add(self, row: Compiled) -> None:
+        if row.name != self.name:
+            self.name = row.name
+            print(row.name)
+        blocks = f"{row.blocks} ({row.occupancy:.0%})"
+        used = f"{row.num_warps:5}  {row.registers:4}  {row.stack:5}  {row.shared:6}  {blocks:>9}"
+        line = "does not compile" if row.error else f"{used}  {_mix(row.instructions)}"
+        print(f"  sm_{row.capability:<3}  {line}", flush=True)
 
 
-def case_names(module: str, every: bool) -> list[str]:
-    return [case.name for case in cases_of(module, every)]
+def _mix(instructions: dict[str, int]) -> str:
+    """As "MUFU 8  LDG 4x128 2x16": tensor cores first."""
+    counts = defaultdict(list)
+    for opcode, count in sorted(instructions.items(), key=lambda item: "MMA" not in item[0]):
+        name, _, bits = opcode.partition(".")
+        counts[name].append(f"{count}x{bits}" if bits else str(count))
+    return "  ".join(f"{name} {' '.join(numbers)}" for name, numbers in counts.items())
 
 
-def compile_case(module: str, every: bool, index: int, capability: int) -> Usage:
-    """Compiles one case, found by its number: kernels do not travel between processes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def verdict(rows: Sequence[Compiled], allowed: Sequence[Allowed], whole: bool) -> list[str]:
+    """What must not ship, a line each: faults that are not allowed, and exceptions that are not needed.
 
-    case = cases_of(module, every)[index]
-    signature, constants, aligned = {}, {}, {}
-    for position, name in enumerate(case.kernel.arg_names):
-        argument = case.arguments[name]
-        if not isinstance(argument, str):
-            signature[name] = "constexpr"
-            constants[(position,)] = argument
-            continue
-        signature[name] = argument.removesuffix(":16")
-        if argument.endswith(":16"):
-            aligned[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, constants, aligned)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack = resource_usage(compiled.asm["cubin"], Path(triton.__file__).parent)
-    return Usage(case.name, capability, case.num_warps, registers, stack, compiled.metadata.shared)
+    `whole`: every case was compiled, so that an exception that no row takes is one for nothing.
+    """
+    excused = {
+        (name, chip, exception.fault)
+        for exception in allowed
+        for name in exception.kernels
+        for chip in exception.capabilities
+    }
+    found = {(row.name, row.capability, kind): text for row in rows for kind, text in row.faults.items()}
+    lines = [f"{name}, sm_{chip}: {found[name, chip, kind]}" for name, chip, kind in found.keys() - excused]
+    compiled = {(row.name, row.capability) for row in rows}
+    for name, chip, kind in excused - found.keys():
+        if whole or (name, chip) in compiled:
+            lines.append(f"{name}, sm_{chip}: its exception ({kind}) is not needed")
+    return sorted(lines)
 
 
-def resource_usage(cubin: bytes, triton_root: Path) -> tuple[int, int]:
-    """Registers a thread and bytes of stack a thread, as cuobjdump of triton's wheel reads them."""
-    cuobjdump = triton_root / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(cuobjdump), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"expected REG and STACK in the output of cuobjdump, got {text!r}")
-    return int(found[1]), int(found[2])
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":

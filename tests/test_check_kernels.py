@@ -1,17 +1,23 @@
-"""The cross-compiler's check: it lists every argument, and fails where a kernel must not ship."""
+"""The cross-compiler's check: it lists every argument, fails where a kernel must not ship, and reads machine code."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
 import sys
-from pathlib import Path
+
+import pytest
 
 from benchmarks import check_kernels
-from benchmarks.check_kernels import SHARED_LIMITS, Usage
+from benchmarks.allowed import ALLOWED, Allowed
+from benchmarks.chips import CHIPS, resident_blocks
+from benchmarks.compiled import CASES, Compiled, cases_of, compile_all
+from benchmarks.sass import count_instructions
 
-# One warp holds 32 x 255 values; the first tile's do not fit.
-CASES = """
+# Each but the first and the last two is unfit for sm_90 in its own way. One warp holds 32 x 255 values; a 16-row tile
+# is too short for HGMMA; five stages of 64 KB are more than 227 KB; nothing is called tl.nothing.
+UNFIT = """
+import os
+
 import triton
 import triton.language as tl
 
@@ -19,53 +25,202 @@ from benchmarks.kernel_cases.case import Case
 
 
 @triton.jit
-def normalise(x, y, COLUMNS: tl.constexpr):
+def normalise(x, y, COLUMNS: tl.constexpr, POWER_OF: tl.constexpr):
     column = tl.arange(0, COLUMNS)
     value = tl.load(x + column)
+    value = tl.exp2(value) if POWER_OF == "two" else tl.exp(value)
     tl.store(y + column, value / tl.sum(value))
 
 
+@triton.jit
+def multiply(a, b, c, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, inner, INNER):
+        k = start + tl.arange(0, INNER)
+        total = tl.dot(tl.load(a + row * inner + k[None, :]), tl.load(b + k[:, None] * COLUMNS + column), total)
+    tl.store(c + row * COLUMNS + column, total)
+
+
+@triton.jit
+def broken(x):
+    tl.store(x, tl.nothing(x))
+
+
+class Fatal(dict):
+    def __getitem__(self, name):
+        os._exit(1)
+
+
+def product(rows, inner):
+    blocks = {"ROWS": rows, "COLUMNS": 128, "INNER": inner}
+    return {**dict.fromkeys("abc", "*fp16:16"), "inner": "i32:16", **blocks}
+
+
 def cases(every):
-    for columns in (16384, 64):
-        yield Case(f"normalise {columns}", normalise, {"x": "*fp32:16", "y": "*fp32:16", "COLUMNS": columns}, 1)
+    for name, columns, warps in (("fits", 1024, 4), ("spills", 16384, 1)):
+        arguments = {"x": "*fp32:16", "y": "*fp32:16", "COLUMNS": columns, "POWER_OF": "two"}
+        yield Case(f"normalise {name}", normalise, arguments, warps)
+    for name, rows, inner, stages in (("fits", 64, 64, 3), ("short", 16, 32, 3), ("staged", 128, 128, 5)):
+        yield Case(f"multiply {name}", multiply, product(rows, inner), 4, stages, matrix=True)
+    yield Case("broken", broken, {"x": "*fp32"}, 4)
+    yield Case("fatal", broken, Fatal(x="*fp32"), 4)
+    yield Case("after fatal", normalise, {"x": "*fp32", "y": "*fp32", "COLUMNS": 1024, "POWER_OF": "two"}, 4)
 
 
 ALL = (cases,)
 """
+SHARED = "expected at most 232448 bytes of shared memory, got "
+# The case, the kind of its fault, how the explanation begins.
+FAULTS = [
+    ("normalise spills", "spill", "spills: "),
+    ("multiply short", "tensor", "multiplies matrices, but without HGMMA"),
+    ("multiply staged", "shared", SHARED),
+    ("broken", "error", "does not compile: CompilationError"),
+    ("fatal", "error", "does not compile: the compiler ended its process"),
+]
 
 
-def test_a_spill_fails(tmp_path):
-    (tmp_path / "spilling_cases.py").write_text(CASES)
-    root = Path(check_kernels.__file__).parent.parent
-    command = [sys.executable, "-m", "benchmarks.check_kernels", "--cases", "spilling_cases"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)]),
-        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-        "TRITON_INTERPRET": "1",
-    }
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("normalise")]
-    assert [line.split()[:3] for line in lines] == [
-        ["normalise", columns, chip] for columns in ("16384", "64") for chip in ("sm_80", "sm_90", "sm_100")
-    ]
-    assert ["spills" in line for line in lines] == [True] * 3 + [False] * 3
-    assert "6 compilations" in done.stdout
-    assert "3 of them must not ship" in done.stdout
+@pytest.fixture(scope="module")
+def unfit(tmp_path_factory):
+    """The module of UNFIT, importable, and an empty cache; workers inherit both."""
+    folder = tmp_path_factory.mktemp("unfit")
+    (folder / "unfit_cases.py").write_text(UNFIT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield folder
 
 
-def test_too_much_shared_memory_is_refused():
-    for capability, limit in SHARED_LIMITS.items():
-        fits = Usage("kernel", capability, num_warps=4, registers=64, stack=0, shared=limit)
-        assert not fits.complaint
-        above = Usage("kernel", capability, num_warps=4, registers=64, stack=0, shared=limit + 1)
-        assert above.complaint == f"expected at most {limit} bytes of shared memory"
-        assert str(above).endswith(above.complaint)
+@pytest.fixture(scope="module")
+def rows(unfit):
+    return compile_all("unfit_cases", capabilities=(90,), workers=1)
+
+
+def test_every_unfit_kernel_is_found(rows):
+    names = ("normalise fits", "normalise spills", "multiply fits", "multiply short", "multiply staged")
+    assert [row.name for row in rows] == [*names, "broken", "fatal", "after fatal"]
+    found = [(row.name, *fault) for row in rows for fault in row.faults.items()]
+    assert [fault[:2] for fault in found] == [fault[:2] for fault in FAULTS]
+    for (_, _, text), (_, _, start) in zip(found, FAULTS, strict=True):
+        assert text.startswith(start)
+
+
+def test_machine_code_is_read(rows):
+    # 1,024 floats in 128 threads are 8 a thread, two 16-byte loads where the address is known to be aligned.
+    fits, product, unaligned = (rows[k].instructions for k in (0, 2, -1))
+    assert (fits["LDG.128"], fits["STG.128"], unaligned["LDG.32"], unaligned["STG.32"]) == (2, 2, 8, 8)
+    assert fits["MUFU"] >= 8
+    assert product["HGMMA"] > 0
+    assert product["LDGSTS.128"] > 0
+    assert rows[1].instructions["STL"] > 0
+
+
+def test_a_second_run_compiles_nothing(unfit, rows, monkeypatch, capsys):
+    def cached():
+        return {path: path.stat().st_mtime_ns for path in (unfit / "cache").rglob("*") if path.is_file()}
+
+    before = cached()
+    command = ["check_kernels", "--cases", "unfit_cases", "--capabilities", "90", "--only", "normalise,multiply"]
+    monkeypatch.setattr(sys, "argv", [*command, "--workers", "1", "--json", str(unfit / "rows.json")])
+    assert check_kernels.main() == 1
+    assert cached() == before
+    written = json.loads((unfit / "rows.json").read_text())
+    for record, row in zip(written, rows[:5], strict=True):
+        assert record.pop("seconds") < row.seconds
+        assert record.items() < row.record().items()
+    printed = capsys.readouterr().out
+    assert "5 compilations" in printed
+    assert "3 failures" in printed
+    for name, _, text in FAULTS[:3]:
+        assert f"{name}, sm_90: {text}" in printed
+
+
+def test_no_kernel_of_that_name(unfit):
+    with pytest.raises(ValueError, match="expected a kernel with nobody in unfit_cases, got none"):
+        compile_all("unfit_cases", only=("nobody",))
+    with pytest.raises(ValueError, match=r"capability: expected one of 80, 86, .*, got 75"):
+        compile_all("unfit_cases", capabilities=(75,))
+
+
+SPILL = Compiled("kernel", 90, num_warps=4, registers=255, stack=8)
+FITS = Compiled("kernel", 90, num_warps=4, registers=64)
+
+
+@pytest.mark.parametrize(
+    ("row", "kernel", "whole", "failures"),
+    [
+        (SPILL, "kernel", True, []),
+        (FITS, "kernel", False, ["kernel, sm_90: its exception (spill) is not needed"]),
+        (FITS, "another", False, []),
+        (FITS, "another", True, ["another, sm_90: its exception (spill) is not needed"]),
+        (
+            SPILL, "another", True,
+            [
+                "another, sm_90: its exception (spill) is not needed",
+                "kernel, sm_90: spills: 8 bytes of stack, 0 loads and 0 stores",
+            ],
+        ),
+    ],
+    ids=["silenced", "stale", "not compiled", "renamed", "another kernel's"],
+)  # fmt: skip
+def test_exceptions(row, kernel, whole, failures):
+    allowed = [Allowed((kernel,), (90,), "spill", reason="of this test")]
+    assert check_kernels.verdict([row], allowed, whole) == failures
+
+
+def test_limits_of_shared_and_tensor_memory():
+    for capability, chip in CHIPS.items():
+        assert not Compiled("kernel", capability, num_warps=4, shared=chip.block_shared).faults
+        above = Compiled("kernel", capability, num_warps=4, shared=chip.block_shared + 1)
+        assert above.faults.keys() == {"shared"}
+        assert above.blocks == 0
+    assert not Compiled("kernel", 100, num_warps=4, tensor_memory=512).faults
+    assert Compiled("kernel", 100, num_warps=4, tensor_memory=1024).faults.keys() == {"shared"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "num_warps", "registers", "shared", "blocks"),
+    [
+        (90, 4, 64, 0, 8),  # registers: 8 warps a quarter
+        (90, 4, 65, 0, 7),  # 72 registers a thread are given
+        (90, 8, 255, 0, 1),
+        (90, 16, 130, 0, 0),  # 12 warps of the 16
+        (80, 1, 16, 0, 32),  # the most blocks
+        (86, 8, 32, 0, 6),  # the most warps
+        (90, 4, 32, 100 * 1024, 2),  # shared memory, with 1 KB of the driver's each
+        (120, 4, 32, 50 * 1024, 1),
+    ],
+)
+def test_resident_blocks(capability, num_warps, registers, shared, blocks):
+    assert resident_blocks(capability, num_warps, registers, shared) == blocks
+
+
+def test_instructions_are_counted():
+    code = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.EL.U16.CONSTANT R6, desc[UR4][R2.64] ;
+        /*0020*/             @!UP1 UTMALDG.2D [UR8], [UR6] ;
+        /*0030*/                   LDG.E.ENL2.256 R6, R8, desc[UR4][R2.64] ;
+        /*0040*/                 { HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8].tnspB, R88 ;
+        /*0050*/              @P2 LDGSTS.E.BYPASS.LTC128B.128 [R37], desc[UR10][R4.64] }
+        /*12340*/                  UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4] ;
+        /*12350*/                  STG.E desc[UR4][R2.64], R8 ;
+        /*12360*/                  WARPSYNC.COLLECTIVE R2, 0x10 ;
+    """
+    expected = {"HGMMA": 1, "LDG.16": 1, "LDG.256": 1, "LDGSTS.128": 1, "STG.32": 1, "UTCHMMA": 1, "UTMALDG": 1}
+    assert count_instructions(code) == expected
 
 
 def test_cases_name_every_argument():
+    names = set()
     for every in (False, True):
-        cases = check_kernels.cases_of("benchmarks.kernel_cases", every)
+        cases = cases_of(CASES, every)
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             assert set(case.arguments) == set(case.kernel.arg_names), case.name
+            assert "," not in case.name
+        names |= {case.name for case in cases}
+    assert {name for exception in ALLOWED for name in exception.kernels} <= names

@@ -3,6 +3,8 @@
 One file for each file of kernels/. A new kernel adds its function to ALL.
 """
 
+from benchmarks.kernel_cases.cross_entropy import cross_entropy_cases
+from benchmarks.kernel_cases.feed_forward import feed_forward_cases
 from benchmarks.kernel_cases.layer_norm import layer_norm_cases
 
-ALL = (layer_norm_cases,)
+ALL = (cross_entropy_cases, feed_forward_cases, layer_norm_cases)

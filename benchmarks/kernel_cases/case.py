@@ -16,7 +16,7 @@ class Case:
     """One compilation; `arguments` by the kernel's parameter names, written as in triton.tools.compile.
 
     A string is a type (":16" where the address or the number is a multiple of 16), anything else a constant, None an
-    absent tensor.
+    absent tensor. What the kernel itself calls a constexpr is a constant, strings included.
     """
 
     name: str
@@ -26,3 +26,7 @@ class Case:
     num_stages: int = 3
     # Whether it multiplies matrices, so that sm_90 must show HGMMA.
     matrix: bool = False
+    # Of a thread, at most; None where the launch sets no limit.
+    max_registers: int | None = None
+    # The chips that the launch gives these settings; None for all.
+    capabilities: tuple[int, ...] | None = None

@@ -1,0 +1,42 @@
+"""Token embedding: gather with positions and dropout, and its gradient's two kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.kernel_cases.case import Case
+from tfm.kernels import embedding, launch
+
+TOKENS, VOCABULARY = 8192, 32768
+
+
+def embedding_cases(every: bool) -> Iterator[Case]:
+    """With dropout; the forward with the sinusoid, which takes more registers than a table; int64 tokens."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for columns in (16, 63, 512, 1000, 1024, 4096) if every else (512, 1000):
+            data, size = f"*{dtype}:16", "i32" if columns % 16 else "i32:16"
+            numbers = {"count": "i32", "columns": size, "threshold": "i32", "site": "i32", "seed": "*i64:16"}
+
+            for learned in (False, True) if every else (False,):
+                tiles = launch.embedding_forward(TOKENS, columns)
+                forward = {"tokens": "*i64:16", "weight": data, "positions": "*i64:16", "y": data, "period": "i32"}
+                forward |= {"vocabulary": "i32", "places": "i32", "position_weight": data if learned else None}
+                forward |= {"weight_stride": size, "position_stride": size, "scale": "fp32", "keep_scale": "fp32"}
+                forward |= {"BLOCK_ROWS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns}
+                name = f"embedding_forward{' learned' * learned} {columns} {dtype}"
+                yield Case(name, embedding.embedding_forward_kernel, {**numbers, **forward}, tiles.num_warps)
+
+            first, second = launch.embedding_backward(TOKENS + 1, embedding.CHUNK, VOCABULARY, columns)
+            sorted_tokens = {"tokens": "*i32:16", "order": "*i64:16", "starts": "*i32:16", "chunks": "*fp32:16"}
+            shared = numbers | sorted_tokens | {"dy": data, "rows": "i32", "dy_stride": size, "padding": "i32"}
+            shared["CHUNK"] = embedding.CHUNK
+            arguments = {**shared, "BLOCK_COLUMNS": first.block_columns}
+            yield Case(
+                f"embedding_chunks {columns} {dtype}", embedding.embedding_chunks_kernel, arguments, first.num_warps
+            )
+            for sparse in (False, True):
+                blocks = {"BLOCK_ROWS": second.block_rows, "BLOCK_COLUMNS": second.block_columns, "SPARSE": sparse}
+                outputs = {"dweight": data, "indices": "*i64:16" if sparse else None, "scale": "fp32"}
+                name = f"embedding_backward{' sparse' * sparse} {columns} {dtype}"
+                arguments = {**shared, **outputs, **blocks}
+                yield Case(name, embedding.embedding_backward_kernel, arguments, second.num_warps)

@@ -1,0 +1,62 @@
+"""What a compiled kernel's machine code says of it, as the disassemblers of triton's wheel print it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+# An address, a predicate, the instruction: "/*0130*/  @!P0 LDG.E.128 R4, ...".
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{ *)?(?:@!?U?P\w+ +)?([A-Z][\w.]*)", re.MULTILINE)
+# Loads and stores of global memory, straight to shared memory too; they are counted by their width in bits.
+BY_WIDTH = ("LDG", "STG", "LDGSTS")
+# Special functions, the tensor copy engine's loads and stores, atomics, and what a spill does: local memory.
+COUNTED = ("MUFU", "UTMALDG", "UTMASTG", "RED", "REDG", "ATOM", "ATOMG", "LDL", "STL")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Registers and bytes of stack of a thread, and how many instructions of the kinds that speed depends on."""
+
+    registers: int
+    stack: int
+    instructions: dict[str, int]
+
+
+def read_cubin(cubin: bytes) -> MachineCode:
+    """Of a compiled kernel, whichever compiler made it."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"expected REG and STACK in the output of cuobjdump, got {usage!r}")
+    return MachineCode(int(found[1]), int(found[2]), count_instructions(code))
+
+
+def count_instructions(code: str) -> dict[str, int]:
+    """Tensor-core instructions (HMMA, HGMMA, UTCHMMA, ...) and those of BY_WIDTH and COUNTED, in a disassembly."""
+    counts: Counter[str] = Counter()
+    for opcode in INSTRUCTION.findall(code):
+        name, *modifiers = opcode.split(".")
+        if name in BY_WIDTH:
+            counts[f"{name}.{_bits(modifiers)}"] += 1
+        elif name in COUNTED or name.endswith("MMA"):
+            counts[name] += 1
+    return dict(sorted(counts.items()))
+
+
+def _bits(modifiers: list[str]) -> int:
+    """Of an access: its modifier, as in LDG.E.64 or LDG.E.U16; 32 without one."""
+    widths = [int(found[1]) for found in map(re.compile(r"[US]?(8|16|64|128|256)").fullmatch, modifiers) if found]
+    return widths[0] if widths else 32
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

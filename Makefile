@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check check-kernels bench clean
+.PHONY: demo test check check-kernels check-kernels-all bench gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: $(INSTALLED)
@@ -20,13 +20,28 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_import_contract.py
 
-# Compiles every kernel for sm_80, sm_90 and sm_100; fails on a spill or on too much shared memory.
+# Compiles every kernel for sm_80, sm_90 and sm_100; fails on spills, on too much shared memory and on missing HGMMA.
 check-kernels: $(INSTALLED)
 	$(BIN)/python -m benchmarks.check_kernels
 
+# The full product of settings and chips, sm_86, sm_89 and sm_120 too.
+check-kernels-all: $(INSTALLED)
+	$(BIN)/python -m benchmarks.check_kernels --every
+
 # Each operation beside what people would use instead, as ratios in one run.
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable --benchmark-group-by=group
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable -q --disable-warnings
+
+# Everything on one NVIDIA GPU, in nine minutes: ONLY=attention,layer_norm QUICK=1 DATA=dir OUT=file COMMIT=hash. Takes
+# the python3 on PATH where there is no virtual environment.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) \
+		$(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
+
+# Launch settings tried on a GPU: FAMILY=layer_norm SECONDS=120 SIZE=8192x1024 DTYPE=fp16.
+tune:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tune $(FAMILY) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(SIZE),--size "$(SIZE)") $(if $(DTYPE),--dtype $(DTYPE))
 
 # torch comes first, pinned: every other package would pull the newest one.
 $(INSTALLED): constraints.txt pyproject.toml setup.py

@@ -127,7 +127,7 @@ def test_writes_readme_and_pictures_once(tmp_path, readme, capsys):
     assert main([*arguments, "--check"]) == 0
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 99}'])
+@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 99}', '{"format": 1}'])
 def test_damaged_records_are_one_line(damage, tmp_path, readme, capsys):
     (tmp_path / "broken.json").write_text(damage)
     assert main(["--results", str(tmp_path), "--readme", str(readme)]) == 2

@@ -86,7 +86,7 @@ def load(folder: Path) -> list[Record]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: expected a record in JSON, got {error}") from None
         known = isinstance(data, dict) and (data.get("benchmark") == "training" or data.get("format") == FORMAT)
-        if not known:
+        if not known or "environment" not in data:
             raise ValueError(f"{path}: expected a record of format {FORMAT} or of the training benchmark")
         records.append(Record(path, data))
     return sorted(records, key=lambda record: record.environment["date"])
@@ -104,12 +104,12 @@ def operations(root: Path = ROOT) -> list[str]:
 
 
 def sources_of(operation: str, root: Path = ROOT) -> list[str]:
-    """The files of kernels/ that tfm/ops/`operation`.py reaches through its imports, relative to `root`.
+    """The files of kernels/ that the operation's file in tfm/ops/ reaches through its imports, relative to `root`.
 
     A suite of no one operation, such as a training step, rests upon all of them.
     """
-    start = root / "tfm" / "ops" / f"{operation}.py"
-    if not start.exists():
+    start = _operation_file(operation, root)
+    if start is None:
         return sorted(str(path.relative_to(root)) for path in (root / "kernels").rglob("*.py"))
     found: set[Path] = set()
     waiting = list(_kernel_files(start, root))
@@ -119,6 +119,14 @@ def sources_of(operation: str, root: Path = ROOT) -> list[str]:
             found.add(path)
             waiting += _kernel_files(path, root)
     return sorted(str(path.relative_to(root)) for path in found)
+
+
+def _operation_file(operation: str, root: Path) -> Path | None:
+    """The file of that name, or else the one that defines it: attention.py holds varlen_attention."""
+    files = sorted((root / "tfm" / "ops").glob("*.py"))
+    named = [path for path in files if path.stem == operation]
+    defining = [path for path in files if f"\ndef {operation}(" in path.read_text()]
+    return next(iter(named + defining), None)
 
 
 def _kernel_files(path: Path, root: Path) -> Iterator[Path]:

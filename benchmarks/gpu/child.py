@@ -1,0 +1,118 @@
+"""Processes that do the work of a part: within a time limit, with all they started, and what they left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+JOURNAL = "TFM_JOURNAL"
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program, run at the checkout's root; what it writes to the file `journal`, a JSON value a line, outlives it."""
+
+    words: Sequence[str]
+    journal: Path
+    environment: Mapping[str, str]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        environment = os.environ | dict(self.environment) | {JOURNAL: str(self.journal)}
+        with self.output.open("ab") as output:
+            # A session of its own: what it starts can be ended with it.
+            return subprocess.Popen(
+                self.words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def under(self, *words: str) -> Command:
+        """The same program, run by another."""
+        return replace(self, words=(*words, *self.words))
+
+    @property
+    def output(self) -> Path:
+        return self.journal.with_suffix(".txt")
+
+    def text(self) -> str:
+        """What it printed so far."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended: `status` as in subprocess, None where its time was up; `reason` in its own last words."""
+
+    status: int | None
+    seconds: float
+    reason: str
+
+    @property
+    def state(self) -> str:
+        return "out of time" if self.status is None else "failed" if self.status else "done"
+
+
+def run(commands: Mapping[str, Command], seconds: float) -> dict[str, End]:
+    """Runs the commands side by side; those that have not ended after so long are killed, with all they started."""
+    started = time.perf_counter()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    ends: dict[str, End] = {}
+    try:
+        for name, command in commands.items():
+            running[name] = command.start()
+        while len(ends) < len(commands):
+            elapsed = time.perf_counter() - started
+            for name in running.keys() - ends.keys():
+                status = running[name].poll()
+                if status is not None:
+                    ends[name] = End(status, elapsed, _last_words(status, commands[name].text()) if status else "")
+                elif elapsed >= seconds:
+                    ends[name] = End(None, elapsed, f"stopped after {elapsed:.0f} s")
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in running.values():
+            _end(process)
+    return ends
+
+
+def run_one(command: Command, seconds: float) -> End:
+    """`run` of a single command."""
+    return run({"": command}, seconds)[""]
+
+
+def append(journal: Path, value: Any) -> None:
+    """Adds a line at once: the process may be killed after it."""
+    with journal.open("a") as file:
+        file.write(json.dumps(value, default=str) + "\n")
+
+
+def read(journal: Path) -> list[Any]:
+    """The lines of a journal; one that a killed process left unfinished does not count."""
+    if not journal.exists():
+        return []
+    whole, _, _ = journal.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # Also after it ended by itself: what it started may have stayed.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_words(status: int, text: str) -> str:
+    """The exception of pytest's report where there is one, else the last line."""
+    if status < 0:
+        return f"ended by signal {-status}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("E ").strip() for line in lines if line.startswith("E ")]
+    return ": ".join([f"exit status {status}", *(errors or lines)[-1:]])

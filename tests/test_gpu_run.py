@@ -1,0 +1,343 @@
+"""`python -m benchmarks.gpu` without a GPU: from a bare copy of the checkout, with parts that fail, die or are late."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import child, proof, pytest_journal, speed
+from benchmarks.gpu.run import Options, Part, Run
+
+ROOT = Path(command.ROOT)
+# One kernel in the place of all, so that nothing is compiled for minutes.
+KERNEL_CASES = """
+from itertools import islice
+
+from benchmarks.kernel_cases.layer_norm import layer_norm_cases
+
+ALL = (lambda every: islice(layer_norm_cases(every), 1),)
+"""
+TESTS = """
+import pytest
+
+
+def test_passes(kernel_device):
+    assert kernel_device.type == "cpu"
+
+
+def test_fails(kernel_device):
+    raise ValueError("not the same numbers")
+
+
+@pytest.mark.gpu
+def test_is_skipped():
+    raise AssertionError
+
+
+def test_of_no_kernel():
+    raise AssertionError
+"""
+BROKEN = "raise ImportError('a peer that moved')"
+TROUBLED = """
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import pytest
+
+ACTIONS = {
+    "dies": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "fails": lambda: 1 // 0,
+    "goes on": int,
+    "late": lambda: time.sleep(600),
+    "behind": int,
+}
+
+
+@dataclass
+class Case:
+    peer: str
+
+    def info(self):
+        return {"suite": "troubled", "direction": "forward", "size": "1", "mode": "eager", "peer": self.peer}
+
+
+@pytest.mark.parametrize("case", map(Case, ACTIONS), ids=lambda case: case.peer)
+def test_troubled(benchmark, case):
+    benchmark.extra_info |= case.info()
+    benchmark.pedantic(ACTIONS[case.peer], rounds=3)
+"""
+SANITIZER = """#!/bin/sh
+shift 4
+"$@" && echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The folders of the checkout alone: no git, no virtual environment; some of its files replaced by smaller ones."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for folder in ("tfm", "kernels", "benchmarks", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    (copy / "benchmarks" / "kernel_cases" / "__init__.py").write_text(KERNEL_CASES)
+    (copy / "tests" / "test_layer_norm.py").write_text(TESTS)
+    for name, text in {"broken": BROKEN, "troubled": TROUBLED}.items():
+        (copy / "benchmarks" / f"bench_{name}.py").write_text(text)
+    with (copy / "kernels" / "layer_norm.py").open("a") as file:
+        file.write("# this copy\n")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def rehearsed(checkout) -> tuple[dict, subprocess.CompletedProcess[str]]:
+    """The record of a rehearsal in the copy, and what it printed; the sanitizer is a script that runs the pass."""
+    tool = checkout / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    environment |= {"PATH": f"{tool.parent}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(checkout / "cache")}
+    environment |= {"COMMIT": "1234abcd", "OUT": str(checkout / "out" / "record.json")}
+    words = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--quick", "--minutes", "60"]
+    words += ["--only", "layer_norm,broken,training"]
+    # On one core: every process at a time that a larger machine has takes seconds to start.
+    core = {min(os.sched_getaffinity(0))}
+    done = subprocess.run(
+        words, cwd=checkout, env=environment, capture_output=True, text=True, timeout=900,
+        preexec_fn=lambda: os.sched_setaffinity(0, core),
+    )  # fmt: skip
+    return json.loads(Path(environment["OUT"]).read_text()), done
+
+
+def test_every_part_has_its_section(rehearsed, checkout):
+    record, done = rehearsed
+    assert [row["name"] for row in record["parts"]] == [
+        "environment", "kernels", "ceilings", "tests", "sanitizer", "warm-up", "layer_norm", "broken", "training tiny",
+    ]  # fmt: skip
+    assert record["format"] == 1
+    assert record["rehearsal"]
+    assert record["environment"]["commit"] == "1234abcd"
+    kernel = (checkout / "kernels" / "layer_norm.py").read_bytes()
+    assert record["sources"]["kernels/layer_norm.py"] == hashlib.sha256(kernel).hexdigest()
+    (row,) = record["kernels"]
+    assert row["name"].startswith("layer_norm_forward")
+    assert row["capability"] == 90
+    assert row["registers"] > 0
+    assert not row["error"]
+    for ceiling, unit in (("copy", "GB/s"), ("matmul", "TFLOP/s")):
+        measured = record["ceilings"][ceiling]
+        assert min(measured["samples"]) <= measured[unit] <= max(measured["samples"])
+    throughput = record["training"]["tiny"]["throughput"]
+    assert throughput.keys() == {"tfm-bf16", "eager-bf16", "compile-bf16"}
+    assert all(len(contender["repeats"]) == 3 for contender in throughput.values()), throughput
+    assert all(row["seconds"] > 0 and row["state"] in ("done", "failed") for row in record["parts"]), done.stdout
+    assert all(f"  {row['name']}: {row['state']}" in done.stdout for row in record["parts"])
+
+
+def test_tests_are_counted_and_failures_kept(rehearsed):
+    record, done = rehearsed
+    tests = record["tests"]
+    assert [tests[name] for name in ("passed", "failed", "skipped", "not_run")] == [1, 1, 1, 0]
+    (failure,) = tests["failures"]
+    assert failure["test"] == "tests/test_layer_norm.py::test_fails"
+    assert failure["message"] == "ValueError: not the same numbers"
+    assert "def test_fails(kernel_device)" in failure["detail"]
+    assert done.returncode == 1
+
+
+def test_the_sanitizer_watches_the_operations(rehearsed):
+    record, _ = rehearsed
+    assert record["sanitizer"]["memcheck"]["state"] == "done", record["sanitizer"]
+    assert record["sanitizer"]["memcheck"]["errors"] == 0
+    passes = ["layer_norm float16", "residual_layer_norm float16"]
+    assert record["sanitizer"]["memcheck"]["passes"] == record["sanitizer"]["racecheck"]["passes"] == passes
+    # The script knows no races: a tool that sums up nothing has not done its work.
+    assert record["sanitizer"]["racecheck"]["state"] == "failed"
+    assert "without a summary" in record["sanitizer"]["racecheck"]["reason"]
+
+
+def test_a_benchmark_keeps_every_sample_and_its_share(rehearsed):
+    record, _ = rehearsed
+    entries = [entry for entry in record["benchmarks"] if entry["extra_info"]["suite"] == "layer_norm"]
+    measured = [entry for entry in entries if "failed" not in entry["extra_info"]]
+    assert len({entry["fullname"] for entry in entries}) == len(entries)
+    assert all(len(entry["stats"]["data"]) == entry["stats"]["rounds"] for entry in measured)
+    assert all(entry["extra_info"]["share"] > 0 for entry in measured)
+    ours = [entry["extra_info"] for entry in measured if entry["extra_info"]["peer"] == "ours"]
+    assert {(info["direction"], info["mode"]) for info in ours} >= {
+        (direction, mode) for direction in ("forward", "forward and backward") for mode in ("eager", "graph")
+    }
+    assert all({"eager", "compile"} <= info["speed_up"].keys() for info in ours)
+
+
+def test_what_fails_leaves_the_rest(rehearsed):
+    record, _ = rehearsed
+    parts = {row["name"]: row for row in record["parts"]}
+    assert parts["broken"]["state"] == "failed"
+    assert "a peer that moved" in parts["broken"]["reason"]
+    assert "bench_broken.py" in parts["broken"]["output"][0]
+    assert parts["layer_norm"]["state"] == parts["training tiny"]["state"] == "done", parts
+
+
+def a_run(tmp_path, **options) -> Run:
+    given = {"out": tmp_path / "record.json", "suites": ("troubled",), "minutes": 9, "everything": False} | options
+    return Run(Options(**given), tmp_path, started=time.perf_counter())
+
+
+def test_a_suite_keeps_what_it_finished(checkout, tmp_path, monkeypatch):
+    run = a_run(tmp_path, rehearse=True)
+    journal, now = tmp_path / "bench_troubled.jsonl", time.perf_counter
+
+    def leaping() -> float:
+        """Time is up as soon as the late case has begun."""
+        return now() + 1e4 * (journal.exists() and "[late]" in journal.read_text())
+
+    monkeypatch.setattr(time, "perf_counter", leaping)
+    monkeypatch.setattr(child, "ROOT", checkout)
+    state, reason = speed.suite(run, 500.0, "troubled")
+    assert state == "out of time"
+    assert "1 cases measured, 3 failed, 1 not run" in reason
+    assert {entry["extra_info"]["peer"]: entry["extra_info"].get("failed") for entry in run.record["benchmarks"]} == {
+        "dies": "its process ended by signal 11",
+        "fails": "ZeroDivisionError: integer division or modulo by zero",
+        "goes on": None,
+        "late": "out of time",
+    }
+
+
+def test_a_lost_gpu_ends_the_process(tmp_path, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(os, "_exit", leave)
+    fixture = SimpleNamespace(extra_info={"peer": "ours"})
+    item = SimpleNamespace(nodeid="bench_x.py::test_x", funcargs={"benchmark": fixture})
+    path = tmp_path / "journal.jsonl"
+    with pytest.raises(SystemExit, match=str(pytest_journal.GPU_LOST)):
+        pytest_journal.Journal(path, is_worker=False).pytest_runtest_teardown(item)
+    test, benchmark = child.read(path)
+    reason = "the GPU was lost: CUDA error: an illegal memory access was encountered"
+    assert (test["finished"], test["outcome"], test["message"]) == (item.nodeid, "failed", reason)
+    assert benchmark["entry"]["extra_info"] == {"peer": "ours", "failed": reason}
+
+
+def test_a_command_ends_with_all_that_it_started(tmp_path):
+    inner = f"import time, pathlib; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    late = child.Command((sys.executable, "-c", outer), tmp_path / "late.jsonl", {})
+    quick = child.Command((sys.executable, "-c", "raise SystemExit('no such thing')"), tmp_path / "quick.jsonl", {})
+    ends = child.run({"late": late, "quick": quick}, seconds=2.0)
+    assert ends["late"].state == "out of time"
+    assert (ends["quick"].state, ends["quick"].reason) == ("failed", "exit status 1: no such thing")
+    assert (tmp_path / "begun").exists()
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path / "begun") not in processes
+
+
+def test_time_is_shared_out_and_failures_survived(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    given = {}
+
+    def part(name, weight, used):
+        def work(run, seconds):
+            given[name] = seconds
+            now[0] += used(seconds)
+            if name == "fails":
+                raise RuntimeError("a part that fails")
+            return "done", ""
+
+        return Part(name, weight, work)
+
+    run = a_run(tmp_path, minutes=(100 + 3) / 60)
+    short, fails, greedy = part("short", 1, lambda _: 10), part("fails", 1, float), part("greedy", 2, lambda _: 80)
+    run.do_all([short, fails, greedy, part("late", 1, float)])
+    assert given == pytest.approx({"short": 20, "fails": 22.5, "greedy": 45})
+    parts = {row["name"]: row for row in json.loads(run.options.out.read_text())["parts"]}
+    assert (parts["fails"]["state"], parts["fails"]["reason"]) == ("failed", "RuntimeError: a part that fails")
+    assert (parts["late"]["state"], parts["late"]["reason"]) == ("out of time", "not begun")
+
+
+def test_suites_share_time_by_their_cases(tmp_path):
+    run = a_run(tmp_path)
+    few, many, broken = (Part(name, 10, lambda run, seconds: ("done", "")) for name in ("few", "many", "broken"))
+    assert [run.weight(part) for part in (few, many, broken)] == [10, 10, 10]
+    run.cases = {"few": 10, "many": 30}
+    assert [run.weight(part) for part in (few, many, broken)] == [5, 15, 10]
+
+
+def test_choices_made_beside_other_work_are_forgotten(tmp_path):
+    for name in ("ab/chosen.best_config", "ab/code.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    speed.forget_tuning(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["code.py"]
+
+
+def test_without_the_sanitizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(proof.record, "cuda_tool", lambda name: None)
+    run = a_run(tmp_path)
+    state, reason = proof.sanitizer(run, 10.0)
+    assert state == "missing"
+    assert "no compute-sanitizer" in reason
+    assert run.record["sanitizer"]["racecheck"]["state"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("tool", "said", "state", "reason"),
+    [
+        ("memcheck", "========= ERROR SUMMARY: 0 errors", "done", "0 errors"),
+        ("memcheck", "========= Invalid __global__ read\n========= ERROR SUMMARY: 3 errors", "failed", "3 errors"),
+        (
+            "racecheck",
+            "========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)",
+            "done",
+            "0 errors, 2 warnings",
+        ),
+        ("racecheck", "========= Error: no such GPU", "failed", "without a summary"),
+    ],
+)
+def test_what_the_sanitizer_says(tool, said, state, reason, tmp_path):
+    one = child.Command((), tmp_path / "journal.jsonl", {})
+    one.output.write_text(said)
+    verdict = proof._verdict(tool, one, child.End(0, 1.0, ""))
+    assert (verdict["state"], verdict["reason"]) == (state, reason)
+    assert verdict["report"] == said.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected an NVIDIA GPU"),
+        (["--rehearse", "--only", "nonsense"], "--only: expected some of attention, "),
+        (["--rehearse", "--only", ","], "got none"),
+        (["--rehearse", "--minutes", "-1"], "--minutes: expected a positive number, got -1"),
+        (["--rehearse", "--data", "nowhere"], "--data: expected a folder, got nowhere"),
+        (["--rehearse", "--out", "/proc/none/x.json"], "/proc/none/x.json: cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("benchmarks.gpu: ")
+    assert message in said
+    assert said.count("\n") == 1

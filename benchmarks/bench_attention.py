@@ -1,54 +1,63 @@
-"""Self-attention of a ragged batch: ours packed and padded, against SDPA on the padded batch with a padding mask.
+"""Attention of padded batches, long sequences, and T5's bias that learns.
 
-GFLOP/s counts the two products of each sentence with itself, without padding; backward counts as two and a half times
-forward.
+TFLOP/s counts the two products over the keys that each query may attend to; backward counts as two and a half times
+forward. GB/s counts query, key, value and output once forward, and twice more with their gradients; both without
+padding.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import pytest
 
-from benchmarks.measure import DEVICE, measure_both, measure_forward, random
-from benchmarks.shapes import ATTENTIONS, Sentences
+from benchmarks.device import DTYPE
+from benchmarks.inputs import heads, integers, padding_mask, random
+from benchmarks.measure import measure
+from benchmarks.peers import SDPA, block_mask, flex_peer
+from benchmarks.shapes import SEQUENCES, Sequences
+from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
-from tfm.sequences import offsets
-
-SIZES = ATTENTIONS
 
 
-def packed(query, key, value, lengths, longest):
-    cu_seq = offsets(lengths)
-    return ops.varlen_attention(query, key, value, cu_seq, cu_seq, longest, longest)
+def ours(query, key, value, bias, lengths, is_causal):
+    return ops.attention(query, key, value, bias, is_causal=is_causal, key_lengths=lengths)
 
 
-def padded(query, key, value, lengths, longest):
-    return ops.attention(query, key, value, key_lengths=lengths)
+def qkv(size: Sequences):
+    return tuple(heads(size.batch, size.length, size.heads, size.head_dim) for _ in range(3))
 
 
-def sdpa(query, key, value, lengths, longest):
-    mask = torch.arange(longest, device=query.device) < lengths[:, None]
-    return F.scaled_dot_product_attention(query, key, value, mask[:, None, None])
+def learnt(size: Sequences):
+    """The bias, or None."""
+    return random(1, size.heads, size.length, size.length) if size.mask == "bias" else None
 
 
-PEERS = {"ours, packed": packed, "ours, padded": padded, "eager": sdpa, "compile": sdpa}
+def our_inputs(size: Sequences):
+    lengths = integers(size.lengths) if size.mask == "lengths" else None
+    return *qkv(size), learnt(size), lengths, size.mask == "causal"
 
 
-def inputs(size: Sentences, peer: str):
-    lengths = size.lengths()
-    shape: tuple[int, ...] = (len(lengths), size.heads, max(lengths), size.head_dim)
-    if peer == "ours, packed":
-        shape = (sum(lengths), size.heads, size.head_dim)
-    return *(random(*shape) for _ in range(3)), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max(lengths)
+def sdpa_inputs(size: Sequences):
+    tensors = qkv(size)
+    mask = padding_mask(integers(size.lengths), size.length) if size.mask == "lengths" else learnt(size)
+    return *tensors, mask, size.mask == "causal"
 
 
-def flops(size: Sentences) -> int:
-    return sum(4 * length**2 * size.heads * size.head_dim for length in size.lengths())
+def flex_inputs(size: Sequences):
+    lengths = integers(size.lengths) if size.mask == "lengths" else None
+    return *qkv(size), learnt(size), block_mask(lengths, size.mask == "causal", size.length, size.length)
 
 
-def test_attention_forward(benchmark, function, size, peer):
-    measure_forward(benchmark, function, inputs(size, peer), flops=flops(size))
+def work(size: Sequences, direction: str) -> Work:
+    pairs = size.length * sum(size.lengths) / (2 if size.mask == "causal" else 1)
+    flops = 4 * pairs * size.heads * size.head_dim
+    moved = 4 * sum(size.lengths) * size.heads * size.head_dim * DTYPE.itemsize
+    return Work(moved, round(flops)) if direction == FORWARD else Work(3 * moved, round(3.5 * flops))
 
 
-def test_attention_forward_and_backward(benchmark, function, size, peer):
-    measure_both(benchmark, function, inputs(size, peer), flops=int(3.5 * flops(size)))
+PEERS = {OURS: Peer(ours, inputs=our_inputs)} | SDPA | flex_peer(flex_inputs)
+SUITE = Suite("attention", SEQUENCES, PEERS, sdpa_inputs, work)
+
+
+@pytest.mark.parametrize("case", SUITE.cases(), ids=str)
+def test_attention(benchmark, case):
+    measure(benchmark, case)

@@ -1,44 +1,66 @@
-"""The feed-forward network with dropout inside: ours against torch's operations one by one, and compiled by Inductor.
+"""The feed-forward networks, plain with ReLU and gated with SiLU (SwiGLU), with dropout inside.
 
-GFLOP/s counts the matmuls: two forward, four more backward.
+TFLOP/s counts the matmuls: two forward, or three in the gated network, and twice as many backward.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import pytest
+from torch import Tensor
 
-from benchmarks.measure import measure_both, measure_forward, random
-from benchmarks.shapes import FEED_FORWARDS, Projection
+from benchmarks.inputs import random
+from benchmarks.measure import measure
+from benchmarks.peers import FEED_FORWARD, GATED_FEED_FORWARD
+from benchmarks.shapes import FEED_FORWARDS, GATED_FEED_FORWARDS, FeedForward
+from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
 
-SIZES = FEED_FORWARDS
-DROPOUT_P = 0.1
+
+def ours(x, w1, b1, w2, b2, dropout_p):
+    return ops.feed_forward(x, w1, b1, w2, b2, "relu", dropout_p)
 
 
-def ours(x, w1, b1, w2, b2):
-    return ops.feed_forward(x, w1, b1, w2, b2, "relu", DROPOUT_P)
+def ours_gated(x, gate, up, down, dropout_p):
+    return ops.gated_feed_forward(x, gate, up, down, "silu", dropout_p)
 
 
-def eager(x, w1, b1, w2, b2):
-    return F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), DROPOUT_P), w2, b2)
+def weight(rows: int, columns: int) -> Tensor:
+    return random(rows, columns, scale=columns**-0.5)
 
 
-PEERS = {"ours": ours, "eager": eager, "compile": eager}
+def inputs(size: FeedForward):
+    w1, w2 = weight(size.inner, size.columns), weight(size.columns, size.inner)
+    return random(size.rows, size.columns), w1, random(size.inner), w2, random(size.columns), size.dropout_p
 
 
-def inputs(size: Projection):
-    w1 = random(size.outputs, size.columns, scale=size.columns**-0.5)
-    w2 = random(size.columns, size.outputs, scale=size.outputs**-0.5)
-    return random(size.rows, size.columns), w1, random(size.outputs), w2, random(size.columns)
+def gated_inputs(size: FeedForward):
+    gate, up = weight(size.inner, size.columns), weight(size.inner, size.columns)
+    return random(size.rows, size.columns), gate, up, weight(size.columns, size.inner), size.dropout_p
 
 
-def matmul_flops(size: Projection) -> int:
-    return 2 * size.rows * size.columns * size.outputs
+def matmuls(size: FeedForward, count: int) -> Work:
+    return Work(flops=count * 2 * size.rows * size.columns * size.inner)
 
 
-def test_feed_forward_forward(benchmark, function, size):
-    measure_forward(benchmark, function, inputs(size), flops=2 * matmul_flops(size))
+def work(size: FeedForward, direction: str) -> Work:
+    return matmuls(size, 2 if direction == FORWARD else 6)
 
 
-def test_feed_forward_forward_and_backward(benchmark, function, size):
-    measure_both(benchmark, function, inputs(size), flops=6 * matmul_flops(size))
+def gated_work(size: FeedForward, direction: str) -> Work:
+    return matmuls(size, 3 if direction == FORWARD else 9)
+
+
+PLAIN = Suite("feed_forward", FEED_FORWARDS, {OURS: Peer(ours), **FEED_FORWARD}, inputs, work)
+GATED = Suite(
+    "feed_forward", GATED_FEED_FORWARDS, {OURS: Peer(ours_gated), **GATED_FEED_FORWARD}, gated_inputs, gated_work
+)
+
+
+@pytest.mark.parametrize("case", PLAIN.cases(), ids=str)
+def test_feed_forward(benchmark, case):
+    measure(benchmark, case)
+
+
+@pytest.mark.parametrize("case", GATED.cases(), ids=str)
+def test_gated_feed_forward(benchmark, case):
+    measure(benchmark, case)

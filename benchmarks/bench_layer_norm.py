@@ -1,44 +1,39 @@
-"""dropout, residual, LayerNorm in one: ours against torch's operations one by one, and compiled by Inductor.
+"""dropout, residual, LayerNorm in one.
 
-On a GPU ours is the Triton kernel in bf16, on a CPU the reference in fp32. GB/s counts each tensor once, as a perfect
-kernel would move it: x, residual, y and h forward; dy, dh, h, dx and dresidual backward.
+GB/s counts each tensor once, as a perfect kernel would move it: x, residual, y and h forward; dy, dh, h, dx and
+dresidual backward.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import pytest
 
-from benchmarks.measure import measure_both, measure_forward, random
-from benchmarks.shapes import NORMS, Rows
+from benchmarks.device import DTYPE
+from benchmarks.inputs import random
+from benchmarks.measure import measure
+from benchmarks.peers import EPS, LAYER_NORM
+from benchmarks.shapes import LAYER_NORMS, Norm
+from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
 
-SIZES = NORMS
-DROPOUT_P = 0.1
-FORWARD_TENSORS, BACKWARD_TENSORS = 4, 5
+
+def ours(x, residual, weight, bias, dropout_p):
+    return ops.residual_layer_norm(x, residual, weight, bias, EPS, dropout_p)
 
 
-def ours(x, residual, weight, bias):
-    return ops.residual_layer_norm(x, residual, weight, bias, dropout_p=DROPOUT_P)
+def inputs(size: Norm):
+    shape = size.rows, size.columns
+    return random(*shape), random(*shape), random(size.columns), random(size.columns), size.dropout_p
 
 
-def eager(x, residual, weight, bias):
-    h = residual + F.dropout(x, DROPOUT_P)
-    return F.layer_norm(h, h.shape[-1:], weight, bias), h
+def work(size: Norm, direction: str) -> Work:
+    tensors = 4 if direction == FORWARD else 9
+    return Work(bytes=tensors * size.rows * size.columns * DTYPE.itemsize)
 
 
-PEERS = {"ours": ours, "eager": eager, "compile": eager}
+SUITE = Suite("layer_norm", LAYER_NORMS, {OURS: Peer(ours), **LAYER_NORM}, inputs, work)
 
 
-def inputs(size: Rows):
-    shape = (size.rows, size.columns)
-    return random(*shape), random(*shape), random(size.columns), random(size.columns)
-
-
-def test_layer_norm_forward(benchmark, function, size):
-    tensors = inputs(size)
-    measure_forward(benchmark, function, tensors, moved=FORWARD_TENSORS * tensors[0].nbytes)
-
-
-def test_layer_norm_forward_and_backward(benchmark, function, size):
-    tensors = inputs(size)
-    measure_both(benchmark, function, tensors, moved=(FORWARD_TENSORS + BACKWARD_TENSORS) * tensors[0].nbytes)
+@pytest.mark.parametrize("case", SUITE.cases(), ids=str)
+def test_layer_norm(benchmark, case):
+    measure(benchmark, case)

@@ -1,42 +1,37 @@
-"""dropout, residual, RMSNorm in one: ours against torch's operations one by one, and compiled by Inductor.
+"""dropout, residual, RMSNorm in one.
 
 GB/s counts each tensor once: x, residual, y and h forward; dy, dh, h, dx and dresidual backward.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import pytest
 
-from benchmarks.measure import measure_both, measure_forward, random
-from benchmarks.shapes import NORMS, Rows
+from benchmarks.device import DTYPE
+from benchmarks.inputs import random
+from benchmarks.measure import measure
+from benchmarks.peers import EPS, RMS_NORM
+from benchmarks.shapes import RMS_NORMS, Norm
+from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
 
-SIZES = NORMS[-1:]
-DROPOUT_P, EPS = 0.1, 1e-6
-FORWARD_TENSORS, BACKWARD_TENSORS = 4, 5
+
+def ours(x, residual, weight, dropout_p):
+    return ops.residual_rms_norm(x, residual, weight, EPS, dropout_p)
 
 
-def ours(x, residual, weight):
-    return ops.residual_rms_norm(x, residual, weight, EPS, DROPOUT_P)
+def inputs(size: Norm):
+    return random(size.rows, size.columns), random(size.rows, size.columns), random(size.columns), size.dropout_p
 
 
-def eager(x, residual, weight):
-    h = residual + F.dropout(x, DROPOUT_P)
-    return F.rms_norm(h, h.shape[-1:], weight, EPS), h
+def work(size: Norm, direction: str) -> Work:
+    tensors = 4 if direction == FORWARD else 9
+    return Work(bytes=tensors * size.rows * size.columns * DTYPE.itemsize)
 
 
-PEERS = {"ours": ours, "eager": eager, "compile": eager}
+SUITE = Suite("rms_norm", RMS_NORMS, {OURS: Peer(ours), **RMS_NORM}, inputs, work)
 
 
-def inputs(size: Rows):
-    return random(size.rows, size.columns), random(size.rows, size.columns), random(size.columns)
-
-
-def test_rms_norm_forward(benchmark, function, size):
-    tensors = inputs(size)
-    measure_forward(benchmark, function, tensors, moved=FORWARD_TENSORS * tensors[0].nbytes)
-
-
-def test_rms_norm_forward_and_backward(benchmark, function, size):
-    tensors = inputs(size)
-    measure_both(benchmark, function, tensors, moved=(FORWARD_TENSORS + BACKWARD_TENSORS) * tensors[0].nbytes)
+@pytest.mark.parametrize("case", SUITE.cases(), ids=str)
+def test_rms_norm(benchmark, case):
+    measure(benchmark, case)

@@ -3,8 +3,10 @@
     python -m benchmarks.bench_training --data DIR --minutes 20 --threads 2 --out benchmarks/results/training.json
 
 Tokenizer, batches and their order, initial weights, recipe and update rule are the same for all, in one run; the models
-are one function of their weights (tests/test_peers.py). Tokens are real ones: source + target without padding. BLEU is
-that of greedy translations, every model's by the same decoder. Compilation and warm-up are outside the clock.
+are one function of their weights (tests/test_torch_translator.py). Tokens are real ones: source + target without
+padding. BLEU is that of greedy translations, every model's by the same decoder. Compilation and warm-up are outside the
+clock. Without --data and with --minutes 0 nothing is learnt: the tokens are random then, in Multi30k's lengths, and
+--preset's model runs at its own size.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import CONTENDERS, TorchTranslator, copy_back
+from benchmarks.device import AS_GPU, CUDA, DEVICE, REHEARSAL
 from benchmarks.record import environment, write
+from benchmarks.suite import OURS
 from benchmarks.timed_training import TimedTraining, load, synthetic_task
+from benchmarks.torch_translator import CONTENDERS, TorchTranslator, copy_back
 from tfm.config import PRESETS
 from tfm.errors import UserError
 from tfm.model import Transformer
 from tfm.train import Training
 
-BASELINE = "eager"
+# The first of them that takes part.
+BASELINES = ("eager", "eager-bf16")
 # How far a contender's first loss may be from the bundled model's, relatively: they are one function of their weights.
 START_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -61,8 +66,8 @@ def measure_throughput(arguments: argparse.Namespace, record: dict[str, Any]) ->
                 del running[name]
         for name in running:
             speed = results[name]["repeats"][-1]
-            if BASELINE in running:
-                baseline = results[BASELINE]["repeats"][-1]["tokens_per_second"]
+            if arguments.baseline in running:
+                baseline = results[arguments.baseline]["repeats"][-1]["tokens_per_second"]
                 speed["ratio_to_eager"] = speed["tokens_per_second"] / baseline
         write(arguments.out, record)
     for name in running:
@@ -142,7 +147,7 @@ def table(record: dict[str, Any]) -> Table:
             rows.add_row(name, "failed")
             continue
         scores = (f"{result['validation']['loss']:.3f}", f"{result['test']['bleu']:.2f}")
-        speed, baseline = result["tokens_per_second"], trained.get((BASELINE, seed), {}).get("tokens_per_second")
+        speed, baseline = result["tokens_per_second"], trained.get((BASELINES[0], seed), {}).get("tokens_per_second")
         ratio = f"{speed / baseline:.2f}" if baseline else ""
         rows.add_row(name, f"{speed:,.0f}", "", ratio, f"{result['updates']:,}", f"{result['epochs']:.1f}", *scores)
     return rows
@@ -161,8 +166,8 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source-language", default="en")
     parser.add_argument("--target-language", default="de")
     parser.add_argument("--test-set", default="test_2016_flickr")
-    parser.add_argument("--preset", choices=PRESETS, help="default: tiny with --data, else demo")
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--preset", choices=PRESETS, help="default: demo where it learns the bundled corpus, else tiny")
+    parser.add_argument("--batch-tokens", type=int, help="default: 2048 on a CPU, the preset's on a GPU")
     parser.add_argument("--learning-rate", type=float, default=0.004)
     parser.add_argument("--warmup", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -176,22 +181,36 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
     parser.add_argument("--quick", action="store_true", help="a rehearsal: 3 seconds, 2 repeats, 0.1 minutes")
     arguments = parser.parse_args(command_line)
-    arguments.contenders = list(dict.fromkeys(["tfm", *arguments.peers]))
-    arguments.train_contenders = list(dict.fromkeys(["tfm", *arguments.train_peers]))
+    arguments.contenders, arguments.train_contenders = beside(arguments.peers), beside(arguments.train_peers)
+    arguments.baseline = next((name for name in BASELINES if name in arguments.contenders), None)
     if arguments.quick:
         arguments.throughput_seconds, arguments.repeats, arguments.minutes = 3.0, 2, 0.1
+    if arguments.preset is None:
+        arguments.preset = "demo" if arguments.data is None and arguments.minutes else "tiny"
+    if arguments.batch_tokens is None:
+        on_gpu = torch.device(arguments.device).type == "cuda"
+        arguments.batch_tokens = PRESETS[arguments.preset].recipe.batch_tokens if on_gpu else 2048
     return arguments
+
+
+def beside(peers: list[str]) -> list[str]:
+    """The peers behind the bundled model, in each of their dtypes."""
+    dtypes = {CONTENDERS[name].dtype for name in peers} or {"float32"}
+    ours = [name for name, contender in CONTENDERS.items() if not contender.torch_model and contender.dtype in dtypes]
+    return list(dict.fromkeys([*ours, *peers]))
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    if REHEARSAL:
+        torch.compiler.set_stance("force_eager")
     # The folder of the data is the machine's, not the benchmark's.
     shown = {name: value for name, value in vars(arguments).items() if name not in ("data", "out")}
     record: dict[str, Any] = {
         "benchmark": "training",
         "environment": environment(torch.device(arguments.device)),
-        "corpus": "bundled" if arguments.data is None else "multi30k",
+        "corpus": "multi30k" if arguments.data else "bundled" if arguments.minutes else "synthetic",
         "arguments": shown,
     }
     try:
@@ -207,21 +226,20 @@ def main() -> None:
     failures |= {result["contender"]: result["failed"] for result in record.get("quality", []) if "failed" in result}
     for name, reason in failures.items():
         console.print(f"{name} failed: {reason}", markup=False)
-    if failures.keys() & {"tfm", BASELINE}:
+    if any(name == arguments.baseline or not CONTENDERS[name].torch_model for name in failures):
         raise SystemExit(1)
 
 
-@pytest.mark.parametrize("name", ["tfm", "eager"])
-def test_training_step(benchmark: Any, name: str) -> None:
-    training = TimedTraining(name, synthetic_task(), torch.device("cuda" if torch.cuda.is_available() else "cpu"), 1)
+STEPS = {OURS: "tfm-bf16", "eager": "eager-bf16"} if CUDA else {OURS: "tfm", "eager": "eager"}
+
+
+@pytest.mark.parametrize("peer", STEPS)
+def test_training_step(benchmark: Any, peer: str) -> None:
+    benchmark.extra_info |= {"suite": "training", "direction": "step", "size": "tiny", "peer": peer, "mode": "eager"}
+    training = TimedTraining(STEPS[peer], synthetic_task(), DEVICE, 1)
     plan = training._plan()
     batch = plan[len(plan) // 2].to(training.device)
-
-    def step() -> None:
-        training._update(batch)
-        training._synchronize()
-
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(training._update, args=(batch,), rounds=5, warmup_rounds=3 if AS_GPU else 1)
     if benchmark.stats is not None:
         benchmark.extra_info["tokens_per_second"] = batch.tokens / benchmark.stats.stats.median
 

@@ -1,233 +1,210 @@
-"""What the bundled model is measured against: plain torch.nn.Transformer, each way of running it in one place.
+"""What each operation is measured against: the functions people would use instead, and each way of running them.
 
-`TorchTranslator` is the same function of the same weights as `tfm.model.Transformer`, and takes the same batches
-through the same interface, so that `tfm.train.Training` trains either. Whatever made it faster, and a user of torch
-could write, was kept; what was tried and did not help is named where it would stand.
+Every peer computes what ours does (tests/test_peers.py) and is run as a careful user would: masks, block masks and
+position tables are built once a batch, outside the clock; attention takes heads as views of a projection, as layers
+have them. SDPA is one kernel, so torch.compile, which calls the same, is no peer of attention. Liger-Kernel's functions
+know no dropout and no residual connection, except where they do: torch does the rest.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tfm import ops
-from tfm.config import TransformerConfig
-from tfm.model import Sequences, Transformer
-from tfm.sequences import Layout
-from tfm.tokenizer import PAD
+from benchmarks.device import DEVICE
+from benchmarks.shapes import FEED_FORWARDS, FLEX_AT, LONG
+from benchmarks.suite import FORWARD, Peer
 
-# Logits of so many rows at a time stay in a CPU's cache and below malloc's mmap threshold: a sixth of the step.
-CPU_LOSS_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to train: whose model, in which dtype (bf16 is autocast, weights fp32), compiled or not."""
-
-    torch_model: bool
-    dtype: str = "float32"
-    compiled: bool = False
-
-    def build(self, config: TransformerConfig, device: torch.device) -> nn.Module:
-        """A model in train mode with the recipe's initial weights: under one seed, the same for every contender."""
-        ours = Transformer(config)
-        if not self.torch_model:
-            return ours.to(device)
-        theirs = TorchTranslator(config)
-        copy_weights(ours, theirs)
-        theirs.to(device)
-        if self.compiled:
-            theirs.compile_parts()
-        return theirs
+# Its own CUDA graphs would hide what "graph" cases show.
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
+EPS = 1e-6
 
 
-CONTENDERS = {
-    "tfm": Contender(torch_model=False),
-    "tfm-bf16": Contender(torch_model=False, dtype="bfloat16"),
-    "eager": Contender(torch_model=True),
-    "eager-bf16": Contender(torch_model=True, dtype="bfloat16"),
-    "compile": Contender(torch_model=True, compiled=True),
-    "compile-bf16": Contender(torch_model=True, dtype="bfloat16", compiled=True),
+def by_torch(function: Callable[..., Any], autotuned: Sequence[Any] = ()) -> dict[str, Peer]:
+    """Plain torch, eager and compiled; tuned at few sizes, forward: it takes half a minute each."""
+
+    def where(size: Any, direction: str) -> bool:
+        return direction == FORWARD and size in autotuned
+
+    return {
+        "eager": Peer(function),
+        "compile": Peer(function, compiled="default"),
+        "max-autotune": Peer(function, compiled=MAX_AUTOTUNE, gpu=True, where=where),
+    }
+
+
+def liger(function: Callable[..., Any]) -> dict[str, Peer]:
+    """A function that calls Liger-Kernel."""
+    missing = "" if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
+    return {"liger": Peer(function, gpu=True, missing=lambda: missing)}
+
+
+@cache
+def _liger() -> Any:
+    return importlib.import_module("liger_kernel.transformers.functional")
+
+
+def layer_norm(x, residual, weight, bias, dropout_p):
+    h = residual + F.dropout(x, dropout_p)
+    return F.layer_norm(h, h.shape[-1:], weight, bias, EPS), h
+
+
+def liger_layer_norm(x, residual, weight, bias, dropout_p):
+    h = residual + F.dropout(x, dropout_p)
+    return _liger().liger_layer_norm(h, weight, bias, EPS), h
+
+
+LAYER_NORM = by_torch(layer_norm) | liger(liger_layer_norm)
+
+
+def rms_norm(x, residual, weight, dropout_p):
+    h = residual + F.dropout(x, dropout_p)
+    return F.rms_norm(h, h.shape[-1:], weight, EPS), h
+
+
+def liger_rms_norm(x, residual, weight, dropout_p):
+    # In place, it would write the gradient over the caller's.
+    return _liger().liger_fused_add_rms_norm(F.dropout(x, dropout_p), residual, weight, EPS, in_place=False)
+
+
+RMS_NORM = by_torch(rms_norm) | liger(liger_rms_norm)
+
+
+def feed_forward(x, w1, b1, w2, b2, dropout_p):
+    return F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), dropout_p), w2, b2)
+
+
+FEED_FORWARD = by_torch(feed_forward, autotuned=FEED_FORWARDS[:1])
+
+
+def gated_feed_forward(x, gate, up, down, dropout_p):
+    return F.linear(F.dropout(F.silu(F.linear(x, gate)) * F.linear(x, up), dropout_p), down)
+
+
+def liger_gated_feed_forward(x, gate, up, down, dropout_p):
+    return F.linear(F.dropout(_liger().liger_swiglu(F.linear(x, gate), F.linear(x, up)), dropout_p), down)
+
+
+GATED_FEED_FORWARD = by_torch(gated_feed_forward) | liger(liger_gated_feed_forward)
+
+
+def linear_cross_entropy(x, weight, target, label_smoothing):
+    return F.cross_entropy(F.linear(x, weight), target, label_smoothing=label_smoothing)
+
+
+def torchs_linear_cross_entropy(x, weight, target, label_smoothing):
+    # Its chunks know no smoothing, and with it only say that they are not taken.
+    options = None if label_smoothing else torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, weight, target, label_smoothing=label_smoothing, options=options)
+
+
+def liger_linear_cross_entropy(x, weight, target, label_smoothing):
+    return _liger().liger_fused_linear_cross_entropy(x, weight, target, label_smoothing=label_smoothing)
+
+
+def _torchs_missing() -> str:
+    return "" if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no F.linear_cross_entropy"
+
+
+LINEAR_CROSS_ENTROPY = by_torch(linear_cross_entropy) | {
+    "torch's fused": Peer(torchs_linear_cross_entropy, missing=_torchs_missing),
+    **liger(liger_linear_cross_entropy),
 }
 
 
-class TorchTranslator(nn.Module):
-    """The post-norm encoder-decoder built from torch.nn's layers; `forward` and `loss` as in tfm.model.Transformer."""
-
-    positions: Tensor
-    causal_mask: Tensor
-
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        if config.norm_first:
-            raise ValueError("config: expected a post-norm model, got norm_first=True")
-        self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim, dtype=dtype))
-        self.dropout = nn.Dropout(config.dropout)
-        layer = {
-            "d_model": config.dim,
-            "nhead": config.heads,
-            "dim_feedforward": config.ffn_dim,
-            "dropout": config.dropout,
-            "activation": getattr(F, config.activation),
-            "layer_norm_eps": config.norm_eps,
-            "batch_first": True,  # [S, B, dim] was no faster
-            "dtype": dtype,
-        }
-        # Built by hand, since nn.Transformer by itself ends both stacks in a norm that the paper does not have.
-        self.transformer = nn.Transformer(
-            config.dim,
-            config.heads,
-            custom_encoder=nn.TransformerEncoder(
-                nn.TransformerEncoderLayer(**layer), config.encoder_layers, enable_nested_tensor=False
-            ),
-            custom_decoder=nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), config.decoder_layers),
-            batch_first=True,
-        )
-        for module in self.transformer.modules():
-            if isinstance(module, nn.MultiheadAttention):
-                module.dropout = config.attention_dropout
-            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-                module.dropout.p = config.activation_dropout
-        positions = ops.sinusoid(torch.arange(config.max_length), config.dim, dtype)
-        causal_mask = nn.Transformer.generate_square_subsequent_mask(config.max_length, dtype=dtype)
-        self.register_buffer("positions", positions, persistent=False)
-        self.register_buffer("causal_mask", causal_mask, persistent=False)
-        self.loss_rows: int | None = None
-
-    def compile_parts(self) -> None:
-        """Compile the stacks and the loss, each once for all shapes."""
-        # Without it, equal lengths in the first batch become a guard, and each later batch compiles anew.
-        torch.fx.experimental._config.use_duck_shape = False
-        # At that limit Dynamo runs eagerly without a word.
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self.hidden = torch.compile(self.hidden, dynamic=True)  # type: ignore[method-assign]
-        self.cross_entropy = torch.compile(self.cross_entropy, dynamic=True)  # type: ignore[method-assign]
-        self.loss_rows = 1 << 30  # Inductor fuses the softmax, and would compile each chunk
-
-    def forward(
-        self,
-        source: Tensor,
-        source_positions: Tensor,
-        source_sequences: Sequences,
-        target: Tensor,
-        target_positions: Tensor,
-        target_sequences: Sequences,
-    ) -> Tensor:
-        """Packed source [Ns] and target [Nt] to the decoder's output [Nt, dim].
-
-        Only token ids are padded and unpadded around the stacks. Dropping padding before the loss is faster than
-        computing its logits and ignoring them.
-        """
-        source_layout = Layout.of(source_sequences.cu_seq, source_sequences.max_length, len(source))
-        target_layout = Layout.of(target_sequences.cu_seq, target_sequences.max_length, len(target))
-        padded = source_layout.unpack(source)
-        # Sorted by length, most batches have no padding in the source, and then attention needs no mask.
-        padding_mask = None
-        if padded.numel() > len(source):
-            padding_mask = self.causal_mask.new_zeros(padded.shape).masked_fill_(padded == PAD, -math.inf)
-        hidden = self.hidden(padded, target_layout.unpack(target), padding_mask).flatten(0, 1)
-        return hidden if len(hidden) == len(target) else hidden.index_select(0, target_layout.to_packed)
-
-    def hidden(self, source: Tensor, target: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Padded [B, S] and [B, T] and an additive mask [B, S] to [B, T, dim].
-
-        Padding ends each row, so the causal mask already hides it from every real target, and SDPA takes its causal
-        path: torch does so where the hint is given and there is no padding mask.
-        """
-        length = target.shape[1]
-        return self.transformer(
-            self.embed(source),
-            self.embed(target),
-            tgt_mask=self.causal_mask[:length, :length],
-            tgt_is_causal=True,
-            src_key_padding_mask=padding_mask,
-            memory_key_padding_mask=padding_mask,
-        )
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[B, S] to [B, S, dim]."""
-        rows = F.embedding(tokens, self.embedding) * math.sqrt(self.config.dim)
-        return self.dropout(rows + self.positions[: tokens.shape[1]])
-
-    def loss(self, hidden: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy of [N, dim] against [N].
-
-        torch's own chunked F.linear_cross_entropy takes no label smoothing (2.13), and its other path is this one.
-        """
-        chunk = self.loss_rows or (CPU_LOSS_ROWS if hidden.device.type == "cpu" else len(hidden))
-        if len(hidden) <= chunk:
-            return self.cross_entropy(hidden, target, label_smoothing) / len(hidden)
-        parts = zip(hidden.split(chunk), target.split(chunk), strict=True)
-        return torch.stack([self.cross_entropy(*part, label_smoothing) for part in parts]).sum() / len(hidden)
-
-    def cross_entropy(self, hidden: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-        logits = F.linear(hidden, self.embedding)
-        return F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
+def embedding(tokens, weight, positions, table, dropout_p):
+    return F.dropout(F.embedding(tokens, weight) * weight.shape[1] ** 0.5 + table[positions], dropout_p)
 
 
-class Rows(NamedTuple):
-    """Rows of a parameter of ours, and the rows of a parameter of theirs that mean the same."""
-
-    ours: Tensor
-    our_rows: slice
-    theirs: Tensor
-    their_rows: slice
+EMBEDDING = by_torch(embedding)
 
 
-def copy_weights(ours: Transformer, theirs: TorchTranslator) -> None:
-    """Makes `theirs` the same function as `ours`."""
-    for rows in corresponding(ours, theirs):
-        rows.theirs.data[rows.their_rows] = rows.ours.data[rows.our_rows]
+def rotary(query, key, cos, sin):
+    cos, sin = cos[:, None], sin[:, None]
+    return tuple(x * cos + _half_turned(x) * sin for x in (query, key))
 
 
-def copy_back(theirs: TorchTranslator, ours: Transformer) -> None:
-    """Makes `ours` the same function as `theirs`."""
-    for rows in corresponding(ours, theirs):
-        rows.ours.data[rows.our_rows] = rows.theirs.data[rows.their_rows]
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
 
-def corresponding(ours: Transformer, theirs: TorchTranslator) -> Iterator[Rows]:
-    """Every row of every parameter of both models, once."""
-    dim, every = ours.config.dim, slice(None)
-    yield Rows(ours.embedding, every, theirs.embedding, every)
-    for our_layer, layer in zip(ours.encoder.layers, theirs.transformer.encoder.layers, strict=True):
-        yield from _attention(our_layer.self_attention, layer.self_attn, every)
-        yield from _module(our_layer.self_attention_norm, layer.norm1)
-        yield from _feed_forward(our_layer.feed_forward, layer)
-        yield from _module(our_layer.feed_forward_norm, layer.norm2)
-    for index, (our_layer, layer) in enumerate(
-        zip(ours.decoder.layers, theirs.transformer.decoder.layers, strict=True)
-    ):
-        yield from _attention(our_layer.self_attention, layer.self_attn, every)
-        yield from _module(our_layer.self_attention_norm, layer.norm1)
-        yield from _attention(our_layer.cross_attention, layer.multihead_attn, slice(dim))
-        # Ours projects the memory for all layers at once.
-        memory, rows = ours.decoder.memory_projection, slice(2 * dim * index, 2 * dim * (index + 1))
-        yield Rows(memory.weight, rows, layer.multihead_attn.in_proj_weight, slice(dim, None))
-        yield Rows(memory.bias, rows, layer.multihead_attn.in_proj_bias, slice(dim, None))
-        yield from _module(our_layer.cross_attention_norm, layer.norm2)
-        yield from _feed_forward(our_layer.feed_forward, layer)
-        yield from _module(our_layer.feed_forward_norm, layer.norm3)
+def liger_rotary(query, key, cos, sin):
+    return _liger().liger_rope(query, key, cos, sin)
 
 
-def _attention(ours: Any, theirs: Any, their_rows: slice) -> Iterator[Rows]:
-    yield Rows(ours.projection.weight, slice(None), theirs.in_proj_weight, their_rows)
-    yield Rows(ours.projection.bias, slice(None), theirs.in_proj_bias, their_rows)
-    yield from _module(ours.output, theirs.out_proj)
+ROTARY = by_torch(rotary) | liger(liger_rotary)
 
 
-def _feed_forward(ours: Any, theirs: Any) -> Iterator[Rows]:
-    yield from _module(ours.inner, theirs.linear1)
-    yield from _module(ours.outer, theirs.linear2)
+def sdpa(query, key, value, mask, is_causal):
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
 
 
-def _module(ours: Any, theirs: Any) -> Iterator[Rows]:
-    for name in ("weight", "bias"):
-        yield Rows(getattr(ours, name), slice(None), getattr(theirs, name), slice(None))
+# What torch chooses by itself; of long sequences one of the others, and not measured twice.
+SDPA = {"eager": Peer(sdpa, where=lambda size, _: size not in LONG)} | {
+    f"sdpa {name}": Peer(sdpa, context=partial(sdpa_kernel, backend), gpu=True)
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+    )
+}
+# Whole matrices of scores in memory: of interest where a mask that learns leaves the others out.
+SDPA["sdpa math"] = Peer(
+    sdpa, context=partial(sdpa_kernel, SDPBackend.MATH), gpu=True, where=lambda size, _: size.mask == "bias"
+)
+
+
+def flex(query, key, value, bias, block_mask):
+    """FlexAttention with an additive [1, H, Sq, Sk] that learns, or None, and its own sparse mask, or None."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if bias is None:
+        return flex_attention(query, key, value, block_mask=block_mask)
+
+    def add(score, batch, head, row, column):
+        return score + bias[0, head, row, column]
+
+    return flex_attention(query, key, value, score_mod=add, block_mask=block_mask)
+
+
+def block_mask(lengths: Tensor | None, is_causal: bool, queries: int, keys: int) -> Any:
+    """FlexAttention's mask: keys before `lengths` [B], and no later than the query; None where all are attended to."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if lengths is not None:
+        return create_block_mask(lambda b, h, i, j: j < lengths[b], len(lengths), None, queries, keys, DEVICE)
+    if is_causal:
+        return create_block_mask(lambda b, h, i, j: j <= i, None, None, queries, keys, DEVICE)
+    return None
+
+
+def flex_peer(inputs: Callable[[Any], tuple[Any, ...]]) -> dict[str, Peer]:
+    """`flex` of these inputs, at the few sizes that it is compiled for."""
+    return {"flex": Peer(flex, compiled="default", inputs=inputs, gpu=True, where=lambda size, _: size in FLEX_AT)}
+
+
+def torch_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal):
+    """Packed flash attention of torch itself."""
+    return _varlen(is_causal)(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+
+@cache
+def _varlen(is_causal: bool) -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not is_causal:
+        return varlen_attn
+    # Until torch 2.10 a flag, then a window.
+    if "is_causal" in inspect.signature(varlen_attn).parameters:
+        causal: dict[str, Any] = {"is_causal": True}
+        return partial(varlen_attn, **causal)
+    return partial(varlen_attn, window_size=(-1, 0))

@@ -12,8 +12,9 @@ from typing import cast
 
 import torch
 
-from benchmarks.peers import CONTENDERS
+from benchmarks.device import REHEARSAL
 from benchmarks.shapes import draw_lengths
+from benchmarks.torch_translator import CONTENDERS
 from tfm import demo
 from tfm.checkpoint import Run
 from tfm.config import PRESETS, Recipe, TransformerConfig
@@ -24,6 +25,8 @@ from tfm.train import Options, Training, batch_loss
 
 WARM_UP_BATCHES = 12
 UPDATES_PER_POINT = 50
+# Of the presets whose texts are small; Multi30k fills no more.
+VOCABULARIES = {"demo": 2000, "tiny": 9712}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ class TimedTraining(Training):
             if self.batch == len(plan):
                 self.epoch, self.batch = self.epoch + 1, 0
                 plan = self._plan()
-            batch = plan[self.batch].to(self.device, non_blocking=True)
+            batch = plan[self.batch]
+            if self.device.type == "cuda":
+                batch = batch.pin_memory().to(self.device, non_blocking=True)
             self._update(batch)
             tokens += batch.tokens
             if self.step % UPDATES_PER_POINT == 0:
@@ -110,11 +115,13 @@ class TimedTraining(Training):
 
 
 def load(arguments: argparse.Namespace) -> Task:
-    """The task that the command line names; the bundled corpus without --data.
+    """The task that the command line names; without --data the bundled corpus, or random tokens to learn nothing from.
 
     Raises:
         UserError: a file of --data is missing or damaged.
     """
+    if arguments.data is None and not arguments.minutes:
+        return synthetic_task(arguments.preset, arguments.batch_tokens)
     if arguments.data is None:
         training, held_out = (
             ParallelText([pair.source for pair in pairs], [pair.target for pair in pairs]) for pairs in demo.corpus()
@@ -129,7 +136,7 @@ def load(arguments: argparse.Namespace) -> Task:
             read_parallel(*(arguments.data / f"{part}.lc.norm.tok.{language}.gz" for language in languages))
             for part in parts
         )
-    preset = PRESETS[arguments.preset or ("demo" if arguments.data is None else "tiny")]
+    preset = PRESETS[arguments.preset]
     changes = {name: getattr(arguments, name) for name in ("batch_tokens", "learning_rate", "warmup")}
     recipe = replace(preset.recipe, schedule="inverse_sqrt", **changes)
     tokenizer = Tokenizer.train(chain(training.source, training.target), recipe.vocab_size)
@@ -138,18 +145,22 @@ def load(arguments: argparse.Namespace) -> Task:
     return Task(training, validation, test, tokenizer, config, recipe, pairs)
 
 
-def synthetic_task(sentences: int = 29_000) -> Task:
-    """Random tokens in Multi30k's number and lengths, so that sorting leaves as little padding; the tiny preset."""
-    config = replace(PRESETS["tiny"].config(9712), max_length=64)
+def synthetic_task(preset: str = "tiny", batch_tokens: int = 2048) -> Task:
+    """Random tokens in Multi30k's number and lengths, so that sorting leaves as little padding; a preset's shape."""
+    vocabulary, sentences, changes = VOCABULARIES.get(preset, 32_000), 29_000, {"max_length": 64}
+    if REHEARSAL:
+        vocabulary, sentences, batch_tokens = 50, 60, 128
+        changes |= {"dim": 32, "heads": 2, "ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 1}
+    config = PRESETS[preset].config(vocabulary, **changes)
     generator = torch.Generator().manual_seed(1)
     sides: list[torch.Tensor] = []
     for _ in range(2):
         offsets = torch.tensor([0, *draw_lengths(sentences, generator)]).cumsum(0)
-        tokens = torch.randint(3, config.vocab_size, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
+        tokens = torch.randint(3, vocabulary, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
         sides += [tokens, offsets]
     source, source_offsets, target, target_offsets = sides
     pairs = EncodedPairs(source, source_offsets, target, target_offsets)
-    recipe = replace(PRESETS["tiny"].recipe, batch_tokens=2048)
+    recipe = replace(PRESETS[preset].recipe, batch_tokens=batch_tokens)
     nothing = ParallelText([], [])
     tokenizer = cast(Tokenizer, None)  # nothing is translated
     return Task(nothing, nothing, nothing, tokenizer, config, recipe, pairs)

@@ -1,103 +1,134 @@
-"""The peer is the bundled model: the comparison of benchmarks/bench_training.py is of equals."""
+"""Peers compute what ours computes, values and gradients: otherwise their times would compare nothing."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import cast
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import TorchTranslator, copy_back, copy_weights, corresponding
-from tfm.config import TransformerConfig
-from tfm.data import Batch, EncodedPairs, batches
-from tfm.model import Transformer
-from tfm.tokenizer import EOS
-from tfm.train import batch_loss
-
-CONFIG = TransformerConfig(
-    vocab_size=600, dim=32, heads=4, ffn_dim=48, encoder_layers=2, decoder_layers=3, dropout=0.0, max_length=64
+from benchmarks import (
+    bench_attention,
+    bench_embedding,
+    bench_feed_forward,
+    bench_layer_norm,
+    bench_linear_cross_entropy,
+    bench_rms_norm,
+    bench_rotary,
+    bench_varlen_attention,
+    peers,
 )
+from benchmarks.inputs import integers
+from benchmarks.shapes import Embedding, FeedForward, Norm, Rotary, Sentences, Sequences, Vocabulary
+from benchmarks.suite import OURS, Suite
+from tfm.sequences import Layout, offsets
+
+# Nothing is dropped: torch draws other masks.
+CASES: list[tuple[ModuleType, str, Any]] = [
+    (bench_layer_norm, "SUITE", Norm(5, 32)),
+    (bench_rms_norm, "SUITE", Norm(5, 32)),
+    (bench_feed_forward, "PLAIN", FeedForward(5, 16, 24)),
+    (bench_feed_forward, "GATED", FeedForward(5, 16, 24, is_gated=True)),
+    (bench_linear_cross_entropy, "SUITE", Vocabulary(9, 16, 30, 0.1)),
+    (bench_linear_cross_entropy, "SUITE", Vocabulary(90, 16, 30)),
+    (bench_embedding, "SUITE", Embedding(70, 16, 30)),
+    (bench_rotary, "SUITE", Rotary(2, 5, 3, 16)),
+    *((bench_attention, "SUITE", Sequences(3, 16, 2, 8, mask)) for mask in ("none", "causal", "lengths", "bias")),
+]
+# They run the function of another peer, or run on a GPU alone: FlexAttention has no backward on a CPU.
+LEFT_OUT = {"compile", "max-autotune", "liger", "flex", "sdpa flash", "sdpa efficient", "sdpa cudnn", "sdpa math"}
 
 
-def batch_of(source_lengths: list[int], target_lengths: list[int]) -> Batch:
-    def side(lengths: list[int]) -> tuple[Tensor, Tensor]:
-        offsets = torch.tensor([0, *lengths]).cumsum(0)
-        tokens = torch.randint(3, CONFIG.vocab_size, (int(offsets[-1]),), dtype=torch.int32)
-        tokens[offsets[1:] - 1] = EOS
-        return tokens, offsets
-
-    pairs = EncodedPairs(*side(source_lengths), *side(target_lengths))
-    return batches(pairs, 10_000, shuffle=False)[0]
-
-
-def models(config: TransformerConfig) -> tuple[Transformer, TorchTranslator]:
-    """In train mode and float64, with random biases and norms, so that no pair of parameters can be swapped unseen."""
-    ours, theirs = Transformer(config).double(), TorchTranslator(config, torch.float64)
-    for parameter in ours.parameters():
-        torch.nn.init.normal_(parameter, mean=0.1, std=0.2)
-    copy_weights(ours, theirs)
-    return ours, theirs
+def in_float64(inputs: tuple[Any, ...]) -> tuple[list[Any], list[Tensor]]:
+    """The arguments, and those of them that need a gradient."""
+    arguments = [
+        given.detach().double().requires_grad_(given.requires_grad)
+        if isinstance(given, Tensor) and given.is_floating_point()
+        else given
+        for given in inputs
+    ]
+    return arguments, [given for given in arguments if isinstance(given, Tensor) and given.requires_grad]
 
 
-BATCHES = {
-    "ragged": ([7, 1, 12, 3, 9], [2, 11, 5, 1, 9]),
-    "no-source-padding": ([6, 6, 6], [1, 8, 4]),
-    "no-padding": ([5, 5], [7, 7]),
-    "chunked-loss": ([20] * 10, list(range(20, 40, 2))),
-}
+def results(suite: Suite, name: str, size: Any) -> list[Tensor]:
+    """Outputs, and gradients of their sines' sum: of the same random numbers for every peer."""
+    torch.manual_seed(7)
+    peer = suite.peers[name]
+    arguments, inputs = in_float64((peer.inputs or suite.inputs)(size))
+    outputs = peer.function(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = torch.stack([output.sin().sum() for output in outputs]).sum()
+    return [*outputs, *torch.autograd.grad(loss, inputs)]
 
 
-@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
-def test_same_loss_and_gradients(lengths: tuple[list[int], list[int]]) -> None:
-    ours, theirs = models(CONFIG)
-    batch = batch_of(*lengths)
-    loss, their_loss = batch_loss(ours, batch, 0.1), batch_loss(cast(Transformer, theirs), batch, 0.1)
-    assert their_loss.item() == pytest.approx(loss.item(), rel=1e-12)
-    loss.backward()
-    their_loss.backward()
-    for rows in corresponding(ours, theirs):
-        assert rows.ours.grad is not None
-        assert rows.theirs.grad is not None
-        expected, came = rows.ours.grad[rows.our_rows], rows.theirs.grad[rows.their_rows]
-        torch.testing.assert_close(came, expected, rtol=1e-9, atol=1e-11)
+@pytest.mark.parametrize(
+    ("suite", "size", "name"),
+    [
+        pytest.param(suite, size, name, id=f"{module.__name__.partition('bench_')[2]} {size} {name}")
+        for module, which, size in CASES
+        for suite in [getattr(module, which)]
+        for name in suite.peers.keys() - LEFT_OUT - {OURS}
+    ],
+)
+def test_a_peer_computes_what_ours_computes(suite: Suite, size: Any, name: str) -> None:
+    if reason := suite.peers[name].missing():
+        pytest.skip(reason)
+    # The peer's table of positions is rounded to fp32.
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if suite is bench_embedding.SUITE else {"rtol": 1e-9, "atol": 1e-11}
+    for expected, came in zip(results(suite, OURS, size), results(suite, name, size), strict=True):
+        torch.testing.assert_close(came, expected, **tolerance)
 
 
-def test_correspondence_covers_every_parameter_once() -> None:
-    ours, theirs = models(CONFIG)
-    covered = {id(parameter): 0 for model in (ours, theirs) for parameter in model.parameters()}
-    for rows in corresponding(ours, theirs):
-        covered[id(rows.ours)] += rows.ours[rows.our_rows].numel()
-        covered[id(rows.theirs)] += rows.theirs[rows.their_rows].numel()
-    for model in (ours, theirs):
-        for name, parameter in model.named_parameters():
-            assert covered[id(parameter)] == parameter.numel(), name
+@pytest.mark.parametrize("mask", ["none", "causal", "lengths", "bias"])
+def test_flex_attention_sees_the_same_keys(mask: str) -> None:
+    size = Sequences(3, 16, 2, 8, mask)
+    suite = bench_attention.SUITE
+    outputs = []
+    for name in (OURS, "flex"):
+        torch.manual_seed(7)
+        peer = suite.peers[name]
+        assert peer.inputs is not None
+        arguments, _ = in_float64(peer.inputs(size))
+        outputs.append(peer.function(*(given.detach() if isinstance(given, Tensor) else given for given in arguments)))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-11)
 
 
-def test_copy_back() -> None:
-    ours, theirs = models(CONFIG)
-    again = Transformer(CONFIG).double()
-    copy_back(theirs, again)
-    for (name, expected), came in zip(ours.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(came, expected), name
+@pytest.mark.parametrize("mask", ["self", "causal", "cross"])
+def test_packed_and_padded_sentences_are_the_same(mask: str) -> None:
+    """What each way gives for the real tokens, and the gradient it gives them."""
+    size = Sentences(5, 2, 8, mask)
+    lengths = [integers(side) for side in (size.queries, size.keys, size.keys)]
+    layouts = [Layout.of(offsets(side), int(side.max()), int(side.sum())) for side in lengths]
+    torch.manual_seed(7)
+    qkv = [heads.transpose(1, 2) for heads in in_float64(bench_varlen_attention.qkv(size))[0]]
+    packed = [layout.pack(x).detach().requires_grad_() for x, layout in zip(qkv, layouts, strict=True)]
+    padded = [x.detach().transpose(1, 2).requires_grad_() for x in qkv]
+
+    def run(name: str, tensors: list[Tensor], own: Callable[[Any], tuple[Any, ...]]) -> list[Tensor]:
+        arguments, _ = in_float64(own(size)[3:])
+        output = bench_varlen_attention.SUITE.peers[name].function(*tensors, *arguments)
+        if tensors is padded:
+            output = layouts[0].pack(output.transpose(1, 2))
+        gradients = torch.autograd.grad(output.sin().sum(), tensors)
+        if tensors is padded:
+            sides = zip(gradients, layouts, strict=True)
+            gradients = tuple(layout.pack(gradient.transpose(1, 2)) for gradient, layout in sides)
+        return [output, *gradients]
+
+    expected = run(OURS, packed, bench_varlen_attention.packed_inputs)
+    for name, own in (
+        (f"{OURS}, padded", bench_varlen_attention.padded_inputs),
+        ("eager", bench_varlen_attention.sdpa_inputs),
+    ):
+        for one, other in zip(run(name, padded, own), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-def test_dropout_stands_where_the_recipe_has_it() -> None:
-    config = replace(CONFIG, dropout=0.3)
-    _, theirs = models(config)
-    batch = batch_of([9, 4], [3, 8])
-    rates: list[float] = []
-    with pytest.MonkeyPatch.context() as patch:
-        dropout = torch.nn.functional.dropout
-
-        def spy(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-            rates.append(p)
-            return dropout(input, p, training, inplace)
-
-        patch.setattr(torch.nn.functional, "dropout", spy)
-        batch_loss(cast(Transformer, theirs), batch, 0.1)
-    sublayers = 2 * config.encoder_layers + 3 * config.decoder_layers
-    embeddings = 2
-    assert [rate for rate in rates if rate] == [0.3] * (sublayers + embeddings)
-    assert all(module.dropout == 0.0 for module in theirs.modules() if isinstance(module, torch.nn.MultiheadAttention))
+def test_every_way_to_run_sdpa_is_a_peer() -> None:
+    assert set(peers.SDPA) == {"eager", "sdpa flash", "sdpa efficient", "sdpa cudnn", "sdpa math"}
+    assert {"eager", "compile", "liger"} <= set(peers.LAYER_NORM) & set(peers.RMS_NORM)
+    assert {"eager", "compile", "max-autotune"} <= set(peers.FEED_FORWARD)
+    assert {"eager", "compile", "torch's fused", "liger"} <= set(peers.LINEAR_CROSS_ENTROPY)

@@ -92,19 +92,21 @@ def parse(command_line: list[str] | None = None) -> Options:
         "--out", type=Path, default=os.environ.get("OUT") or None, help="default: $OUT, or the GPU's name in results/"
     )
     given = parser.parse_args(command_line)
-    chosen = known if given.only is None else [name for name in given.only.split(",") if name]
-    for name in chosen:
+    named = known if given.only is None else [name for name in given.only.split(",") if name]
+    for name in named:
         if name not in known:
             raise UserError(f"--only: expected some of {', '.join(known)}, got {name!r}")
-    if not chosen:
+    if not named:
         raise UserError(f"--only: expected some of {', '.join(known)}, got none")
+    # attention stands for varlen_attention, too.
+    chosen = [suite for suite in known if any(suite == name or suite.endswith(f"_{name}") for name in named)]
     minutes = given.minutes if given.minutes is not None else QUICK_MINUTES if given.quick else MINUTES
     if not 0 < minutes < float("inf"):
         raise UserError(f"--minutes: expected a positive number, got {minutes:g}")
     if given.data is not None and not given.data.is_dir():
         raise UserError(f"--data: expected a folder, got {given.data}")
     gpu = "rehearsal" if given.rehearse else gpu_name()
-    suffix = "_".join([gpu, *(["quick"] if given.quick else []), *(chosen if given.only else [])])
+    suffix = "_".join([gpu, *(["quick"] if given.quick else []), *(named if given.only else [])])
     folder = ROOT / ("runs" if given.rehearse else "benchmarks/results")
     return Options(
         out=given.out or folder / f"{re.sub('[^a-z0-9]+', '_', suffix.lower())}.json",

@@ -27,7 +27,9 @@ class Command:
     environment: Mapping[str, str]
 
     def start(self) -> subprocess.Popen[bytes]:
-        environment = os.environ | dict(self.environment) | {JOURNAL: str(self.journal)}
+        # Under pytest-xdist, as in the tests of this program, pytest-benchmark would measure nothing.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment = inherited | dict(self.environment) | {JOURNAL: str(self.journal)}
         with self.output.open("ab") as output:
             # A session of its own: what it starts can be ended with it.
             return subprocess.Popen(

@@ -17,6 +17,11 @@ NAMES = {
     "compile": "torch.compile, fp32",
     "compile-bf16": "torch.compile, autocast bf16",
 }
+CORPORA = {
+    "bundled": "the bundled corpus",
+    "multi30k": "Multi30k",
+    "synthetic": "random tokens in sentences of Multi30k's lengths",
+}
 STALE = "stale"
 
 
@@ -93,7 +98,7 @@ def _rate(row: Row) -> str:
 def training(record: Record) -> str:
     """A record of the training benchmark: tokens a second, then what the same minutes taught."""
     environment, arguments = record.environment, record.data["arguments"]
-    corpus = "the bundled corpus" if record.data["corpus"] == "bundled" else "Multi30k"
+    corpus = CORPORA[record.data["corpus"]]
     preset = arguments["preset"] or ("demo" if record.data["corpus"] == "bundled" else "tiny")
     lines = [
         f"Training preset `{preset}` on {corpus}, batches of {arguments['batch_tokens']:,} tokens, on {record.device}, "

@@ -1,0 +1,137 @@
+"""The device that is measured, and how to wait for it: a GPU, a CPU, or a CPU that rehearses for a GPU.
+
+Environment: TFM_REHEARSAL=1 takes every path that a GPU takes, on the CPU at tiny shapes: kernels in Triton's
+interpreter, the host's clock for CUDA events, a plain call for the replay of a graph. TFM_QUICK=1 measures the first
+size of each suite alone, in fewer rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tfm.ops import backends
+
+REHEARSAL = os.environ.get("TFM_REHEARSAL") == "1"
+QUICK = os.environ.get("TFM_QUICK") == "1"
+CUDA = torch.cuda.is_available() and not REHEARSAL
+AS_GPU = CUDA or REHEARSAL
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# The interpreter's products of bf16 matrices are wrong, so a rehearsal is in fp32.
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+if REHEARSAL:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+Step = Callable[[], Any]
+
+
+def synchronize() -> None:
+    """Waits until the device has done all that it was given."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def clock() -> float:
+    """The time in seconds after the device's last work: pytest-benchmark's timer, around each of its rounds."""
+    synchronize()
+    return time.perf_counter()
+
+
+class HostEvent:
+    """torch.cuda.Event where there is none: what the host has done, it has finished."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        """In milliseconds, as torch.cuda.Event counts."""
+        return 1e3 * (end.seconds - self.seconds)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True) if CUDA else HostEvent()
+
+
+def event_seconds(step: Step, calls: int) -> float:
+    """Seconds of a call among so many, by the device's own clock."""
+    start, end = _event(), _event()
+    synchronize()
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    synchronize()
+    return 1e-3 * start.elapsed_time(end) / calls
+
+
+def capture(steps: Sequence[Step]) -> Step:
+    """One CUDA graph of all `steps`, in order; a call replays it.
+
+    Raises:
+        RuntimeError: a step waits for the device, or does what no graph can hold.
+    """
+    if not CUDA:
+        return lambda: [step() for step in steps]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), _no_waiting():
+        for step in steps:
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    return graph.replay
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Makes a step that waits for the device fail here: in a capture it would spoil torch's random generator too."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def cache_bytes() -> int:
+    """Bytes of the GPU's L2 cache, of a rehearsal's as many as its inputs have; 0 on a CPU, whose inputs stay put."""
+    return torch.cuda.get_device_properties(DEVICE).L2_cache_size if CUDA else 1024 if REHEARSAL else 0
+
+
+def peak_bytes(step: Step) -> int | None:
+    """What `step` allocates at most, its results included; None where nobody counts."""
+    if not CUDA:
+        return None
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def forget_failure() -> None:
+    """Gives back what a failed step had allocated."""
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def kernels_as_on_a_gpu() -> Iterator[None]:
+    """In a rehearsal impl="auto" takes the interpreter wherever it would take a kernel on a GPU."""
+    if not REHEARSAL:
+        yield
+        return
+    obstacle = backends.triton_obstacle
+    with patch.object(backends, "triton_obstacle", lambda device, automatic: obstacle(device, automatic=False)):
+        yield

@@ -10,12 +10,15 @@ from tfm.kernels import launch
 
 
 def as_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """`x` as [rows, columns] with neighbouring columns side by side, and its row stride; None stays None.
+    """Memory that holds `x` as [rows, columns] with neighbouring columns side by side, and its row stride.
 
-    Copied only where no one row stride describes `x`.
+    `x` itself where it is contiguous, whatever its shape: a kernel needs the address alone. Copied only where no one
+    row stride describes `x`. None stays None.
     """
     if x is None:
         return None, 0
+    if x.is_contiguous():
+        return x, x.shape[-1]
     matrix = x.reshape(-1, x.shape[-1])
     matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
     return matrix, matrix.stride(0)
@@ -37,30 +40,38 @@ def load(pointer, inside):
 
 @triton.jit(do_not_specialize=["programs"])
 def sum_partials_kernel(
-    partials, dweight, dbias, programs, columns,
-    BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    partials, first, second, third, programs, columns,
+    PARTS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each program sums BLOCK_COLUMNS columns of partials [programs, 2, columns], always in the same order."""
+    """Each program sums BLOCK_COLUMNS columns of a part of partials [programs, PARTS, columns], always in one order."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    weight_sum = tl.zeros([BLOCK_PROGRAMS, BLOCK_COLUMNS], tl.float32)
-    bias_sum = tl.zeros([BLOCK_PROGRAMS, BLOCK_COLUMNS], tl.float32)
+    part = tl.program_id(1)
+    total = tl.zeros([BLOCK_PROGRAMS, BLOCK_COLUMNS], tl.float32)
     for start in range(0, programs, BLOCK_PROGRAMS):
         program = start + tl.arange(0, BLOCK_PROGRAMS)[:, None]
-        partial = partials + program * 2 * columns + column[None, :]
-        inside = (program < programs) & (column < columns)[None, :]
-        weight_sum += tl.load(partial, mask=inside, other=0.0)
-        bias_sum += tl.load(partial + columns, mask=inside, other=0.0)
-    if dweight is not None:
-        tl.store(dweight + column, tl.sum(weight_sum, axis=0), mask=column < columns)
-    if dbias is not None:
-        tl.store(dbias + column, tl.sum(bias_sum, axis=0), mask=column < columns)
+        partial = partials + (program * PARTS + part) * columns + column[None, :]
+        total += tl.load(partial, mask=(program < programs) & (column < columns)[None, :], other=0.0)
+    result = tl.sum(total, axis=0)
+    if part == 0:
+        if first is not None:
+            tl.store(first + column, result, mask=column < columns)
+    elif part == 1:
+        if second is not None:
+            tl.store(second + column, result, mask=column < columns)
+    else:
+        if third is not None:
+            tl.store(third + column, result, mask=column < columns)
 
 
-def sum_partials(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-    """Fills dweight and dbias [columns] with the sums of partials [programs, 2, columns], each rounded once."""
-    programs, _, columns = partials.shape
+def sum_partials(partials: Tensor, *sums: Tensor | None) -> None:
+    """Fills each of `sums` [columns] with the sum of its part of partials [programs, parts, columns], rounded once.
+
+    As many `sums` as parts, at most three; None leaves a part unread by its user.
+    """
+    programs, parts, columns = partials.shape
     tiles = launch.sum_partials(columns)
-    sum_partials_kernel[(tiles.programs,)](
-        partials=partials, dweight=dweight, dbias=dbias, programs=programs, columns=columns,
-        BLOCK_PROGRAMS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, num_warps=tiles.num_warps,
+    first, second, third = (*sums, None, None)[:3]
+    sum_partials_kernel[(tiles.programs, parts)](
+        partials=partials, first=first, second=second, third=third, programs=programs, columns=columns,
+        PARTS=parts, BLOCK_PROGRAMS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, num_warps=tiles.num_warps,
     )  # fmt: skip

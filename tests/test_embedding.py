@@ -1,15 +1,17 @@
-"""Token embedding against torch's, and the sinusoid against the paper's definition."""
+"""Token embedding against torch's, the kernel against the oracle, the sinusoid against the paper's definition."""
 
 from __future__ import annotations
 
 import math
 
+import launches
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
 
@@ -126,3 +128,211 @@ def test_any_shape(shape, dim):
 def test_a_token_outside_the_vocabulary():
     with pytest.raises(IndexError, match="out of range"):
         ops.embedding(torch.tensor([VOCABULARY]), torch.zeros(VOCABULARY, DIM), torch.tensor([0]))
+
+
+FORWARD, BACKWARD = ["embedding_forward_kernel"], ["embedding_chunks_kernel", "embedding_backward_kernel"]
+# Triton's interpreter computes bf16 wrongly.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED, SITE, SCALE = -0x0123456789ABCDEF, 2, 2.5
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    return launches.watch(monkeypatch)
+
+
+def run(impl, tokens, weight, positions, position_weight, cotangent, p=0.3, padding_idx=None, **options):
+    """(y, dweight) or, with a table of positions, (y, dweight, dpositions)."""
+    tables = [weight, *([] if position_weight is None else [position_weight])]
+    fixed = {"scale": SCALE, "dropout_p": p, "padding_idx": padding_idx, "seed": SEED, "site": SITE, "impl": impl}
+    y = ops.embedding(tokens, weight, positions, position_weight=position_weight, **(fixed | options))
+    return [y.detach(), *torch.autograd.grad(y, tables, cotangent.to(y.dtype))]
+
+
+def assert_kernel_matches(tokens, dim, vocabulary, dtype=torch.float32, learned=False, **options):
+    """With positions counted in the last dimension of `tokens`."""
+    positions = torch.arange(tokens.shape[-1], device=tokens.device)
+    tables = [torch.randn(vocabulary, dim), torch.randn(tokens.shape[-1] + 3, dim) if learned else None]
+    given = [None if t is None else t.to(tokens.device, dtype).requires_grad_() for t in tables]
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in given]
+    cotangent = torch.randn(*tokens.shape, dim, device=tokens.device)
+    actual, truth, plain = (
+        run(impl, tokens, weight, positions, position_weight, cotangent, **options)
+        for impl, (weight, position_weight) in (("triton", given), ("reference", wide), ("reference", given))
+    )
+    oracle.assert_all_match(actual, truth, plain, ("y", "weight", "positions")[: len(actual)])
+
+
+# Tokens that fill whole chunks of 32, and that do not.
+TOKENS = {
+    "few": lambda: torch.randint(11, (3, 5)),
+    "one": lambda: torch.full((100,), 7),
+    "chunks": lambda: torch.tensor([1] * 31 + [2] * 33 + [5] * 64 + [6] + [9] * 95 + [10] * 32),
+    "shuffled": lambda: torch.randint(3, (2, 90)),
+}
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("learned", [False, True], ids=["sinusoid", "learned"])
+def test_kernel_matches(tokens, dtype, learned, kernel_device, launched):
+    assert_kernel_matches(TOKENS[tokens]().to(kernel_device), 17, 11, dtype, learned, padding_idx=-2)
+    assert launched == FORWARD + BACKWARD * (2 if learned else 1)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    tokens=st.lists(st.integers(0, 6), max_size=150),
+    dim=st.sampled_from([1, 2, 16, 130]),
+    padding_idx=st.sampled_from([None, 0, 6]),
+    p=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_kernel_matches_whatever_the_tokens(tokens, dim, padding_idx, p):
+    tokens = torch.tensor(tokens, dtype=torch.int32, device=DEVICE)
+    assert_kernel_matches(tokens, dim, 7, learned=True, padding_idx=padding_idx, p=p)
+
+
+@pytest.mark.parametrize("dim", [1, 5, 64, 1030])
+def test_kernel_computes_the_papers_sinusoid(dim, kernel_device):
+    positions = [0, 1, 2, 17, 511, 5000, 1_000_000]
+    weight = torch.zeros(1, dim, device=kernel_device)
+    tokens = torch.zeros(len(positions), dtype=torch.int64, device=kernel_device)
+    found = ops.embedding(tokens, weight, torch.tensor(positions, device=kernel_device), impl="triton")
+    for row, truth, position in zip(found.cpu().double(), paper(positions, dim), positions, strict=True):
+        # The frequency is rounded to a 2^-33rd of a turn.
+        assert (row - truth).abs().max() <= 2 * torch.finfo(torch.float32).eps + position * 2**-33 * 2 * math.pi
+
+
+def test_kernel_on_a_wide_vocabulary_few_of_whose_tokens_occur(kernel_device, launched):
+    tokens = torch.tensor([4999, 0, 300, 300, 4999], device=kernel_device)
+    assert_kernel_matches(tokens, 5, 5000)
+    assert_kernel_matches(tokens[:0], 5, 70)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 1), (3, 5)], ids=str)
+def test_kernel_takes_positions_that_broadcast(shape, kernel_device, launched):
+    tokens = torch.randint(11, (3, 5), device=kernel_device)
+    weight, position_weight = torch.randn(2, 11, 6, device=kernel_device)
+    positions = torch.randint(11, shape, device=kernel_device)
+    found, expected = (
+        ops.embedding(tokens, weight, positions, position_weight=position_weight, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    assert torch.equal(found, expected)
+    assert launched == FORWARD
+
+
+def test_kernel_takes_strides(kernel_device):
+    tokens = torch.randint(11, (5, 3), device=kernel_device)
+    weight = torch.randn(11, 6, device=kernel_device)
+    positions, cotangent = torch.arange(3, device=kernel_device), torch.randn(3, 5, 6, device=kernel_device)
+    expected = run("triton", tokens, weight.requires_grad_(), positions, None, cotangent.transpose(0, 1).contiguous())
+    views = [tokens.t().contiguous().t(), F.pad(weight.detach(), (0, 3))[:, :6].requires_grad_()]
+    actual = run("triton", *views, positions.repeat_interleave(2)[::2], None, cotangent.transpose(0, 1))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_same_tokens_same_bits(kernel_device):
+    tokens = torch.randint(5, (300,), device=kernel_device)
+    weight = torch.randn(5, 6, device=kernel_device, requires_grad=True)
+    cotangent = torch.randn(300, 6, device=kernel_device)
+    place = torch.tensor(0, device=kernel_device)
+    first, second = (run("triton", tokens, weight, place, None, cotangent) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_kernel_reads_nothing_outside_its_tables(kernel_device, launched):
+    tokens = torch.tensor([3, -1, 11, 3], device=kernel_device)
+    weight = torch.randn(11, 6, device=kernel_device, requires_grad=True)
+    y = ops.embedding(tokens, weight, torch.tensor(0, device=kernel_device), impl="triton")
+    assert y.isnan().all(1).tolist() == [False, True, True, False]
+    (gradient,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    expected = torch.zeros_like(weight)
+    expected[3] = 2
+    assert torch.equal(gradient, expected)
+    places = torch.tensor([5, 0, 1, -1], device=kernel_device)
+    y = ops.embedding(tokens * 0, weight, places, position_weight=weight[:5].detach(), impl="triton")
+    assert y.isnan().all(1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_sparse_gradient_is_the_dense_one(impl, kernel_device, launched):
+    tokens = torch.randint(11, (2, 50), device=kernel_device)
+    weight = torch.randn(11, 6, device=kernel_device, requires_grad=True)
+    positions, cotangent = torch.arange(50, device=kernel_device), torch.randn(2, 50, 6, device=kernel_device)
+    arguments = (impl, tokens, weight, positions, None, cotangent)
+    (_, dense), (_, sparse) = (run(*arguments, padding_idx=4, sparse=chosen) for chosen in (False, True))
+    assert sparse.is_sparse
+    assert sparse.shape == weight.shape
+    torch.testing.assert_close(sparse.to_dense(), dense)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_sparse_gradient_joins_the_generators_dense_one(impl, kernel_device):
+    tokens = torch.randint(11, (20,), device=kernel_device)
+    weight = torch.randn(11, 6, device=kernel_device, requires_grad=True)
+    found = []
+    for sparse in (False, True):
+        hidden = ops.embedding(tokens, weight, torch.tensor(0, device=kernel_device), sparse=sparse, impl=impl)
+        found += torch.autograd.grad((hidden @ weight.t()).square().sum(), weight)
+    assert not found[1].is_sparse
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("wanted", ["weight", "positions"])
+def test_only_wanted_gradients_are_computed(wanted, kernel_device, launched):
+    tokens = torch.randint(11, (20,), device=kernel_device)
+    weight, table = torch.randn(2, 11, 6, device=kernel_device)
+    needed = (weight if wanted == "weight" else table).requires_grad_()
+    ops.embedding(tokens, weight, tokens, position_weight=table, impl="triton").sum().backward()
+    assert needed.grad is not None
+    assert launched == FORWARD + BACKWARD
+
+
+def test_operators_obey_torch(kernel_device):
+    tokens = torch.randint(11, (3, 5), device=kernel_device)
+    weight, table = torch.randn(2, 11, 6, device=kernel_device)
+    positions, seed = torch.arange(5, device=kernel_device), torch.tensor(SEED, device=kernel_device)
+    operator = torch.ops.tfm.embedding.default
+    torch.library.opcheck(operator, (tokens, weight, positions, table, seed, 2.0, 0.3, SITE))
+    torch.library.opcheck(operator, (tokens, weight.half(), positions, None, None, 1.0, 0.0, 0))
+    backward = torch.ops.tfm.embedding_backward.default
+    dy = torch.randn(3, 5, 6, device=kernel_device)
+    torch.library.opcheck(backward, (dy, tokens, seed, 2.0, 0.3, SITE, 11, 0, torch.float16, False))
+    torch.library.opcheck(backward, (dy, tokens, None, 2.0, 0.0, 0, 11, None, torch.float32, True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole(backend, kernel_device, launched):
+    tokens, positions = torch.randint(11, (2, 20), device=kernel_device)
+    weight, table = (t.requires_grad_() for t in torch.randn(2, 11, 6, device=kernel_device).unbind())
+
+    def function(weight, table):
+        options = {"position_weight": table, "dropout_p": 0.3, "seed": SEED, "impl": "triton"}
+        return ops.embedding(tokens, weight, positions, **options)
+
+    torch._dynamo.reset()
+    results = []
+    for wrapped in (function, torch.compile(function, backend=backend, fullgraph=True)):
+        y = wrapped(weight, table)
+        results.append([y.detach(), *torch.autograd.grad(y, (weight, table), torch.ones_like(y))])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_checkpoint_draws_the_same_mask(kernel_device):
+    tokens = torch.randint(11, (20,), device=kernel_device)
+    weight = torch.randn(11, 6, device=kernel_device, requires_grad=True)
+    function = lambda weight: ops.embedding(tokens, weight, tokens, dropout_p=0.5, impl="triton")  # noqa: E731
+    results = []
+    for wrapped in (function, lambda weight: checkpoint(function, weight, use_reentrant=False)):
+        torch.manual_seed(1)
+        y = wrapped(weight)
+        results.append([y.detach(), *torch.autograd.grad(y, weight, torch.ones_like(y))])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_explicit_triton_says_why_not(kernel_device):
+    tokens = torch.zeros(3, dtype=torch.int64, device=kernel_device)
+    with pytest.raises(ValueError, match=r"^embedding cannot run with impl='triton': .*got float64$"):
+        ops.embedding(tokens, torch.zeros(3, 4, device=kernel_device).double(), tokens, impl="triton")

@@ -17,14 +17,21 @@ def is_power_of_two(number):
 
 
 def forward(rows, columns):
-    return launch.layer_norm_forward(rows, columns, columns % 16 == 0)
+    return launch.norm_forward(rows, columns, columns % 16 == 0)
 
 
 def backward(rows, columns, multiprocessors=132):
-    return launch.layer_norm_backward(rows, columns, columns % 16 == 0, multiprocessors)
+    return launch.norm_backward(rows, columns, columns % 16 == 0, False, multiprocessors)
 
 
-@pytest.mark.parametrize("settings_of", [forward, backward], ids=["forward", "backward"])
+def crowded(rows, columns, multiprocessors=132):
+    return launch.norm_backward(rows, columns, columns % 16 == 0, True, multiprocessors)
+
+
+EVERY = pytest.mark.parametrize("settings_of", [forward, backward, crowded], ids=lambda settings: settings.__name__)
+
+
+@EVERY
 @given(rows=st.integers(0, 10**10), columns=COLUMNS)
 def test_tiles_cover_the_rows(settings_of, rows, columns):
     tiles = settings_of(rows, columns)
@@ -38,6 +45,9 @@ def test_tiles_cover_the_rows(settings_of, rows, columns):
     # 16 elements a thread are what the registers hold.
     assert tiles.block_rows * tiles.block_columns <= 16 * 32 * tiles.num_warps
     assert tiles.programs >= 1
+    # Sums that go through memory must not be overtaken by the next tile's.
+    assert tiles.stages == 1 or tiles.chunks == 1
+    assert tiles.max_registers is None or tiles.max_registers * 32 * tiles.num_warps <= 65536
 
 
 @given(rows=st.integers(0, 10**10), columns=COLUMNS)
@@ -53,7 +63,7 @@ def test_backward_programs_are_bounded(rows, columns, multiprocessors):
     assert (tiles.programs - 1) * tiles.block_rows < max(rows, 1)
 
 
-@pytest.mark.parametrize("settings_of", [forward, backward], ids=["forward", "backward"])
+@EVERY
 @given(rows=st.lists(st.integers(0, 10**7), min_size=2, max_size=2), columns=COLUMNS)
 def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
     first, second = (settings_of(number, columns) for number in rows)
@@ -65,17 +75,41 @@ def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
 @pytest.mark.parametrize(
     ("columns", "forward_settings", "backward_settings"),
     [
-        (512, launch.RowTiles(2048, 4, 512, 1, 4), launch.RowTiles(264, 4, 512, 1, 8)),
-        (1000, launch.RowTiles(8192, 1, 1024, 1, 4), launch.RowTiles(264, 2, 1024, 1, 8)),
-        (8192, launch.RowTiles(8192, 1, 8192, 1, 16), launch.RowTiles(264, 1, 8192, 1, 16)),
-        (8191, launch.RowTiles(8192, 1, 8192, 1, 16), launch.RowTiles(264, 1, 4096, 2, 8)),
-        (32768, launch.RowTiles(8192, 1, 4096, 8, 8), launch.RowTiles(264, 1, 4096, 8, 8)),
+        (512, launch.RowTiles(2048, 4, 512, 1, 4, 1, 64), launch.RowTiles(264, 4, 512, 1, 8, 3, 128)),
+        (1000, launch.RowTiles(8192, 1, 1024, 1, 4, 1, 255), launch.RowTiles(264, 1, 1024, 1, 8, 1, 128)),
+        (4096, launch.RowTiles(8192, 1, 4096, 1, 8, 1, 64), launch.RowTiles(264, 1, 4096, 1, 8, 2)),
+        (8192, launch.RowTiles(8192, 1, 8192, 1, 16, 1, 64), launch.RowTiles(264, 1, 8192, 1, 16)),
+        (8191, launch.RowTiles(8192, 1, 8192, 1, 16, 1, 128), launch.RowTiles(264, 1, 1024, 8, 8, 1, 128)),
+        (32768, launch.RowTiles(8192, 1, 4096, 8, 8, 1, 255), launch.RowTiles(264, 1, 4096, 8, 8)),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
 def test_settings_at_8192_rows(columns, forward_settings, backward_settings):
     assert forward(8192, columns) == forward_settings
     assert backward(8192, columns) == backward_settings
+
+
+@given(rows=st.integers(0, 10**7), columns=st.integers(1, 10**5), chunk=st.sampled_from([16, 32]))
+def test_embedding_tiles_cover_tokens_and_rows(rows, columns, chunk):
+    first, second = launch.embedding_backward(rows + 1, chunk, rows, columns)
+    assert first.block_rows == chunk
+    # The place behind the last token, too: what begins there is noted there.
+    assert first.programs * chunk > rows
+    for tiles in (launch.embedding_forward(rows, columns), first, second):
+        assert tiles.programs * tiles.block_rows >= rows
+        assert tiles.chunks * tiles.block_columns >= columns
+        assert tiles.block_columns % 8 == 0
+        assert tiles.block_rows * tiles.block_columns <= 16 * 32 * tiles.num_warps
+
+
+@given(tokens=st.integers(0, 10**7), half=st.integers(0, 256), rest=st.integers(0, 512))
+def test_rotary_tiles_cover_tokens_and_columns(tokens, half, rest):
+    tiles = launch.rotary(tokens, half, 2 * half + rest)
+    assert tiles.programs * tiles.block_tokens >= tokens
+    assert tiles.block_half >= half
+    assert tiles.block_rest >= rest
+    assert all(map(is_power_of_two, (tiles.block_tokens, tiles.block_half, max(tiles.block_rest, 1))))
+    assert tiles.block_tokens * max(2 * tiles.block_half, tiles.block_rest) <= 16 * 32 * tiles.num_warps
 
 
 def test_interpreter_strides():
@@ -85,5 +119,6 @@ def test_interpreter_strides():
 def test_odd_strides_take_smaller_tiles():
     assert launch.are_aligned(512, 1536, 0)
     assert not launch.are_aligned(512, 515)
-    assert launch.layer_norm_forward(8192, 512, aligned=False).block_rows == 2
-    assert launch.layer_norm_backward(8192, 8192, simple=False, multiprocessors=132).block_columns == 4096
+    assert launch.norm_forward(8192, 512, aligned=False).block_rows == 2
+    assert launch.norm_backward(8192, 2048, aligned=False, crowded=False, multiprocessors=132).block_columns == 1024
+    assert launch.norm_backward(8192, 8192, aligned=True, crowded=True, multiprocessors=132).block_columns == 2048

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfm import ops
@@ -37,6 +38,14 @@ class State:
 
     stream: Tensor
     normed: Tensor
+
+
+@dataclass(frozen=True)
+class Unbiased:
+    """What a sublayer gives: its last product, and the bias that "Add & Norm" adds in its own pass."""
+
+    product: Tensor
+    bias: Tensor
 
 
 class Transformer(nn.Module):
@@ -205,9 +214,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.site = config.heads, config.attention_dropout, site
         self.projection = linear(config.dim, config.dim, config.dim, config.dim, gain=2**-0.5)
-        self.output = linear(config.dim, config.dim)
+        self.output = Output(config.dim)
 
-    def forward(self, x: Tensor, sequences: Sequences, is_causal: bool, seed: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, sequences: Sequences, is_causal: bool, seed: Tensor | None) -> Unbiased:
         """[N, dim] to [N, dim]."""
         query, key, value = self.project(x)
         attended = ops.varlen_attention(
@@ -228,11 +237,11 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.site = config.heads, config.attention_dropout, site
         self.projection = linear(config.dim, config.dim, gain=2**-0.5)
-        self.output = linear(config.dim, config.dim)
+        self.output = Output(config.dim)
 
     def forward(
         self, x: Tensor, sequences: Sequences, key_value: Tensor, memory_sequences: Sequences, seed: Tensor | None
-    ) -> Tensor:
+    ) -> Unbiased:
         """[Nt, dim] and keys and values [Ns, 2, heads, dim / heads] to [Nt, dim]."""
         key, value = key_value.unbind(1)
         attended = ops.varlen_attention(
@@ -247,6 +256,17 @@ class CrossAttention(nn.Module):
         return self.projection(x).view(len(x), self.heads, -1)
 
 
+class Output(nn.Module):
+    """The last linear layer of attention (W^O of section 3.2.2)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = linear(dim, dim).parameters()
+
+    def forward(self, x: Tensor) -> Unbiased:
+        return Unbiased(F.linear(x, self.weight), self.bias)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them, at each position alike (section 3.3, equation 2)."""
 
@@ -256,18 +276,19 @@ class FeedForward(nn.Module):
         self.inner = linear(config.dim, config.ffn_dim)
         self.outer = linear(config.ffn_dim, config.dim)
 
-    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        return ops.feed_forward(
+    def forward(self, x: Tensor, seed: Tensor | None) -> Unbiased:
+        product = ops.feed_forward(
             x,
             self.inner.weight,
             self.inner.bias,
             self.outer.weight,
-            self.outer.bias,
+            None,
             self.activation,
             self.dropout if self.training else 0.0,
             seed=seed,
             site=self.site,
         )
+        return Unbiased(product, self.outer.bias)
 
 
 class AddAndNorm(nn.Module):
@@ -279,14 +300,15 @@ class AddAndNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.dim))
         self.eps, self.dropout, self.norm_first, self.site = config.norm_eps, config.dropout, config.norm_first, site
 
-    def forward(self, x: Tensor, state: State, seed: Tensor | None) -> State:
+    def forward(self, sublayer: Unbiased, state: State, seed: Tensor | None) -> State:
         normed, stream = ops.residual_layer_norm(
-            x,
+            sublayer.product,
             state.stream,
             self.weight,
             self.bias,
             self.eps,
             self.dropout if self.training else 0.0,
+            x_bias=sublayer.bias,
             seed=seed,
             site=self.site,
         )

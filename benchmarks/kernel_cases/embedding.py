@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+from triton.runtime.jit import JITFunction
 
 from benchmarks.kernel_cases.case import Case
 from tfm.kernels import embedding, launch
@@ -19,24 +22,33 @@ def embedding_cases(every: bool) -> Iterator[Case]:
 
             for learned in (False, True) if every else (False,):
                 tiles = launch.embedding_forward(TOKENS, columns)
-                forward = {"tokens": "*i64:16", "weight": data, "positions": "*i64:16", "y": data, "period": "i32"}
+                forward: dict[str, Any] = {
+                    "tokens": "*i64:16",
+                    "weight": data,
+                    "positions": "*i64:16",
+                    "y": data,
+                    "period": "i32",
+                }
                 forward |= {"vocabulary": "i32", "places": "i32", "position_weight": data if learned else None}
                 forward |= {"weight_stride": size, "position_stride": size, "scale": "fp32", "keep_scale": "fp32"}
                 forward |= {"BLOCK_ROWS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns}
                 name = f"embedding_forward{' learned' * learned} {columns} {dtype}"
-                yield Case(name, embedding.embedding_forward_kernel, {**numbers, **forward}, tiles.num_warps)
+                arguments = {**numbers, **forward}
+                yield _case(name, embedding.embedding_forward_kernel, arguments, tiles)
 
             first, second = launch.embedding_backward(TOKENS + 1, embedding.CHUNK, VOCABULARY, columns)
             sorted_tokens = {"tokens": "*i32:16", "order": "*i64:16", "starts": "*i32:16", "chunks": "*fp32:16"}
             shared = numbers | sorted_tokens | {"dy": data, "rows": "i32", "dy_stride": size, "padding": "i32"}
             shared["CHUNK"] = embedding.CHUNK
             arguments = {**shared, "BLOCK_COLUMNS": first.block_columns}
-            yield Case(
-                f"embedding_chunks {columns} {dtype}", embedding.embedding_chunks_kernel, arguments, first.num_warps
-            )
+            yield _case(f"embedding_chunks {columns} {dtype}", embedding.embedding_chunks_kernel, arguments, first)
             for sparse in (False, True):
                 blocks = {"BLOCK_ROWS": second.block_rows, "BLOCK_COLUMNS": second.block_columns, "SPARSE": sparse}
                 outputs = {"dweight": data, "indices": "*i64:16" if sparse else None, "scale": "fp32"}
                 name = f"embedding_backward{' sparse' * sparse} {columns} {dtype}"
                 arguments = {**shared, **outputs, **blocks}
-                yield Case(name, embedding.embedding_backward_kernel, arguments, second.num_warps)
+                yield _case(name, embedding.embedding_backward_kernel, arguments, second)
+
+
+def _case(name: str, kernel: JITFunction, arguments: dict[str, Any], tiles: launch.RowTiles) -> Case:
+    return Case(name, kernel, arguments, tiles.num_warps, max_registers=tiles.max_registers)

@@ -25,7 +25,7 @@ def norm_cases(operation: str, hungry: tuple[int, ...], every: bool, centred: bo
             aligned = columns % 16 == 0
 
             tiles = launch.norm_forward(columns, columns, aligned)
-            tensors = {"x": data, "x_bias": single, "residual": stream, "y": stream, "eps": "fp32"}
+            tensors: dict[str, Any] = {"x": data, "x_bias": single, "residual": stream, "y": stream, "eps": "fp32"}
             tensors |= {"bias": single if centred else None, "ROUND_FIRST": not centred}
             shape = _shape(columns, tiles, "columns", "x_stride", "residual_stride")
             yield Case(

@@ -1,16 +1,103 @@
 """Launch settings as pure functions of the problem: no autotuning, the same on every run, testable without a GPU.
 
-Block sizes never depend on the number of rows, so that a row's numbers do not change with the batch around it.
+Matmuls apart, block sizes never depend on the number of rows, so that a row's numbers do not change with the batch
+around it.
 """
 
+from tfm.kernels.launch.attention import (
+    AttentionTiles,
+    attention_backward_keys,
+    attention_backward_queries,
+    attention_forward,
+    mask_bits,
+    split_dim,
+)
+from tfm.kernels.launch.cross_entropy import (
+    CrossEntropyTiles,
+    StreamingTiles,
+    cross_entropy,
+    logits_rows,
+    mean_loss,
+    streaming_cross_entropy,
+    streaming_losses,
+)
 from tfm.kernels.launch.device import are_aligned, multiprocessors
-from tfm.kernels.launch.rows import RowTiles, layer_norm_backward, layer_norm_forward, sum_partials
+from tfm.kernels.launch.matmul import (
+    Chip,
+    ElementTiles,
+    MatmulTiles,
+    activation_dropout,
+    activation_dropout_backward,
+    chip,
+    linear_activation,
+    linear_activation_backward,
+)
+from tfm.kernels.launch.rows import (
+    RotaryTiles,
+    RowTiles,
+    embedding_backward,
+    embedding_forward,
+    norm_backward,
+    norm_forward,
+    rotary,
+    sum_partials,
+)
+from tfm.kernels.launch.scores import BIAS_PROGRAMS, attention_weights, bias_gradient, bias_splits
+from tfm.kernels.launch.short_attention import (
+    SHORT_BACKWARD,
+    SHORT_BACKWARD_FP32,
+    SHORT_FORWARD,
+    SHORT_FORWARD_FP32,
+    ShortBackwardTiles,
+    ShortForwardTiles,
+    short_attention_backward,
+    short_attention_forward,
+    short_block,
+)
 
 __all__ = [
+    "BIAS_PROGRAMS",
+    "SHORT_BACKWARD",
+    "SHORT_BACKWARD_FP32",
+    "SHORT_FORWARD",
+    "SHORT_FORWARD_FP32",
+    "AttentionTiles",
+    "Chip",
+    "CrossEntropyTiles",
+    "ElementTiles",
+    "MatmulTiles",
+    "RotaryTiles",
     "RowTiles",
+    "ShortBackwardTiles",
+    "ShortForwardTiles",
+    "StreamingTiles",
+    "activation_dropout",
+    "activation_dropout_backward",
     "are_aligned",
-    "layer_norm_backward",
-    "layer_norm_forward",
+    "attention_backward_keys",
+    "attention_backward_queries",
+    "attention_forward",
+    "attention_weights",
+    "bias_gradient",
+    "bias_splits",
+    "chip",
+    "cross_entropy",
+    "embedding_backward",
+    "embedding_forward",
+    "linear_activation",
+    "linear_activation_backward",
+    "logits_rows",
+    "mask_bits",
+    "mean_loss",
     "multiprocessors",
+    "norm_backward",
+    "norm_forward",
+    "rotary",
+    "short_attention_backward",
+    "short_attention_forward",
+    "short_block",
+    "split_dim",
+    "streaming_cross_entropy",
+    "streaming_losses",
     "sum_partials",
 ]

@@ -125,10 +125,13 @@ def attend(
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
-    """The multi-head attention of a layer: [..., E] queries over [..., E] memory, padded or packed as `scope` says."""
+    """The multi-head attention of a layer: [..., E] queries over [..., E] memory, padded or packed as `scope` says.
+
+    Without the bias of `module.out_proj`, which the norm behind it adds.
+    """
     q, k, v = project(module, query, memory, memory)
     output = scope.attention(q, k, v, attention_dropout(module), seed, site)
-    return F.linear(output, module.out_proj.weight, module.out_proj.bias)
+    return F.linear(output, module.out_proj.weight)
 
 
 def attention_dropout(module: torch.nn.MultiheadAttention) -> float:

@@ -85,14 +85,14 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if self.norm_first:
             y = _norm(x, self.norm1)
             y = attend(self.self_attn, y, y, scope, seed, SELF_WEIGHTS)
-            y, x = _add_norm(y, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
+            y, x = _add_norm(y, self.self_attn.out_proj, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
             y = _feed_forward(self, y, seed)
-            return x + ops.dropout(y, rate(self.dropout2), seed=seed, site=LAST_RESIDUAL)
+            return _add(y, self.linear2, x, self.dropout2, seed, LAST_RESIDUAL)
         x = widened(x)
         y = attend(self.self_attn, x, x, scope, seed, SELF_WEIGHTS)
-        x, _ = _add_norm(y, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
+        x, _ = _add_norm(y, self.self_attn.out_proj, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
         y = _feed_forward(self, x, seed)
-        x, _ = _add_norm(y, x, self.norm2, self.dropout2, seed, LAST_RESIDUAL)
+        x, _ = _add_norm(y, self.linear2, x, self.norm2, self.dropout2, seed, LAST_RESIDUAL)
         return x
 
     def _call_children(self, x: Tensor, mask: Tensor | None, padding_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -178,18 +178,18 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         if self.norm_first:
             y = _norm(x, self.norm1)
             y = attend(self.self_attn, y, y, scope, seed, SELF_WEIGHTS)
-            y, x = _add_norm(y, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
+            y, x = _add_norm(y, self.self_attn.out_proj, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
             y = attend(self.multihead_attn, y, memory, memory_scope, seed, CROSS_WEIGHTS)
-            y, x = _add_norm(y, x, self.norm3, self.dropout2, seed, CROSS_RESIDUAL)
+            y, x = _add_norm(y, self.multihead_attn.out_proj, x, self.norm3, self.dropout2, seed, CROSS_RESIDUAL)
             y = _feed_forward(self, y, seed)
-            return x + ops.dropout(y, rate(self.dropout3), seed=seed, site=LAST_RESIDUAL)
+            return _add(y, self.linear2, x, self.dropout3, seed, LAST_RESIDUAL)
         x = widened(x)
         y = attend(self.self_attn, x, x, scope, seed, SELF_WEIGHTS)
-        x, _ = _add_norm(y, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
+        x, _ = _add_norm(y, self.self_attn.out_proj, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
         y = attend(self.multihead_attn, x, memory, memory_scope, seed, CROSS_WEIGHTS)
-        x, _ = _add_norm(y, x, self.norm2, self.dropout2, seed, CROSS_RESIDUAL)
+        x, _ = _add_norm(y, self.multihead_attn.out_proj, x, self.norm2, self.dropout2, seed, CROSS_RESIDUAL)
         y = _feed_forward(self, x, seed)
-        x, _ = _add_norm(y, x, self.norm3, self.dropout3, seed, LAST_RESIDUAL)
+        x, _ = _add_norm(y, self.linear2, x, self.norm3, self.dropout3, seed, LAST_RESIDUAL)
         return x
 
 
@@ -226,18 +226,35 @@ def _norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
 
 
 def _add_norm(
-    x: Tensor, residual: Tensor, norm: torch.nn.LayerNorm, dropout: torch.nn.Dropout, seed: Tensor | None, site: int
+    y: Tensor,
+    linear: torch.nn.Linear,
+    residual: Tensor,
+    norm: torch.nn.LayerNorm,
+    dropout: torch.nn.Dropout,
+    seed: Tensor | None,
+    site: int,
 ) -> tuple[Tensor, Tensor]:
-    return ops.residual_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, rate(dropout), seed=seed, site=site)
+    """(normed, sum) of a sublayer's output `y`, which the norm's pass gives the bias of `linear`, its last layer."""
+    return ops.residual_layer_norm(
+        y, residual, norm.weight, norm.bias, norm.eps, rate(dropout), x_bias=linear.bias, seed=seed, site=site
+    )
+
+
+def _add(
+    y: Tensor, linear: torch.nn.Linear, residual: Tensor, dropout: torch.nn.Dropout, seed: Tensor | None, site: int
+) -> Tensor:
+    """`_add_norm`'s sum alone."""
+    y = y if linear.bias is None else y + linear.bias.to(y.dtype)
+    return residual + ops.dropout(y, rate(dropout), seed=seed, site=site)
 
 
 def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor, seed: Tensor | None) -> Tensor:
-    """Section 3.3, equation 2, with the layer's own activation."""
+    """Section 3.3, equation 2, with the layer's own activation, and without the bias of linear2."""
     first, second, dropout_p = layer.linear1, layer.linear2, rate(layer.dropout)
     name = fused_activation(layer.activation)
     if name:
         return ops.feed_forward(
-            x, first.weight, first.bias, second.weight, second.bias, name, dropout_p, seed=seed, site=HIDDEN
+            x, first.weight, first.bias, second.weight, None, name, dropout_p, seed=seed, site=HIDDEN
         )
     hidden = layer.activation(F.linear(x, first.weight, first.bias))
-    return F.linear(ops.dropout(hidden, dropout_p, seed=seed, site=HIDDEN), second.weight, second.bias)
+    return F.linear(ops.dropout(hidden, dropout_p, seed=seed, site=HIDDEN), second.weight)

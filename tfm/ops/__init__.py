@@ -7,6 +7,7 @@ from tfm.ops.feed_forward import feed_forward, gated_feed_forward
 from tfm.ops.layer_norm import layer_norm, residual_layer_norm
 from tfm.ops.linear_cross_entropy import linear_cross_entropy
 from tfm.ops.rms_norm import residual_rms_norm, rms_norm
+from tfm.ops.rotary import rotary, rotary_, rotary_table
 
 __all__ = [
     "attention",
@@ -20,6 +21,9 @@ __all__ = [
     "residual_layer_norm",
     "residual_rms_norm",
     "rms_norm",
+    "rotary",
+    "rotary_",
+    "rotary_table",
     "sinusoid",
     "varlen_attention",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
@@ -86,14 +88,35 @@ def attention(
     check_integers(key_lengths=key_lengths)
     check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, key_lengths=key_lengths)
     _check_common(query, query_start, batch, window_size, softcap, sinks, query_heads)
-    choose("attention", impl, query)
+    carriers = (query, key, attn_mask, sinks)
+    carry = return_weights and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in carriers)
+    reason = ""
+    if carry and torch.compiler.is_compiling():
+        reason = "weights that may carry gradients come from the reference under torch.compile"
+    backend = choose("attention", impl, _widest(query, value), reference_only=reason)
     drawn = seed_for(dropout_p, seed, query.device)
     scale = 1 / math.sqrt(dim) if scale is None else scale
+    rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
-        return reference.attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, query_start, window_size,
-            softcap, sinks, key_lengths, return_lse, return_weights, drawn, site,
-        )  # fmt: skip
+        if backend == "reference":
+            return reference.attention(
+                query, key, value, attn_mask, *rules, sinks, key_lengths, return_lse, return_weights, drawn, site
+            )
+        from tfm.kernels.attention import operators
+
+        output, lse, weights = operators.attention(
+            query, key, value, attn_mask, *rules, sinks, key_lengths, return_lse, return_weights, drawn, site
+        )
+        if carry:
+
+            def recompute(query: Tensor, key: Tensor, attn_mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+                return reference.attention(
+                    query, key, value.detach(), attn_mask, *rules, sinks, key_lengths, False, True, drawn, site,
+                )[1]  # fmt: skip
+
+            weights = _Weights.apply(weights, recompute, *carriers)
+    results = (output, *[lse] * return_lse, *[weights] * return_weights)
+    return results[0] if len(results) == 1 else results
 
 
 def varlen_attention(
@@ -150,14 +173,47 @@ def varlen_attention(
     batch = cu_seq_q.shape[0] - 1
     check_vector("cu_seq_k", cu_seq_k, batch + 1)
     _check_common(query, query_start, batch, window_size, softcap, sinks, query.shape[1])
-    choose("varlen_attention", impl, query)
+    backend = choose("varlen_attention", impl, _widest(query, value))
     drawn = seed_for(dropout_p, seed, query.device)
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+    packed = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+    rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
-        return reference.varlen_attention(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, scale, query_start, window_size,
-            softcap, sinks, return_lse, drawn, site,
-        )  # fmt: skip
+        if backend == "reference":
+            return reference.varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
+        from tfm.kernels.attention import operators
+
+        output, lse = operators.varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
+        return (output, lse) if return_lse else output
+
+
+class _Weights(torch.autograd.Function):
+    """The kernel's softmax weights; the reference computes them again where someone wants their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, recompute: Callable[..., Tensor], *carriers: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*carriers)
+        ctx.recompute = recompute
+        return weights.view_as(weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        carriers = [
+            None if x is None else x.detach().requires_grad_(wanted)
+            for x, wanted in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad(), without_autocast(dweights.device):
+            weights = ctx.recompute(*carriers)
+        wanted = [x for x in carriers if x is not None and x.requires_grad]
+        gradients = iter(torch.autograd.grad(weights, wanted, dweights))
+        return None, None, *(next(gradients) if wanted else None for wanted in needed)
+
+
+def _widest(query: Tensor, value: Tensor) -> Tensor:
+    """The one whose columns limit what kernels serve."""
+    return value if value.shape[-1] > query.shape[-1] else query
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, heads: int, dim: int) -> None:

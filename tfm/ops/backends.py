@@ -30,8 +30,18 @@ class Row:
 
 
 TABLE = (
+    Row("attention", "triton", FLOATS, max_columns=256),
+    Row("varlen_attention", "triton", FLOATS, max_columns=256),
     Row("layer_norm", "triton", FLOATS, max_columns=32768),
     Row("residual_layer_norm", "triton", FLOATS, max_columns=32768),
+    Row("embedding", "triton", FLOATS, max_columns=1 << 30),
+    Row("rms_norm", "triton", FLOATS, max_columns=32768),
+    Row("rotary", "triton", FLOATS, max_columns=1024),
+    Row("rotary_", "triton", FLOATS, max_columns=1024),
+    Row("residual_rms_norm", "triton", FLOATS, max_columns=32768),
+    Row("feed_forward", "triton", FLOATS, max_columns=1 << 30),
+    Row("gated_feed_forward", "triton", FLOATS, max_columns=1 << 30),
+    Row("linear_cross_entropy", "triton", FLOATS, max_columns=1 << 30),
 )
 
 # Looked up once: it walks the path, and Dynamo of torch 2.11 breaks its graph there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tfm.ops.backends import choose
@@ -21,6 +22,7 @@ def embedding(
     scale: float = 1.0,
     dropout_p: float = 0.0,
     padding_idx: int | None = None,
+    sparse: bool = False,
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
@@ -35,6 +37,9 @@ def embedding(
         scale: of the token rows; sqrt(D) in the paper.
         dropout_p: dropout of the sum, in [0, 1]. Always applied: pass 0 in eval.
         padding_idx: the token whose row gets no gradient.
+        sparse: the gradient of `weight` is a sparse tensor, as in torch. For a matrix that serves the final linear
+            layer too: autograd adds these few rows to that layer's dense gradient, and the sum is dense, at half the
+            traffic of two dense ones. Not under torch.compile, which has no sparse gradients.
         seed: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.
         impl: backend; see tfm.ops.backends.
@@ -44,6 +49,8 @@ def embedding(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
+        IndexError: of the reference on CPU, a token or position outside its table. (On a GPU torch stops the process;
+            the kernel reads nothing and writes a row of NaN.)
     """
     check(weight.dim() == 2, f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
     check_floating(weight=weight, position_weight=position_weight)
@@ -60,7 +67,13 @@ def embedding(
     vocabulary = weight.shape[0]
     known = padding_idx is None or -vocabulary <= padding_idx < vocabulary
     check(known, f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
-    choose("embedding", impl, weight)
+    compiling = sparse and torch.compiler.is_compiling()
+    check(not compiling, "sparse: expected False under torch.compile, which has no sparse gradients, got True")
+    backend = choose("embedding", impl, weight)
     drawn = seed_for(dropout_p, seed, weight.device)
-    positions = positions.expand(tokens.shape)
-    return reference.embedding(tokens, weight, positions, position_weight, scale, dropout_p, padding_idx, drawn, site)
+    options = (scale, dropout_p, padding_idx, sparse, drawn, site)
+    if backend == "triton":
+        from tfm.kernels import embedding as kernels
+
+        return kernels.embedding(tokens, weight, positions, position_weight, *options)
+    return reference.embedding(tokens, weight, positions.expand(tokens.shape), position_weight, *options)

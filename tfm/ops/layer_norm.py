@@ -1,17 +1,27 @@
-"""LayerNorm, alone and behind dropout and a residual connection."""
+"""LayerNorm, alone and behind bias, dropout and a residual connection."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tfm.ops.backends import choose
-from tfm.ops.checks import check, check_floating, check_same_device, check_vector
+from tfm.ops.checks import check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
 from tfm.reference import layer_norm as reference
 
+HALVES = (torch.float16, torch.bfloat16)
+OUT_DTYPES = (*HALVES, torch.float32, torch.float64)
+
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, impl: str = "auto"
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """LayerNorm over the last dimension (Ba et al. 2016, equation 4), statistics in fp32 at least.
 
@@ -20,20 +30,21 @@ def layer_norm(
         weight: [C] or None for 1; may be fp32 under a narrower `x`.
         bias: [C] or None for 0.
         eps: added to the variance.
+        out_dtype: of the result; None is that of `x`.
         impl: backend; see tfm.ops.backends.
 
     Returns:
-        Shape and dtype of `x`.
+        Shape of `x`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
-    check_norm(x, weight, bias)
-    if choose("layer_norm", impl, x) == "triton":
+    check_norm(x, out_dtype, weight=weight, bias=bias)
+    if choose("layer_norm", impl, x, reference_only(x.dtype, out_dtype)) == "triton":
         from tfm.kernels import layer_norm as kernels
 
-        return kernels.layer_norm(x, weight, bias, eps)
-    return reference.layer_norm(x, weight, bias, eps)
+        return kernels.layer_norm(x, weight, bias, eps, out_dtype)
+    return reference.layer_norm(x, weight, bias, eps, out_dtype)
 
 
 def residual_layer_norm(
@@ -44,11 +55,13 @@ def residual_layer_norm(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     *,
+    x_bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h = residual + dropout(x), y = LayerNorm(h): "Add & Norm" in one pass.
+    """h = residual + dropout(x + x_bias), y = LayerNorm(h): "Add & Norm" in one pass.
 
     ("Attention Is All You Need", figure 1 and section 5.4.) h is rounded to its stored dtype before it is normalised,
     so the backward sees the h that the forward saw.
@@ -60,40 +73,52 @@ def residual_layer_norm(
         bias: [C] or None for 0.
         eps: added to the variance.
         dropout_p: dropout of `x`, in [0, 1]. Always applied: pass 0 in eval.
+        x_bias: [C], the bias of the linear layer that made `x`, which then need not add it; its gradient comes out of
+            the same pass.
+        out_dtype: of y; None is that of h.
         seed: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.
         impl: backend; see tfm.ops.backends.
 
     Returns:
-        (y, h), both in the wider of the two dtypes. Post-norm layers carry y on, pre-norm layers h.
+        (y, h), h in the wider of the two dtypes. Post-norm layers carry y on, pre-norm layers h.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
     """
-    check_norm(x, weight, bias)
+    check_norm(x, out_dtype, weight=weight, bias=bias, x_bias=x_bias)
     check_residual(x, residual)
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
-    backend = choose("residual_layer_norm", impl, wider)
+    backend = choose("residual_layer_norm", impl, wider, reference_only(wider.dtype, out_dtype))
     drawn = seed_for(dropout_p, seed, x.device)
     if backend == "triton":
         from tfm.kernels import layer_norm as kernels
 
-        return kernels.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, drawn, site)
-    return reference.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, drawn, site)
+        return kernels.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
+    return reference.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
 
 
-def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def check_norm(x: Tensor, out_dtype: torch.dtype | None, **parameters: Tensor | None) -> None:
     """The checks that every norm shares."""
-    check(x.dim() > 0 and x.shape[-1] > 0, f"x: expected at least one column, got shape {tuple(x.shape)}")
-    check_floating(x=x, weight=weight, bias=bias)
-    check_vector("weight", weight, x.shape[-1])
-    check_vector("bias", bias, x.shape[-1])
-    check_same_device(x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected at least one column, got shape {tuple(x.shape)}")
+    check_floating(x=x, **parameters)
+    for name, parameter in parameters.items():
+        check_vector(name, parameter, x.shape[-1])
+    check_same_device(x=x, **parameters)
+    if out_dtype is not None and out_dtype not in OUT_DTYPES:
+        raise ValueError(f"out_dtype: expected a floating-point dtype, got {out_dtype}")
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:
     """`residual` fits `x`."""
-    expected, came = tuple(x.shape), tuple(residual.shape)
-    check(came == expected, f"residual: expected shape {expected} as x, got {came}")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected shape {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     check_floating(residual=residual)
     check_same_device(x=x, residual=residual)
+
+
+def reference_only(stored: torch.dtype, out_dtype: torch.dtype | None) -> str:
+    """What no kernel writes, in words: a result wider than fp32."""
+    wide = out_dtype == torch.float64 and stored != torch.float64
+    return "expected an out_dtype of at most 32 bits, got float64" if wide else ""

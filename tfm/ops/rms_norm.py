@@ -1,12 +1,13 @@
-"""RMSNorm, alone and behind dropout and a residual connection."""
+"""RMSNorm, alone and behind bias, dropout and a residual connection."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tfm.ops.backends import choose
 from tfm.ops.dropout import seed_for
-from tfm.ops.layer_norm import check_norm, check_residual
+from tfm.ops.layer_norm import check_norm, check_residual, reference_only
 from tfm.reference import rms_norm as reference
 
 
@@ -17,27 +18,42 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
     round_first: bool = False,
+    out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """x / sqrt(mean(x²) + eps) · (weight_offset + weight) (Zhang and Sennrich 2019, equation 4).
+
+    The families of models differ in what they round, and where weight and activations have two dtypes also in what
+    they return:
+
+    | family | weight_offset | round_first | out_dtype |
+    |---|---|---|---|
+    | torch, gpt-oss | 0 | False | None |
+    | Gemma | 1 | False | None |
+    | Llama | 0 | True | the wider of x and weight |
+    | T5 | 0 | where the weight is of 16 bits | the weight's |
 
     Args:
         x: [..., C], floating point.
         weight: [C] or None for 1; may be fp32 under a narrower `x`.
         eps: added to the mean square.
         weight_offset: 1 for Gemma's 1 + w.
-        round_first: round x / rms to the dtype of `x` before the weight (Llama, T5), not after it (Gemma, torch).
+        round_first: round x / rms to the dtype of `x`, or to `out_dtype` where that is narrower, before the weight.
+        out_dtype: of the result; None is that of `x`.
         impl: backend; see tfm.ops.backends.
 
     Returns:
-        Shape and dtype of `x`.
+        Shape of `x`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
-    check_norm(x, weight, None)
-    choose("rms_norm", impl, x)
-    return reference.rms_norm(x, weight, eps, weight_offset, round_first)
+    check_norm(x, out_dtype, weight=weight)
+    if choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype)) == "triton":
+        from tfm.kernels import rms_norm as kernels
+
+        return kernels.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
+    return reference.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
 
 
 def residual_rms_norm(
@@ -47,22 +63,30 @@ def residual_rms_norm(
     eps: float = 1e-6,
     dropout_p: float = 0.0,
     *,
+    x_bias: Tensor | None = None,
     weight_offset: float = 0.0,
     round_first: bool = False,
+    out_dtype: torch.dtype | None = None,
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h = residual + dropout(x), y = RMSNorm(h), as `residual_layer_norm`; the rest as `rms_norm`.
+    """h = residual + dropout(x + x_bias), y = RMSNorm(h), as `residual_layer_norm`; the rest as `rms_norm` of h.
 
     Returns:
-        (y, h), both in the wider of the two dtypes.
+        (y, h), h in the wider of the two dtypes.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
     """
-    check_norm(x, weight, None)
+    check_norm(x, out_dtype, weight=weight, x_bias=x_bias)
     check_residual(x, residual)
-    choose("residual_rms_norm", impl, x)
+    wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
+    backend = choose("residual_rms_norm", impl, wider, reference_only(wider.dtype, out_dtype))
     drawn = seed_for(dropout_p, seed, x.device)
-    return reference.residual_rms_norm(x, residual, weight, eps, dropout_p, weight_offset, round_first, drawn, site)
+    options = (eps, dropout_p, x_bias, weight_offset, round_first, out_dtype, drawn, site)
+    if backend == "triton":
+        from tfm.kernels import rms_norm as kernels
+
+        return kernels.residual_rms_norm(x, residual, weight, *options)
+    return reference.residual_rms_norm(x, residual, weight, *options)

@@ -19,12 +19,13 @@ def embedding(
     scale: float,
     dropout_p: float,
     padding_idx: int | None,
+    sparse: bool,
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
     """See tfm.ops.embedding."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    rows = F.embedding(tokens, weight, padding_idx).to(wide) * scale
+    rows = F.embedding(tokens, weight, padding_idx, sparse=sparse).to(wide) * scale
     if position_weight is None:
         rows = rows + sinusoid(positions, weight.shape[1], wide)
     else:

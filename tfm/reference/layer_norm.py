@@ -1,4 +1,4 @@
-"""LayerNorm (Ba et al. 2016, equation 4), alone and behind dropout and a residual connection.
+"""LayerNorm (Ba et al. 2016, equation 4), alone and behind bias, dropout and a residual connection.
 
 The pair is the "Add & Norm" of "Attention Is All You Need", figure 1 and section 5.4.
 """
@@ -12,13 +12,15 @@ from torch import Tensor
 from tfm.reference.dropout import dropout
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
+) -> Tensor:
     """See tfm.ops.layer_norm."""
     # Statistics are fp32 at least; the result is rounded once.
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(wide)
     bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(out_dtype or x.dtype)
 
 
 def residual_layer_norm(
@@ -28,16 +30,21 @@ def residual_layer_norm(
     bias: Tensor | None,
     eps: float,
     dropout_p: float,
+    x_bias: Tensor | None,
+    out_dtype: torch.dtype | None,
     seed: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor]:
     """See tfm.ops.residual_layer_norm."""
-    h = add_residual(x, residual, dropout_p, seed, site)
-    return layer_norm(h, weight, bias, eps), h
+    h = add_residual(x, residual, x_bias, dropout_p, seed, site)
+    return layer_norm(h, weight, bias, eps, out_dtype), h
 
 
-def add_residual(x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None, site: int) -> Tensor:
-    """residual + dropout(x), summed in fp32 at least and rounded to the wider of the two dtypes."""
+def add_residual(
+    x: Tensor, residual: Tensor, x_bias: Tensor | None, dropout_p: float, seed: Tensor | None, site: int
+) -> Tensor:
+    """residual + dropout(x + x_bias), summed in fp32 at least and rounded to the wider of the two dtypes."""
     stored = torch.promote_types(x.dtype, residual.dtype)
     wide = torch.promote_types(stored, torch.float32)
-    return (residual.to(wide) + dropout(x.to(wide), dropout_p, seed, site)).to(stored)
+    x = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)
+    return (residual.to(wide) + dropout(x, dropout_p, seed, site)).to(stored)

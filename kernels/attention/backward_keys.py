@@ -1,0 +1,206 @@
+"""Attention of any length, backward, second pass: the gradients of keys and values.
+
+With p, ds and slope of tfm.kernels.attention.backward_queries, summed over the queries of all heads that share a key,
+
+    dv = Σ dropout(p)ᵀ dout      dk = scale · Σ (ds · slope)ᵀ q
+
+A program keeps one tile of keys and values, and goes over heads and tiles of queries, always in the same order. Tiles
+are formed with keys as rows: pᵀ and dsᵀ then are the left operands of their products as they stand in registers, and
+never pass through shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.call import VARYING, Call, rows_like, statistics_strides, strides
+from tfm.kernels.attention.scores import (
+    add_bias,
+    column_bits,
+    common_queries,
+    edge_tile,
+    first_position,
+    is_allowed,
+    load_rows,
+    locate,
+    mask_tile,
+    score_and_slope,
+    split_tiles,
+    store_rows,
+    visible_queries,
+)
+from tfm.kernels.philox import keep_mask
+
+
+@triton.jit(do_not_specialize=[*VARYING, "tiles"])
+def attention_backward_keys_kernel(
+    q, k, v, bias, words, reach, seed, cu_seq_q, cu_seq_k, key_lengths, starts, lse, delta, dout, dk, dv,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d,
+    dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d, row_b, row_h,
+    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
+    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale, threshold, keep_scale, site,
+    DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
+    PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Each program has BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
+    program = tl.program_id(0)
+    key_heads = heads // group
+    sequence, key_head = (program // tiles // key_heads).to(tl.int64), (program // tiles % key_heads).to(tl.int64)
+    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
+    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    first_key = program % tiles * BLOCK_KEYS
+    # Padded keys, too, have their gradient written: 0.
+    stored_length = key_length if cu_seq_k is not None else tl.cast(key_size, tl.int32)
+    if first_key >= stored_length:
+        return
+    column = first_key + tl.arange(0, BLOCK_KEYS)
+    is_key = column < key_length
+    last_key = tl.minimum(first_key + BLOCK_KEYS, key_length) - 1
+
+    k += sequence * k_b + key_head * k_h + key_first * k_s
+    v += sequence * v_b + key_head * v_h + key_first * v_s
+    key = load_rows(k, column, k_s, k_d, is_key, DIM, 0, DIM_FIRST)
+    value = load_rows(v, column, v_s, v_d, is_key, VALUE_DIM, 0, VALUE_FIRST)
+    if DIM_REST > 0:
+        key_rest = load_rows(k, column, k_s, k_d, is_key, DIM, DIM_FIRST, DIM_REST)
+    if VALUE_REST > 0:
+        value_rest = load_rows(v, column, v_s, v_d, is_key, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+    d_key = tl.zeros([BLOCK_KEYS, DIM_FIRST], tl.float32)
+    d_key_rest = tl.zeros([BLOCK_KEYS, DIM_REST if DIM_REST > 0 else 16], tl.float32)
+    d_value = tl.zeros([BLOCK_KEYS, VALUE_FIRST], tl.float32)
+    d_value_rest = tl.zeros([BLOCK_KEYS, VALUE_REST if VALUE_REST > 0 else 16], tl.float32)
+
+    position = first_position(sequence, starts, start)
+    begin, end = visible_queries(first_key, last_key, position, left, right, query_length)
+    whole_begin, whole_end = common_queries(first_key, last_key, position, left, right, query_length)
+    end = tl.where(first_key < key_length, end, begin)
+    first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_QUERIES)
+    IS_MASKED: tl.constexpr = reach is not None and bias is None
+    if IS_MASKED:
+        whole_first, whole_last = first, first
+
+    for edge in tl.static_range(2):
+        if edge or not IS_MASKED:
+            steps = (last - first) - (whole_last - whole_first) if edge else whole_last - whole_first
+            # One loop over heads and tiles: what a loop within a loop prepares fills the registers of both.
+            for step in range(group * steps if IS_GROUPED else steps):
+                head, turn = key_head, step
+                if IS_GROUPED:
+                    head, turn = key_head * group + step // steps, step % steps
+                q_head = q + sequence * q_b + head * q_h + query_first * q_s
+                dout_head = dout + sequence * dout_b + head * dout_h + query_first * dout_s
+                statistics = sequence * row_b + head * row_h + query_first
+                query_tile = edge_tile(turn, first, whole_first, whole_last) if edge else whole_first + turn
+                row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+                inside = None
+                if edge:
+                    inside = (row >= begin) & (row < end)
+                    log = tl.load(lse + statistics + row, mask=inside, other=float("inf"))
+                    difference = tl.load(delta + statistics + row, mask=inside, other=0.0)
+                else:
+                    log = tl.load(lse + statistics + row)
+                    difference = tl.load(delta + statistics + row)
+                if reach is not None:
+                    # A query without keys may hold anything.
+                    has_keys = log > float("-inf")
+                    log = tl.where(has_keys, log, float("inf"))
+                    inside = inside & has_keys if edge else has_keys
+
+                query = load_rows(q_head, row, q_s, q_d, inside, DIM, 0, DIM_FIRST)
+                products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+                if DIM_REST > 0:
+                    query_rest = load_rows(q_head, row, q_s, q_d, inside, DIM, DIM_FIRST, DIM_REST)
+                    products = tl.dot(key_rest, tl.trans(query_rest), products, input_precision=PRECISION)
+                scores, slope = score_and_slope(products, inner, outer)
+                if bias is not None:
+                    address = bias + sequence * bias_b + head * bias_h + row.to(tl.int64)[None, :] * bias_s
+                    address += column.to(tl.int64)[:, None] * bias_k
+                    scores = add_bias(scores, address, (row < query_length)[None, :] & is_key[:, None])
+                weights = tl.exp2(scores - log[None, :])
+                if edge:
+                    # A row that is not read has 0 for its query, but 0 · NaN is a score where the key is NaN.
+                    allowed = is_allowed(row[None, :], column[:, None], position, left, right, key_length)
+                    allowed &= inside[None, :]
+                    if words is not None:
+                        words_head = words + sequence * words_b + head * words_h
+                        bits = mask_tile(words_head, row, words_s, row < query_length, first_key, BLOCK_KEYS)
+                        allowed &= tl.trans(bits)
+                    elif reach is not None:
+                        reach_head = reach + sequence * reach_b + head * reach_h
+                        allowed &= column_bits(reach_head, column, is_key)[:, None]
+                    weights = tl.where(allowed, weights, 0.0)
+
+                d_out = load_rows(dout_head, row, dout_s, dout_d, inside, VALUE_DIM, 0, VALUE_FIRST)
+                kept = weights
+                if seed is not None:
+                    keep = tl.trans(
+                        keep_mask(row[:, None], first_key, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
+                    )
+                    kept = tl.where(keep, weights, 0.0)
+                kept = kept.to(v.dtype.element_ty)
+                if dv is not None:
+                    d_value = tl.dot(kept, d_out, d_value, input_precision=PRECISION)
+                if dk is not None:
+                    d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
+                if VALUE_REST > 0:
+                    d_out = load_rows(dout_head, row, dout_s, dout_d, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                    if dv is not None:
+                        d_value_rest = tl.dot(kept, d_out, d_value_rest, input_precision=PRECISION)
+                    if dk is not None:
+                        d_weights = tl.dot(value_rest, tl.trans(d_out), d_weights, input_precision=PRECISION)
+                if dk is not None:
+                    if seed is not None:
+                        d_weights = tl.where(keep, d_weights * tl.cast(keep_scale, tl.float32), 0.0)
+                    d_scores = weights * (d_weights - difference[None, :]) * slope
+                    if edge or bias is not None:
+                        # The value of a masked key may be NaN.
+                        d_scores = tl.where(weights == 0.0, 0.0, d_scores)
+                    d_scores = d_scores.to(q.dtype.element_ty)
+                    d_key = tl.dot(d_scores, query, d_key, input_precision=PRECISION)
+                    if DIM_REST > 0:
+                        d_key_rest = tl.dot(d_scores, query_rest, d_key_rest, input_precision=PRECISION)
+
+    is_stored, is_key = column < stored_length, is_key[:, None]
+    if dk is not None:
+        scale = tl.cast(scale, tl.float32)
+        dk += sequence * dk_b + key_head * dk_h + key_first * dk_s
+        store_rows(dk, tl.where(is_key, d_key * scale, 0.0), column, dk_s, dk_d, is_stored, DIM, 0, DIM_FIRST)
+        if DIM_REST > 0:
+            d_key_rest = tl.where(is_key, d_key_rest * scale, 0.0)
+            store_rows(dk, d_key_rest, column, dk_s, dk_d, is_stored, DIM, DIM_FIRST, DIM_REST)
+    if dv is not None:
+        factor = tl.cast(keep_scale, tl.float32)
+        dv += sequence * dv_b + key_head * dv_h + key_first * dv_s
+        d_value = tl.where(is_key, d_value * factor, 0.0)
+        store_rows(dv, d_value, column, dv_s, dv_d, is_stored, VALUE_DIM, 0, VALUE_FIRST)
+        if VALUE_REST > 0:
+            d_value_rest = tl.where(is_key, d_value_rest * factor, 0.0)
+            store_rows(dv, d_value_rest, column, dv_s, dv_d, is_stored, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+
+
+def attention_backward_keys(
+    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, want_key: bool, want_value: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dk, dv), None where not wanted. One launch, or one for each where both do not fit the registers."""
+    dk = rows_like(call.key, call.key.shape[-1]) if want_key else None
+    dv = rows_like(call.value, call.value.shape[-1]) if want_value else None
+    tiles = launch.attention_backward_keys(*call.launch_problem)
+    blocks = -(-call.max_k // tiles.block_keys)
+    made = [(dk, dv)] if tiles.passes == 1 else [(dk, None), (None, dv)]
+    for some_dk, some_dv in made:
+        if some_dk is None and some_dv is None:
+            continue
+        with torch.cuda.device_of(call.query):
+            attention_backward_keys_kernel[(blocks * call.sequences * call.key_heads,)](
+                **call.arguments(), scale=call.scale, lse=lse, delta=delta, dout=dout, dk=some_dk, dv=some_dv,
+                **strides("dout", dout), **strides("dk", some_dk), **strides("dv", some_dv),
+                **statistics_strides(lse), tiles=blocks, IS_GROUPED=call.heads != call.key_heads,
+                BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
+            )  # fmt: skip
+    return dk, dv

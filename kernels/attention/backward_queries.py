@@ -1,0 +1,194 @@
+"""Attention of any length, backward, first pass: delta, the gradient of the queries, and that of the sinks.
+
+With the weights p = exp2(s - lse), lse in units of log 2, and their gradients dp = dropout(dout vᵀ),
+
+    delta = Σ dout · out - dlse / ln 2      ds = p · (dp - delta)
+    dq = scale · (ds · slope) k             dsink = -Σ exp2(sink / ln 2 - lse) · delta
+
+(Dao et al., "FlashAttention", 2022, appendix B.4; `dlse` is the gradient of lse where someone uses it.) Rows of delta
+are written for the second pass, tfm.kernels.attention.backward_keys: two passes form seven products where one pass with
+atomic sums into dq forms five, and give the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.call import VARYING, Call, row_statistics, rows_like, statistics_strides, strides
+from tfm.kernels.attention.scores import (
+    LOG2E,
+    add_bias,
+    column_bits,
+    common_keys,
+    edge_tile,
+    first_position,
+    is_allowed,
+    load_rows,
+    locate,
+    mask_tile,
+    score_and_slope,
+    split_tiles,
+    store_rows,
+    visible_keys,
+)
+from tfm.kernels.philox import keep_mask
+
+
+@triton.jit(do_not_specialize=[*VARYING, "tiles"])
+def attention_backward_queries_kernel(
+    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts,
+    out, lse, dout, dlse, dq, delta, sink_partials,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d,
+    dout_b, dout_h, dout_s, dout_d, dq_b, dq_h, dq_s, dq_d, row_b, row_h, dlse_b, dlse_h, dlse_s,
+    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
+    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale, threshold, keep_scale, site,
+    DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Each program has BLOCK_QUERIES queries of one (sequence, head), and goes over the keys that they see."""
+    program = tl.program_id(0)
+    sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
+    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
+    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    query_tile = tiles - 1 - program % tiles
+    first_row = query_tile * BLOCK_QUERIES
+    if first_row >= query_length:
+        return
+    last_row = tl.minimum(first_row + BLOCK_QUERIES, query_length) - 1
+    row = first_row + tl.arange(0, BLOCK_QUERIES)
+    is_row = row < query_length
+    wide_head = head.to(tl.int64)
+
+    out += sequence * out_b + wide_head * out_h + query_first * out_s
+    dout += sequence * dout_b + wide_head * dout_h + query_first * dout_s
+    d_out = load_rows(dout, row, dout_s, dout_d, is_row, VALUE_DIM, 0, VALUE_FIRST)
+    output = load_rows(out, row, out_s, out_d, is_row, VALUE_DIM, 0, VALUE_FIRST)
+    difference = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), axis=1)
+    if VALUE_REST > 0:
+        d_out_rest = load_rows(dout, row, dout_s, dout_d, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+        output = load_rows(out, row, out_s, out_d, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+        difference += tl.sum(d_out_rest.to(tl.float32) * output.to(tl.float32), axis=1)
+    if dlse is not None:
+        dlse += sequence * dlse_b + wide_head * dlse_h + (query_first + row) * dlse_s
+        difference -= tl.load(dlse, mask=is_row, other=0.0) * LOG2E
+    place = sequence * row_b + wide_head * row_h + query_first + row
+    tl.store(delta + place, difference, mask=is_row)
+    log = tl.load(lse + place, mask=is_row, other=float("inf"))
+    # A query without keys weighs them 0 by any number that is not -inf.
+    has_keys = log > float("-inf")
+    log = tl.where(has_keys, log, float("inf"))
+    if sink_partials is not None:
+        share = tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - log)
+        partial = sink_partials + (sequence * tiles + query_tile) * heads + head
+        tl.store(partial, -tl.sum(tl.where(has_keys, share * difference, 0.0), axis=0))
+
+    if dq is not None:
+        q += sequence * q_b + wide_head * q_h + query_first * q_s
+        key_head = (head // group).to(tl.int64)
+        k += sequence * k_b + key_head * k_h + key_first * k_s
+        v += sequence * v_b + key_head * v_h + key_first * v_s
+        if bias is not None:
+            bias += sequence * bias_b + wide_head * bias_h
+        if words is not None:
+            words += sequence * words_b + wide_head * words_h
+        if reach is not None:
+            reach += sequence * reach_b + wide_head * reach_h
+        query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, DIM_FIRST)
+        if DIM_REST > 0:
+            query_rest = load_rows(q, row, q_s, q_d, is_row, DIM, DIM_FIRST, DIM_REST)
+
+        acc = tl.zeros([BLOCK_QUERIES, DIM_FIRST], tl.float32)
+        acc_rest = tl.zeros([BLOCK_QUERIES, DIM_REST if DIM_REST > 0 else 16], tl.float32)
+        position = first_position(sequence, starts, start)
+        begin, end = visible_keys(first_row, last_row, position, left, right, key_length)
+        whole_begin, whole_end = common_keys(first_row, last_row, position, left, right, key_length)
+        first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_KEYS)
+        IS_MASKED: tl.constexpr = reach is not None and bias is None
+        if IS_MASKED:
+            whole_first, whole_last = first, first
+
+        for edge in tl.static_range(2):
+            if edge or not IS_MASKED:
+                steps = (last - first) - (whole_last - whole_first) if edge else whole_last - whole_first
+                for step in range(steps):
+                    key_tile = edge_tile(step, first, whole_first, whole_last) if edge else whole_first + step
+                    column = key_tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+                    inside = None
+                    if edge:
+                        inside = (column >= begin) & (column < end)
+                    if reach is not None:
+                        reached = column_bits(reach, column, column < key_length)
+                        inside = reached & inside if edge else reached
+
+                    key = load_rows(k, column, k_s, k_d, inside, DIM, 0, DIM_FIRST)
+                    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                    if DIM_REST > 0:
+                        key_rest = load_rows(k, column, k_s, k_d, inside, DIM, DIM_FIRST, DIM_REST)
+                        products = tl.dot(query_rest, tl.trans(key_rest), products, input_precision=PRECISION)
+                    value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, 0, VALUE_FIRST)
+                    d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+                    if VALUE_REST > 0:
+                        value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                        d_weights = tl.dot(d_out_rest, tl.trans(value), d_weights, input_precision=PRECISION)
+
+                    scores, slope = score_and_slope(products, inner, outer)
+                    if bias is not None:
+                        address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+                        scores = add_bias(scores, address, is_row[:, None] & (column < key_length)[None, :])
+                    weights = tl.exp2(scores - log[:, None])
+                    if edge:
+                        allowed = is_allowed(row[:, None], column[None, :], position, left, right, key_length)
+                        if words is not None:
+                            allowed &= mask_tile(words, row, words_s, is_row, key_tile * BLOCK_KEYS, BLOCK_KEYS)
+                        elif reach is not None:
+                            allowed &= inside[None, :]
+                        weights = tl.where(allowed, weights, 0.0)
+                    if seed is not None:
+                        keep = keep_mask(
+                            row[:, None], key_tile * BLOCK_KEYS, sequence * heads + head, site, seed, threshold,
+                            BLOCK_KEYS,
+                        )  # fmt: skip
+                        d_weights = tl.where(keep, d_weights * tl.cast(keep_scale, tl.float32), 0.0)
+                    d_scores = weights * (d_weights - difference[:, None]) * slope
+                    d_scores = d_scores.to(k.dtype.element_ty)
+                    acc = tl.dot(d_scores, key, acc, input_precision=PRECISION)
+                    if DIM_REST > 0:
+                        acc_rest = tl.dot(d_scores, key_rest, acc_rest, input_precision=PRECISION)
+
+        scale = tl.cast(scale, tl.float32)
+        is_empty = ~has_keys[:, None]
+        dq += sequence * dq_b + wide_head * dq_h + query_first * dq_s
+        store_rows(dq, tl.where(is_empty, 0.0, acc * scale), row, dq_s, dq_d, is_row, DIM, 0, DIM_FIRST)
+        if DIM_REST > 0:
+            store_rows(dq, tl.where(is_empty, 0.0, acc_rest * scale), row, dq_s, dq_d, is_row, DIM, DIM_FIRST, DIM_REST)
+
+
+def attention_backward_queries(
+    call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, want_query: bool, want_sinks: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(dq, dsinks, delta), None where not wanted; delta is laid out as lse. One launch."""
+    query = call.query
+    dq = rows_like(query, query.shape[-1]) if want_query else None
+    delta = row_statistics(query)
+    tiles = launch.attention_backward_queries(*call.launch_problem)
+    blocks = -(-call.max_q // tiles.block_queries)
+    sink_partials = None
+    if want_sinks:
+        # Tiles behind a packed sequence's end write nothing.
+        sink_partials = torch.zeros((call.sequences * blocks, call.heads), dtype=torch.float32, device=query.device)
+    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride() if dlse.dim() == 3 else (0, *dlse.stride()[::-1])
+    with torch.cuda.device_of(query):
+        attention_backward_queries_kernel[(blocks * call.sequences * call.heads,)](
+            **call.arguments(), sinks=call.sinks if want_sinks else None, scale=call.scale,
+            out=out, lse=lse, dout=dout, dlse=dlse, dq=dq, delta=delta, sink_partials=sink_partials,
+            **strides("out", out), **strides("dout", dout), **strides("dq", dq), **statistics_strides(lse),
+            **dict(zip(("dlse_b", "dlse_h", "dlse_s"), dlse_strides, strict=True)),
+            tiles=blocks, BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
+        )  # fmt: skip
+    return dq, None if sink_partials is None else sink_partials.sum(0).to(call.sinks.dtype), delta

@@ -1,0 +1,169 @@
+"""The gradient of an additive bias, summed over the dimensions along which it broadcasts.
+
+With the weights p = exp2(s - lse), dp = dropout(dout vᵀ) and the delta of the attention's backward,
+
+    dbias = Σ p · (dp - delta)     over the sequences, heads and queries that share an element
+
+(T5's relative position bias [1, H, Sq, Sk], Raffel et al. 2020, section 2.1, is shared by all sequences of a batch.) A
+program keeps one tile of the bias and goes over those that share it, so that nothing of the size [B, H, Sq, Sk] is ever
+stored, and no two programs add to one number: the same bits on every run. Where the tiles are too few to fill a GPU,
+`splits` programs share a tile's sequences, and a second launch adds their sums, always in the same order.
+
+Read: q, k, v and dout once for each tile, from the second-level cache after the first, as programs pass by the
+sequences in step. Written: dbias, and where split at most launch.BIAS_PROGRAMS tiles of partial sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.call import VARYING, Call, rows_like, statistics_strides, strides
+from tfm.kernels.attention.scores import (
+    LOG2E,
+    column_bits,
+    first_position,
+    is_allowed,
+    load_rows,
+    locate,
+    score_and_slope,
+    visible_keys,
+)
+from tfm.kernels.attention.short_forward import arguments_for
+from tfm.kernels.philox import keep_mask
+
+
+@triton.jit(do_not_specialize=[*VARYING, "sequences", "query_tiles", "key_tiles", "splits", "members", "bias_heads"])
+def bias_gradient_kernel(
+    q, k, v, bias, reach, seed, key_lengths, starts, lse, delta, dout, dbias,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d, row_b, row_h,
+    bias_b, bias_h, bias_s, bias_k, reach_b, reach_h, dbias_split, dbias_b, dbias_h, dbias_s, dbias_k,
+    heads, group, query_size, key_size, query_tiles, key_tiles, splits, members, bias_heads,
+    start, left, right, inner, outer, threshold, keep_scale, site,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    SHARED_HEADS: tl.constexpr, SHARED_QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Each program sums a share of a tile's `members`: every (sequence, head, tile of queries) that it serves."""
+    program = tl.program_id(0)
+    split, place = program % splits, program // splits
+    key_tile, place = place % key_tiles, place // key_tiles
+    # Of a bias with one row, the tiles of queries are members.
+    query_tile = 0
+    if not SHARED_QUERIES:
+        query_tile, place = place % query_tiles, place // query_tiles
+    bias_head, bias_sequence = place % bias_heads, place // bias_heads
+    column = key_tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    is_column = column < key_size
+    # All members have the same tile of the bias: its strides are 0 where they differ.
+    row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    bias += bias_sequence.to(tl.int64) * bias_b + bias_head.to(tl.int64) * bias_h
+    address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+    added = tl.load(address, mask=(row < query_size)[:, None] & is_column[None, :], other=0.0)
+
+    acc = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)
+    share = tl.cdiv(members, splits)
+    for member in range(split * share, tl.minimum((split + 1) * share, members)):
+        rest = member
+        if SHARED_QUERIES:
+            query_tile, rest = rest % query_tiles, rest // query_tiles
+        head = bias_head
+        if SHARED_HEADS:
+            head, rest = rest % heads, rest // heads
+        # A bias of each sequence's own has no other among its members.
+        sequence, head = (bias_sequence + rest).to(tl.int64), head.to(tl.int64)
+        row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+        _, key_length = locate(sequence, None, key_lengths, key_size)
+        position = first_position(sequence, starts, start)
+        is_row = row < query_size
+        begin, end = visible_keys(0, query_size - 1, position, left, right, key_length)
+        inside = (column >= begin) & (column < end)
+        if reach is not None:
+            inside &= column_bits(reach + sequence * reach_b + head * reach_h, column, inside)
+
+        query = load_rows(q + sequence * q_b + head * q_h, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
+        key = load_rows(k + sequence * k_b + head // group * k_h, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
+        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        head_v, head_dout = v + sequence * v_b + head // group * v_h, dout + sequence * dout_b + head * dout_h
+        value = load_rows(head_v, column, v_s, v_d, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        d_out = load_rows(head_dout, row, dout_s, dout_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+
+        statistics = sequence * row_b + head * row_h + row
+        log = tl.load(lse + statistics, mask=is_row, other=float("inf"))
+        # A query without keys weighs every key exp2(-inf).
+        log = tl.where(log == float("-inf"), float("inf"), log)
+        difference = tl.load(delta + statistics, mask=is_row, other=0.0)
+        scores, _ = score_and_slope(products, inner, outer)
+        wide = added.to(tl.float32)
+        scores = tl.where(wide == float("-inf"), float("-inf"), scores + wide * LOG2E)
+        allowed = inside[None, :]
+        if left is not None or right is not None:
+            allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
+        weights = tl.exp2(tl.where(allowed, scores, float("-inf")) - log[:, None])
+        if seed is not None:
+            first_column = key_tile * BLOCK_KEYS
+            keep = keep_mask(row[:, None], first_column, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
+            d_weights = tl.where(keep, d_weights * tl.cast(keep_scale, tl.float32), 0.0)
+        acc += weights * (d_weights - difference[:, None])
+
+    dbias += split.to(tl.int64) * dbias_split + bias_sequence.to(tl.int64) * dbias_b
+    dbias += bias_head.to(tl.int64) * dbias_h + column.to(tl.int64)[None, :] * dbias_k
+    is_column = is_column[None, :]
+    if SHARED_QUERIES:
+        tl.store(dbias, tl.sum(acc, axis=0, keep_dims=True), mask=is_column)
+    else:
+        tl.store(dbias + row.to(tl.int64)[:, None] * dbias_s, acc, mask=(row < query_size)[:, None] & is_column)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_splits_kernel(partials, dbias, splits, size, BLOCK: tl.constexpr):
+    """Each program sums BLOCK columns of partials [splits, size]."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partials + tl.cast(split, tl.int64) * size + place, mask=place < size, other=0.0)
+    tl.store(dbias + place, total, mask=place < size)
+
+
+def bias_gradient(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """dbias, of the shape and dtype of `call.bias`. One launch, two where the bias is small.
+
+    Args:
+        call: padded, with a bias.
+        dout: [B, Hq, Sq, Dv], any strides.
+        lse: of the forward.
+        delta: Σ dout · out - dlse, laid out as `lse`.
+    """
+    bias = call.bias
+    dbias = rows_like(bias, bias.shape[-1])
+    shared_sequences, shared_heads, shared_queries = (size == 1 for size in bias.shape[:3])
+    tiles = launch.bias_gradient(max(call.dims), call.query.dtype, launch.chip(dout.device).major)
+    query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
+    members = call.sequences if shared_sequences else 1
+    members *= call.heads if shared_heads else 1
+    members *= query_tiles if shared_queries else 1
+    places = bias.shape[0] * bias.shape[1] * key_tiles * (1 if shared_queries else query_tiles)
+    splits = launch.bias_splits(places, members)
+    sums, steps = dbias, dbias.stride()
+    if splits > 1:
+        sums = torch.empty((splits, dbias.numel()), dtype=torch.float32, device=dbias.device)
+    with torch.cuda.device_of(dout):
+        bias_gradient_kernel[(places * splits,)](
+            **arguments_for(bias_gradient_kernel, call), lse=lse, delta=delta, dout=dout, dbias=sums,
+            **strides("dout", dout), **statistics_strides(lse), dbias_split=dbias.numel(),
+            **{f"dbias_{dim}": step for dim, step in zip("bhsk", steps, strict=True)},
+            query_tiles=query_tiles, key_tiles=key_tiles, splits=splits, members=members, bias_heads=bias.shape[1],
+            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+            SHARED_HEADS=shared_heads, SHARED_QUERIES=shared_queries,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            block = 1024
+            sum_splits_kernel[(-(-dbias.numel() // block),)](
+                partials=sums, dbias=dbias, splits=splits, size=dbias.numel(), BLOCK=block, num_warps=4
+            )
+    return dbias

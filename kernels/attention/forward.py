@@ -1,0 +1,205 @@
+"""Attention of any length, forward: one pass over the keys, softmax on the fly.
+
+(Dao et al., "FlashAttention", NeurIPS 2022, algorithm 1, with the loops exchanged as in "FlashAttention-2", 2023,
+section 3.1; Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.) For a tile of queries, over the
+tiles of keys, with the scores s of tfm.kernels.attention.scores:
+
+    top' = max(top, max(s))      p = exp2(s - top')      sum = sum · exp2(top - top') + Σ p
+    acc = acc · exp2(top - top') + dropout(p) v
+
+and at the end out = acc / sum and lse = top + log2 sum, in units of log 2 like the scores: ln 2 would round it again.
+A sink is one more score, of a key without a value. A query without keys has sum 0: its output is 0 and its lse -inf,
+sink or not.
+
+Read: q once, k and v once for each tile of queries that sees them (from the second-level cache after the first), a bit
+for each element of a dense mask. Written: out and lse. Tiles of keys that length and window exclude are not touched;
+tiles that every query sees whole have a loop of their own without a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.call import VARYING, Call, row_statistics, rows_like, statistics_strides, strides
+from tfm.kernels.attention.scores import (
+    LOG2E,
+    add_bias,
+    column_bits,
+    common_keys,
+    edge_tile,
+    first_position,
+    is_allowed,
+    load_rows,
+    locate,
+    mask_tile,
+    score_and_slope,
+    split_tiles,
+    store_rows,
+    visible_keys,
+)
+from tfm.kernels.philox import keep_mask
+
+
+@triton.jit(do_not_specialize=[*VARYING, "tiles"])
+def attention_forward_kernel(
+    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, lse,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_b, row_h,
+    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
+    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, threshold, keep_scale, site,
+    DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
+    PRECISION: tl.constexpr, IS_WIDE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Each program attends with BLOCK_QUERIES queries of one (sequence, head); a head's last queries go first."""
+    program = tl.program_id(0)
+    sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
+    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
+    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    first_row = (tiles - 1 - program % tiles) * BLOCK_QUERIES
+    if first_row >= query_length:
+        return
+    last_row = tl.minimum(first_row + BLOCK_QUERIES, query_length) - 1
+    row = first_row + tl.arange(0, BLOCK_QUERIES)
+    is_row = row < query_length
+    position = first_position(sequence, starts, start)
+    dropout_group = sequence * heads + head
+
+    q += sequence * q_b + head.to(tl.int64) * q_h + query_first * q_s
+    key_head = (head // group).to(tl.int64)
+    k += sequence * k_b + key_head * k_h + key_first * k_s
+    v += sequence * v_b + key_head * v_h + key_first * v_s
+    if bias is not None:
+        bias += sequence * bias_b + head.to(tl.int64) * bias_h
+    if words is not None:
+        words += sequence * words_b + head.to(tl.int64) * words_h
+    if reach is not None:
+        reach += sequence * reach_b + head.to(tl.int64) * reach_h
+
+    factor = tl.cast(inner, tl.float32)
+    query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, DIM_FIRST)
+    if DIM_REST > 0:
+        query_rest = load_rows(q, row, q_s, q_d, is_row, DIM, DIM_FIRST, DIM_REST)
+    if not IS_WIDE:
+        # A negative scale turns q around, once, so that the largest product has the largest score. What has been
+        # computed with stays in registers on sm_90, where it halves what products read of shared memory.
+        query = tl.where(factor < 0, -query, query)
+        if DIM_REST > 0:
+            query_rest = tl.where(factor < 0, -query_rest, query_rest)
+        factor = tl.abs(factor)
+
+    top = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    acc = tl.zeros([BLOCK_QUERIES, VALUE_FIRST], tl.float32)
+    # Without a rest of the head dim this is never touched.
+    acc_rest = tl.zeros([BLOCK_QUERIES, VALUE_REST if VALUE_REST > 0 else 16], tl.float32)
+    begin, end = visible_keys(first_row, last_row, position, left, right, key_length)
+    whole_begin, whole_end = common_keys(first_row, last_row, position, left, right, key_length)
+    first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_KEYS)
+    # A bool mask may have a hole anywhere.
+    IS_MASKED: tl.constexpr = reach is not None and bias is None
+    if IS_MASKED:
+        whole_first, whole_last = first, first
+
+    for edge in tl.static_range(2):
+        if edge or not IS_MASKED:
+            steps = (last - first) - (whole_last - whole_first) if edge else whole_last - whole_first
+            for step in range(steps):
+                key_tile = edge_tile(step, first, whole_first, whole_last) if edge else whole_first + step
+                column = key_tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+                inside = None
+                if edge:
+                    inside = (column >= begin) & (column < end)
+                if reach is not None:
+                    reached = column_bits(reach, column, column < key_length)
+                    inside = reached & inside if edge else reached
+
+                key = load_rows(k, column, k_s, k_d, inside, DIM, 0, DIM_FIRST)
+                products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                if DIM_REST > 0:
+                    key = load_rows(k, column, k_s, k_d, inside, DIM, DIM_FIRST, DIM_REST)
+                    products = tl.dot(query_rest, tl.trans(key), products, input_precision=PRECISION)
+
+                scores, unit = products, factor
+                if edge or outer is not None or bias is not None or IS_WIDE:
+                    scores, _ = score_and_slope(products, factor, outer)
+                    unit = 1.0
+                if bias is not None:
+                    address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+                    scores = add_bias(scores, address, is_row[:, None] & (column < key_length)[None, :])
+                if edge:
+                    allowed = is_allowed(row[:, None], column[None, :], position, left, right, key_length)
+                    if words is not None:
+                        allowed &= mask_tile(words, row, words_s, is_row, key_tile * BLOCK_KEYS, BLOCK_KEYS)
+                    elif reach is not None:
+                        allowed &= inside[None, :]
+                    scores = tl.where(allowed, scores, float("-inf"))
+
+                higher = tl.maximum(top, tl.max(scores, axis=1) * unit)
+                shift = higher
+                if edge or bias is not None:
+                    shift = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp2(scores * unit - shift[:, None])
+                shrink = tl.exp2(top - shift)
+                total = total * shrink + tl.sum(weights, axis=1)
+                acc = acc * shrink[:, None]
+                if seed is not None:
+                    keep = keep_mask(
+                        row[:, None], key_tile * BLOCK_KEYS, dropout_group, site, seed, threshold, BLOCK_KEYS
+                    )
+                    weights = tl.where(keep, weights, 0.0)
+                weights = weights.to(v.dtype.element_ty)
+                value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, 0, VALUE_FIRST)
+                acc = tl.dot(weights, value, acc, input_precision=PRECISION)
+                if VALUE_REST > 0:
+                    value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                    acc_rest = tl.dot(weights, value, acc_rest * shrink[:, None], input_precision=PRECISION)
+                top = higher
+
+    is_empty = total == 0.0
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        higher = tl.maximum(top, sink)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        acc = acc * shrink[:, None]
+        acc_rest = acc_rest * shrink[:, None]
+        top = higher
+    total = tl.where(is_empty, 1.0, total)
+    norm = (tl.cast(keep_scale, tl.float32) / total)[:, None]
+    log = tl.where(is_empty, float("-inf"), top + tl.log2(total))
+    is_empty = is_empty[:, None]
+    tl.store(lse + sequence * row_b + head.to(tl.int64) * row_h + query_first + row, log, mask=is_row)
+    out += sequence * out_b + head.to(tl.int64) * out_h + query_first * out_s
+    store_rows(out, tl.where(is_empty, 0.0, acc * norm), row, out_s, out_d, is_row, VALUE_DIM, 0, VALUE_FIRST)
+    if VALUE_REST > 0:
+        store_rows(
+            out, tl.where(is_empty, 0.0, acc_rest * norm), row, out_s, out_d, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST
+        )
+
+
+def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse): out as query, of Dv columns; lse fp32, in units of log 2, -inf without keys. One launch."""
+    out, lse = forward_outputs(call.query, call.value)
+    tiles = launch.attention_forward(*call.launch_problem)
+    blocks = -(-call.max_q // tiles.block_queries)
+    with torch.cuda.device_of(call.query):
+        attention_forward_kernel[(blocks * call.sequences * call.heads,)](
+            **call.arguments(), sinks=call.sinks, out=out, lse=lse, **strides("out", out), **statistics_strides(lse),
+            tiles=blocks, IS_WIDE=is_wide(call.dims[0]), BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
+        )  # fmt: skip
+    return out, lse
+
+
+def is_wide(dim: int) -> bool:
+    """Whether q is too wide for the registers, beside acc."""
+    return dim > 192
+
+
+def forward_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What the forward fills, still empty."""
+    return rows_like(query, value.shape[-1]), row_statistics(query)

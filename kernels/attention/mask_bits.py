@@ -1,0 +1,122 @@
+"""Masks as bits: read once a call, by one launch, for every head, tile and pass after it.
+
+words[b, h, i, j // 32] has bit j % 32 set where query i may attend to key j by the mask alone. reach[b, h, j // 32] has
+it where some query may, by the mask and the window together: a key or value that nobody reaches is read as 0, whatever
+lies there, since 0 · NaN would be NaN. Of a float mask, which stays the bias that it is, reach alone is made: -inf
+forbids. A mask with one row for all queries is its own reach, and needs no words.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.scores import first_position, is_allowed
+from tfm.kernels.library import register
+
+# Word rows are padded to whole tiles of this many keys: no tile of keys is longer.
+KEYS_OF_A_ROW = 256
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "keys", "start", "left", "right"])
+def mask_bits_kernel(
+    mask, words, reach, starts,
+    mask_b, mask_h, mask_q, mask_k, words_b, words_h, words_q, reach_b, reach_h,
+    heads, word_sequences, queries, keys, start, left, right,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Each program packs BLOCK_KEYS keys of one (sequence, head), all queries of them."""
+    sequence, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0) % heads
+    column = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    word = tl.program_id(1) * (BLOCK_KEYS // 32) + tl.arange(0, BLOCK_KEYS // 32)
+    mask += sequence * mask_b + head * mask_h
+    position = first_position(sequence, starts, start)
+    reached = tl.zeros([BLOCK_KEYS // 32], tl.int32)
+    for first in range(0, queries, BLOCK_QUERIES):
+        row = first + tl.arange(0, BLOCK_QUERIES)
+        inside = (row < queries)[:, None] & (column < keys)[None, :]
+        address = mask + row.to(tl.int64)[:, None] * mask_q + column.to(tl.int64)[None, :] * mask_k
+        if mask.dtype.element_ty == tl.int1:
+            allowed = tl.load(address, mask=inside, other=0) != 0
+        else:
+            allowed = tl.load(address, mask=inside, other=float("-inf")).to(tl.float32) != float("-inf")
+        if words is not None:
+            place = words + sequence * words_b + head * words_h + row.to(tl.int64)[:, None] * words_q + word[None, :]
+            tl.store(place, pack(allowed), mask=(row < queries)[:, None] & (sequence < word_sequences))
+        if left is not None or right is not None:
+            allowed &= is_allowed(row[:, None], column[None, :], position, left, right, keys)
+        # Bits of a word are summed once each: first whether any query has them, then the word.
+        reached |= tl.reshape(pack((tl.max(allowed.to(tl.int32), axis=0) != 0)[None, :]), [BLOCK_KEYS // 32])
+    tl.store(reach + sequence * reach_b + head * reach_h + word, reached)
+
+
+@triton.jit
+def pack(bits):
+    """int1 [R, C] to int32 [R, C // 32], bit j % 32 of word j // 32 from column j."""
+    grouped = tl.reshape(bits.to(tl.int32), [bits.shape[0], bits.shape[1] // 32, 32])
+    return tl.sum(grouped << tl.arange(0, 32)[None, None, :], axis=2)
+
+
+def mask_to_bits(
+    attn_mask: Tensor | None, keys: int, starts: Tensor | None, start: int, left: int | None, right: int | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(bias, words, reach) of a mask that broadcasts to [B, Hq, Sq, keys], or of none."""
+    if attn_mask is None:
+        return None, None, None
+    mask = attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape).expand(-1, -1, -1, keys)
+    if mask.dtype != torch.bool:
+        # Of a float mask neighbouring keys lie side by side: an address for each would fill the registers.
+        mask = mask if mask.stride(3) == 1 or keys <= 1 else mask.contiguous()
+        return mask, None, torch.ops.tfm.attention_mask_bits(mask.detach(), starts, start, left, right)[1]
+    for dim in range(3):  # an expanded mask is one that broadcasts
+        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 and mask.shape[dim] > 1 else mask
+    words, reach = torch.ops.tfm.attention_mask_bits(mask, starts, start, left, right)
+    return None, words if mask.shape[2] != 1 else None, reach
+
+
+def attention_mask_bits(
+    mask: Tensor, starts: Tensor | None, start: int, left: int | None, right: int | None
+) -> tuple[Tensor, Tensor]:
+    """(words, reach) of a four-dimensional mask, bool or float; words is empty where there are none. One launch."""
+    words, reach = empty_bits(mask, starts)
+    batch, heads, queries, keys = mask.shape
+    one_row = queries == 1 or mask.stride(2) == 0
+    tiles = launch.mask_bits(queries)
+    grid = (reach.shape[0] * heads, reach.shape[-1] * 32 // tiles.block_columns)
+    if one_row:
+        # Its reach is the row itself: the window is the attention kernels' business.
+        queries, left, right = min(queries, 1), None, None
+    has_words = words.numel() > 0
+    with torch.cuda.device_of(mask):
+        mask_bits_kernel[grid](
+            mask=mask, words=words if has_words else None, reach=reach, starts=starts,
+            mask_b=mask.stride(0) if batch > 1 else 0, mask_h=mask.stride(1), mask_q=mask.stride(2),
+            mask_k=mask.stride(3),
+            words_b=words.stride(0), words_h=words.stride(1), words_q=words.stride(2),
+            reach_b=reach.stride(0), reach_h=reach.stride(1),
+            heads=heads, word_sequences=batch, queries=queries, keys=keys, start=start, left=left, right=right,
+            BLOCK_QUERIES=tiles.block_rows, BLOCK_KEYS=tiles.block_columns, num_warps=tiles.num_warps,
+        )  # fmt: skip
+    return words, reach
+
+
+def empty_bits(mask: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the kernel fills. The reach of a mask that sequences share is each one's own where their windows differ."""
+    batch, heads, queries, keys = mask.shape
+    one_row = queries == 1 or mask.stride(2) == 0
+    width = -(-keys // KEYS_OF_A_ROW) * KEYS_OF_A_ROW // 32
+    rows = 0 if mask.dtype != torch.bool or one_row else queries
+    words = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=mask.device)
+    sequences = batch if starts is None or one_row else len(starts)
+    return words, torch.empty((sequences, heads, width), dtype=torch.int32, device=mask.device)
+
+
+register(
+    "attention_mask_bits(Tensor mask, Tensor? starts, SymInt start, int? left, int? right)"
+    " -> (Tensor words, Tensor reach)",
+    attention_mask_bits,
+    fake=lambda mask, starts, *_: empty_bits(mask, starts),
+)

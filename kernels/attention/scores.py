@@ -1,0 +1,230 @@
+"""What the attention kernels share: where a sequence lies, which keys a tile of queries sees, and what a score is.
+
+With position(i) = i + query_start, query i of a sequence may attend to key j where, for each of the rules given,
+
+    j < key_length      position(i) - left <= j      j <= position(i) + right      its bit of the mask is set
+
+(causality is right = 0). Its score, in units of log 2 so that exp2 gives the softmax, is
+
+    s = inner · q·k                                  inner = scale · log2(e)
+    s = outer · tanh(inner · q·k)                    inner = scale / softcap, outer = softcap · log2(e)
+
+plus bias · log2(e); the derivative of scores by q·k, in natural units, is scale · slope, slope = 1 or 1 - tanh².
+An absent tensor, window or softcap is None and costs nothing. Rows are queries, columns are keys; functions that take
+`row` and `column` take them in any shapes that broadcast, so that a tile may have its keys as rows, too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Farther than any key, and the sum of three such numbers still fits 32 bits.
+FAR = tl.constexpr(1 << 29)
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """(inner, outer) of the formulas above."""
+    if softcap is None:
+        return scale / math.log(2), None
+    return scale / softcap, softcap / math.log(2)
+
+
+def window_of(is_causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    """(left, right) of the formulas above; None where that side is open."""
+    left, right = window_size
+    left, right = (None if side < 0 else min(side, FAR.value) for side in (left, 0 if is_causal else right))
+    return left, right
+
+
+def start_of(query_start: int | Tensor) -> tuple[Tensor | None, int]:
+    """`query_start` as (a start for each sequence or None, a start for all)."""
+    if isinstance(query_start, int):
+        return None, max(-FAR.value, min(query_start, FAR.value))
+    return query_start.contiguous(), 0
+
+
+@triton.jit
+def locate(sequence, cu_seq, lengths, size):
+    """(first row, int64; length, int32) of a sequence: packed at `cu_seq`, or padded to `size` and cut at `lengths`."""
+    if cu_seq is not None:
+        first = tl.load(cu_seq + sequence).to(tl.int64)
+        length = (tl.load(cu_seq + sequence + 1) - first).to(tl.int32)
+    else:
+        first, length = tl.cast(0, tl.int64), tl.cast(size, tl.int32)
+        if lengths is not None:
+            length = tl.minimum(tl.maximum(tl.load(lengths + sequence), 0), length).to(tl.int32)
+    return first, length
+
+
+@triton.jit
+def first_position(sequence, starts, start):
+    """The position among the keys of a sequence's first query, int32."""
+    if starts is None:
+        return tl.cast(start, tl.int32)
+    # Triton compiles what follows a return, too.
+    return tl.minimum(tl.maximum(tl.load(starts + sequence), -FAR), FAR).to(tl.int32)
+
+
+@triton.jit
+def visible_keys(first_row, last_row, start, left, right, key_length):
+    """The keys [begin, end) that some query of first_row..last_row sees by length and window, begin <= end."""
+    begin, end = tl.cast(0, tl.int32), key_length
+    if left is not None:
+        begin = tl.maximum(first_row + start - left, 0)
+    if right is not None:
+        end = tl.minimum(last_row + start + right + 1, key_length)
+    return begin, tl.maximum(begin, end)
+
+
+@triton.jit
+def common_keys(first_row, last_row, start, left, right, key_length):
+    """The keys [begin, end) that each of those queries sees; begin may lie behind end."""
+    begin, end = tl.cast(0, tl.int32), key_length
+    if left is not None:
+        begin = tl.maximum(last_row + start - left, 0)
+    if right is not None:
+        end = tl.minimum(first_row + start + right + 1, key_length)
+    return begin, tl.maximum(end, 0)
+
+
+@triton.jit
+def visible_queries(first_key, last_key, start, left, right, query_length):
+    """The queries [begin, end) that see some key of first_key..last_key by the window, begin <= end."""
+    begin, end = tl.cast(0, tl.int32), query_length
+    if right is not None:
+        begin = tl.maximum(first_key - right - start, 0)
+    if left is not None:
+        end = tl.minimum(last_key + left - start + 1, query_length)
+    return begin, tl.maximum(begin, end)
+
+
+@triton.jit
+def common_queries(first_key, last_key, start, left, right, query_length):
+    """The queries [begin, end) that see each of those keys; begin may lie behind end."""
+    begin, end = tl.cast(0, tl.int32), query_length
+    if right is not None:
+        begin = tl.maximum(last_key - right - start, 0)
+    if left is not None:
+        end = tl.minimum(first_key + left - start + 1, query_length)
+    return begin, tl.maximum(end, 0)
+
+
+@triton.jit
+def split_tiles(begin, end, common_begin, common_end, BLOCK: tl.constexpr):
+    """Tiles of BLOCK that meet [begin, end), and among them those that lie whole in [common_begin, common_end).
+
+    Returns (first, whole_first, whole_last, last): tiles first..last, of which whole_first..whole_last take no mask.
+    """
+    first, last = begin // BLOCK, tl.cdiv(end, BLOCK)
+    last = tl.where(begin < end, last, first)
+    whole_first = tl.minimum(tl.maximum(tl.cdiv(common_begin, BLOCK), first), last)
+    whole_last = tl.minimum(tl.maximum(common_end // BLOCK, whole_first), last)
+    return first, whole_first, whole_last, last
+
+
+@triton.jit
+def edge_tile(step, first, whole_first, whole_last):
+    """The step-th of the tiles that need a mask: those before whole_first, then those from whole_last on."""
+    tile = first + step
+    return tl.where(tile < whole_first, tile, tile + (whole_last - whole_first))
+
+
+@triton.jit
+def is_allowed(row, column, start, left, right, key_length):
+    """Which keys the length and the window leave to which queries; without a window in the shape of `column` alone."""
+    allowed = column < key_length
+    if left is not None:
+        allowed = allowed & (column >= row + start - left)
+    if right is not None:
+        allowed = allowed & (column <= row + start + right)
+    return allowed
+
+
+@triton.jit
+def column_bits(words, column, inside):
+    """Bits of one row of mask words at these columns: int1 in the shape of `column`, 0 where not `inside`."""
+    word = tl.load(words + column // 32, mask=inside, other=0)
+    return ((word >> (column % 32)) & 1) != 0
+
+
+@triton.jit
+def mask_tile(words, row, row_stride, inside, first_column, BLOCK_COLUMNS: tl.constexpr):
+    """A tile of the mask from its bits: int1 [R, BLOCK_COLUMNS], for `row` and `inside` [R], int64 `row_stride`.
+
+    `first_column` is a multiple of BLOCK_COLUMNS; word rows are long enough for whole tiles.
+    """
+    WORDS: tl.constexpr = max(BLOCK_COLUMNS // 32, 1)
+    word = first_column // 32 + tl.arange(0, WORDS)
+    address = words + row.to(tl.int64)[:, None] * row_stride + word[None, :]
+    bits = tl.load(address, mask=inside[:, None], other=0)
+    bit = first_column % 32 + tl.arange(0, BLOCK_COLUMNS // WORDS)
+    tile = (bits[:, :, None] >> bit[None, None, :]) & 1
+    return tl.reshape(tile != 0, [row.shape[0], BLOCK_COLUMNS])
+
+
+@triton.jit
+def tanh(x):
+    """Within about an ulp of fp32 (Moshier, Cephes, tanhf.c); libdevice's is missing in the interpreter."""
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    near = series * square * x + x
+    # exp2 overflows to infinity, and the quotient to 0, as it should.
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def score_and_slope(products, inner, outer):
+    """(scores in units of log 2, slope) of the products q·k of a tile, before bias and mask; slope is 1.0 uncapped."""
+    scores = products * tl.cast(inner, tl.float32)
+    slope = 1.0
+    if outer is not None:
+        bent = tanh(scores)
+        scores, slope = bent * tl.cast(outer, tl.float32), 1.0 - bent * bent
+    return scores, slope
+
+
+@triton.jit
+def add_bias(scores, address, inside):
+    """`scores` with a tile of the bias added: -inf stays -inf, whatever the score there; 0 where not `inside`."""
+    bias = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(bias == float("-inf"), float("-inf"), scores + bias * LOG2E)
+
+
+@triton.jit
+def load_rows(
+    base, row, row_stride, column_stride, inside, COLUMNS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Columns FIRST to FIRST + BLOCK of these rows [R] of a matrix of COLUMNS columns, 0 beyond: [R, BLOCK].
+
+    `inside` [R] says which rows are read, the others are 0; None reads all, and takes no mask.
+    """
+    column = FIRST + tl.arange(0, BLOCK)
+    address = base + row.to(tl.int64)[:, None] * row_stride + column[None, :] * column_stride
+    mask = None
+    if inside is not None:
+        mask = inside[:, None]
+    if FIRST + BLOCK > COLUMNS:
+        is_column = (column < COLUMNS)[None, :]
+        mask = is_column if mask is None else mask & is_column
+    return tl.load(address, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def store_rows(
+    base, value, row, row_stride, column_stride, inside,
+    COLUMNS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The inverse of load_rows: `value` [R, BLOCK] to those columns of the rows [R] that are `inside`."""
+    column = FIRST + tl.arange(0, BLOCK)
+    address = base + row.to(tl.int64)[:, None] * row_stride + column[None, :] * column_stride
+    tl.store(address, value, mask=inside[:, None] & (column < COLUMNS)[None, :])

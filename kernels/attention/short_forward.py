@@ -1,0 +1,154 @@
+"""Attention over at most a few hundred keys, forward: all keys and values of a head on chip, softmax in one piece.
+
+With all scores s of a query in registers (s as tfm.kernels.attention.scores states it) nothing is rescaled on the way:
+
+    top = max(s)      p = exp2(s - top)      out = dropout(p) v / Σ p      lse = top + log2 Σ p
+
+A sink is one more score, of a key without a value. A query without keys gives 0, and lse -inf.
+
+Read: q, k and v once, a bit for each element of a dense mask. Written: out and lse. One launch. At the lengths of
+sentences it is the latency of one round of loads, two products and a store that counts, not arithmetic: a program is as
+small as a tensor core's tile allows (16 queries, one warp), so that a dozen heads lie on each multiprocessor at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.call import (
+    VARYING,
+    Call,
+    row_statistics,
+    rows_like,
+    statistics_strides,
+    strides,
+)
+from tfm.kernels.attention.scores import (
+    LOG2E,
+    add_bias,
+    column_bits,
+    first_position,
+    is_allowed,
+    load_rows,
+    locate,
+    mask_tile,
+    score_and_slope,
+    store_rows,
+    visible_keys,
+)
+from tfm.kernels.philox import keep_mask
+
+
+@triton.jit(do_not_specialize=[*VARYING, "splits"])
+def short_attention_forward_kernel(
+    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, lse,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_b, row_h,
+    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
+    heads, group, query_size, key_size, splits, start, left, right, inner, outer, threshold, keep_scale, site,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """`splits` programs share the tiles of BLOCK_QUERIES queries of one (sequence, head)."""
+    program = tl.program_id(0)
+    sequence, head = (program // splits // heads).to(tl.int64), program // splits % heads
+    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
+    first_row = program % splits * BLOCK_QUERIES
+    if first_row >= query_length:
+        return
+    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    position = first_position(sequence, starts, start)
+    wide_head, key_head = head.to(tl.int64), (head // group).to(tl.int64)
+    q += sequence * q_b + wide_head * q_h + query_first * q_s
+    k += sequence * k_b + key_head * k_h + key_first * k_s
+    v += sequence * v_b + key_head * v_h + key_first * v_s
+    out += sequence * out_b + wide_head * out_h + query_first * out_s
+    lse += sequence * row_b + wide_head * row_h + query_first
+
+    column = tl.arange(0, BLOCK_KEYS)
+    begin, end = visible_keys(0, query_length - 1, position, left, right, key_length)
+    inside = (column >= begin) & (column < end)
+    if reach is not None:
+        inside &= column_bits(reach + sequence * reach_b + wide_head * reach_h, column, inside)
+    key = load_rows(k, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
+    value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+
+    for tile_row in tl.range(first_row, query_length, splits * BLOCK_QUERIES, num_stages=1):
+        row = tile_row + tl.arange(0, BLOCK_QUERIES)
+        is_row = row < query_length
+        query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
+        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        scores, _ = score_and_slope(products, inner, outer)
+        if bias is not None:
+            bias_tile = bias + sequence * bias_b + wide_head * bias_h
+            address = bias_tile + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+            scores = add_bias(scores, address, is_row[:, None] & (column < key_length)[None, :])
+        allowed = inside[None, :]
+        if left is not None or right is not None:
+            allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
+        if words is not None:
+            allowed &= mask_tile(words + sequence * words_b + wide_head * words_h, row, words_s, is_row, 0, BLOCK_KEYS)
+        scores = tl.where(allowed, scores, float("-inf"))
+
+        top = tl.max(scores, axis=1)
+        is_empty = top == float("-inf")
+        if sinks is not None:
+            sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+            top = tl.maximum(top, sink)
+        top = tl.where(is_empty, 0.0, top)
+        weights = tl.exp2(scores - top[:, None])
+        total = tl.sum(weights, axis=1)
+        if sinks is not None:
+            total += tl.exp2(sink - top)
+        total = tl.where(is_empty, 1.0, total)
+        if seed is not None:
+            keep = keep_mask(row[:, None], 0, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
+            weights = tl.where(keep, weights, 0.0)
+        acc = tl.dot(weights.to(v.dtype.element_ty), value, input_precision=PRECISION)
+        acc *= (tl.cast(keep_scale, tl.float32) / total)[:, None]
+        store_rows(out, acc, row, out_s, out_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        log = tl.where(is_empty, float("-inf"), top + tl.log2(total))
+        tl.store(lse + row, log, mask=is_row)
+
+
+def short_problem(call: Call) -> dict[str, Any]:
+    """What the launch settings of short sequences ask."""
+    return {
+        "max_q": call.max_q,
+        "max_k": call.max_k,
+        "dim": max(call.dims),
+        "dtype": call.query.dtype,
+        "has_bias": call.bias is not None,
+        "has_words": call.words is not None,
+        "major": launch.chip(call.query.device).major,
+    }
+
+
+def arguments_for(kernel: Any, call: Call) -> dict[str, Any]:
+    """What `kernel` takes of a call; a head dim is one tile, a power of two that covers it."""
+    dim, value_dim = call.dims
+    blocks = {"BLOCK_DIM": launch.short_block(dim), "BLOCK_VALUE_DIM": launch.short_block(value_dim)}
+    return {name: value for name, value in (call.arguments() | blocks).items() if name in kernel.arg_names}
+
+
+def forward_tiles(call: Call) -> launch.ShortForwardTiles | None:
+    """The tiles at which `short_attention_forward` can serve this call; None where it cannot."""
+    return launch.short_attention_forward(**short_problem(call))
+
+
+def short_attention_forward(call: Call, tiles: launch.ShortForwardTiles) -> tuple[Tensor, Tensor]:
+    """(out, lse) as attention_forward gives them, at the tiles of `forward_tiles`. One launch."""
+    out, lse = rows_like(call.query, call.value.shape[-1]), row_statistics(call.query)
+    splits = tiles.splits(call.max_q)
+    with torch.cuda.device_of(call.query):
+        short_attention_forward_kernel[(splits * call.sequences * call.heads,)](
+            **arguments_for(short_attention_forward_kernel, call), sinks=call.sinks, out=out, lse=lse,
+            **strides("out", out), **statistics_strides(lse), splits=splits,
+            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
+        )  # fmt: skip
+    return out, lse

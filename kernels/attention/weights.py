@@ -1,0 +1,98 @@
+"""The softmax weights of an attention that has run, from one more pass over q, k and lse.
+
+    weights = dropout(exp2(s - lse))
+
+in the dtype of the query, with the scores s and the lse of the attention's forward: what nn.MultiheadAttention returns
+beside its output. No gradient. Read: q and k once for each tile, from the second-level cache after the first; written:
+B · Hq · Sq · Sk elements, each by one program of the single launch, and those bytes are what the time goes to.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.call import VARYING, Call, statistics_strides
+from tfm.kernels.attention.scores import (
+    add_bias,
+    column_bits,
+    first_position,
+    is_allowed,
+    load_rows,
+    locate,
+    mask_tile,
+    score_and_slope,
+)
+from tfm.kernels.attention.short_forward import arguments_for
+from tfm.kernels.philox import keep_mask
+
+
+@triton.jit(do_not_specialize=[*VARYING, "query_tiles", "key_tiles"])
+def attention_weights_kernel(
+    q, k, bias, words, reach, seed, key_lengths, starts, lse, weights,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, row_b, row_h,
+    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
+    heads, group, query_size, key_size, query_tiles, key_tiles, start, left, right, inner, outer, threshold,
+    keep_scale, site,
+    DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Each program writes BLOCK_QUERIES x BLOCK_KEYS weights of one (sequence, head); neighbours share queries."""
+    program = tl.program_id(0)
+    first_column = program % key_tiles * BLOCK_KEYS
+    first_row = program // key_tiles % query_tiles * BLOCK_QUERIES
+    pair = program // key_tiles // query_tiles
+    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    _, key_length = locate(sequence, None, key_lengths, key_size)
+    position = first_position(sequence, starts, start)
+    row, column = first_row + tl.arange(0, BLOCK_QUERIES), first_column + tl.arange(0, BLOCK_KEYS)
+    is_row, inside = row < query_size, column < key_length
+    if reach is not None:
+        inside &= column_bits(reach + sequence * reach_b + head * reach_h, column, inside)
+
+    query = load_rows(q + sequence * q_b + head * q_h, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
+    key = load_rows(k + sequence * k_b + head // group * k_h, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
+    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    scores, _ = score_and_slope(products, inner, outer)
+    if bias is not None:
+        address = bias + sequence * bias_b + head * bias_h + row.to(tl.int64)[:, None] * bias_s
+        address += column.to(tl.int64)[None, :] * bias_k
+        scores = add_bias(scores, address, is_row[:, None] & inside[None, :])
+    allowed = inside[None, :]
+    if left is not None or right is not None:
+        allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
+    if words is not None:
+        head_words = words + sequence * words_b + head * words_h
+        allowed &= mask_tile(head_words, row, words_s, is_row, first_column, BLOCK_KEYS)
+    log = tl.load(lse + sequence * row_b + head * row_h + row, mask=is_row, other=float("inf"))
+    # A query without keys weighs every key exp2(-inf).
+    log = tl.where(log == float("-inf"), float("inf"), log)
+    result = tl.exp2(tl.where(allowed, scores, float("-inf")) - log[:, None])
+    if seed is not None:
+        keep = keep_mask(row[:, None], first_column, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
+        result = tl.where(keep, result * tl.cast(keep_scale, tl.float32), 0.0)
+    address = weights + (pair.to(tl.int64) * query_size + row)[:, None] * key_size + column[None, :]
+    tl.store(address, result, mask=is_row[:, None] & (column < key_size)[None, :])
+
+
+def attention_weights(call: Call, lse: Tensor) -> Tensor:
+    """[B, Hq, Sq, Sk] in the dtype of the query, of a padded call whose forward gave `lse`. One launch."""
+    weights = empty_weights(call)
+    tiles = launch.attention_weights(call.query.dtype)
+    query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
+    with torch.cuda.device_of(call.query):
+        attention_weights_kernel[(query_tiles * key_tiles * call.sequences * call.heads,)](
+            **arguments_for(attention_weights_kernel, call), **statistics_strides(lse), lse=lse, weights=weights,
+            query_tiles=query_tiles, key_tiles=key_tiles,
+            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
+        )  # fmt: skip
+    return weights
+
+
+def empty_weights(call: Call) -> Tensor:
+    """What the kernel fills, still empty."""
+    shape = (call.sequences, call.heads, call.max_q, call.max_k)
+    return torch.empty(shape, dtype=call.query.dtype, device=call.query.device)

@@ -1,0 +1,336 @@
+"""Token rows, scaled, with positions and dropout ("Attention Is All You Need", 2017, sections 3.4, 3.5 and 5.4).
+
+Forward, for each token:
+
+    y = mask · (weight[token] · scale + position) / (1 - p)
+
+where position is a row of a table, or the sinusoid of section 3.5: sin(position · f) at column 2i and cos(position · f)
+at 2i + 1, f = 10000^(-2i / columns). It is computed in the kernel: f as a 32-bit fraction of a turn, from float64, once
+a program; position · f then wraps around as whole turns do, and a polynomial of the rest errs less than an fp32 angle.
+
+Backward, for each row v of a table:
+
+    dweight[v] = scale / (1 - p) · sum of mask · dy over the tokens that are v, 0 for padding_idx
+
+Saved: tokens, positions and the seed. A token or position outside its table reads nothing: its row of y is NaN.
+
+The sum is over tokens sorted by torch, so that it has one order and needs no atomics. Where CHUNK of the sorted tokens
+are the same one, a first kernel adds them up: a frequent token's thousands of rows are then no longer than the others'.
+It also notes where each token's begin. The second kernel writes each row of the gradient once, zeros included.
+
+Why it is fast: forward reads a row and writes one for each token in one launch; backward reads dy once and writes the
+gradient once, where torch writes zeros first. 8,192 tokens of 512 columns in bf16 and a vocabulary of 32,768 are 17 MB
+and 42 MB: 4 µs and 10 µs at the speed of a copy on an H200, 4.3 TB/s, the backward's behind torch's sort. With tied
+weights autograd adds that gradient to the generator's, four passes over a matrix in all. A sparse one takes two, a copy
+and its few rows; it is made without a device read, of as many rows as there are tokens, zeros where a token occurs
+again, so that no two sums meet in one row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tfm.kernels import launch
+from tfm.kernels.library import register
+from tfm.kernels.philox import keep_mask, threshold_and_scale
+from tfm.kernels.rows import as_rows
+
+# Sorted tokens that are added up ahead where they are all the same.
+CHUNK = 32
+
+
+@triton.jit
+def sinusoid(position, first_column, columns, BLOCK_COLUMNS: tl.constexpr):
+    """The positional encoding of integers [R, 1] at BLOCK_COLUMNS columns from an even one, fp32."""
+    pair = first_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)[None, :]
+    exponent = pair.to(tl.float64) * tl.full([1, 1], -18.420680743952367, tl.float64) / columns  # -2 ln 10000
+    turn = tl.exp(exponent) * tl.full([1, 1], 683565275.5764316, tl.float64)  # 2^32 / 2π
+    angle = tl.mul(position.to(tl.uint32), (turn + 0.5).to(tl.int64).to(tl.uint32), sanitize_overflow=False)
+    # The nearest quarter of a turn, and what is left of the angle: at most an eighth.
+    quarter = tl.add(angle, 0x20000000, sanitize_overflow=False) >> 30
+    rest = tl.sub(angle, quarter << 30, sanitize_overflow=False).to(tl.int32, bitcast=True)
+    x = rest.to(tl.float32) * 1.4629180792671596e-09  # 2π / 2^32
+    square = x * x
+    # Moshier's polynomials (Cephes, sinf.c), within 1.2 roundings there.
+    sine = x + x * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
+    cosine = 4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
+    cosine = 1.0 - 0.5 * square + square * square * cosine
+    swapped = (quarter & 1) != 0
+    sines = tl.where(swapped, cosine, sine)
+    cosines = tl.where(swapped, sine, cosine)
+    sines = tl.where((quarter & 2) != 0, -sines, sines)
+    cosines = tl.where(((quarter + 1) & 2) != 0, -cosines, cosines)
+    return tl.reshape(tl.join(sines, cosines), [position.shape[0], BLOCK_COLUMNS])
+
+
+@triton.jit
+def load_row(table, index, rows, stride, column, inside):
+    """Rows `index` [R, 1] of a table in fp32; NaN where there is no such row."""
+    known = (index >= 0) & (index < rows)
+    pointer = tl.broadcast_to(table + index.to(tl.int64) * stride + column, inside.shape)
+    return tl.load(pointer, mask=inside & known, other=float("nan")).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["count", "period", "vocabulary", "places", "threshold", "site"])
+def embedding_forward_kernel(
+    tokens, weight, positions, position_weight, seed, y,
+    count, period, vocabulary, places, columns, weight_stride, position_stride, scale, threshold, keep_scale, site,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Each program writes BLOCK_COLUMNS columns of BLOCK_ROWS tokens' rows; positions repeat after `period` tokens."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    inside = (row < count) & (column < columns)
+    token = tl.load(tokens + row, mask=row < count, other=0)
+    position = tl.load(positions + row % period, mask=row < count, other=0)
+    value = load_row(weight, token, vocabulary, weight_stride, column, inside) * tl.cast(scale, tl.float32)
+    if position_weight is None:
+        value += sinusoid(position, first_column, columns, BLOCK_COLUMNS)
+    else:
+        value += load_row(position_weight, position, places, position_stride, column, inside)
+    if seed is not None:
+        keep = keep_mask(row, first_column, 0, site, seed, threshold, BLOCK_COLUMNS)
+        value = tl.where(keep, value * tl.cast(keep_scale, tl.float32), 0.0)
+    tl.store(y + row * columns + column, value, mask=inside)
+
+
+@triton.jit
+def load_kept(dy_row, row, column, first_column, inside, seed, threshold, site, BLOCK_COLUMNS: tl.constexpr):
+    """mask · dy in fp32, 0 outside; `row` is what the mask counts."""
+    value = tl.load(dy_row + column, mask=inside, other=0.0).to(tl.float32)
+    if seed is not None:
+        keep = keep_mask(row, first_column, 0, site, seed, threshold, BLOCK_COLUMNS)
+        value = tl.where(keep, value, 0.0)
+    return value
+
+
+@triton.jit(do_not_specialize=["count", "rows", "padding", "threshold", "site"])
+def embedding_chunks_kernel(
+    dy, tokens, order, seed, chunks, starts,
+    count, rows, columns, dy_stride, padding, threshold, site,
+    CHUNK: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Each program adds up BLOCK_COLUMNS columns of CHUNK sorted tokens' rows, where all of them are one token.
+
+    The programs of the first columns fill starts [rows + 1]: where in the order the tokens of each row begin.
+    """
+    place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    token = tl.load(tokens + place, mask=place < count, other=rows).to(tl.int64)
+    if tl.program_id(1) == 0:
+        # Row v begins at the first place whose token is v or more; past the last token, at `count`.
+        before = tl.load(tokens + place - 1, mask=(place > 0) & (place <= count), other=-1).to(tl.int64)
+        low = tl.where(place > count, rows, tl.minimum(tl.maximum(before, -1), rows))
+        high = tl.minimum(tl.maximum(token, -1), rows)
+        for step in range(0, tl.max(high - low).to(tl.int32), 64):
+            row = (low + 1 + step)[:, None] + tl.arange(0, 64)[None, :]
+            tl.store(starts + row, tl.broadcast_to(place[:, None], row.shape), mask=row <= high[:, None])
+    least, most = tl.min(token), tl.max(token)
+    if (least == most) & (least != padding) & (least >= 0) & (most < rows):
+        column = first_column + tl.arange(0, BLOCK_COLUMNS)
+        source = tl.load(order + place).to(tl.int64)[:, None]
+        inside = tl.broadcast_to((column < columns)[None, :], [CHUNK, BLOCK_COLUMNS])
+        value = load_kept(
+            dy + source * dy_stride, source, column[None, :], first_column, inside, seed, threshold, site, BLOCK_COLUMNS
+        )
+        chunk = tl.program_id(0).to(tl.int64) * columns
+        tl.store(chunks + chunk + column, tl.sum(value, axis=0), mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["count", "rows", "padding", "threshold", "site"])
+def embedding_backward_kernel(
+    dy, tokens, order, seed, chunks, starts, dweight, indices,
+    count, rows, columns, dy_stride, padding, scale, threshold, site,
+    CHUNK: tl.constexpr, SPARSE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Each program writes BLOCK_COLUMNS columns of BLOCK_ROWS rows of the gradient.
+
+    Dense: row v of dweight [rows, columns]. Sparse: row i of values [count, columns] for the i-th sorted token, all of
+    its gradient at its first place and 0 at the others, whose indices then do not matter.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    size = count if SPARSE else rows
+    token = row
+    if SPARSE:
+        token = tl.load(tokens + row, mask=row < size, other=-1).to(tl.int64)
+    known = (row < size) & (token >= 0) & (token < rows)
+    start = tl.load(starts + token, mask=known, other=0)
+    end = tl.load(starts + token + 1, mask=known, other=0)
+    wanted = known & (token != padding)
+    if SPARSE:
+        first = known & (row == start)
+        wanted = wanted & first
+        # Zeros may go anywhere: spread, so that adding them is no contest for one row.
+        index = tl.where(first, token, row % rows)
+        tl.store(indices + row, index, mask=(row < size) & (tl.program_id(1) == 0))
+    end = tl.where(wanted, end, start)
+
+    # One by one up to the first whole chunk, chunk by chunk, and one by one again.
+    whole = tl.minimum((start + CHUNK - 1) // CHUNK * CHUNK, end)
+    rest = tl.maximum(end // CHUNK * CHUNK, whole)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    within = column < columns
+    single = whole - start + end - rest
+    for step in tl.range(0, tl.max(single), num_stages=3):
+        place = start + step
+        place = tl.where(place < whole, place, place - whole + rest)
+        taken = step < single
+        source = tl.load(order + place, mask=taken, other=0).to(tl.int64)[:, None]
+        total += load_kept(
+            dy + source * dy_stride, source, column, first_column, taken[:, None] & within,
+            seed, threshold, site, BLOCK_COLUMNS,
+        )  # fmt: skip
+    for step in range(tl.max(rest - whole) // CHUNK):
+        chunk = whole // CHUNK + step
+        taken = (chunk < rest // CHUNK)[:, None] & within
+        total += tl.load(chunks + chunk.to(tl.int64)[:, None] * columns + column, mask=taken, other=0.0)
+    result = total * tl.cast(scale, tl.float32)
+    tl.store(dweight + row[:, None] * columns + column, result, mask=(row < size)[:, None] & within)
+
+
+def embedding_forward(
+    tokens: Tensor, weight: Tensor, positions: Tensor, position_weight: Tensor | None, seed: Tensor | None,
+    scale: float, dropout_p: float, site: int,
+) -> Tensor:  # fmt: skip
+    """y. One launch, where positions are those of all tokens or repeat over the leading dimensions."""
+    y = forward_output(tokens, weight)
+    columns = weight.shape[1]
+    repeats = positions.is_contiguous() and tokens.shape[tokens.dim() - positions.dim() :] == positions.shape
+    positions = positions if repeats else positions.expand(tokens.shape).contiguous()
+    (weight_rows, weight_stride), (position_rows, position_stride) = as_rows(weight), as_rows(position_weight)
+    threshold, keep_scale = threshold_and_scale(dropout_p)
+    tiles = launch.embedding_forward(tokens.numel(), columns)
+    if tokens.numel() == 0:
+        return y
+    with torch.cuda.device_of(weight):
+        embedding_forward_kernel[(tiles.programs, tiles.chunks)](
+            tokens=tokens.contiguous(), weight=weight_rows, positions=positions, position_weight=position_rows,
+            seed=seed, y=y, count=tokens.numel(), period=positions.numel(), vocabulary=len(weight),
+            places=0 if position_weight is None else len(position_weight), columns=columns,
+            weight_stride=weight_stride, position_stride=position_stride,
+            scale=scale, threshold=threshold, keep_scale=keep_scale, site=site,
+            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns,
+            num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
+        )  # fmt: skip
+    return y
+
+
+def forward_output(tokens: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty((*tokens.shape, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+
+
+def embedding_backward(
+    dy: Tensor, tokens: Tensor, seed: Tensor | None, scale: float, dropout_p: float, site: int, rows: int,
+    padding_idx: int | None, dtype: torch.dtype, sparse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradient of a table of `rows` rows, dense, or as the values and indices of a sparse tensor.
+
+    Two launches after torch's sort.
+    """
+    gradient, indices = outputs = backward_outputs(dy, tokens, rows, dtype, sparse)
+    count, columns = tokens.numel(), dy.shape[-1]
+    if count == 0:
+        return gradient.zero_(), indices
+    # A radix sort of 32 bits takes half the passes of 64.
+    ordered, order = torch.sort(tokens.reshape(-1).to(torch.int32), stable=True)
+    starts = torch.empty(rows + 1, dtype=torch.int32, device=dy.device)
+    chunks = torch.empty((count // CHUNK, columns), dtype=torch.float32, device=dy.device)
+    dy_rows, dy_stride = as_rows(dy)
+    threshold, keep_scale = threshold_and_scale(dropout_p)
+    # One more than the tokens: what follows the last token has its starts written there.
+    first, second = launch.embedding_backward(count + 1, CHUNK, count if sparse else rows, columns)
+    shared = {
+        "dy": dy_rows, "tokens": ordered, "order": order, "seed": seed, "chunks": chunks, "starts": starts,
+        "count": count, "rows": rows, "columns": columns, "dy_stride": dy_stride,
+        "padding": -1 if padding_idx is None else padding_idx % rows, "threshold": threshold, "site": site,
+        "CHUNK": CHUNK,
+    }  # fmt: skip
+    with torch.cuda.device_of(dy):
+        embedding_chunks_kernel[(first.programs, first.chunks)](
+            **shared, BLOCK_COLUMNS=first.block_columns, num_warps=first.num_warps, maxnreg=first.max_registers
+        )
+        embedding_backward_kernel[(second.programs, second.chunks)](
+            **shared, dweight=gradient, indices=indices, scale=scale * keep_scale if seed is not None else scale,
+            SPARSE=sparse, BLOCK_ROWS=second.block_rows, BLOCK_COLUMNS=second.block_columns,
+            num_warps=second.num_warps, maxnreg=second.max_registers,
+        )  # fmt: skip
+    return outputs
+
+
+def backward_outputs(
+    dy: Tensor, tokens: Tensor, rows: int, dtype: torch.dtype, sparse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient or its values, and the values' indices, still empty."""
+    count = tokens.numel()
+    gradient = torch.empty((count if sparse else rows, dy.shape[-1]), dtype=dtype, device=dy.device)
+    return gradient, torch.empty((1, count), dtype=torch.int64, device=dy.device) if sparse else None
+
+
+register(
+    "embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed, float scale,"
+    " float dropout_p, int site) -> Tensor",
+    embedding_forward,
+    fake=lambda tokens, weight, *_: forward_output(tokens, weight),
+)
+register(
+    "embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site, SymInt rows,"
+    " int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)",
+    embedding_backward,
+    fake=lambda dy, tokens, seed, scale, dropout_p, site, rows, padding_idx, dtype, sparse: backward_outputs(
+        dy, tokens, rows, dtype, sparse
+    ),
+)
+
+
+class Embedding(torch.autograd.Function):
+    """Autograd of the two operators: one backward for the tokens' table, one for the positions'."""
+
+    @staticmethod
+    def forward(
+        ctx, tokens, weight, positions, position_weight, seed, scale, dropout_p, site, padding_idx, sparse
+    ):  # fmt: skip
+        ctx.save_for_backward(tokens, positions, seed)
+        ctx.dropout = dropout_p, site
+        ctx.options = scale, padding_idx, sparse
+        ctx.tables = [
+            (None, None) if table is None else (len(table), table.dtype) for table in (weight, position_weight)
+        ]
+        return torch.ops.tfm.embedding.default(tokens, weight, positions, position_weight, seed, scale, dropout_p, site)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        tokens, positions, seed = ctx.saved_tensors
+        scale, padding_idx, sparse = ctx.options
+        dweight = dpositions = None
+        if ctx.needs_input_grad[1]:
+            rows, dtype = ctx.tables[0]
+            dweight, indices = torch.ops.tfm.embedding_backward.default(
+                dy, tokens, seed, scale, *ctx.dropout, rows, padding_idx, dtype, sparse
+            )
+            if sparse:
+                dweight = torch.sparse_coo_tensor(indices, dweight, (rows, dy.shape[-1]), check_invariants=False)
+        if ctx.needs_input_grad[3]:
+            rows, dtype = ctx.tables[1]
+            dpositions, _ = torch.ops.tfm.embedding_backward.default(
+                dy, positions.expand(tokens.shape), seed, 1.0, *ctx.dropout, rows, None, dtype, False
+            )
+        return None, dweight, None, dpositions, *[None] * 6
+
+
+def embedding(
+    tokens: Tensor, weight: Tensor, positions: Tensor, position_weight: Tensor | None, scale: float, dropout_p: float,
+    padding_idx: int | None, sparse: bool, seed: Tensor | None, site: int,
+) -> Tensor:  # fmt: skip
+    """See tfm.ops.embedding."""
+    seed = None if seed is None else seed.to(weight.device)
+    return Embedding.apply(
+        tokens, weight, positions, position_weight, seed, scale, dropout_p, site, padding_idx, sparse
+    )

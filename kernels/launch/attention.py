@@ -1,0 +1,157 @@
+"""Settings of attention of any length.
+
+Rows are chosen by the head dims, by what costs registers beside the products, and by the chip; never by lengths or the
+number of sequences, so that neither the batch nor padding changes a sentence's bits.
+
+On an H200 a multiprocessor multiplies 64 x 64 x 64 in 128 cycles and takes 256 for the exp2 of the 64 x 64 scores, so
+at a head dim of 64 the exponentials bound the speed, and at 128 both count alike. Triton does not overlap the two
+within a program (it waits for q·k before the softmax), so another program on the multiprocessor must multiply
+meanwhile, or another warp group of the same one. Hence, on sm_90 and sm_100:
+
+forward     D 64: 128 x 64, 8 warps held to 128 registers: two programs, 16 warps. A tile of 128 queries reads its keys
+            at half the rate of 64, 3 TB/s of the second-level cache at 400 TFLOP/s. D 128: 128 x 128, 8 warps, one
+            program (250 registers, 160 KB): two warp groups beside each other; wide tiles rescale acc half as often.
+dq          D 64: 128 x 64, 8 warps held to 128 registers, two programs. D 128: 64 x 64, 4 warps, two programs.
+dk and dv   Four accumulators of a tile are alive at once (s, dp, dk, dv), which sets the tile. D 64: 64 x 64, 4 warps,
+            240 registers, two programs. D 128: 32 x 128, 8 warps, 235 registers, one program. At 256 dk and dv are
+            made in two passes, each of which computes s again.
+
+Dropout, whose mask passes from its own layout to the product's, and a bias or a mask as bits take 60 to 90 registers:
+smaller tiles, so that two or three programs still share the multiprocessor. Every row of sm_80, sm_86, sm_89 and sm_120
+fits 99 KB; there products hold their first factor in registers, too. fp32 is multiplied without tensor cores, or by
+tf32 of the same small tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tfm.kernels.launch.rows import RowTiles
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """How a kernel covers the queries and keys of one head: tiles of block_queries x block_keys.
+
+    `max_registers` of a thread, None where the compiler may take what it likes; with 2 `passes` dk and dv have a launch
+    each.
+    """
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+    passes: int = 1
+
+
+# By class of head dims: rows for a plain call, for one of dropout and (bias or mask as bits), for both. The last row
+# given serves the rest.
+Table = dict[int, tuple[AttentionTiles, ...]]
+
+FORWARD: Table = {
+    64: (AttentionTiles(128, 64, 8, 2, 128), AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2, 168)),
+    128: (AttentionTiles(128, 128, 8, 2), AttentionTiles(64, 32, 4, 2)),
+    192: (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
+    256: (AttentionTiles(128, 32, 8, 2),),
+}
+QUERIES: Table = {
+    64: (AttentionTiles(128, 64, 8, 2, 128), AttentionTiles(64, 32, 4, 2, 168), AttentionTiles(64, 32, 4, 2)),
+    128: (AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2)),
+    192: (AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 32, 8, 2)),
+    256: (AttentionTiles(64, 32, 8, 2),),
+}
+KEYS: Table = {
+    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(32, 64, 4, 2)),
+    128: (AttentionTiles(32, 128, 8, 2), AttentionTiles(32, 64, 8, 2)),
+    192: (AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 8, 2)),
+    256: (AttentionTiles(32, 64, 8, 2, passes=2), AttentionTiles(16, 64, 8, 2, passes=2)),
+}
+# Of chips without tensor cores that read both factors from shared memory: sm_80, sm_86, sm_89, sm_120.
+NARROW_FORWARD: Table = {
+    64: (AttentionTiles(64, 64, 4, 2, 168), AttentionTiles(64, 32, 4, 2)),
+    128: (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
+    192: (AttentionTiles(64, 32, 8, 2),),
+    256: (AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 32, 8, 2)),
+}
+NARROW_QUERIES: Table = {
+    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2)),
+    128: (AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 32, 8, 2)),
+    192: (AttentionTiles(32, 32, 8, 2),),
+    256: (AttentionTiles(32, 32, 8, 1),),
+}
+NARROW_KEYS: Table = {
+    64: (AttentionTiles(32, 64, 4, 2), AttentionTiles(16, 64, 4, 2)),
+    128: (AttentionTiles(32, 64, 8, 2), AttentionTiles(32, 32, 8, 2)),
+    192: (AttentionTiles(16, 32, 8, 2),),
+    256: (AttentionTiles(16, 32, 8, 2, passes=2),),
+}
+FP32_FORWARD: Table = {
+    64: (AttentionTiles(32, 32, 8, 1),),
+    128: (AttentionTiles(16, 32, 8, 1),),
+    192: (AttentionTiles(16, 16, 8, 1),),
+    256: (AttentionTiles(16, 16, 8, 1),),
+}
+FP32_QUERIES: Table = {
+    64: (AttentionTiles(32, 32, 8, 1),),
+    128: (AttentionTiles(16, 16, 8, 1),),
+    192: (AttentionTiles(16, 16, 8, 1),),
+    256: (AttentionTiles(16, 16, 8, 1),),
+}
+FP32_KEYS: Table = {
+    64: (AttentionTiles(32, 32, 8, 1),),
+    128: (AttentionTiles(16, 32, 8, 1),),
+    192: (AttentionTiles(16, 16, 8, 1, passes=2),),
+    256: (AttentionTiles(16, 16, 8, 1, passes=2),),
+}
+
+
+def attention_forward(dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int) -> AttentionTiles:
+    """Of the forward; `extras` counts dropout and (a bias or a mask as bits), `major` is of the compute capability."""
+    return _row((FORWARD, NARROW_FORWARD, FP32_FORWARD), dim, value_dim, dtype, extras, major)
+
+
+def attention_backward_queries(dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int) -> AttentionTiles:
+    """Of dq, as attention_forward."""
+    return _row((QUERIES, NARROW_QUERIES, FP32_QUERIES), dim, value_dim, dtype, extras, major)
+
+
+def attention_backward_keys(dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int) -> AttentionTiles:
+    """Of dk and dv, as attention_forward."""
+    return _row((KEYS, NARROW_KEYS, FP32_KEYS), dim, value_dim, dtype, extras, major)
+
+
+def _row(
+    tables: tuple[Table, Table, Table], dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int
+) -> AttentionTiles:
+    wide, narrow, single = tables
+    table = single if dtype == torch.float32 else wide if major in (9, 10) else narrow
+    rows = table[dims_class(dim, value_dim)]
+    return rows[min(extras, len(rows) - 1)]
+
+
+def dims_class(dim: int, value_dim: int) -> int:
+    """The narrowest class of rows that holds these head dims; 192 is for keys wider than values, 192 and 128."""
+    dim, value_dim = sum(split_dim(dim)), sum(split_dim(value_dim))
+    if max(dim, value_dim) <= 128:
+        return 64 if max(dim, value_dim) <= 64 else 128
+    return 192 if dim <= 192 and value_dim <= 128 else 256
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """A head dim as the sum of two powers of two, at least 16 each, that cover it; the second is 0 where one does.
+
+    Tiles are powers of two; 96 as 64 + 32 multiplies and stores what 128 would waste.
+    """
+    whole = max(16, 1 << (dim - 1).bit_length())
+    first = whole // 2
+    rest = max(16, 1 << (dim - first - 1).bit_length()) if dim > first else 0
+    return (first, rest) if first >= 16 and rest > 0 and first + rest < whole else (whole, 0)
+
+
+def mask_bits(queries: int) -> RowTiles:
+    """128 keys are a line of a bool mask and four words; a program goes down all queries, many at a time."""
+    rows = 128 if queries > 32 else 32
+    return RowTiles(programs=1, block_rows=rows, block_columns=128, chunks=1, num_warps=rows // 16)

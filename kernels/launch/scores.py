@@ -1,0 +1,36 @@
+"""Settings of kernels that form the scores of attention again: the gradient of its bias, its weights."""
+
+from __future__ import annotations
+
+import torch
+
+from tfm.kernels.launch.attention import AttentionTiles
+
+# Programs that a bias gradient is split into: two to four on each multiprocessor of the largest GPUs. The same on every
+# GPU, so that the sums' order is, too; and all that partial sums take, in tiles.
+BIAS_PROGRAMS = 512
+
+
+def bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
+    """`dim`: the wider of D and Dv; `major`: of the compute capability.
+
+    8 warps: the sums, the bias, scores and their gradients are 16 registers a thread each at 64 x 64; with every rule
+    it takes 220 to 240, so one program on a multiprocessor, its loads one round ahead.
+    """
+    if dtype == torch.float32:
+        return AttentionTiles(32, 32, 8, 2)
+    if dim > 128:
+        return AttentionTiles(16, 32, 8, 1)
+    if major in (9, 10):
+        return AttentionTiles(64, 64, 8, 2)
+    return AttentionTiles(64 if dim <= 64 else 32, 32, 8, 2)
+
+
+def bias_splits(places: int, members: int) -> int:
+    """Programs that share the `members` of each of so many `places`, tiles of the bias."""
+    return min(max(1, BIAS_PROGRAMS // max(1, places)), max(1, members))
+
+
+def attention_weights(dtype: torch.dtype) -> AttentionTiles:
+    """One tile a program, gone as soon as it is stored: several on a multiprocessor hide each other's loads."""
+    return AttentionTiles(32, 32, 4, 1) if dtype == torch.float32 else AttentionTiles(64, 64, 4, 1)

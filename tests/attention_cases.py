@@ -1,0 +1,209 @@
+"""Attention problems for the tests of its kernels: sizes and rules as data, and runs of a backend on them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+from tfm import ops
+from tfm.sequences import Layout, offsets
+
+# Triton's interpreter computes bf16 wrongly.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+SEED, SITE = -0x0123456789ABCDEF, 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: B, Hq, Hkv, Sq, Sk, D, Dv, and the options of ops.attention.
+
+    `mask` is ("bool" or "float", shape); among `rules` lists become int32 tensors, `sinks` True becomes a tensor.
+    """
+
+    shape: tuple[int, int, int, int, int, int, int]
+    rules: dict[str, Any] = field(default_factory=dict)
+    mask: tuple[str, tuple[int, ...]] | None = None
+
+    @property
+    def is_dropping(self) -> bool:
+        return "dropout_p" in self.rules
+
+
+# Pairwise: every rule meets another, every mask a length or a window; head dims that are split, padded, unequal.
+PROBLEMS = {
+    "plain": Problem((1, 2, 2, 65, 70, 16, 16)),
+    "causal, dropout": Problem((1, 2, 1, 65, 65, 32, 32), {"is_causal": True, "dropout_p": 0.3}),
+    "causal, bottom-right, 3 to 1": Problem((1, 3, 1, 33, 70, 80, 16), {"is_causal": True, "query_start": 37}),
+    "causal, starts, rows empty": Problem((2, 1, 1, 35, 40, 17, 16), {"is_causal": True, "query_start": [-3, 5]}),
+    "lengths, dropout": Problem((3, 1, 1, 17, 70, 16, 24), {"key_lengths": [70, 0, 33], "dropout_p": 0.1}),
+    "lengths, causal, sinks": Problem(
+        (2, 4, 2, 40, 40, 16, 16), {"key_lengths": [40, 9], "is_causal": True, "sinks": True}
+    ),
+    "window": Problem((1, 2, 1, 130, 130, 16, 16), {"window_size": (40, 3)}),
+    "window, left only, softcap": Problem(
+        (2, 1, 1, 65, 40, 16, 48), {"window_size": (33, -1), "query_start": [0, 30], "softcap": 0.7}
+    ),
+    "window, lengths, rows empty, dropout": Problem(
+        (2, 1, 1, 65, 65, 16, 16), {"window_size": (1, 0), "key_lengths": [65, 20], "dropout_p": 0.4}
+    ),
+    "softcap, negative scale, dropout": Problem(
+        (1, 1, 1, 33, 65, 96, 16), {"softcap": 30.0, "scale": -0.6, "dropout_p": 0.2}
+    ),
+    "scale 0": Problem((1, 1, 1, 17, 40, 16, 16), {"scale": 0.0}),
+    "scale below 0": Problem((1, 1, 1, 33, 130, 16, 16), {"scale": -0.3, "is_causal": True, "query_start": 90}),
+    "key padding, dropout": Problem((2, 2, 1, 33, 70, 16, 16), {"dropout_p": 0.2}, ("bool", (2, 1, 1, 70))),
+    "key padding by head, causal": Problem((1, 2, 1, 40, 70, 16, 16), {"is_causal": True}, ("bool", (1, 2, 1, 70))),
+    "bool mask [B, H, Sq, Sk]": Problem((2, 2, 2, 33, 70, 16, 16), {}, ("bool", (2, 2, 33, 70))),
+    "bool mask [Sq, Sk], starts, dropout": Problem(
+        (2, 2, 1, 40, 40, 16, 80), {"is_causal": True, "query_start": [0, 4], "dropout_p": 0.3}, ("bool", (40, 40))
+    ),
+    "bool mask [B, 1, Sq, 1]": Problem((2, 1, 1, 33, 40, 16, 16), {"key_lengths": [40, 12]}, ("bool", (2, 1, 33, 1))),
+    "bias [1, H, Sq, Sk], causal": Problem((2, 2, 2, 40, 40, 16, 16), {"is_causal": True}, ("float", (1, 2, 40, 40))),
+    "bias [B, 1, Sq, Sk], dropout, lengths": Problem(
+        (2, 2, 1, 33, 40, 16, 16), {"key_lengths": [40, 21], "dropout_p": 0.2}, ("float", (2, 1, 33, 40))
+    ),
+    "bias [Sk], softcap": Problem((1, 2, 1, 33, 70, 16, 16), {"softcap": 1.5}, ("float", (70,))),
+    "everything": Problem(
+        (2, 2, 1, 40, 70, 24, 40),
+        {
+            "is_causal": True, "query_start": [25, -2], "window_size": (37, 1), "key_lengths": [70, 31],
+            "softcap": 1.5, "sinks": True, "scale": 0.4, "dropout_p": 0.3,
+        },
+        ("float", (2, 2, 40, 70)),
+    ),
+    "three keys": Problem((2, 2, 2, 5, 3, 16, 16), {"dropout_p": 0.1}),
+    "one query": Problem((1, 2, 2, 1, 130, 16, 16), {"is_causal": True, "query_start": 129}),
+    "wide heads": Problem((1, 1, 1, 17, 40, 192, 128), {"is_causal": True, "query_start": 3}),
+    "the widest heads": Problem((1, 1, 1, 17, 33, 256, 256), {"dropout_p": 0.5}),
+    "the narrowest heads": Problem((2, 1, 1, 33, 40, 1, 2), {"sinks": True}),
+}  # fmt: skip
+
+
+def every_problem() -> dict[str, Problem]:
+    """The full product, for those who have the time: TFM_EVERY_ATTENTION=1."""
+    rules = product(
+        ({}, {"is_causal": True}, {"is_causal": True, "query_start": [3, -4]}, {"window_size": (20, 3)}),
+        ({}, {"key_lengths": [40, 17]}),
+        ({}, {"softcap": 0.9}),
+        ({}, {"sinks": True}),
+        ({}, {"dropout_p": 0.3}),
+    )
+    shapes = ("bool", (2, 1, 1, 70)), ("bool", (1, 2, 40, 70)), ("float", (1, 2, 40, 70)), ("float", (2, 1, 40, 70))
+    found = {}
+    for chosen, mask, (key_heads, dim) in product(rules, (None, *shapes), ((2, 16), (1, 80))):
+        combined = {name: value for part in chosen for name, value in part.items()}
+        problem = Problem((2, 2, key_heads, 40, 70, dim, 16), combined, mask)
+        found[f"{combined}, {mask}, {key_heads} key heads of {dim}"] = problem
+    return found
+
+
+if os.environ.get("TFM_EVERY_ATTENTION") == "1":
+    PROBLEMS |= every_problem()
+
+
+@dataclass
+class Tensors:
+    """What a problem is computed from: in double precision holding values of `dtype`; `inputs` may be None."""
+
+    inputs: dict[str, Tensor | None]
+    rules: dict[str, Any]
+    bool_mask: Tensor | None
+    cotangents: tuple[Tensor, Tensor]
+
+
+def make(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tensors:
+    """Random tensors of `problem`, rounded to `dtype`; about a third of a mask forbids."""
+    batch, heads, key_heads, queries, keys, dim, value_dim = problem.shape
+    shapes = (batch, heads, queries, dim), (batch, key_heads, keys, dim), (batch, key_heads, keys, value_dim)
+    inputs: dict[str, Tensor | None] = {
+        name: torch.randn(shape, device=device).to(dtype)
+        for name, shape in zip(("query", "key", "value"), shapes, strict=True)
+    }
+    rules = {name: value for name, value in problem.rules.items() if name != "sinks"}
+    for name in ("query_start", "key_lengths"):
+        if isinstance(rules.get(name), list):
+            rules[name] = torch.tensor(rules[name], dtype=torch.int32, device=device)
+    mask = bias = None
+    if problem.mask is not None:
+        kind, shape = problem.mask
+        mask = torch.rand(shape, device=device) < 0.7
+        if kind == "float":
+            bias, mask = torch.randn(shape, device=device).masked_fill(~mask, float("-inf")).to(dtype), None
+    inputs["bias"] = bias
+    inputs["sinks"] = torch.randn(heads, device=device).to(dtype) if "sinks" in problem.rules else None
+    if problem.is_dropping:
+        rules |= {"seed": SEED, "site": SITE}
+    cotangents = (
+        torch.randn(batch, heads, queries, value_dim, device=device),
+        torch.randn(batch, heads, queries, device=device),
+    )
+    return Tensors(inputs, rules, mask, cotangents)
+
+
+def attend(tensors: Tensors, inputs: dict[str, Tensor | None], impl: str) -> tuple[Tensor, Tensor]:
+    """(output, lse) of ops.attention on these inputs."""
+    mask = tensors.bool_mask if inputs["bias"] is None else inputs["bias"]
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    return ops.attention(
+        query, key, value, mask, sinks=inputs["sinks"], return_lse=True, impl=impl, **tensors.rules
+    )  # fmt: skip
+
+
+def results(tensors: Tensors, impl: str, dtype: torch.dtype, with_lse: bool = True) -> dict[str, Tensor]:
+    """Output, lse (0 for -inf) and every gradient, of the inputs in `dtype`; `with_lse`: lse, too, is used."""
+    inputs = {name: None if x is None else x.to(dtype).requires_grad_() for name, x in tensors.inputs.items()}
+    output, lse = attend(tensors, inputs, impl)
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)
+    loss = (output * tensors.cotangents[0].to(output.dtype)).sum()
+    if with_lse:
+        loss = loss + (finite * tensors.cotangents[1].to(finite.dtype)).sum()
+    wanted = {name: x for name, x in inputs.items() if x is not None}
+    gradients = torch.autograd.grad(loss, list(wanted.values()))
+    found = {"output": output.detach(), "lse": finite.detach()}
+    return found | {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+
+
+def assert_matches(tensors: Tensors, dtype: torch.dtype, with_lse: bool = True) -> dict[str, Tensor]:
+    """The Triton kernels against the reference in float64, by the tolerance that the reference in `dtype` sets."""
+    actual = results(tensors, "triton", dtype, with_lse)
+    truth, plain = (results(tensors, "reference", kind, with_lse) for kind in (torch.float64, dtype))
+    for name, result in actual.items():
+        oracle.assert_matches(result, truth[name], plain[name], name)
+    return actual
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences of these lengths, packed and padded: `queries` and `keys` move tensors between the two."""
+
+    query_lengths: list[int]
+    key_lengths: list[int]
+    device: torch.device
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seq_q, cu_seq_k, max_q, max_k."""
+        lengths = self.query_lengths, self.key_lengths
+        cu_seq_q, cu_seq_k = (offsets(torch.tensor(part, dtype=torch.int64, device=self.device)) for part in lengths)
+        return cu_seq_q, cu_seq_k, max(lengths[0], default=0), max(lengths[1], default=0)
+
+    @property
+    def queries(self) -> Layout:
+        cu_seq_q, _, max_q, _ = self.arguments
+        return Layout.of(cu_seq_q, max_q, sum(self.query_lengths))
+
+    @property
+    def keys(self) -> Layout:
+        _, cu_seq_k, _, max_k = self.arguments
+        return Layout.of(cu_seq_k, max_k, sum(self.key_lengths))
+
+    def padded(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """[N, H, D] to [B, H, S, D], zeros at padding."""
+        layouts = zip((self.queries, self.keys, self.keys), (query, key, value), strict=True)
+        return [layout.unpack(x).transpose(1, 2) for layout, x in layouts]

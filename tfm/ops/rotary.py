@@ -1,0 +1,158 @@
+"""Rotary position embedding of queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tfm.ops.backends import choose
+from tfm.ops.checks import check_floating, check_integers, check_same_device
+from tfm.reference import rotary as reference
+
+
+def rotary(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Turns pairs of a head's columns by its token's angles (Su et al. 2021, "RoFormer", equation 34).
+
+    (a, b) becomes (a · cos - b · sin, b · cos + a · sin), in fp32 at least, rounded once. Tables that are scaled (YaRN,
+    LongRoPE) scale the result. Columns beyond twice the tables' pass unchanged: partial rotation is a narrower table.
+
+    The families of Hugging Face call with cos[..., : R // 2] where theirs is [..., R] of two equal halves (Llama,
+    GPT-NeoX, Gemma, Qwen), with cos[..., ::2] and `interleaved` where each column is repeated (GPT-J, GLM).
+
+    Args:
+        query: [B, Hq, S, D] or packed [N, Hq, D], floating point, any strides.
+        key: the same with its own number of heads; turned in the same launch. None where there is none.
+        cos, sin: without `positions` a row for each token, [B, S, R/2], [1, S, R/2], [S, R/2] or packed [N, R/2]; with
+            them tables [P, R/2]. R <= D. Floating point, without gradient.
+        positions: integers [N], or broadcastable to [B, S]: each token's row of the tables.
+        interleaved: pair column 2i with 2i + 1 (GPT-J), not i with i + R/2 (GPT-NeoX, Llama).
+        impl: backend; see tfm.ops.backends.
+
+    Returns:
+        (query, key), shapes and dtypes as given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, tables that need a gradient, a backend that cannot run.
+        IndexError: of the reference on CPU, a position outside the tables. (The kernel reads nothing and gives NaN.)
+    """
+    _check("query", query, cos, sin, positions)
+    if key is not None:
+        _check("key", key, cos, sin, positions)
+        tokens, came = _tokens(query), _tokens(key)
+        if tokens != came or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
+            raise ValueError(
+                f"key: expected {query.dtype}, tokens {tokens} and dim {query.shape[-1]} as query,"
+                f" got {key.dtype}, {came} and {key.shape[-1]}"
+            )
+        check_same_device(query=query, key=key)
+    if choose("rotary", impl, query) == "triton":
+        from tfm.kernels import rotary as kernels
+
+        return kernels.rotary(query, key, cos, sin, positions, interleaved)
+    turned = reference.rotary(query, cos, sin, positions, interleaved)
+    return turned, None if key is None else reference.rotary(key, cos, sin, positions, interleaved)
+
+
+def rotary_(
+    x: Tensor,
+    heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """`rotary` in place, of the first `heads` heads of `x`: of a fused projection the queries and keys, not the values.
+
+    Saves the memory of a second copy of queries and keys. Where `x` is a view of a tensor that needs a gradient,
+    autograd copies that gradient; there `rotary` of the parts moves less.
+
+    Args:
+        x: [B, H, S, D] or packed [N, H, D], floating point, any strides in which no two elements share an address.
+        heads: how many heads are turned, of the H.
+        cos, sin, positions, interleaved, impl: as in `rotary`.
+
+    Returns:
+        `x`.
+
+    Raises:
+        ValueError: as `rotary`; more heads than there are.
+    """
+    _check("x", x, cos, sin, positions)
+    if not 0 <= heads <= x.shape[1]:
+        raise ValueError(f"heads: expected at most the {x.shape[1]} of x, got {heads}")
+    if choose("rotary_", impl, x) == "triton":
+        from tfm.kernels import rotary as kernels
+
+        return kernels.rotary_(x, heads, cos, sin, positions, interleaved)
+    part = x.narrow(1, 0, heads)
+    part.copy_(reference.rotary(part, cos, sin, positions, interleaved))
+    return x
+
+
+def rotary_table(
+    length: int,
+    dim: int,
+    theta: float = 10000.0,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(-2i / dim) (Su et al. 2021, section 3.2.2), computed in float64.
+
+    Args:
+        length: the number of positions.
+        dim: the columns that are turned, an even number.
+        theta: the base of the frequencies.
+        device, dtype: of the tables.
+
+    Returns:
+        cos and sin, [length, dim / 2] each.
+
+    Raises:
+        ValueError: an odd `dim`.
+    """
+    if dim % 2:
+        raise ValueError(f"dim: expected an even number of columns, got {dim}")
+    return reference.rotary_table(length, dim, theta, device, dtype)
+
+
+def _tokens(x: Tensor) -> tuple[int, ...]:
+    """The shape of the tokens: (B, S), or (N,) where they are packed."""
+    return tuple(x.shape[:1]) if x.dim() == 3 else (x.shape[0], x.shape[2])
+
+
+def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{name}: expected [B, H, S, D] or packed [N, H, D], got shape {tuple(x.shape)}")
+    check_floating(**{name: x}, cos=cos, sin=sin)
+    check_integers(positions=positions)
+    check_same_device(**{name: x}, cos=cos, sin=sin, positions=positions)
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        raise ValueError(
+            f"sin: expected {cos.dtype} of shape {tuple(cos.shape)} as cos, got {sin.dtype} of {tuple(sin.shape)}"
+        )
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("cos, sin: expected tables without gradient, got one that requires it: detach it")
+    tokens, columns = _tokens(x), x.shape[-1]
+    if cos.dim() == 0 or 2 * cos.shape[-1] > columns:
+        raise ValueError(f"cos: expected at most {columns // 2} columns for dim {columns}, got {tuple(cos.shape)}")
+    if positions is None:
+        leading, what = tuple(cos.shape[:-1]), f"cos: expected [*tokens, {cos.shape[-1]}]"
+    elif cos.dim() != 2:
+        raise ValueError(f"cos: expected a table [positions, columns], got shape {tuple(cos.shape)}")
+    else:
+        leading, what = tuple(positions.shape), "positions: expected a shape"
+    pairs = zip(reversed(leading), reversed(tokens), strict=False)
+    if len(leading) > len(tokens) or any(have not in (1, want) for have, want in pairs):
+        raise ValueError(f"{what} that broadcasts to the tokens {tokens}, got {leading}")

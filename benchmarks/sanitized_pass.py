@@ -127,11 +127,24 @@ def embedding(new: Tensors) -> Iterator[Outputs]:
         )
 
 
+def rotary(new: Tensors) -> Iterator[Outputs]:
+    tables = ops.rotary_table(LONG, HEAD_DIM // 2)
+    cos, sin = (table.to(new.device) for table in tables)
+    query, key = new(2, HEADS, LONG, HEAD_DIM), new(2, KEY_HEADS, LONG, HEAD_DIM)
+    yield ops.rotary(query, key, cos, sin, impl="triton")
+
+
+def rotary_(new: Tensors) -> Iterator[Outputs]:
+    cos, sin = (table.to(new.device) for table in ops.rotary_table(ROWS, HEAD_DIM))
+    fused = new(ROWS, HEADS + 2 * KEY_HEADS, HEAD_DIM)
+    yield ops.rotary_(2 * fused, HEADS + KEY_HEADS, cos, sin, interleaved=True, impl="triton")
+
+
 PASSES: dict[str, Callable[[Tensors], Iterator[Outputs]]] = {
     function.__name__: function
     for function in (
         attention, varlen_attention, layer_norm, residual_layer_norm, rms_norm, residual_rms_norm, feed_forward,
-        gated_feed_forward, linear_cross_entropy, embedding,
+        gated_feed_forward, linear_cross_entropy, embedding, rotary, rotary_,
     )
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ def calls():
     x, weight, vector = square(5, 8), square(8, 8), square(8)
     tokens = torch.randint(8, (2, 5))
     lengths = torch.tensor([3, 7])
+    tables = ops.rotary_table(5, 2)
     drop = {"dropout_p": 0.5, "seed": 1}
     return {
         "attention": lambda **o: ops.attention(q, kv, kv, is_causal=True, key_lengths=lengths, **drop, **o),
@@ -45,6 +46,8 @@ def calls():
         "linear_cross_entropy": lambda **o: ops.linear_cross_entropy(
             x, weight, tokens.flatten()[:5], linear_bias=vector, weight=vector.detach().exp(), label_smoothing=0.1, **o
         ),
+        "rotary": lambda **o: ops.rotary(q, kv[..., :5, :], *tables, **o),
+        "rotary_": lambda **o: ops.rotary_(2 * q, 3, *tables, interleaved=True, **o),
         "embedding": lambda **o: ops.embedding(tokens, weight, torch.arange(5), padding_idx=1, **drop, **o),
     }  # fmt: skip
 
@@ -57,7 +60,7 @@ def tensors(result):
 
 
 def test_every_public_operation_is_called_here():
-    choiceless = {"draw_seed", "dropout", "sinusoid"}
+    choiceless = {"draw_seed", "dropout", "rotary_table", "sinusoid"}
     assert set(OPERATIONS) == set(ops.__all__) - choiceless
 
 
@@ -108,8 +111,12 @@ def test_a_request_by_name_gives_its_reason(uninterpreted, monkeypatch):
         choose("layer_norm", "triton", X.double())
     with pytest.raises(ValueError, match=r": expected at most 32768 columns, got 32769$"):
         choose("layer_norm", "triton", torch.empty(1, 32769))
-    with pytest.raises(ValueError, match=r"^embedding cannot run with impl='triton': embedding has no backend of that"):
-        choose("embedding", "triton", X)
+    with pytest.raises(
+        ValueError, match=r"^dropout cannot run with impl='triton': dropout has no backend of that name"
+    ):
+        choose("dropout", "triton", X)
+    with pytest.raises(ValueError, match=r"^embedding cannot run with impl='triton': no kernel reads minds$"):
+        choose("embedding", "triton", X, reference_only="no kernel reads minds")
     with pytest.raises(ValueError, match=r": expected CUDA tensors, got meta tensors$"):
         choose("layer_norm", "triton", X.to("meta"))
     monkeypatch.setattr(backends, "has_triton", lambda: False)

@@ -102,5 +102,7 @@ def test_explicit_triton_says_why_not(kernel_device):
         ops.layer_norm(x, out_dtype=torch.float64, impl="triton")
     with pytest.raises(ValueError, match=r"^out_dtype: expected a floating-point dtype, got torch\.int32$"):
         ops.layer_norm(x, out_dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^x_bias: expected shape \(17,\), got \(16,\)$"):
+        ops.residual_layer_norm(x, x, x_bias=x[0, :16])
     with pytest.raises(ValueError, match="expected at most 32768 columns, got 32769"):
         ops.layer_norm(torch.zeros(1, 32769, device=kernel_device), impl="triton")

@@ -24,7 +24,7 @@ class Call:
         query: [B, Hq, Sq, D], or packed [Nq, Hq, D]; any strides, as `key` and `value`.
         key: [B, Hkv, Sk, D] or [Nk, Hkv, D].
         value: [B, Hkv, Sk, Dv] or [Nk, Hkv, Dv].
-        bias: [B|1, Hq|1, Sq|1, Sk], neighbouring keys side by side, or None, as everything below may be.
+        bias: [B|1, Hq|1, Sq|1, Sk], rows that begin at multiples of 16 elements, or None, as all below may be.
         words: int32 [B|1, Hq|1, Sq, W], a bit for each key that a query may attend to.
         reach: int32 [B|1, Hq|1, W], a bit for each key that some query may attend to.
         sinks: [Hq].

@@ -9,6 +9,7 @@ forbids. A mask with one row for all queries is its own reach, and needs no word
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,13 +69,22 @@ def mask_to_bits(
         return None, None, None
     mask = attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape).expand(-1, -1, -1, keys)
     if mask.dtype != torch.bool:
-        # Of a float mask neighbouring keys lie side by side: an address for each would fill the registers.
-        mask = mask if mask.stride(3) == 1 or keys <= 1 else mask.contiguous()
+        mask = _aligned(mask)
         return mask, None, torch.ops.tfm.attention_mask_bits(mask.detach(), starts, start, left, right)[1]
     for dim in range(3):  # an expanded mask is one that broadcasts
         mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 and mask.shape[dim] > 1 else mask
     words, reach = torch.ops.tfm.attention_mask_bits(mask, starts, start, left, right)
     return None, words if mask.shape[2] != 1 else None, reach
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """`bias` where its rows begin at multiples of 16 elements; else a copy whose rows do.
+
+    Else each element is loaded alone, by an address of its own, and these fill the registers.
+    """
+    rows_fit = all(step % 16 == 0 for step, size in zip(bias.stride()[:3], bias.shape[:3], strict=True) if size > 1)
+    keys = bias.shape[3]
+    return bias if bias.stride(3) == 1 and rows_fit else F.pad(bias, (0, -keys % 16))[..., :keys]
 
 
 def attention_mask_bits(

@@ -1,0 +1,11 @@
+"""Masked softmax attention ("Attention Is All You Need", section 3.2.1, equation 1), forward and backward.
+
+operators           what torch and tfm.ops see: registration, autograd, which kernel serves which length
+call                one attention as every kernel is told of it
+scores              what the kernels share: where sequences lie, which keys a query sees, what a score is
+short_forward, short_backward       all keys of a head on chip: one launch each way
+forward, backward_queries, backward_keys        sequences of any length
+mask_bits           a dense mask, read once
+bias_gradient       the gradient of an additive bias, summed over the dimensions it is broadcast along
+weights             the softmax weights themselves, where somebody asks for them
+"""

@@ -131,7 +131,7 @@ def rotary(new: Tensors) -> Iterator[Outputs]:
     tables = ops.rotary_table(LONG, HEAD_DIM // 2)
     cos, sin = (table.to(new.device) for table in tables)
     query, key = new(2, HEADS, LONG, HEAD_DIM), new(2, KEY_HEADS, LONG, HEAD_DIM)
-    yield ops.rotary(query, key, cos, sin, impl="triton")
+    yield tuple(turned for turned in ops.rotary(query, key, cos, sin, impl="triton") if turned is not None)
 
 
 def rotary_(new: Tensors) -> Iterator[Outputs]:

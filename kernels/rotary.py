@@ -213,7 +213,10 @@ class Rotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin, positions)
         ctx.interleaved = interleaved
         ctx.set_materialize_grads(False)
-        return torch.ops.tfm.rotary.default(query, key, cos, sin, positions, query.shape[1], interleaved, False)
+        turned = torch.ops.tfm.rotary.default(query, key, cos, sin, positions, query.shape[1], interleaved, False)
+        pairs = zip(turned, ctx.needs_input_grad[:2], strict=True)
+        ctx.mark_non_differentiable(*(y for y, needed in pairs if y is not None and not needed))
+        return turned
 
     @staticmethod
     @once_differentiable
@@ -257,4 +260,8 @@ def rotary_(
     x: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> Tensor:  # fmt: skip
     """See tfm.ops.rotary_."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        # Dynamo does not trace a Function that changes what needs no gradient.
+        torch.ops.tfm.rotary_.default(x, cos, sin, positions, heads, interleaved)
+        return x
     return RotaryInPlace.apply(x, heads, cos, sin, positions, interleaved)

@@ -213,12 +213,12 @@ def test_only_wanted_gradients_are_computed(wanted, kernel_device, launched):
     needed = (query if wanted == "query" else key).requires_grad_()
     cos, sin = torch.randn(2, 5, 4, device=kernel_device)
     outputs = ops.rotary(query, key, cos, sin, impl="triton")
-    for used in (outputs, outputs[wanted == "key" :][:1]):
-        launched.clear()
-        (gradient,) = torch.autograd.grad(used, needed, [torch.ones_like(y) for y in used], retain_graph=True)
-        expected, _ = ops.rotary(torch.ones_like(needed), None, cos, -sin, impl="reference")
-        torch.testing.assert_close(gradient, expected)
-        assert launched == LAUNCH
+    (used,) = (y for y in outputs if y.requires_grad)
+    launched.clear()
+    (gradient,) = torch.autograd.grad(used, needed, torch.ones_like(used))
+    expected, _ = ops.rotary(torch.ones_like(needed), None, cos, -sin, impl="reference")
+    torch.testing.assert_close(gradient, expected)
+    assert launched == LAUNCH
 
 
 def test_kernel_reads_nothing_outside_the_tables(kernel_device, launched):
@@ -272,7 +272,7 @@ X, TABLE = torch.zeros(2, 3, 5, 8), torch.zeros(5, 4)
 BAD_CALLS = {
     r"^query: expected \[B, H, S, D\] or packed \[N, H, D\]": (X[0, 0], None, TABLE, TABLE),
     r"^query: expected a floating-point tensor": (X.long(), None, TABLE, TABLE),
-    r"^key: expected torch.float32, tokens \(2, 5\) and dim 8 as query, got torch.float32, \(2, 4\) and 8": (
+    r"^key: expected torch.float32 of query's shape \(2, 3, 5, 8\), heads apart, got torch.float32 of \(2, 3, 4, 8\)": (
         X, X[:, :, :4], TABLE[:1], TABLE[:1],
     ),
     r"^sin: expected torch.float32 of shape \(5, 4\) as cos": (X, None, TABLE, TABLE[:4]),
@@ -295,6 +295,39 @@ BAD_CALLS = {
 def test_bad_calls_say_what_was_expected(message):
     with pytest.raises(ValueError, match=message):
         ops.rotary(*BAD_CALLS[message])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_in_place_refuses_what_autograd_keeps(impl, kernel_device):
+    leaf, tables = torch.zeros(5, 3, 8, device=kernel_device, requires_grad=True), [TABLE.to(kernel_device)] * 2
+    for x in (leaf, leaf[:, :2]):
+        with pytest.raises(ValueError, match=r"^x: expected the result of an operation, got a leaf that needs"):
+            ops.rotary_(x, 2, *tables, impl=impl)
+    with pytest.raises(
+        ValueError, match=r"^x: expected elements with addresses of their own, got strides \(24, 0, 1\)"
+    ):
+        ops.rotary_(leaf.detach()[:, :1].expand(5, 3, 8), 2, *tables, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_what_needs_no_gradient_gets_none(impl, kernel_device):
+    query, key = torch.randn(2, 5, 3, 8, device=kernel_device)
+    turned = ops.rotary(query.requires_grad_(), key, *[TABLE.to(kernel_device)] * 2, impl=impl)
+    assert [y.requires_grad for y in turned] == [True, False]
+
+
+def test_in_place_compiles_without_a_gradient(kernel_device):
+    x, (cos, sin) = torch.randn(5, 3, 8, device=kernel_device), torch.randn(2, 5, 4, device=kernel_device)
+    turn = lambda x: ops.rotary_(x, 2, cos, sin, impl="triton") + 1  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(turn, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x.clone()), turn(x.clone()))
+
+
+def test_reference_refuses_positions_outside_the_tables():
+    for position in (-1, 5):
+        with pytest.raises(IndexError):
+            ops.rotary(X[0], None, TABLE, TABLE, torch.tensor([0, 1, position]), impl="reference")
 
 
 def test_bad_heads_and_dims():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks.kernel_cases.case import Case
@@ -93,7 +94,8 @@ def _arguments(kernel: JITFunction, dtype: str, dims: tuple[int, int], kind: str
     """Of `kernel`, tiles apart; heads lie side by side in their rows, as projections have them."""
     data = "*fp32:16" if dtype == "tf32" else f"*{dtype}:16"
     dim, value_dim = dims
-    (first, rest), (value_first, value_rest) = launch.split_dim(dim), launch.split_dim(value_dim)
+    kind_of_float = torch.float32 if data == "*fp32:16" else torch.bfloat16
+    (first, rest), (value_first, value_rest) = (launch.split_dim(x, kind_of_float) for x in dims)
     found: dict[str, Any] = {
         "DIM": dim, "DIM_FIRST": first, "DIM_REST": rest,
         "VALUE_DIM": value_dim, "VALUE_FIRST": value_first, "VALUE_REST": value_rest,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from triton.runtime.jit import JITFunction
 
 # Of what a sublayer gives, and of the residual stream: autocast makes the last pair.
 DTYPES = (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"))
+
+# By the major number of the compute capability that launch settings ask about: Hopper, Blackwell for data centres, and
+# the chips with less shared memory, whose tensor cores hold a product's first factor in registers.
+CHIPS = {9: (90,), 10: (100,), 8: (80, 86, 89, 120)}
 
 
 @dataclass(frozen=True)
@@ -30,3 +35,14 @@ class Case:
     max_registers: int | None = None
     # The chips that the launch gives these settings; None for all.
     capabilities: tuple[int, ...] | None = None
+
+
+def merged(cases: Iterable[Case]) -> Iterator[Case]:
+    """The cases, those of one name as one for the chips of all."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        before = found.setdefault(case.name, case)
+        if before.capabilities is not None and case.capabilities is not None:
+            chips = tuple(sorted({*before.capabilities, *case.capabilities}))
+            found[case.name] = replace(before, capabilities=chips)
+    yield from found.values()

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from benchmarks.kernel_cases.case import Case
+from benchmarks.kernel_cases.case import CHIPS, Case
 from tfm.kernels import activation_dropout, launch, linear_activation
 from tfm.ops.feed_forward import ACTIVATIONS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUMBERS = {"rows": "i32", "threshold": "i32", "scale": "fp32", "site": "i32", "seed": "*i64:16"}
 HIDDEN, DEPTH = 2048, 512
-# Those with much shared memory take the settings of sm_90, the others those of sm_80.
-CHIPS = {90: (90, 100), 80: (80, 86, 89, 120)}
 # Each takes smaller tiles than the one before, on 132 multiprocessors.
 ROWS = (8192, 1024, 512, 64)
 
@@ -100,5 +98,5 @@ def _matmul_case(name: str, kernel: Any, arguments: dict[str, Any], tiles: launc
     arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
     return Case(
         name, kernel, arguments, tiles.num_warps, tiles.num_stages, matrix=True,
-        max_registers=tiles.max_registers, capabilities=CHIPS[capability],
+        max_registers=tiles.max_registers, capabilities=CHIPS[8] if capability == 80 else CHIPS[9] + CHIPS[10],
     )  # fmt: skip

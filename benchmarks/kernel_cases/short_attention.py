@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_cases.case import Case
+from benchmarks.kernel_cases.case import CHIPS, Case, merged
 from tfm.kernels import launch
 from tfm.kernels.attention import bias_gradient, short_backward, short_forward, weights
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What changes the code most: a bias, a mask as bits, neither on packed sequences.
 KINDS = ("bias", "mask", "packed")
-# Of the compute capability: with wide tensor cores and without.
-MAJORS = (9, 8)
 # What the second of two passes of the backward makes.
 SECOND_PASS = ("dv", "delta", "sinks", "sink_partials")
 MATRICES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "weights")
@@ -26,10 +24,7 @@ COUNTS = ("query_tiles", "key_tiles", "members", "bias_heads", "dbias_split", "d
 
 def short_attention_cases(every: bool) -> Iterator[Case]:
     """Every rule and dropout at once; head dims and keys at the rows of the launch settings, for either tensor core."""
-    found: dict[str, Case] = {}
-    for case in (*_forward_cases(every), *_backward_cases(every)):
-        found.setdefault(case.name, case)
-    yield from found.values()
+    yield from merged((*_forward_cases(every), *_backward_cases(every)))
 
 
 def _forward_cases(every: bool) -> Iterator[Case]:
@@ -41,7 +36,8 @@ def _forward_cases(every: bool) -> Iterator[Case]:
             blocks = {"BLOCK_QUERIES": tiles.block_queries, "BLOCK_KEYS": keys}
             name = f"short_attention_forward {tiles.block_queries}x{keys} of {dim} {kind} {dtype}"
             matrix = _is_wide(dtype, tiles.block_queries)
-            yield Case(name, kernel, _arguments(kernel, dtype, dim, kind) | blocks, tiles.num_warps, matrix=matrix)
+            arguments = _arguments(kernel, dtype, dim, kind) | blocks
+            yield _case(name, kernel, arguments, tiles, matrix, major)
 
 
 def _backward_cases(every: bool) -> Iterator[Case]:
@@ -56,21 +52,35 @@ def _backward_cases(every: bool) -> Iterator[Case]:
             for part, absent in made.items():
                 name = f"short_attention_backward {tiles.block_queries}x{keys} of {dim} {kind}{part} {dtype}"
                 arguments = _arguments(kernel, dtype, dim, kind) | blocks | dict.fromkeys(absent)
-                yield Case(name, kernel, arguments, tiles.num_warps, matrix=_is_wide(dtype, keys))
+                matrix = _is_wide(dtype, keys)
+                yield _case(name, kernel, arguments, tiles, matrix, major)
+
+
+def _case(name: str, kernel: Any, arguments: dict[str, Any], tiles: Any, matrix: bool, major: int) -> Case:
+    name += " capped" * (tiles.max_registers is not None)
+    return Case(
+        name, kernel, arguments, tiles.num_warps,
+        matrix=matrix, max_registers=tiles.max_registers, capabilities=CHIPS[major],
+    )  # fmt: skip
 
 
 def score_cases(every: bool) -> Iterator[Case]:
     """The bias gradient, and the weights, at the head dims of the launch settings."""
+    yield from merged(_score_cases(every))
+
+
+def _score_cases(every: bool) -> Iterator[Case]:
     shared = {"SHARED_HEADS": True, "SHARED_QUERIES": False, "dbias": "*fp32:16"}
     hungriest = ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 128)
     for dtype, dim in product(TYPES, (16, 32, 64, 128, 256)) if every else hungriest:
         kernel = bias_gradient.bias_gradient_kernel
-        for tiles in {launch.bias_gradient(dim, TYPES[dtype], major): None for major in MAJORS}:
+        for major, chips in CHIPS.items():
+            tiles = launch.bias_gradient(dim, TYPES[dtype], major)
             blocks = {"BLOCK_QUERIES": tiles.block_queries, "BLOCK_KEYS": tiles.block_keys}
             arguments = _arguments(kernel, dtype, dim, "bias") | blocks | shared
             name = f"bias_gradient {tiles.block_queries}x{tiles.block_keys} of {dim} {dtype}"
             matrix = _is_wide(dtype, tiles.block_queries)
-            yield Case(name, kernel, arguments, tiles.num_warps, tiles.num_stages, matrix=matrix)
+            yield Case(name, kernel, arguments, tiles.num_warps, tiles.num_stages, matrix=matrix, capabilities=chips)
 
         tiles = launch.attention_weights(TYPES[dtype])
         kernel = weights.attention_weights_kernel
@@ -96,7 +106,7 @@ def _rows(tables: Any, every: bool) -> Iterator[tuple[str, int, int, str, int]]:
                 continue
             dims = (16, 32, 64) if every and dim == 64 else (dim,)
             dtypes = ("bf16", "fp16") if every and dtype == "bf16" else (dtype,)
-            yield from product(dtypes, dims, (keys,), KINDS if every or common else KINDS[:1], MAJORS)
+            yield from product(dtypes, dims, (keys,), KINDS if every or common else KINDS[:1], CHIPS)
 
 
 def _is_wide(dtype: str, rows: int) -> bool:

@@ -98,8 +98,8 @@ class Call:
         dim, value_dim = self.dims
         inner, outer = score_factors(self.scale, self.softcap)
         threshold, keep_scale = threshold_and_scale(self.dropout_p)
-        first, rest = launch.split_dim(dim)
-        value_first, value_rest = launch.split_dim(value_dim)
+        first, rest = launch.split_dim(dim, self.query.dtype)
+        value_first, value_rest = launch.split_dim(value_dim, self.query.dtype)
         return {
             "q": self.query, "k": self.key, "v": self.value, "bias": self.bias, "words": self.words,
             "reach": self.reach, "seed": self.seed, "cu_seq_q": self.cu_seq_q, "cu_seq_k": self.cu_seq_k,

@@ -65,10 +65,10 @@ def locate(sequence, cu_seq, lengths, size):
 @triton.jit
 def first_position(sequence, starts, start):
     """The position among the keys of a sequence's first query, int32."""
-    if starts is None:
-        return tl.cast(start, tl.int32)
-    # Triton compiles what follows a return, too.
-    return tl.minimum(tl.maximum(tl.load(starts + sequence), -FAR), FAR).to(tl.int32)
+    position = tl.cast(start, tl.int32)
+    if starts is not None:
+        position = tl.minimum(tl.maximum(tl.load(starts + sequence), -FAR), FAR).to(tl.int32)
+    return position
 
 
 @triton.jit

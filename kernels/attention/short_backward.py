@@ -200,6 +200,7 @@ def short_attention_backward(
                 **strides("dv", dv), **statistics_strides(lse),
                 dlse_b=dlse_strides[0], dlse_h=dlse_strides[1], dlse_s=dlse_strides[2], tiles=blocks,
                 BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
+                maxnreg=tiles.max_registers,
             )  # fmt: skip
     dsinks = None if sink_partials is None else sink_partials.sum(0).to(call.sinks.dtype)
     return dq, dk, dv, dsinks, delta

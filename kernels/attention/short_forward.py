@@ -150,5 +150,6 @@ def short_attention_forward(call: Call, tiles: launch.ShortForwardTiles) -> tupl
             **arguments_for(short_attention_forward_kernel, call), sinks=call.sinks, out=out, lse=lse,
             **strides("out", out), **statistics_strides(lse), splits=splits,
             BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
+            maxnreg=tiles.max_registers,
         )  # fmt: skip
     return out, lse

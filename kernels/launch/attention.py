@@ -134,21 +134,22 @@ def _row(
 
 def dims_class(dim: int, value_dim: int) -> int:
     """The narrowest class of rows that holds these head dims; 192 is for keys wider than values, 192 and 128."""
-    dim, value_dim = sum(split_dim(dim)), sum(split_dim(value_dim))
     if max(dim, value_dim) <= 128:
         return 64 if max(dim, value_dim) <= 64 else 128
     return 192 if dim <= 192 and value_dim <= 128 else 256
 
 
-def split_dim(dim: int) -> tuple[int, int]:
+def split_dim(dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """A head dim as the sum of two powers of two, at least 16 each, that cover it; the second is 0 where one does.
 
-    Tiles are powers of two; 96 as 64 + 32 multiplies and stores what 128 would waste.
+    Tiles are powers of two; 96 as 64 + 32 multiplies and stores what 128 would waste. fp32, which a thread multiplies
+    alone, holds whole rows of both factors in registers: they are halved from 128 on.
     """
     whole = max(16, 1 << (dim - 1).bit_length())
     first = whole // 2
     rest = max(16, 1 << (dim - first - 1).bit_length()) if dim > first else 0
-    return (first, rest) if first >= 16 and rest > 0 and first + rest < whole else (whole, 0)
+    split = first >= 16 and rest > 0 and (first + rest < whole or (dtype == torch.float32 and whole >= 128))
+    return (first, rest) if split else (whole, 0)
 
 
 def mask_bits(queries: int) -> RowTiles:

@@ -28,12 +28,16 @@ import torch
 
 @dataclass(frozen=True)
 class ShortForwardTiles:
-    """Tiles of block_queries x block_keys; a program takes all queries of a head (`takes_all`), or one tile of them."""
+    """Tiles of block_queries x block_keys; a program takes all queries of a head (`takes_all`), or one tile of them.
+
+    `max_registers` of a thread; None where the compiler may choose.
+    """
 
     block_queries: int
     block_keys: int
     num_warps: int
     takes_all: bool
+    max_registers: int | None = None
 
     def splits(self, max_q: int) -> int:
         """The programs that share the queries of one head."""
@@ -48,6 +52,7 @@ class ShortBackwardTiles:
     block_keys: int
     num_warps: int
     passes: int
+    max_registers: int | None = None
 
 
 # A program of the backward goes through all queries of its keys, one tile after another.
@@ -74,6 +79,8 @@ SHORT_BACKWARD_FP32 = {
     (64, 32): (16, 8, 1), (64, 64): (16, 16, 1),
     (128, 32): (16, 16, 1),
 }  # fmt: skip
+# Left to itself, the assembler spills a few words of these rows on sm_100, to fit one program more.
+CAPPED_FORWARD, CAPPED_BACKWARD = (64, 16), (64, 64)
 # An address for each element of the bias does not fit beside these rows' sums.
 NO_BIAS = ((64, 256), (256, 32))
 
@@ -97,7 +104,8 @@ def short_attention_forward(
     queries, num_warps = row
     if queries == 64 and (has_bias or (has_words and place == (64, 256)) or not _has_wide_tensor_cores(major)):
         queries = 16 if has_bias or has_words else 32
-    return ShortForwardTiles(queries, place[1], num_warps, takes_all=place[1] <= 64)
+    most = 255 if major == 10 and dtype != torch.float32 and place == CAPPED_FORWARD else None
+    return ShortForwardTiles(queries, place[1], num_warps, takes_all=place[1] <= 64, max_registers=most)
 
 
 def short_attention_backward(
@@ -111,7 +119,8 @@ def short_attention_backward(
     queries, num_warps, passes = row
     if has_bias or not _has_wide_tensor_cores(major):
         queries = 16
-    return ShortBackwardTiles(queries, place[1], num_warps, passes)
+    most = 255 if major == 10 and dtype != torch.float32 and place == CAPPED_BACKWARD else None
+    return ShortBackwardTiles(queries, place[1], num_warps, passes, max_registers=most)
 
 
 def _place(max_k: int, dim: int, least: int) -> tuple[int, int]:

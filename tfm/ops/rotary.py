@@ -46,12 +46,11 @@ def rotary(
     """
     _check("query", query, cos, sin, positions)
     if key is not None:
-        _check("key", key, cos, sin, positions)
-        tokens, came = _tokens(query), _tokens(key)
-        if tokens != came or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
+        alike = query.dim() == key.dim() and query.shape[-1] == key.shape[-1] and query.dtype == key.dtype
+        if not alike or _tokens(query) != _tokens(key):
             raise ValueError(
-                f"key: expected {query.dtype}, tokens {tokens} and dim {query.shape[-1]} as query,"
-                f" got {key.dtype}, {came} and {key.shape[-1]}"
+                f"key: expected {query.dtype} of query's shape {tuple(query.shape)}, heads apart,"
+                f" got {key.dtype} of {tuple(key.shape)}"
             )
         check_same_device(query=query, key=key)
     if choose("rotary", impl, query) == "triton":
@@ -86,9 +85,11 @@ def rotary_(
         `x`.
 
     Raises:
-        ValueError: as `rotary`; more heads than there are.
+        ValueError: as `rotary`; more heads than there are; a leaf that needs a gradient, or a view of one, whose values
+            autograd keeps; an expanded tensor.
     """
     _check("x", x, cos, sin, positions)
+    _check_in_place(x)
     if not 0 <= heads <= x.shape[1]:
         raise ValueError(f"heads: expected at most the {x.shape[1]} of x, got {heads}")
     if choose("rotary_", impl, x) == "triton":
@@ -98,6 +99,15 @@ def rotary_(
     part = x.narrow(1, 0, heads)
     part.copy_(reference.rotary(part, cos, sin, positions, interleaved))
     return x
+
+
+def _check_in_place(x: Tensor) -> None:
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"x: expected elements with addresses of their own, got strides {x.stride()}: clone it")
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return
+    if x.is_leaf or (x._base is not None and x._base.is_leaf):
+        raise ValueError("x: expected the result of an operation, got a leaf that needs a gradient: take `rotary`")
 
 
 def rotary_table(

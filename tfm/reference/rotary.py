@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
     """See tfm.ops.rotary, of one tensor."""
     if positions is not None:
-        cos, sin = cos[positions], sin[positions]
+        # Unlike an index, this refuses negative positions.
+        cos, sin = F.embedding(positions, cos), F.embedding(positions, sin)
     wide = torch.promote_types(x.dtype, torch.float32)
     tokens = x.shape[:1] if x.dim() == 3 else (x.shape[0], x.shape[2])
     cos, sin = (table.to(wide).expand(*tokens, table.shape[-1]).unsqueeze(1) for table in (cos, sin))

@@ -70,12 +70,12 @@ PROBLEMS = {
     ),
     "bias [Sk], softcap": Problem((1, 2, 1, 33, 70, 16, 16), {"softcap": 1.5}, ("float", (70,))),
     "everything": Problem(
-        (2, 2, 1, 40, 70, 24, 40),
+        (2, 4, 2, 40, 70, 24, 40),
         {
             "is_causal": True, "query_start": [25, -2], "window_size": (37, 1), "key_lengths": [70, 31],
             "softcap": 1.5, "sinks": True, "scale": 0.4, "dropout_p": 0.3,
         },
-        ("float", (2, 2, 40, 70)),
+        ("float", (2, 4, 40, 70)),
     ),
     "three keys": Problem((2, 2, 2, 5, 3, 16, 16), {"dropout_p": 0.1}),
     "one query": Problem((1, 2, 2, 1, 130, 16, 16), {"is_causal": True, "query_start": 129}),
@@ -173,8 +173,10 @@ def assert_matches(tensors: Tensors, dtype: torch.dtype, with_lse: bool = True) 
     """The Triton kernels against the reference in float64, by the tolerance that the reference in `dtype` sets."""
     actual = results(tensors, "triton", dtype, with_lse)
     truth, plain = (results(tensors, "reference", kind, with_lse) for kind in (torch.float64, dtype))
+    # The backward forms the softmax again from an lse rounded to fp32: each weight is off by as much as its rounding.
+    rounding = torch.finfo(torch.float32).eps / 2 * truth["lse"].abs().max().item() if truth["lse"].numel() else 0.0
     for name, result in actual.items():
-        oracle.assert_matches(result, truth[name], plain[name], name)
+        oracle.assert_matches(result, truth[name], plain[name], name, rounding if name.startswith("d") else 0.0)
     return actual
 
 

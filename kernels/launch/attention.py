@@ -11,7 +11,7 @@ meanwhile, or another warp group of the same one. Hence, on sm_90 and sm_100:
 forward     D 64: 128 x 64, 8 warps held to 128 registers: two programs, 16 warps. A tile of 128 queries reads its keys
             at half the rate of 64, 3 TB/s of the second-level cache at 400 TFLOP/s. D 128: 128 x 128, 8 warps, one
             program (250 registers, 160 KB): two warp groups beside each other; wide tiles rescale acc half as often.
-dq          D 64: 128 x 64, 8 warps held to 128 registers, two programs. D 128: 64 x 64, 4 warps, two programs.
+dq          64 x 64, 4 warps: three programs at D 64 (158 registers), two at D 128 (233).
 dk and dv   Four accumulators of a tile are alive at once (s, dp, dk, dv), which sets the tile. D 64: 64 x 64, 4 warps,
             240 registers, two programs. D 128: 32 x 128, 8 warps, 235 registers, one program. At 256 dk and dv are
             made in two passes, each of which computes s again.
@@ -55,19 +55,19 @@ FORWARD: Table = {
     64: (AttentionTiles(128, 64, 8, 2, 128), AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2, 168)),
     128: (AttentionTiles(128, 128, 8, 2), AttentionTiles(64, 32, 4, 2)),
     192: (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
-    256: (AttentionTiles(128, 32, 8, 2),),
+    256: (AttentionTiles(128, 32, 8, 2), AttentionTiles(64, 32, 8, 2)),
 }
 QUERIES: Table = {
-    64: (AttentionTiles(128, 64, 8, 2, 128), AttentionTiles(64, 32, 4, 2, 168), AttentionTiles(64, 32, 4, 2)),
+    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2, 168), AttentionTiles(64, 32, 4, 2)),
     128: (AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2)),
     192: (AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 32, 8, 2)),
     256: (AttentionTiles(64, 32, 8, 2),),
 }
 KEYS: Table = {
-    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(32, 64, 4, 2)),
-    128: (AttentionTiles(32, 128, 8, 2), AttentionTiles(32, 64, 8, 2)),
+    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(32, 64, 4, 3)),
+    128: (AttentionTiles(32, 128, 8, 2), AttentionTiles(32, 64, 8, 3)),
     192: (AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 8, 2)),
-    256: (AttentionTiles(32, 64, 8, 2, passes=2), AttentionTiles(16, 64, 8, 2, passes=2)),
+    256: (AttentionTiles(32, 64, 8, 2, passes=2), AttentionTiles(16, 64, 8, 2, 255, passes=2)),
 }
 # Of chips without tensor cores that read both factors from shared memory: sm_80, sm_86, sm_89, sm_120.
 NARROW_FORWARD: Table = {
@@ -89,22 +89,22 @@ NARROW_KEYS: Table = {
     256: (AttentionTiles(16, 32, 8, 2, passes=2),),
 }
 FP32_FORWARD: Table = {
-    64: (AttentionTiles(32, 32, 8, 1),),
-    128: (AttentionTiles(16, 32, 8, 1),),
-    192: (AttentionTiles(16, 16, 8, 1),),
-    256: (AttentionTiles(16, 16, 8, 1),),
+    64: (AttentionTiles(32, 32, 4, 2),),
+    128: (AttentionTiles(32, 32, 8, 2),),
+    192: (AttentionTiles(32, 32, 8, 2),),
+    256: (AttentionTiles(16, 32, 8, 2),),
 }
 FP32_QUERIES: Table = {
-    64: (AttentionTiles(32, 32, 8, 1),),
-    128: (AttentionTiles(16, 16, 8, 1),),
-    192: (AttentionTiles(16, 16, 8, 1),),
-    256: (AttentionTiles(16, 16, 8, 1),),
+    64: (AttentionTiles(32, 32, 4, 2),),
+    128: (AttentionTiles(16, 32, 8, 2),),
+    192: (AttentionTiles(16, 16, 8, 2),),
+    256: (AttentionTiles(16, 16, 8, 2),),
 }
 FP32_KEYS: Table = {
-    64: (AttentionTiles(32, 32, 8, 1),),
-    128: (AttentionTiles(16, 32, 8, 1),),
-    192: (AttentionTiles(16, 16, 8, 1, passes=2),),
-    256: (AttentionTiles(16, 16, 8, 1, passes=2),),
+    64: (AttentionTiles(16, 32, 8, 1),),
+    128: (AttentionTiles(16, 32, 8, 2),),
+    192: (AttentionTiles(16, 16, 8, 2),),
+    256: (AttentionTiles(16, 16, 8, 2),),
 }
 
 

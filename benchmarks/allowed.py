@@ -23,4 +23,8 @@ ALLOWED: tuple[Allowed, ...] = (
         ("layer_norm_backward x_bias 128 fp32",), (120,), "spill",
         reason="One address of 8 bytes, stored before the loop over the rows and read after it.",
     ),
+    Allowed(
+        ("attention_backward_keys 256 bias dropout no dv bf16 wide",), (90,), "spill",
+        reason="48 bytes at the widest heads, with a bias and dropout at once; smaller tiles have no HGMMA.",
+    ),
 )  # fmt: skip

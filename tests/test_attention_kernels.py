@@ -30,7 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from tfm import ops
 from tfm.kernels import launch
 from tfm.kernels.attention import operators
+from tfm.kernels.attention.mask_bits import KEYS_OF_A_ROW
 from tfm.kernels.launch import AttentionTiles
+from tfm.kernels.launch import attention as attention_tables
 
 FORWARD, BITS = ["attention_forward_kernel"], ["mask_bits_kernel"]
 BIAS = ["bias_gradient_kernel", "sum_splits_kernel"]
@@ -112,6 +114,25 @@ def test_kernels_match_at_any_shape(batch, queries, keys, dim, group, rules):
     problem = Problem((batch, group, 1, queries, keys, dim, dim + 3), rules)
     tensors = make(problem, device, torch.float16)
     assert_matches(tensors, torch.float16)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_narrow_inputs_under_a_wide_bias_and_sinks(passes, kernel_device, launched, monkeypatch):
+    two = AttentionTiles(64, 32, 4, 2, passes=passes)
+    monkeypatch.setattr(launch, "attention_backward_keys", lambda *_: two)
+    problem = Problem((2, 2, 2, 33, 40, 16, 16), {"sinks": True, "dropout_p": 0.2}, ("float", (1, 2, 33, 40)))
+    tensors = make(problem, kernel_device, torch.float16)
+    learnt = {name: tensors.inputs[name].float() for name in ("bias", "sinks")}
+    found = []
+    for impl, dtype in (("triton", torch.float16), ("reference", torch.float64), ("reference", torch.float16)):
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = {name: x.to(wide if name in learnt else dtype).requires_grad_() for name, x in tensors.inputs.items()}
+        output, _ = attend(tensors, inputs, impl)
+        loss = (output * tensors.cotangents[0].to(dtype)).sum()
+        found.append([output.detach(), *torch.autograd.grad(loss, list(inputs.values()))])
+    oracle.assert_all_match(*found, ("output", "query", "key", "value", "bias", "sinks"))
+    assert [gradient.dtype for gradient in found[0][4:]] == [torch.float32] * 2
+    assert launched == BITS + FORWARD + QUERIES + KEYS * passes + BIAS
 
 
 LENGTHS = Packing([33, 1, 0, 40], [5, 70, 3, 0], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -351,6 +372,35 @@ def test_returned_weights_are_those_applied(dropout_p, kernel_device, launched):
         found.append([expected.detach(), *torch.autograd.grad(expected.square().sum(), some[:2])])
     oracle.assert_all_match(*found, ("weights", "query", "key"))
     equal(output, ops.attention(query, key, value, **options, impl="triton"))
+
+
+DTYPES_OF_TABLES = (torch.bfloat16, torch.float32)
+
+
+@settings(max_examples=200)
+@given(
+    dims=st.tuples(st.integers(1, 256), st.integers(1, 256)),
+    dtype=st.sampled_from(DTYPES_OF_TABLES),
+    extras=st.integers(0, 2),
+    major=st.sampled_from([8, 9, 10, 12]),
+)
+def test_every_head_dim_has_tiles(dims, dtype, extras, major):
+    for dim in dims:
+        first, rest = launch.split_dim(dim, dtype)
+        assert first >= 16
+        assert rest == 0 or 16 <= rest <= first
+        assert dim <= first + rest < max(2 * dim, 17)
+        assert all(part & (part - 1) == 0 for part in (first, rest))
+    for choose in (
+        attention_tables.attention_forward,
+        attention_tables.attention_backward_queries,
+        attention_tables.attention_backward_keys,
+    ):
+        tiles = choose(*dims, dtype, extras, major)
+        assert tiles.block_queries >= 16
+        assert tiles.block_keys >= 16
+        # Word rows of a mask are padded to so many keys.
+        assert KEYS_OF_A_ROW % tiles.block_keys == 0
 
 
 def test_operators_obey_torch(kernel_device):

@@ -3,6 +3,7 @@
 One file for each file of kernels/. A new kernel adds its function to ALL.
 """
 
+from benchmarks.kernel_cases.attention import attention_cases
 from benchmarks.kernel_cases.cross_entropy import cross_entropy_cases
 from benchmarks.kernel_cases.embedding import embedding_cases
 from benchmarks.kernel_cases.feed_forward import feed_forward_cases
@@ -12,6 +13,7 @@ from benchmarks.kernel_cases.rotary import rotary_cases
 from benchmarks.kernel_cases.short_attention import score_cases, short_attention_cases
 
 ALL = (
+    attention_cases,
     cross_entropy_cases,
     feed_forward_cases,
     layer_norm_cases,

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check check-kernels check-kernels-all bench gpu tune clean
+.PHONY: demo test test-all check check-kernels check-kernels-all bench gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: $(INSTALLED)
@@ -12,6 +12,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+# The same with the full product of attention's rules.
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 TFM_EVERY_ATTENTION=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 # Format, lint, types, and who may import whom.
 check: $(INSTALLED)

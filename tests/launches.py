@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.trace_rules
 from triton.runtime.jit import KernelInterface
 
 
@@ -12,6 +13,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     Allocations are filled with NaN from now on, so that an element that no kernel writes is seen.
     """
+    # Dynamo lists torch's functions once, and would never trace those that stand there patched.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     launched: list[str] = []
     subscript, empty, empty_like = KernelInterface.__getitem__, torch.empty, torch.empty_like
 

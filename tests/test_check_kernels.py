@@ -13,6 +13,8 @@ from benchmarks.chips import CHIPS, resident_blocks
 from benchmarks.compiled import CASES, Compiled, cases_of, compile_all
 from benchmarks.sass import count_instructions
 
+# What one process has run and these tests look at is not run by another.
+pytestmark = pytest.mark.xdist_group("check_kernels")
 # Each but the first and the last two is unfit for sm_90 in its own way. One warp holds 32 x 255 values; a 16-row tile
 # is too short for HGMMA; five stages of 64 KB are more than 227 KB; nothing is called tl.nothing.
 UNFIT = """

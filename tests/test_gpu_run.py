@@ -19,6 +19,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import child, proof, pytest_journal, speed
 from benchmarks.gpu.run import Options, Part, Run
 
+# What one process has run and these tests look at is not run by another.
+pytestmark = pytest.mark.xdist_group("gpu_run")
 ROOT = Path(command.ROOT)
 # One kernel in the place of all, so that nothing is compiled for minutes.
 KERNEL_CASES = """

@@ -99,7 +99,7 @@ def parse(command_line: list[str] | None = None) -> Options:
     if not named:
         raise UserError(f"--only: expected some of {', '.join(known)}, got none")
     # attention stands for varlen_attention, too.
-    chosen = [suite for suite in known if any(suite == name or suite.endswith(f"_{name}") for name in named)]
+    chosen = list(dict.fromkeys(suite for name in named for suite in known if f"_{suite}".endswith(f"_{name}")))
     minutes = given.minutes if given.minutes is not None else QUICK_MINUTES if given.quick else MINUTES
     if not 0 < minutes < float("inf"):
         raise UserError(f"--minutes: expected a positive number, got {minutes:g}")

@@ -2,12 +2,12 @@
 
 With the weights p = exp2(s - lse), lse in units of log 2, and their gradients dp = dropout(dout vᵀ),
 
-    delta = Σ dout · out - dlse / ln 2      ds = p · (dp - delta)
-    dq = scale · (ds · slope) k             dsink = -Σ exp2(sink / ln 2 - lse) · delta
+    delta = Σ dout · out - dlse       ds = p · (dp - delta)
+    dq = scale · (ds · slope) k       dsink = -Σ exp2(sink / ln 2 - lse) · delta
 
-(Dao et al., "FlashAttention", 2022, appendix B.4; `dlse` is the gradient of lse where someone uses it.) Rows of delta
-are written for the second pass, tfm.kernels.attention.backward_keys: two passes form seven products where one pass with
-atomic sums into dq forms five, and give the same bits on every run.
+(Dao et al., "FlashAttention", 2022, appendix B.4; `dlse` is the gradient of lse as a natural log, where someone uses
+it.) Rows of delta are written for the second pass, tfm.kernels.attention.backward_keys: two passes form seven products
+where one pass with atomic sums into dq forms five, and give the same bits on every run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def attention_backward_queries_kernel(
         difference += tl.sum(d_out_rest.to(tl.float32) * output.to(tl.float32), axis=1)
     if dlse is not None:
         dlse += sequence * dlse_b + wide_head * dlse_h + (query_first + row) * dlse_s
-        difference -= tl.load(dlse, mask=is_row, other=0.0) * LOG2E
+        difference -= tl.load(dlse, mask=is_row, other=0.0)
     place = sequence * row_b + wide_head * row_h + query_first + row
     tl.store(delta + place, difference, mask=is_row)
     log = tl.load(lse + place, mask=is_row, other=float("inf"))

@@ -91,27 +91,29 @@ register(
 
 
 class Attention(torch.autograd.Function):
-    """Autograd of the operator: output and lse of Call's attributes."""
+    """Autograd of the operator: output, and its lse twice: for the backward, and, where asked for, as natural log."""
 
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.tfm.attention(*arguments)
+    def forward(with_natural, *arguments):
+        output, lse = torch.ops.tfm.attention(*arguments)
+        return output, lse, lse * math.log(2) if with_natural else None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:TENSORS], *output)
-        ctx.rules = inputs[TENSORS:]
+        ctx.save_for_backward(*inputs[1 : 1 + TENSORS], *output[:2])
+        ctx.rules = inputs[1 + TENSORS :]
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, _, dlse):
         *tensors, output, lse = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[place] for place in LEARNABLE]
+        wanted = [ctx.needs_input_grad[1 + place] for place in LEARNABLE]
         dout = torch.zeros_like(output) if dout is None else dout
         found = torch.ops.tfm.attention_backward(dout, dlse, output, lse, wanted, *tensors, *ctx.rules)
         gradients = dict(zip(LEARNABLE, found, strict=True))
-        return tuple(gradients.get(place) for place in range(TENSORS + len(ctx.rules)))
+        return None, *(gradients.get(place) for place in range(TENSORS + len(ctx.rules)))
 
 
 def attention(
@@ -129,12 +131,12 @@ def attention(
         query, key, value, bias, words, reach, sinks, None, None, key_lengths, starts, seed,
         query.shape[2], key.shape[2], start, left, right, scale, softcap, dropout_p, site,
     )  # fmt: skip
-    output, lse = Attention.apply(*_distinct(arguments))
+    output, lse, natural = Attention.apply(return_lse, *_distinct(arguments))
     weights = None
     if return_weights:
         detached = (x.detach() if isinstance(x, Tensor) else x for x in (lse, *arguments))
         weights = torch.ops.tfm.attention_weights(*detached)
-    return output, _natural(lse, sinks) if return_lse else None, weights
+    return output, _with_sinks(natural, sinks), weights
 
 
 def varlen_attention(
@@ -150,8 +152,8 @@ def varlen_attention(
         query, key, value, None, None, None, sinks, cu_seq_q, cu_seq_k, None, starts, seed,
         max_q, max_k, start, left, right, scale, softcap, dropout_p, site,
     )  # fmt: skip
-    output, lse = Attention.apply(*_distinct(arguments))
-    return output, _natural(lse, sinks) if return_lse else None
+    output, _, natural = Attention.apply(return_lse, *_distinct(arguments))
+    return output, _with_sinks(natural, sinks)
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -165,10 +167,9 @@ def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _natural(lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """The kernels' lse, in units of log 2 and -inf for a query without keys, whose softmax is over the sink alone."""
-    natural = lse * math.log(2)
-    if sinks is None:
-        return natural
+def _with_sinks(lse: Tensor | None, sinks: Tensor | None) -> Tensor | None:
+    """The kernels' lse is -inf for a query without keys; its softmax is over the sink alone."""
+    if lse is None or sinks is None:
+        return lse
     sink = sinks.float() if lse.dim() == 2 else sinks.float()[:, None]
-    return torch.where(lse == float("-inf"), sink, natural)
+    return torch.where(lse == float("-inf"), sink, lse)

@@ -2,7 +2,7 @@
 
 With the scores s, the weights p = exp2(s - lse) and the dropout mask of the forward, all formed again:
 
-    dv = dropout(p)ᵀ dout      dp = dropout(dout vᵀ)              delta = Σ p · dp - dlse / ln 2
+    dv = dropout(p)ᵀ dout      dp = dropout(dout vᵀ)              delta = Σ p · dp - dlse
     ds = p · (dp - delta)      dk = scale · (ds · slope)ᵀ q       dq = scale · (ds · slope) k
     dsink = -Σ exp2(sink / ln 2 - lse) · delta
 
@@ -134,7 +134,7 @@ def short_attention_backward_kernel(
         difference = tl.sum(weights * d_weights, axis=0)
         if dlse is not None:
             address = dlse + sequence * dlse_b + wide_head * dlse_h + (query_first + row) * dlse_s
-            difference -= tl.load(address, mask=inside_row, other=0.0) * LOG2E
+            difference -= tl.load(address, mask=inside_row, other=0.0)
         d_scores = (weights * (d_weights - difference[None, :]) * slope).to(k.dtype.element_ty)
         if dk is not None:
             d_key = tl.dot(d_scores, query, d_key, input_precision=PRECISION)

@@ -1,0 +1,521 @@
+"""Attention of any length: the Triton kernels against the oracle, padded and packed, dropout included.
+
+TFM_EVERY_ATTENTION=1 adds the full product of the rules.
+"""
+
+from __future__ import annotations
+
+import launches
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import (
+    DTYPES,
+    PROBLEMS,
+    SEED,
+    SITE,
+    Packing,
+    Problem,
+    assert_matches,
+    attend,
+    make,
+    results,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from tfm import ops
+from tfm.kernels import launch
+from tfm.kernels.attention import operators
+from tfm.kernels.attention.mask_bits import KEYS_OF_A_ROW
+from tfm.kernels.launch import AttentionTiles
+from tfm.kernels.launch import attention as attention_tables
+
+FORWARD, BITS = ["attention_forward_kernel"], ["mask_bits_kernel"]
+BIAS = ["bias_gradient_kernel", "sum_splits_kernel"]
+QUERIES, KEYS = ["attention_backward_queries_kernel"], ["attention_backward_keys_kernel"]
+# Edges of tiles within the lengths of the tests; queries and keys differ, so that none stands for the other.
+SMALL = {
+    "attention_forward": AttentionTiles(32, 64, 4, 2),
+    "attention_backward_queries": AttentionTiles(32, 64, 4, 2),
+    "attention_backward_keys": AttentionTiles(64, 32, 4, 2),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _long_kernels_of_small_tiles(monkeypatch):
+    """The kernels under test at every length, with several tiles at few."""
+    for name, tiles in SMALL.items():
+        monkeypatch.setattr(launch, name, lambda *_, tiles=tiles: tiles)
+    for name in ("short_attention_forward", "short_attention_backward"):
+        monkeypatch.setattr(launch, name, lambda **_: None)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    return launches.watch(monkeypatch)
+
+
+def qkv(device, shape=(2, 2, 1, 40, 70, 16, 24), dtype=torch.float32):
+    inputs = make(Problem(shape), device, dtype).inputs
+    return [inputs[name].requires_grad_() for name in ("query", "key", "value")]
+
+
+def run(inputs, options, call=ops.attention):
+    """Output and gradients of `inputs`, the output weighed by fixed random numbers."""
+    output = call(*inputs, impl="triton", **options)
+    generator = torch.Generator(output.device).manual_seed(7)
+    cotangent = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, inputs[:3], cotangent)]
+
+
+def equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# In fp32 what is exact shows; the narrow types round p and ds once more, which the rules hardly touch.
+NARROW = ["causal, dropout", "bool mask [Sq, Sk], starts, dropout", "bias [1, H, Sq, Sk], causal", "everything"]
+CASES = [(name, dtype) for dtype in DTYPES for name in (PROBLEMS if dtype.itemsize == 4 else NARROW)]
+
+
+@pytest.mark.parametrize(("problem", "dtype"), [(PROBLEMS[name], dtype) for name, dtype in CASES], ids=map(str, CASES))
+def test_kernels_match(problem, dtype, kernel_device, launched):
+    assert_matches(make(problem, kernel_device, dtype), dtype)
+    kind, shape = problem.mask or ("", ())
+    # Where each (sequence, head) has a bias of its own, there is nothing to sum.
+    bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS
+    assert launched == BITS * bool(kind) + FORWARD + QUERIES + KEYS + bias * (kind == "float")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    batch=st.integers(0, 2),
+    queries=st.integers(0, 70),
+    keys=st.integers(0, 70),
+    dim=st.integers(1, 40),
+    group=st.integers(1, 3),
+    rules=st.fixed_dictionaries(
+        {},
+        optional={
+            "is_causal": st.just(True),
+            "window_size": st.tuples(st.sampled_from([-1, 8, 33]), st.sampled_from([-1, 0, 20])),
+            "query_start": st.integers(0, 40),
+            "dropout_p": st.sampled_from([0.1, 1.0]),
+        },
+    ),
+)
+def test_kernels_match_at_any_shape(batch, queries, keys, dim, group, rules):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = Problem((batch, group, 1, queries, keys, dim, dim + 3), rules)
+    tensors = make(problem, device, torch.float16)
+    if min(queries, keys) >= 8:
+        assert_matches(tensors, torch.float16)
+        return
+    # Of a softmax over few keys the gradient is a difference of nearly equal numbers, one formed from the output as
+    # it was rounded: no tolerance of plain torch's, which does not round it, holds there.
+    found = []
+    for impl, dtype in (("triton", torch.float16), ("reference", torch.float64), ("reference", torch.float16)):
+        inputs = {name: None if x is None else x.to(dtype) for name, x in tensors.inputs.items()}
+        output, lse = attend(tensors, inputs, impl)
+        found.append([output, lse.masked_fill(lse == float("-inf"), 0.0)])
+    oracle.assert_all_match(*found, ("output", "lse"))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_narrow_inputs_under_a_wide_bias_and_sinks(passes, kernel_device, launched, monkeypatch):
+    two = AttentionTiles(64, 32, 4, 2, passes=passes)
+    monkeypatch.setattr(launch, "attention_backward_keys", lambda *_: two)
+    problem = Problem((2, 2, 2, 33, 40, 16, 16), {"sinks": True, "dropout_p": 0.2}, ("float", (1, 2, 33, 40)))
+    tensors = make(problem, kernel_device, torch.float16)
+    learnt = {name: tensors.inputs[name].float() for name in ("bias", "sinks")}
+    found = []
+    for impl, dtype in (("triton", torch.float16), ("reference", torch.float64), ("reference", torch.float16)):
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = {name: x.to(wide if name in learnt else dtype).requires_grad_() for name, x in tensors.inputs.items()}
+        output, _ = attend(tensors, inputs, impl)
+        loss = (output * tensors.cotangents[0].to(dtype)).sum()
+        found.append([output.detach(), *torch.autograd.grad(loss, list(inputs.values()))])
+    oracle.assert_all_match(*found, ("output", "query", "key", "value", "bias", "sinks"))
+    assert [gradient.dtype for gradient in found[0][4:]] == [torch.float32] * 2
+    assert launched == BITS + FORWARD + QUERIES + KEYS * passes + BIAS
+
+
+LENGTHS = Packing([33, 1, 0, 40], [5, 70, 3, 0], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+PACKED_RULES = {
+    "dropout": {"dropout_p": 0.3},
+    "causal, dropout": {"is_causal": True, "dropout_p": 0.1},
+    "starts, window": {"query_start": [-3, 6, 0, 1], "window_size": (20, 3)},
+    "softcap, scale, sinks": {"softcap": 0.9, "scale": 0.3, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("rules", PACKED_RULES.values(), ids=PACKED_RULES.keys())
+def test_packed_equals_padded_and_the_reference(rules, kernel_device, launched):
+    dtype = torch.float16 if "scale" in rules else torch.float32
+    rules = {"seed": SEED, "site": SITE} | rules
+    if isinstance(rules.get("query_start"), list):
+        rules["query_start"] = torch.tensor(rules["query_start"], device=kernel_device)
+    queries, keys = sum(LENGTHS.query_lengths), sum(LENGTHS.key_lengths)
+    inputs = [
+        torch.randn(shape, device=kernel_device).to(dtype).requires_grad_()
+        for shape in ((queries, 2, 16), (keys, 1, 16), (keys, 1, 24))
+    ]
+    if rules.pop("sinks", False):
+        inputs.append(torch.randn(2, device=kernel_device).to(dtype).requires_grad_())
+    cotangents = torch.randn(queries, 2, 24, device=kernel_device), torch.randn(queries, 2, device=kernel_device)
+
+    def attended(impl, kind, layout):
+        some = [x.detach().to(kind).requires_grad_() for x in inputs]
+        sinks = some[3] if len(some) == 4 else None
+        if layout == "packed":
+            output, lse = ops.varlen_attention(
+                *some[:3], *LENGTHS.arguments, **rules, sinks=sinks, return_lse=True, impl=impl
+            )
+        else:
+            lengths = torch.tensor(LENGTHS.key_lengths, device=kernel_device)
+            output, lse = ops.attention(
+                *LENGTHS.padded(*some[:3]), **rules, sinks=sinks, key_lengths=lengths, return_lse=True, impl=impl
+            )
+            output, lse = LENGTHS.queries.pack(output.transpose(1, 2)), LENGTHS.queries.pack(lse.transpose(1, 2))
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
+        loss = (output * cotangents[0].to(kind)).sum() + (lse * cotangents[1].to(lse.dtype)).sum()
+        return [output.detach(), lse.detach(), *torch.autograd.grad(loss, some)]
+
+    actual, padded = attended("triton", dtype, "packed"), attended("triton", dtype, "padded")
+    assert launched == 2 * (FORWARD + QUERIES + KEYS)
+    # The same tiles of the same numbers; the sinks' sums alone run over other tiles.
+    equal(actual[:5], padded[:5])
+    truth, plain = (attended("reference", kind, "packed") for kind in (torch.float64, dtype))
+    names = ("output", "lse", "query", "key", "value", "sinks")
+    oracle.assert_all_match(actual, truth, plain, names[: len(actual)])
+
+
+@pytest.mark.parametrize("extra", [1, 64])
+def test_more_padding_changes_no_bit(extra, kernel_device):
+    query, key, value = qkv(kernel_device)
+    lengths = torch.tensor([70, 33], device=kernel_device)
+    options = {"key_lengths": lengths, "dropout_p": 0.2, "seed": SEED, "is_causal": True, "query_start": 5}
+    output, *gradients = run([query, key, value], options)
+    wide = [F.pad(t.detach(), (0, 0, 0, extra), value=float("nan")).requires_grad_() for t in (key, value)]
+    actual, dquery, *wide_gradients = run([query, *wide], options)
+    equal([actual, dquery], [output, gradients[0]])
+    for wide_gradient, gradient in zip(wide_gradients, gradients[1:], strict=True):
+        equal(wide_gradient[:, :, :70], gradient)
+        assert not wide_gradient[:, :, 70:].any()
+    # The same as a mask, which is padded with the keys.
+    mask = torch.rand(2, 1, 40, 70, device=kernel_device) < 0.7
+    output, dquery, *_ = run([query, key, value], {"attn_mask": mask})
+    actual, wide_dquery, *_ = run([query, *wide], {"attn_mask": F.pad(mask, (0, extra))})
+    equal([actual, wide_dquery], [output, dquery])
+
+
+def test_packed_rows_do_not_see_the_maxima(kernel_device):
+    inputs = [torch.randn(sum(LENGTHS.query_lengths), 2, 16, device=kernel_device).requires_grad_() for _ in range(3)]
+    cu_seq, _, longest, _ = LENGTHS.arguments
+    expected = run([*inputs, cu_seq, cu_seq, longest, longest], {"is_causal": True}, ops.varlen_attention)
+    actual = run([*inputs, cu_seq, cu_seq, longest + 70, longest + 99], {"is_causal": True}, ops.varlen_attention)
+    equal(actual, expected)
+
+
+def test_same_inputs_same_bits(kernel_device):
+    tensors = make(PROBLEMS["everything"], kernel_device, torch.float32)
+    first, second = (results(tensors, "triton", torch.float32) for _ in range(2))
+    equal(first, second)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", ["lengths", "causal", "window", "key padding", "mask", "mask and causal", "bias"])
+def test_what_no_query_reaches_stays_there(how, poison, kernel_device):
+    query, key, value = qkv(kernel_device, (2, 2, 1, 40, 70, 16, 16))
+    hidden = torch.zeros(2, 1, 70, 1, dtype=torch.bool, device=kernel_device)
+    options = {}
+    if how == "lengths":
+        options = {"key_lengths": torch.tensor([33, 70], device=kernel_device)}
+        hidden[0, :, 33:] = True
+    elif how == "causal":
+        options = {"is_causal": True, "query_start": 3}
+        hidden[:, :, 43:] = True
+    elif how == "window":
+        options = {"window_size": (10, 2), "query_start": 20}
+        hidden[:, :, :10] = hidden[:, :, 62:] = True
+    elif how == "key padding":
+        options = {"attn_mask": torch.rand(2, 1, 1, 70, device=kernel_device) < 0.7}
+        hidden[:] = ~options["attn_mask"].transpose(2, 3)
+    else:
+        mask = torch.rand(2, 2, 40, 70, device=kernel_device) < 0.7
+        mask[0, :, :, 3:6] = mask[1, :, :, 66] = mask[1, 0, :, 9] = False
+        hidden[0, :, 3:6] = hidden[1, :, 66] = True
+        mask[:, :, 35] = False
+        options = {"attn_mask": mask}
+        if how == "mask and causal":  # keys that the mask leaves to none but queries before them
+            mask[:, :, 30:, 30] = False
+            hidden[:, :, 30] = True
+            hidden[:, :, 40:] = True
+            options["is_causal"] = True
+        elif how == "bias":
+            options["attn_mask"] = torch.randn(2, 2, 40, 70, device=kernel_device).masked_fill(~mask, float("-inf"))
+    expected = run([query, key, value], options)
+    poisoned = [t.detach().masked_fill(hidden, poison).requires_grad_() for t in (key, value)]
+    lse = ops.attention(query, key, value, **options, return_lse=True, impl="triton")[1]
+    empty = (lse == float("-inf"))[..., None]
+    assert empty.any() == ("mask" in how or how == "bias")
+    actual = run([query.detach().masked_fill(empty, poison).requires_grad_(), *poisoned], options)
+    equal(actual, expected)
+
+
+NOTHING_ALLOWED = {
+    "mask": {"attn_mask": torch.zeros(40, 70, dtype=torch.bool)},
+    "key padding": {"attn_mask": torch.zeros(2, 1, 1, 70, dtype=torch.bool)},
+    "bias": {"attn_mask": torch.full((1, 2, 40, 70), float("-inf"))},
+    "lengths": {"key_lengths": torch.zeros(2, dtype=torch.int32)},
+    "causal": {"is_causal": True, "query_start": -40},
+}
+
+
+@pytest.mark.parametrize("options", NOTHING_ALLOWED.values(), ids=NOTHING_ALLOWED.keys())
+def test_queries_without_keys_give_zero_and_zero_gradients(options, kernel_device):
+    inputs = qkv(kernel_device)
+    options = {name: x.to(kernel_device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    for result in run(inputs, options):
+        assert torch.equal(result, torch.zeros_like(result))
+    sinks = torch.randn(2, device=kernel_device, requires_grad=True)
+    for sink in (None, sinks):
+        output, lse = ops.attention(*inputs, **options, sinks=sink, return_lse=True, impl="triton")
+        assert not output.any()
+        expected = torch.full_like(lse, float("-inf")) if sink is None else sinks[:, None].expand_as(lse)
+        assert torch.equal(lse, expected)
+    assert torch.equal(torch.autograd.grad(lse.sum(), sinks)[0], torch.full_like(sinks, 80))
+
+
+def test_heads_of_one_projection_are_not_copied(kernel_device, monkeypatch):
+    projected = torch.randn(2, 40, 3, 2, 16, device=kernel_device, requires_grad=True)
+    fused = [x.transpose(1, 2) for x in projected.unbind(2)]
+    options = {"is_causal": True, "dropout_p": 0.2, "seed": SEED}
+    expected = run([x.detach().contiguous().requires_grad_() for x in fused], options)
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("a copy"))
+    actual = run(fused, options)
+    equal(actual, expected)
+    for result in actual:  # heads side by side, as the projections before and after want them
+        assert result.transpose(1, 2).is_contiguous()
+
+
+def strided(x):
+    return F.pad(x, (0, 5, 0, 2))[..., :-2, :-5]
+
+
+VIEWS = {
+    "rows apart": strided,
+    "columns apart": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "heads last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "sequence first": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_strides_change_nothing(view, kernel_device):
+    inputs = qkv(kernel_device)
+    bias = torch.randn(2, 1, 40, 70, device=kernel_device)
+    options = {"dropout_p": 0.2, "seed": SEED}
+    cotangent = torch.randn(2, 2, 40, 24, device=kernel_device)
+    found = []
+    for change in (lambda x: x, view):
+        changed = [change(x.detach()).requires_grad_() for x in (*inputs, bias)]
+        output = ops.attention(*changed, impl="triton", **options)
+        found.append([output, *torch.autograd.grad(output, changed[:3], change(cotangent))])
+    equal(*found)
+
+
+def test_expanded_gradients_and_masks(kernel_device):
+    inputs = qkv(kernel_device)
+    row = torch.rand(70, device=kernel_device) < 0.7
+    found = []
+    for mask in (row.view(1, 1, 1, 70), row.expand(2, 2, 40, 70), row.expand(2, 2, 40, 70).contiguous()):
+        output = ops.attention(*inputs, mask, impl="triton")
+        found.append([output, *torch.autograd.grad(output.sum(), inputs)])
+    equal(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (0, 2), (1, 2), (3,), (4,)], ids=str)
+def test_only_wanted_gradients_are_computed(subset, kernel_device, launched):
+    tensors = make(
+        Problem((2, 2, 1, 33, 40, 16, 16), {"sinks": True}, ("float", (1, 2, 33, 40))), kernel_device, DTYPES[0]
+    )
+    expected = results(tensors, "triton", torch.float32, with_lse=False)
+    launched.clear()
+    some = {name: x.detach().requires_grad_(place in subset) for place, (name, x) in enumerate(tensors.inputs.items())}
+    output, _ = attend(tensors, some, "triton")
+    output.backward(tensors.cotangents[0])
+    for name, x in some.items():
+        assert (x.grad is None) == (not x.requires_grad)
+        if x.requires_grad:
+            equal(x.grad, expected[f"d{name}"])
+    assert launched == BITS + FORWARD + QUERIES + KEYS * bool({1, 2} & set(subset)) + BIAS * (3 in subset)
+
+
+def test_lse_alone_has_gradients(kernel_device):
+    inputs, found = qkv(kernel_device), []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        some = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        lse = ops.attention(*some, is_causal=True, return_lse=True, impl=impl)[1]
+        found.append([lse.detach(), *torch.autograd.grad(lse.square().sum(), some[:2])])
+    oracle.assert_all_match(*found, ("lse", "query", "key"))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_returned_weights_are_those_applied(dropout_p, kernel_device, launched):
+    query, key, value = qkv(kernel_device)
+    mask = torch.rand(2, 1, 40, 70, device=kernel_device) < 0.6
+    mask[0, 0, 3] = False
+    options = {"dropout_p": dropout_p, "seed": SEED, "softcap": 2.0, "attn_mask": mask}
+    output, weights = ops.attention(query, key, value, **options, return_weights=True, impl="triton")
+    assert launched == BITS + FORWARD + ["attention_weights_kernel"]
+    found = [[weights.detach(), *torch.autograd.grad(weights.square().sum(), (query, key), retain_graph=True)]]
+    for dtype in (torch.float64, torch.float32):
+        some = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        expected = ops.attention(*some, **options, return_weights=True, impl="reference")[1]
+        found.append([expected.detach(), *torch.autograd.grad(expected.square().sum(), some[:2])])
+    oracle.assert_all_match(*found, ("weights", "query", "key"))
+    equal(output, ops.attention(query, key, value, **options, impl="triton"))
+
+
+DTYPES_OF_TABLES = (torch.bfloat16, torch.float32)
+
+
+@settings(max_examples=200)
+@given(
+    dims=st.tuples(st.integers(1, 256), st.integers(1, 256)),
+    dtype=st.sampled_from(DTYPES_OF_TABLES),
+    extras=st.integers(0, 2),
+    major=st.sampled_from([8, 9, 10, 12]),
+)
+def test_every_head_dim_has_tiles(dims, dtype, extras, major):
+    for dim in dims:
+        first, rest = launch.split_dim(dim, dtype)
+        assert first >= 16
+        assert rest == 0 or 16 <= rest <= first
+        assert dim <= first + rest < max(2 * dim, 17)
+        assert all(part & (part - 1) == 0 for part in (first, rest))
+    for choose in (
+        attention_tables.attention_forward,
+        attention_tables.attention_backward_queries,
+        attention_tables.attention_backward_keys,
+    ):
+        tiles = choose(*dims, dtype, extras, major)
+        assert tiles.block_queries >= 16
+        assert tiles.block_keys >= 16
+        # Word rows of a mask are padded to so many keys.
+        assert KEYS_OF_A_ROW % tiles.block_keys == 0
+
+
+def test_operators_obey_torch(kernel_device):
+    rules = PROBLEMS["everything"].rules | {"key_lengths": [7, 3], "query_start": [1, 0]}
+    tensors = make(Problem((2, 2, 1, 5, 7, 16, 24), rules, ("float", (2, 2, 5, 7))), kernel_device, torch.float32)
+    inputs = [x.detach().requires_grad_() for x in tensors.inputs.values()]
+    seen = []
+    original = operators.Attention.apply
+    operators.Attention.apply = lambda *arguments: seen.append(arguments) or original(*arguments)
+    try:
+        attend(tensors, dict(zip(tensors.inputs, inputs, strict=True)), "triton")
+    finally:
+        operators.Attention.apply = original
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in seen[0][1:]]
+    torch.library.opcheck(torch.ops.tfm.attention.default, tuple(arguments))
+    output, lse = torch.ops.tfm.attention(*arguments)
+    for wanted in ([True] * 5, [False, True, False, False, True]):
+        backward = (output, lse, output, lse, wanted, *arguments)
+        torch.library.opcheck(torch.ops.tfm.attention_backward.default, backward)
+    torch.library.opcheck(torch.ops.tfm.attention_weights.default, (lse, *arguments))
+    mask = torch.rand(1, 2, 5, 7, device=kernel_device) < 0.5
+    starts = arguments[10]
+    torch.library.opcheck(torch.ops.tfm.attention_mask_bits.default, (mask, starts, 0, 3, None))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole(backend, kernel_device, launched):
+    inputs = [x.detach().requires_grad_() for x in qkv(kernel_device)]
+    bias = torch.randn(1, 2, 40, 70, device=kernel_device)
+    mask = torch.rand(40, 70, device=kernel_device) < 0.7
+    lengths = torch.tensor([70, 33], device=kernel_device)
+    for options in (
+        {"attn_mask": bias, "key_lengths": lengths, "dropout_p": 0.3, "seed": SEED},
+        {"attn_mask": mask, "is_causal": True, "softcap": 2.0},
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(ops.attention, backend=backend, fullgraph=True)
+        expected = run(inputs, options)
+        watched = list(launched)
+        launched.clear()
+        equal(run(inputs, options, compiled), expected)
+        assert launched == watched
+        launched.clear()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_packed_compiles_whole(backend, kernel_device):
+    torch._dynamo.reset()
+    inputs = [torch.randn(sum(LENGTHS.query_lengths), 2, 16, device=kernel_device).requires_grad_() for _ in range(3)]
+    cu_seq, _, longest, _ = LENGTHS.arguments
+    packed = [*inputs, cu_seq, cu_seq, longest, longest]
+    options = {"is_causal": True, "dropout_p": 0.3, "seed": SEED}
+    compiled = torch.compile(ops.varlen_attention, backend=backend, fullgraph=True)
+    equal(run(packed, options, compiled), run(packed, options, ops.varlen_attention))
+
+
+def test_checkpoint_draws_the_same_mask(kernel_device, launched):
+    inputs = qkv(kernel_device)
+    found = []
+    for wrapped in (ops.attention, lambda *x, **o: checkpoint(ops.attention, *x, use_reentrant=False, **o)):
+        torch.manual_seed(1)
+        found.append(run(inputs, {"dropout_p": 0.5}, wrapped))
+    equal(*found)
+    assert launched == FORWARD + QUERIES + KEYS + FORWARD + FORWARD + QUERIES + KEYS
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 5, 5, 16, 16), (2, 2, 1, 0, 5, 16, 16), (2, 2, 1, 5, 0, 16, 16)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_empty_inputs(shape, masked, kernel_device):
+    inputs = qkv(kernel_device, shape)
+    mask = torch.ones(shape[3], shape[4], dtype=torch.bool, device=kernel_device) if masked else None
+    for result, like in zip(run(inputs, {"attn_mask": mask}), (inputs[0], *inputs), strict=True):
+        assert torch.equal(result, torch.zeros_like(like))
+
+
+def test_autocast_rounds_the_inputs_alone(kernel_device):
+    query, key, value = qkv(kernel_device)
+    with torch.autocast(kernel_device.type, torch.float16 if kernel_device.type == "cuda" else torch.bfloat16):
+        dtype = torch.get_autocast_dtype(kernel_device.type)
+        if dtype == torch.bfloat16:  # wrong in the interpreter: that it is asked is what can be seen
+            assert ops.attention(query, key, value, impl="triton").dtype == dtype
+            return
+        output = ops.attention(query, key, value, impl="triton")
+    equal(output, ops.attention(query.half(), key.half(), value.half(), impl="triton"))
+
+
+def test_explicit_triton_says_why_not(kernel_device):
+    query, key, value = qkv(kernel_device)
+    with pytest.raises(ValueError, match=r"^attention cannot run with impl='triton': .*got float64$"):
+        ops.attention(query.double(), key.double(), value.double(), impl="triton")
+    wide = torch.zeros(1, 1, 2, 257, device=kernel_device)
+    with pytest.raises(ValueError, match="expected at most 256 columns, got 257"):
+        ops.attention(wide[..., :8], wide[..., :8], wide, impl="triton")
+    offsets = torch.tensor([0, 2], dtype=torch.int32, device=kernel_device)
+    with pytest.raises(ValueError, match=r"^varlen_attention cannot run with impl='triton': .*got 257$"):
+        ops.varlen_attention(*[wide[0].transpose(0, 1)] * 3, offsets, offsets, 2, 2, impl="triton")
+
+
+def test_refuses_what_it_cannot_differentiate(kernel_device):
+    query, key, value = qkv(kernel_device, (1, 1, 1, 3, 3, 16, 16))
+    function = lambda query: ops.attention(query, key, value, impl="triton")  # noqa: E731
+    with pytest.raises(RuntimeError, match="Attention, but it does not have vmap support"):
+        torch.vmap(function)(query[None])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        function(forward_ad.make_dual(query.detach(), query.detach()))
+    (gradient,) = torch.autograd.grad(function(query).square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

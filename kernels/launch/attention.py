@@ -3,17 +3,17 @@
 Rows are chosen by the head dims, by what costs registers beside the products, and by the chip; never by lengths or the
 number of sequences, so that neither the batch nor padding changes a sentence's bits.
 
-On an H200 a multiprocessor multiplies 64 x 64 x 64 in 128 cycles and takes 256 for the exp2 of the 64 x 64 scores, so
-at a head dim of 64 the exponentials bound the speed, and at 128 both count alike. Triton does not overlap the two
-within a program (it waits for q·k before the softmax), so another program on the multiprocessor must multiply
-meanwhile, or another warp group of the same one. Hence, on sm_90 and sm_100:
+On an H200 a multiprocessor takes 256 cycles for the two products of 64 queries with 64 keys at a head dim of 64, and
+256 for the exp2 of their scores: both count alike there, and at 128 the products twice as much. Triton does not overlap
+the two within a warp group (it waits for q·k before the softmax), so another program on the multiprocessor must
+multiply meanwhile, or another warp group of the same one. Hence, on sm_90 and sm_100:
 
 forward     D 64: 128 x 64, 8 warps held to 128 registers: two programs, 16 warps. A tile of 128 queries reads its keys
             at half the rate of 64, 3 TB/s of the second-level cache at 400 TFLOP/s. D 128: 128 x 128, 8 warps, one
             program (250 registers, 160 KB): two warp groups beside each other; wide tiles rescale acc half as often.
-dq          64 x 64, 4 warps: three programs at D 64 (158 registers), two at D 128 (233).
+dq          64 x 64, 4 warps: three programs at D 64 (158 registers), two at D 128 (235).
 dk and dv   Four accumulators of a tile are alive at once (s, dp, dk, dv), which sets the tile. D 64: 64 x 64, 4 warps,
-            240 registers, two programs. D 128: 32 x 128, 8 warps, 235 registers, one program. At 256 dk and dv are
+            250 registers, two programs. D 128: 32 x 128, 8 warps, 250 registers, one program. At 256 dk and dv are
             made in two passes, each of which computes s again.
 
 Dropout, whose mask passes from its own layout to the product's, and a bias or a mask as bits take 60 to 90 registers:

@@ -28,6 +28,7 @@ from tfm.kernels.activations import activate, activate_with_derivative
 from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import sum_partials
+from tfm.operators import Operator
 
 
 @triton.jit
@@ -170,7 +171,9 @@ def activation_dropout_backward(
 
 
 register(
-    "activation_dropout(Tensor pre, bool gated, str activation, float dropout_p, Tensor? seed, int site) -> Tensor",
+    Operator(
+        "activation_dropout(Tensor pre, bool gated, str activation, float dropout_p, Tensor? seed, int site) -> Tensor",
+        lambda pre, gated, *_: pre.new_empty((pre.shape[0], hidden_columns(pre, gated))),
+    ),
     activation_dropout,
-    fake=lambda pre, gated, *_: pre.new_empty((pre.shape[0], hidden_columns(pre, gated))),
 )

@@ -38,6 +38,7 @@ from tfm.kernels import launch
 from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import as_rows
+from tfm.operators import Operator
 
 # Sorted tokens that are added up ahead where they are all the same.
 CHUNK = 32
@@ -274,18 +275,22 @@ def backward_outputs(
 
 
 register(
-    "embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed, float scale,"
-    " float dropout_p, int site) -> Tensor",
+    Operator(
+        "embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed, float scale,"
+        " float dropout_p, int site) -> Tensor",
+        lambda tokens, weight, *_: forward_output(tokens, weight),
+    ),
     embedding_forward,
-    fake=lambda tokens, weight, *_: forward_output(tokens, weight),
 )
 register(
-    "embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site, SymInt rows,"
-    " int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)",
-    embedding_backward,
-    fake=lambda dy, tokens, seed, scale, dropout_p, site, rows, padding_idx, dtype, sparse: backward_outputs(
-        dy, tokens, rows, dtype, sparse
+    Operator(
+        "embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site, SymInt rows,"
+        " int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)",
+        lambda dy, tokens, seed, scale, dropout_p, site, rows, padding_idx, dtype, sparse: backward_outputs(
+            dy, tokens, rows, dtype, sparse
+        ),
     ),
+    embedding_backward,
 )
 
 

@@ -1,4 +1,4 @@
-"""How the kernels' launchers become operators of torch: opaque to torch.compile, each with its fake."""
+"""How the kernels' launchers become operators of torch, opaque to torch.compile: tfm::name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-_library = torch.library.Library("tfm", "FRAGMENT")
+from tfm.operators.operator import Operator
+
+# Of the kernels' operators, in torch.ops.
+NAMESPACE = "tfm"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register(schema: str, launch: Callable, fake: Callable) -> None:
-    """Defines operator tfm::`schema`.
-
-    `launch` runs it on CUDA tensors and, in Triton's interpreter, on CPU tensors; `fake` makes its empty outputs.
-    Gradients stay outside: an autograd.Function around the operator costs half of what register_autograd costs.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
-    _library.impl(name, launch, "CUDA")
-    _library.impl(name, launch, "CPU")
-    torch.library.register_fake(f"tfm::{name}", fake, lib=_library)
+def register(operator: Operator, launch: Callable) -> None:
+    """`launch` computes `operator` on CUDA tensors and, in Triton's interpreter, on CPU tensors."""
+    _library.define(operator.schema, tags=(torch.Tag.needs_exact_strides,))
+    _library.impl(operator.name, launch, "CUDA")
+    _library.impl(operator.name, launch, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{operator.name}", operator.fake, lib=_library)

@@ -27,6 +27,7 @@ from tfm.kernels.library import register
 from tfm.kernels.linear import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.rows import as_rows, sum_partials
+from tfm.operators import Operator
 
 
 @triton.jit
@@ -265,18 +266,22 @@ def backward_outputs(
 
 
 register(
-    "linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"
-    " float dropout_p, Tensor? seed, int site, bool save) -> (Tensor hidden, Tensor pre)",
-    linear_activation,
-    fake=lambda x, weight, up_weight, bias, gated, activation, dropout_p, seed, site, save: tuple(
-        x.new_empty(shape) for shape in forward_shapes(x, weight, up_weight, gated, activation, save)
+    Operator(
+        "linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"
+        " float dropout_p, Tensor? seed, int site, bool save) -> (Tensor hidden, Tensor pre)",
+        lambda x, weight, up_weight, bias, gated, activation, dropout_p, seed, site, save: tuple(
+            x.new_empty(shape) for shape in forward_shapes(x, weight, up_weight, gated, activation, save)
+        ),
     ),
+    linear_activation,
 )
 register(
-    "linear_activation_backward(Tensor dy, Tensor weight, Tensor saved, bool gated, str activation, float dropout_p,"
-    " Tensor? seed, int site, bool recompute, ScalarType? dbias) -> (Tensor, Tensor?, Tensor?)",
-    linear_activation_backward,
-    fake=lambda dy, weight, saved, gated, activation, dropout_p, seed, site, recompute, dbias: backward_outputs(
-        saved, gated, recompute, dbias
+    Operator(
+        "linear_activation_backward(Tensor dy, Tensor weight, Tensor saved, bool gated, str activation, float dropout_p,"
+        " Tensor? seed, int site, bool recompute, ScalarType? dbias) -> (Tensor, Tensor?, Tensor?)",
+        lambda dy, weight, saved, gated, activation, dropout_p, seed, site, recompute, dbias: backward_outputs(
+            saved, gated, recompute, dbias
+        ),
     ),
+    linear_activation_backward,
 )

@@ -29,6 +29,7 @@ from tfm.kernels import launch
 from tfm.kernels.cross_entropy import PADDING, cross_entropy_, mean_loss
 from tfm.kernels.library import register
 from tfm.kernels.streaming_cross_entropy import streaming_cross_entropy
+from tfm.operators import Operator
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -174,16 +175,20 @@ def _fake_backward(grad, input, linear_weight, linear_bias, target, *options):
 
 OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? softcap, bool[3] needs"
 register(
-    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, str reduction,"
-    f" {OPTIONS}) -> (Tensor loss, Tensor scale, Tensor? d_input, Tensor? d_weight, Tensor? d_bias)",
+    Operator(
+        "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, str reduction,"
+        f" {OPTIONS}) -> (Tensor loss, Tensor scale, Tensor? d_input, Tensor? d_weight, Tensor? d_bias)",
+        _fake_forward,
+    ),
     linear_cross_entropy_forward,
-    fake=_fake_forward,
 )
 register(
-    "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
-    f" {OPTIONS}) -> (Tensor? d_input, Tensor? d_weight, Tensor? d_bias)",
+    Operator(
+        "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
+        f" Tensor target, {OPTIONS}) -> (Tensor? d_input, Tensor? d_weight, Tensor? d_bias)",
+        _fake_backward,
+    ),
     linear_cross_entropy_backward,
-    fake=_fake_backward,
 )
 
 

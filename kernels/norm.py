@@ -29,12 +29,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.kernels import launch
+from tfm.kernels.library import NAMESPACE as NAMESPACE
 from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import as_rows, cover, load, sum_partials
+from tfm.operators.norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD, backward_outputs, forward_outputs
 
 
 @triton.jit
@@ -245,19 +246,6 @@ def residual_norm_forward(
     return y, h, statistics
 
 
-def forward_outputs(
-    x: Tensor, residual: Tensor | None, centred: bool, out_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What the forward fills, still empty."""
-    stored = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty_like(x, dtype=out_dtype or stored, memory_format=torch.contiguous_format)
-    h = None
-    if residual is not None:
-        h = torch.empty_like(x, dtype=stored, memory_format=torch.contiguous_format)
-    rows = x.numel() // x.shape[-1]
-    return y, h, torch.empty((2 if centred else 1, rows), dtype=torch.float32, device=x.device)
-
-
 def residual_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, statistics: Tensor, weight: Tensor | None, seed: Tensor | None,
     dropout_p: float, site: int, weight_offset: float, *dtypes: torch.dtype | None,
@@ -294,84 +282,5 @@ def residual_norm_backward(
     return outputs
 
 
-def backward_outputs(
-    h: Tensor, dx: torch.dtype | None, dx_bias: torch.dtype | None, dresidual: torch.dtype | None,
-    dweight: torch.dtype | None, dbias: torch.dtype | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """What the backward fills, still empty."""
-
-    def matrix(dtype: torch.dtype | None) -> Tensor | None:
-        return None if dtype is None else torch.empty_like(h, dtype=dtype, memory_format=torch.contiguous_format)
-
-    def vector(dtype: torch.dtype | None) -> Tensor | None:
-        return None if dtype is None else torch.empty(h.shape[-1], dtype=dtype, device=h.device)
-
-    return matrix(dx), vector(dx_bias), matrix(dresidual), vector(dweight), vector(dbias)
-
-
-register(
-    "residual_norm(Tensor x, Tensor? x_bias, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps,"
-    " float dropout_p, int site, bool centred, float weight_offset, bool round_first, ScalarType? out_dtype)"
-    " -> (Tensor y, Tensor? h, Tensor statistics)",
-    residual_norm_forward,
-    fake=lambda x, x_bias, residual, *options: forward_outputs(x, residual, options[6], options[9]),
-)
-register(
-    "residual_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor statistics, Tensor? weight, Tensor? seed,"
-    " float dropout_p, int site, float weight_offset, ScalarType? dx, ScalarType? dx_bias, ScalarType? dresidual,"
-    " ScalarType? dweight, ScalarType? dbias) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
-    residual_norm_backward,
-    fake=lambda dy, dh, h, statistics, weight, seed, dropout_p, site, weight_offset, *dtypes: backward_outputs(
-        h, *dtypes
-    ),
-)
-
-
-class ResidualNorm(torch.autograd.Function):
-    """Autograd of the two operators; h is None where there is no residual."""
-
-    # Not setup_context, whose arguments torch binds by name, 23 µs a call: that is most of what a small norm takes.
-    @staticmethod
-    def forward(ctx, x, x_bias, residual, weight, bias, seed, options):
-        y, h, statistics = torch.ops.tfm.residual_norm.default(x, x_bias, residual, weight, bias, seed, *options)
-        ctx.save_for_backward(x if h is None else h, statistics, weight, seed)
-        ctx.options = options
-        ctx.dtypes = tuple(None if given is None else given.dtype for given in (x, x_bias, residual, weight, bias))
-        ctx.set_materialize_grads(False)
-        return y, h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dh):
-        h, statistics, weight, seed = ctx.saved_tensors
-        _, dropout_p, site, _, weight_offset, *_ = ctx.options
-        wanted = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:5], strict=True)]
-        # Without dropout x and residual have one gradient: it is written once.
-        shared = seed is None and wanted[0] == wanted[2]
-        if shared:
-            wanted[2] = None
-        dx, dx_bias, dresidual, dweight, dbias = torch.ops.tfm.residual_norm_backward.default(
-            torch.zeros_like(h) if dy is None else dy, dh, h, statistics, weight, seed,
-            dropout_p, site, weight_offset, *wanted,
-        )  # fmt: skip
-        return dx, dx_bias, dx if shared else dresidual, dweight, dbias, None, None
-
-
-def norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, centred: bool, weight_offset: float = 0.0,
-    round_first: bool = False, out_dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    """Without residual and dropout: y."""
-    options = eps, 0.0, 0, centred, weight_offset, round_first, out_dtype
-    return ResidualNorm.apply(x, None, None, weight, bias, None, options)[0]
-
-
-def residual_norm(
-    x: Tensor, x_bias: Tensor | None, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None, site: int, *, centred: bool, weight_offset: float = 0.0,
-    round_first: bool = False, out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, h)."""
-    seed = None if seed is None else seed.to(x.device)
-    options = eps, dropout_p, site, centred, weight_offset, round_first, out_dtype
-    return ResidualNorm.apply(x, x_bias, residual, weight, bias, seed, options)
+register(RESIDUAL_NORM, residual_norm_forward)
+register(RESIDUAL_NORM_BACKWARD, residual_norm_backward)

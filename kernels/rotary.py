@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from tfm.kernels import launch
 from tfm.kernels.library import register
+from tfm.operators import Operator
 
 
 @triton.jit
@@ -193,15 +194,19 @@ def _rows_of(table: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 register(
-    "rotary(Tensor x, Tensor? other, Tensor cos, Tensor sin, Tensor? positions, int turned, bool interleaved,"
-    " bool inverse) -> (Tensor, Tensor?)",
+    Operator(
+        "rotary(Tensor x, Tensor? other, Tensor cos, Tensor sin, Tensor? positions, int turned, bool interleaved,"
+        " bool inverse) -> (Tensor, Tensor?)",
+        lambda x, other, *_: (forward_output(x), None if other is None else forward_output(other)),
+    ),
     rotary_forward,
-    fake=lambda x, other, *_: (forward_output(x), None if other is None else forward_output(other)),
 )
 register(
-    "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved) -> ()",
+    Operator(
+        "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved) -> ()",
+        lambda *_: None,
+    ),
     rotary_in_place,
-    fake=lambda *_: None,
 )
 
 

@@ -25,10 +25,12 @@ class May(NamedTuple):
 # Each row may name rows above it only: nothing imports upward.
 CONTRACT = {
     "errors": May(),
-    "kernels": May(outside="torch triton"),
+    "operators": May(outside="torch"),
+    "kernels": May("operators", "torch triton"),
+    "native": May("errors operators", "torch tfm", lazily="ninja rich"),
     "sequences": May(outside="torch"),
     "reference": May("sequences", "torch"),
-    "ops": May("reference sequences", "torch", lazily="kernels tfm_native"),
+    "ops": May("reference operators native sequences", "torch", lazily="kernels"),
     "nn": May("ops sequences", "torch"),
     "patching": May("ops nn", "torch", lazily="transformers"),
     "tfm": May("ops nn patching"),

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
-from tfm.kernels import layer_norm, rms_norm
+from tfm.operators import norm as operators
 from tfm.reference import dropout as reference
 
 FORWARD, BACKWARD = ["norm_forward_kernel"], ["norm_backward_kernel", "sum_partials_kernel"]
@@ -303,8 +303,8 @@ def test_dropped_infinities_are_gone(kernel_device):
 def test_refuses_what_it_cannot_differentiate(kernel_device):
     x = torch.randn(3, 17, device=kernel_device, requires_grad=True)
     for function in (
-        lambda x: layer_norm.layer_norm(x, None, None, 1e-5, None),
-        lambda x: rms_norm.rms_norm(x, None, 1e-5, 0.0, False, None),
+        lambda x: operators.norm("tfm", x, None, None, 1e-5, centred=True),
+        lambda x: operators.norm("tfm", x, None, None, 1e-5, centred=False),
     ):
         with pytest.raises(RuntimeError, match="must override the setup_context"):
             torch.vmap(function)(x)

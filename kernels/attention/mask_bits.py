@@ -17,6 +17,7 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.scores import first_position, is_allowed
 from tfm.kernels.library import register
+from tfm.operators import Operator
 
 # Word rows are padded to whole tiles of this many keys: no tile of keys is longer.
 KEYS_OF_A_ROW = 256
@@ -125,8 +126,10 @@ def empty_bits(mask: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 register(
-    "attention_mask_bits(Tensor mask, Tensor? starts, SymInt start, int? left, int? right)"
-    " -> (Tensor words, Tensor reach)",
+    Operator(
+        "attention_mask_bits(Tensor mask, Tensor? starts, SymInt start, int? left, int? right)"
+        " -> (Tensor words, Tensor reach)",
+        lambda mask, starts, *_: empty_bits(mask, starts),
+    ),
     attention_mask_bits,
-    fake=lambda mask, starts, *_: empty_bits(mask, starts),
 )

@@ -20,6 +20,7 @@ from tfm.kernels.attention.short_backward import backward_tiles, short_attention
 from tfm.kernels.attention.short_forward import forward_tiles, short_attention_forward
 from tfm.kernels.attention.weights import attention_weights, empty_weights
 from tfm.kernels.library import register
+from tfm.operators import Operator
 
 # Call's attributes, in its order.
 ARGUMENTS = (
@@ -73,20 +74,25 @@ def _empty_gradients(
 
 
 register(
-    f"attention({ARGUMENTS}) -> (Tensor output, Tensor lse)",
+    Operator(
+        f"attention({ARGUMENTS}) -> (Tensor output, Tensor lse)",
+        lambda query, key, value, *_: forward_outputs(query, value),
+    ),
     _forward,
-    fake=lambda query, key, value, *_: forward_outputs(query, value),
 )
 register(
-    f"attention_backward(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, {ARGUMENTS})"
-    " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+    Operator(
+        f"attention_backward(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, {ARGUMENTS})"
+        " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+        _empty_gradients,
+    ),
     _backward,
-    fake=_empty_gradients,
 )
 register(
-    f"attention_weights(Tensor lse, {ARGUMENTS}) -> Tensor",
+    Operator(
+        f"attention_weights(Tensor lse, {ARGUMENTS}) -> Tensor", lambda lse, *arguments: empty_weights(Call(*arguments))
+    ),
     lambda lse, *arguments: attention_weights(Call(*arguments), lse),
-    fake=lambda lse, *arguments: empty_weights(Call(*arguments)),
 )
 
 

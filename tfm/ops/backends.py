@@ -15,18 +15,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "triton")
+from tfm import native
+
+BACKENDS = ("reference", "triton", "native")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# What csrc computes on CPUs.
+CPU_FLOATS = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Row:
-    """`backend` serves `operation` on tensors of these dtypes with at most `max_columns` in the last dimension."""
+    """`backend` serves `operation` on tensors of these dtypes with at most `max_columns` in the last dimension.
+
+    `device`: the only type of device it serves so; empty for those that the backend knows.
+    """
 
     operation: str
     backend: str
     dtypes: tuple[torch.dtype, ...]
     max_columns: int
+    device: str = ""
 
 
 TABLE = (
@@ -42,6 +50,10 @@ TABLE = (
     Row("feed_forward", "triton", FLOATS, max_columns=1 << 30),
     Row("gated_feed_forward", "triton", FLOATS, max_columns=1 << 30),
     Row("linear_cross_entropy", "triton", FLOATS, max_columns=1 << 30),
+    Row("layer_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("residual_layer_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("rms_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("residual_rms_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
 )
 
 # Looked up once: it walks the path, and Dynamo of torch 2.11 breaks its graph there.
@@ -93,11 +105,13 @@ def choose(operation: str, impl: str, x: Tensor, reference_only: str = "") -> st
 
 def obstacle(row: Row, x: Tensor, automatic: bool) -> str:
     """Why `row` cannot serve `x`, in words; empty where it can."""
+    if row.device and row.device != x.device.type:
+        return f"expected {row.device.upper()} tensors, got {x.device.type} tensors"
     if x.dtype not in row.dtypes:
         return f"expected one of {', '.join(map(_dtype_name, row.dtypes))}, got {_dtype_name(x.dtype)}"
     if x.dim() and x.shape[-1] > row.max_columns:
         return f"expected at most {row.max_columns} columns, got {x.shape[-1]}"
-    return triton_obstacle(x.device, automatic)
+    return native.obstacle(x.device) if row.backend == "native" else triton_obstacle(x.device, automatic)
 
 
 def triton_obstacle(device: torch.device, automatic: bool) -> str:

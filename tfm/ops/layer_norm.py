@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.operators import norm
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
@@ -40,11 +41,15 @@ def layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight, bias=bias)
-    if choose("layer_norm", impl, x, reference_only(x.dtype, out_dtype)) == "triton":
-        from tfm.kernels import layer_norm as kernels
+    backend = choose("layer_norm", impl, x, reference_only(x.dtype, out_dtype))
+    if backend == "reference":
+        return reference.layer_norm(x, weight, bias, eps, out_dtype)
+    if backend == "native":
+        from tfm.native import NAMESPACE
+    else:
+        from tfm.kernels.norm import NAMESPACE
 
-        return kernels.layer_norm(x, weight, bias, eps, out_dtype)
-    return reference.layer_norm(x, weight, bias, eps, out_dtype)
+    return norm.norm(NAMESPACE, x, weight, bias, eps, centred=True, out_dtype=out_dtype)
 
 
 def residual_layer_norm(
@@ -91,11 +96,17 @@ def residual_layer_norm(
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
     backend = choose("residual_layer_norm", impl, wider, reference_only(wider.dtype, out_dtype))
     drawn = seed_for(dropout_p, seed, x.device)
-    if backend == "triton":
-        from tfm.kernels import layer_norm as kernels
+    if backend == "reference":
+        return reference.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
+    if backend == "native":
+        from tfm.native import NAMESPACE
+    else:
+        from tfm.kernels.norm import NAMESPACE
 
-        return kernels.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
-    return reference.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
+    return norm.residual_norm(
+        NAMESPACE, x, x_bias, residual, weight, bias, eps, dropout_p, drawn, site,
+        centred=True, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def check_norm(x: Tensor, out_dtype: torch.dtype | None, **parameters: Tensor | None) -> None:

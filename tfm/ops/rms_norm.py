@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.operators import norm
 from tfm.ops.backends import choose
 from tfm.ops.dropout import seed_for
 from tfm.ops.layer_norm import check_norm, check_residual, reference_only
@@ -49,11 +50,18 @@ def rms_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight)
-    if choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype)) == "triton":
-        from tfm.kernels import rms_norm as kernels
+    backend = choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype))
+    if backend == "reference":
+        return reference.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
+    if backend == "native":
+        from tfm.native import NAMESPACE
+    else:
+        from tfm.kernels.norm import NAMESPACE
 
-        return kernels.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
-    return reference.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
+    return norm.norm(
+        NAMESPACE, x, weight, None, eps,
+        centred=False, weight_offset=weight_offset, round_first=round_first, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def residual_rms_norm(
@@ -84,9 +92,16 @@ def residual_rms_norm(
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
     backend = choose("residual_rms_norm", impl, wider, reference_only(wider.dtype, out_dtype))
     drawn = seed_for(dropout_p, seed, x.device)
-    options = (eps, dropout_p, x_bias, weight_offset, round_first, out_dtype, drawn, site)
-    if backend == "triton":
-        from tfm.kernels import rms_norm as kernels
+    if backend == "reference":
+        return reference.residual_rms_norm(
+            x, residual, weight, eps, dropout_p, x_bias, weight_offset, round_first, out_dtype, drawn, site
+        )
+    if backend == "native":
+        from tfm.native import NAMESPACE
+    else:
+        from tfm.kernels.norm import NAMESPACE
 
-        return kernels.residual_rms_norm(x, residual, weight, *options)
-    return reference.residual_rms_norm(x, residual, weight, *options)
+    return norm.residual_norm(
+        NAMESPACE, x, x_bias, residual, weight, None, eps, dropout_p, drawn, site,
+        centred=False, weight_offset=weight_offset, round_first=round_first, out_dtype=out_dtype,
+    )  # fmt: skip

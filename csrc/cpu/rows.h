@@ -1,0 +1,60 @@
+// How the host part of a CPU operator shares rows among threads, and adds up what blocks of rows have summed.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "common/tensor.h"
+#include "cpu/isa.h"
+#include "cpu/matrix.h"
+
+namespace tfm {
+
+inline Matrix matrix(const Rows& x) { return {x.data(), x.width() == Width::BFLOAT16, x.stride}; }
+inline Matrix matrix(const Vector& x) { return {x.data(), x.width() == Width::BFLOAT16, 0}; }
+
+// Below so many elements a second thread costs more than it does.
+constexpr int64_t ELEMENTS_PER_THREAD = 16384;
+
+// kernel(begin, end) over [0, rows), on the calling thread where the work is small.
+template <class Kernel>
+void for_rows(int64_t rows, int64_t elements_per_row, const Kernel& kernel) {
+    const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, elements_per_row));
+    if (rows <= grain)
+        kernel(0, rows);
+    else
+        torch::stable::parallel_for(0, rows, grain, kernel);
+}
+
+// Blocks of rows with sums of their own: their size depends on the number of rows alone, never on the threads.
+struct RowBlocks {
+    int64_t rows, count;
+
+    explicit RowBlocks(int64_t total)
+        : rows(std::max<int64_t>(32, (total + 127) / 128)), count((total + rows - 1) / rows) {}
+};
+
+// Adds sums [blocks, parts, columns] over the blocks, in their order, into part i's vector where there is one.
+inline void sum_blocks(const Tensor& sums, std::initializer_list<MaybeTensor> parts) {
+    const int64_t blocks = sums.size(0), step = sums.size(1) * sums.size(2), columns = sums.size(2);
+    const float* from = static_cast<const float*>(sums.const_data_ptr());
+    for (const MaybeTensor& part : parts) {
+        if (part) {
+            std::vector<float> total(columns, 0.0f);
+            for (int64_t block = 0; block < blocks; ++block)
+                for (int64_t column = 0; column < columns; ++column)
+                    total[column] += from[block * step + column];
+            for (int64_t column = 0; column < columns; ++column)
+                switch (part->scalar_type()) {
+                case ScalarType::BFloat16:
+                    static_cast<torch::headeronly::BFloat16*>(part->data_ptr())[column] = total[column];
+                    break;
+                default:
+                    static_cast<float*>(part->data_ptr())[column] = total[column];
+                }
+        }
+        from += columns;
+    }
+}
+
+} // namespace tfm

@@ -1,0 +1,142 @@
+// Numbers in vectors, as wide as the instruction set: loads, stores, sums and exp. Included where TFM_ISA is defined.
+//
+// The compiler's own vector types give every operator for AVX2, AVX-512 and NEON alike; a comparison gives a vector of
+// integers, 0 or -1, which `?:` takes. bf16 is computed in fp32 and rounded to nearest even where it is stored.
+#pragma once
+
+#include <cstdint>
+
+namespace tfm {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+namespace TFM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+#define TFM_INLINE static inline __attribute__((always_inline))
+
+TFM_INLINE Floats broadcast(float value) { return value - Floats{}; }
+
+TFM_INLINE Floats load(const float* from) {
+    Floats result;
+    __builtin_memcpy(&result, from, sizeof(result));
+    return result;
+}
+
+TFM_INLINE Floats widen(Halves bits) {
+    const Words words = __builtin_convertvector(bits, Words) << 16;
+    return (Floats)words;
+}
+
+TFM_INLINE Floats load(const BFloat16* from) {
+    Halves bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return widen(bits);
+}
+
+TFM_INLINE void store(float* to, Floats value) { __builtin_memcpy(to, &value, sizeof(value)); }
+
+TFM_INLINE Halves narrow(Floats value) {
+    const Words bits = (Words)value;
+    const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const Ints is_number = value == value;
+    return __builtin_convertvector((is_number & (Ints)rounded) | (~is_number & 0x7FC0), Halves);
+}
+
+TFM_INLINE void store(BFloat16* to, Floats value) {
+    const Halves bits = narrow(value);
+    __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
+// The first `count` of a vector, fewer than WIDTH; the rest is 0.
+template <class T>
+TFM_INLINE Floats load_some(const T* from, int64_t count) {
+    T values[WIDTH] = {};
+    for (int64_t i = 0; i < count; ++i)
+        values[i] = from[i];
+    return load(values);
+}
+
+template <class T>
+TFM_INLINE void store_some(T* to, Floats value, int64_t count) {
+    T values[WIDTH];
+    store(values, value);
+    for (int64_t i = 0; i < count; ++i)
+        to[i] = values[i];
+}
+
+// All of a vector, or as much of it as `count` leaves.
+template <class T>
+TFM_INLINE Floats load(const T* from, int64_t count) {
+    return count >= WIDTH ? load(from) : load_some(from, count);
+}
+
+template <class T>
+TFM_INLINE void store(T* to, Floats value, int64_t count) {
+    count >= WIDTH ? store(to, value) : store_some(to, value, count);
+}
+
+// 0, 1, 2, ...
+TFM_INLINE Ints lanes() {
+    Ints result;
+    for (int i = 0; i < WIDTH; ++i)
+        result[i] = i;
+    return result;
+}
+
+TFM_INLINE float sum(Floats value) {
+    float parts[WIDTH];
+    store(parts, value);
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+            parts[i] += parts[i + half];
+    return parts[0];
+}
+
+TFM_INLINE float maximum(Floats value) {
+    float parts[WIDTH];
+    store(parts, value);
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+            parts[i] = parts[i + half] > parts[i] ? parts[i + half] : parts[i];
+    return parts[0];
+}
+
+TFM_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+// Within 2 ulp over the whole range, 0 and infinity at its ends, NaN of NaN: 2^n exp(r) with |r| <= ln(2) / 2.
+TFM_INLINE Floats exp(Floats x) {
+    const Floats low = broadcast(-105.0f), high = broadcast(89.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Floats shift = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+    const Floats n = (x * 1.44269504f + shift) - shift;
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // In two factors, so that neither leaves the range of normal numbers.
+    const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
+    return p * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
+}
+
+} // namespace TFM_ISA
+} // namespace tfm

@@ -1,0 +1,72 @@
+// Every operator of the extension, and the module that Python imports.
+//
+// An operator has the schema of its Triton twin, tfm::name, so that tfm/operators/ gives both one fake and one
+// autograd. Its implementations stand at the foot of cpu/name.cpp and cuda/name.cu.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/tensor.h"
+
+STABLE_TORCH_LIBRARY(tfm_native, m) {
+    // "avx512", "avx2", "neon", or "none" where no kernel for CPUs can run.
+    m.def("instruction_set() -> str");
+    m.def("use_instruction_set(str name) -> ()");
+    m.def("has_cuda() -> bool");
+
+    m.def("residual_norm(Tensor x, Tensor? x_bias, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed,"
+          " float eps, float dropout_p, int site, bool centred, float weight_offset, bool round_first,"
+          " ScalarType? out_dtype) -> (Tensor y, Tensor? h, Tensor statistics)");
+    m.def("residual_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor statistics, Tensor? weight, Tensor? seed,"
+          " float dropout_p, int site, float weight_offset, ScalarType? dx, ScalarType? dx_bias, ScalarType? dresidual,"
+          " ScalarType? dweight, ScalarType? dbias) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+
+    m.def("embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed,"
+          " float scale, float dropout_p, int site) -> Tensor");
+    m.def("embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site,"
+          " SymInt rows, int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)");
+
+    m.def("activation_dropout(Tensor pre, bool gated, str activation, float dropout_p, Tensor? seed, int site)"
+          " -> Tensor");
+    m.def("linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"
+          " float dropout_p, Tensor? seed, int site, bool save) -> (Tensor hidden, Tensor pre)");
+    m.def("linear_activation_backward(Tensor dy, Tensor weight, Tensor saved, bool gated, str activation,"
+          " float dropout_p, Tensor? seed, int site, bool recompute, ScalarType? dbias)"
+          " -> (Tensor, Tensor?, Tensor?)");
+
+    // Of a chunk of logits, in place; what tfm/native/linear_cross_entropy.py calls between its products.
+    m.def("cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor(b!)? losses, int ignore_index,"
+          " float label_smoothing, float z_loss, float? softcap, bool want_gradient, Tensor? grad, Tensor? largest)"
+          " -> ()");
+
+#define ATTENTION                                                                                                      \
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? words, Tensor? reach, Tensor? sinks,"               \
+    " Tensor? cu_seq_q, Tensor? cu_seq_k, Tensor? key_lengths, Tensor? starts, Tensor? seed, SymInt max_q,"            \
+    " SymInt max_k, SymInt start, int? left, int? right, float scale, float? softcap, float dropout_p, int site"
+    m.def("attention(" ATTENTION ") -> (Tensor output, Tensor lse)");
+    m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, " ATTENTION ")"
+          " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+#undef ATTENTION
+}
+
+namespace {
+
+bool has_cuda() {
+#ifdef TFM_WITH_CUDA
+    return true;
+#else
+    return false;
+#endif
+}
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "tfm_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }
+
+// Importing it registers the operators; it has no other contents.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit_tfm_native(void) {
+    return PyModule_Create(&definition);
+}

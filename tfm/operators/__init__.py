@@ -1,0 +1,21 @@
+"""The operators that several backends compute: each one's schema, its empty outputs and its autograd, once for all.
+
+Backend "triton" computes tfm::name (tfm.kernels), backend "native" tfm_native::name (csrc). Gradients stay outside the
+operators: an autograd.Function around them costs half of what torch's register_autograd costs.
+"""
+
+import torch
+
+from tfm.operators import norm
+from tfm.operators.operator import Operator
+
+__all__ = ["TWINS", "Operator", "register_fakes"]
+
+# Of Triton and of csrc, whose csrc/schemas.cpp declares them once more.
+TWINS = (*norm.OPERATORS,)
+
+
+def register_fakes(namespace: str) -> None:
+    """Gives the operators of `namespace`, which are defined already, their fakes."""
+    for operator in TWINS:
+        torch.library.register_fake(f"{namespace}::{operator.name}", operator.fake)

@@ -71,18 +71,33 @@ def plain(norm, p):
     return operation
 
 
+def largest_terms(norm, inputs, truth, cotangents):
+    """Of the sums that results are: where they cancel, as in a gradient of three columns, their rounding is what errs."""
+    x, residual, weight = (tensor.detach().double() for tensor in inputs[:3])
+    dy, dh = (torch.zeros_like(x) if cotangent is None else cotangent.double() for cotangent in cotangents)
+    h, centre = truth[1], truth[1].mean(-1, keepdim=True) if norm == "layer_norm" else 0.0
+    rstd = ((h - centre).square().mean(-1, keepdim=True) + EPS).rsqrt()
+    gradient = (dy * weight * rstd).abs() + dh.abs()
+    terms = [*truth[:2], gradient, gradient, dy * (h - centre) * rstd, gradient, dy]
+    return [float(term.abs().max()) if term.numel() else 0.0 for term in terms]
+
+
 def assert_kernel_matches(norm, inputs, p, cotangents=None):
     if cotangents is None:
         cotangents = [torch.randn_like(inputs[0], dtype=torch.float32) for _ in range(2)]
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     actual = run(kernel(norm, p), inputs, cotangents)
     truth, same = run(plain(norm, p), wide, cotangents), run(plain(norm, p), inputs, cotangents)
+    terms = largest_terms(norm, inputs, truth, cotangents)
     names = ("y", "h", *NAMES[norm])
     # The gradient of x_bias is a sum of x's: of a few rows, torch's may be exact by luck, so it may err as x's does.
     x, x_bias = names.index("x"), names.index("x_bias")
     if oracle.error(same[x_bias], truth[x_bias]) < oracle.error(same[x], truth[x]):
         same[x_bias] = truth[x_bias] + oracle.error(same[x], truth[x]) * truth[x_bias].abs().max()
-    oracle.assert_all_match(actual, truth, same, names)
+    for result, true, plain_result, term, name in zip(actual, truth, same, terms, names, strict=False):
+        largest = float(true.abs().max()) if true.numel() else 0.0
+        inherent = 2 * torch.finfo(result.dtype).eps * term / largest if largest else 0.0
+        oracle.assert_matches(result, true, plain_result, name, inherent)
     for result, tensor in zip(actual[2:], inputs, strict=True):
         assert result.dtype == tensor.dtype
 
@@ -106,8 +121,10 @@ def test_kernel_matches(norm, shape, dtype, kernel_device, launched):
     columns=st.integers(1, 140),
     dtype=st.sampled_from(DTYPES),
     p=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 2**32),
 )
-def test_kernel_matches_at_any_shape(norm, rows, columns, dtype, p):
+def test_kernel_matches_at_any_shape(norm, rows, columns, dtype, p, seed):
+    torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert_kernel_matches(norm, inputs_of(norm, (rows, columns), device, dtype), p)
 

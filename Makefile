@@ -4,27 +4,39 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all check check-kernels check-kernels-all bench gpu tune clean
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-all native sanitize check check-kernels check-kernels-all bench gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
-demo: $(INSTALLED)
+demo: native
 	$(BIN)/tfm demo
 
-test: $(INSTALLED)
+test: native
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 # The same with the full product of attention's rules.
-test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 TFM_EVERY_ATTENTION=1 $(BIN)/pytest -n 2 --dist loadgroup
+test-all: native
+	OMP_NUM_THREADS=1 TFM_EVERY_ATTENTION=1 HYPOTHESIS_PROFILE=default $(BIN)/pytest -n 2 --dist loadgroup
+
+# The native operators: two seconds where nothing changed, one line where there is no compiler.
+native: $(INSTALLED)
+	$(BIN)/tfm build --if-possible
+
+# The CPU kernels under the address, undefined behaviour and thread sanitizers: minutes.
+sanitize: $(INSTALLED)
+	$(BIN)/python -m benchmarks.native_sanitizers
 
 # Format, lint, types, and who may import whom.
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_import_contract.py
 
 # Compiles every kernel for sm_80, sm_90 and sm_100; fails on spills, on too much shared memory and on missing HGMMA.
+# Those of csrc too, where nvcc is.
 check-kernels: $(INSTALLED)
 	$(BIN)/python -m benchmarks.check_kernels
 
@@ -33,7 +45,7 @@ check-kernels-all: $(INSTALLED)
 	$(BIN)/python -m benchmarks.check_kernels --every
 
 # Each operation beside what people would use instead, as ratios in one run.
-bench: $(INSTALLED)
+bench: native
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable -q --disable-warnings
 
 # Everything on one NVIDIA GPU, in nine minutes: ONLY=attention,layer_norm QUICK=1 DATA=dir OUT=file COMMIT=hash. Takes

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Must be set before anything imports triton; cross-compilation therefore runs in processes of its own.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# The same examples on every run, so that a change is judged by what it changed; `make test-all` draws new ones.
+settings.register_profile("repeated", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeated"))
 
 
 def pytest_configure() -> None:
@@ -28,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20170612)
+
+
+@pytest.fixture
+def filled_with_nan() -> Iterator[None]:
+    """What torch allocates holds NaN: an element that nobody writes is seen. (tests/launches.py does it for Triton.)"""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

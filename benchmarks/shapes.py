@@ -166,7 +166,7 @@ def _sizes(gpu: Sequence[T], cpu: Sequence[T], rehearsal: Sequence[T]) -> Sequen
 # The last two are those of published norm benchmarks, which know no dropout.
 LAYER_NORMS = _sizes(
     gpu=[Norm(4096, 512, 0.1), Norm(4096, 1024, 0.1), Norm(8192, 1024), Norm(16384, 4096), Norm(8192, 8192)],
-    cpu=[Norm(512, 512, 0.1), Norm(512, 512)],
+    cpu=[Norm(1920, 128, 0.3), Norm(512, 512, 0.1), Norm(512, 512)],
     rehearsal=[Norm(6, 32, 0.1), Norm(6, 32)],
 )
 RMS_NORMS = _sizes(
@@ -176,7 +176,7 @@ RMS_NORMS = _sizes(
 )
 FEED_FORWARDS = _sizes(
     gpu=[FeedForward(8192, 512, 2048, 0.1), FeedForward(8192, 1024, 4096, 0.1)],
-    cpu=[FeedForward(512, 512, 2048, 0.1)],
+    cpu=[FeedForward(1920, 128, 256), FeedForward(512, 512, 2048, 0.1)],
     rehearsal=[FeedForward(6, 32, 48)],
 )
 # Two thirds of four times the width: as many weights as the plain network has.
@@ -197,7 +197,7 @@ VOCABULARIES = _sizes(
 )
 EMBEDDINGS = _sizes(
     gpu=[Embedding(8192, 512, 10000, 0.1), Embedding(8192, 1024, 32768, 0.1)],
-    cpu=[Embedding(1024, 512, 9712, 0.1)],
+    cpu=[Embedding(1920, 128, 9712, 0.3), Embedding(1024, 512, 9712, 0.1)],
     rehearsal=[Embedding(6, 32, 50)],
 )
 ROTARIES = _sizes(
@@ -213,7 +213,7 @@ SENTENCES = _sizes(
         Sentences(64, 8, 64, longest=64),
         Sentences(512, 16, 64, longest=64),
     ],
-    cpu=[Sentences(64, 4, 32), Sentences(32, 8, 64, "causal")],
+    cpu=[Sentences(78, 4, 32), Sentences(78, 4, 32, "causal"), Sentences(78, 4, 32, "cross"), Sentences(32, 8, 64)],
     rehearsal=[Sentences(2, 2, 16), Sentences(2, 2, 16, "cross")],
 )
 BERT = [Sequences(256, 128, 12, 64, "lengths"), Sequences(128, 256, 12, 64, "lengths")]

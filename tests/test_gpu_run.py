@@ -132,8 +132,8 @@ def test_every_part_has_its_section(rehearsed, checkout):
     assert record["format"] == 1
     assert record["rehearsal"]
     assert record["environment"]["commit"] == "1234abcd"
-    kernel = (checkout / "kernels" / "layer_norm.py").read_bytes()
-    assert record["sources"]["kernels/layer_norm.py"] == hashlib.sha256(kernel).hexdigest()
+    kernel = (checkout / "kernels" / "norm.py").read_bytes()
+    assert record["sources"]["kernels/norm.py"] == hashlib.sha256(kernel).hexdigest()
     (row,) = record["kernels"]
     assert row["name"].startswith("layer_norm_forward")
     assert row["capability"] == 90

@@ -17,7 +17,7 @@ from benchmarks.allowed import ALLOWED
 from benchmarks.check_kernels import verdict
 from benchmarks.compiled import CASES, Compiled, cases_of, compile_all
 from benchmarks.gpu.child import JOURNAL, ROOT, append
-from benchmarks.report.records import sources_of
+from benchmarks.report.sources import sources_of
 
 
 def main() -> None:

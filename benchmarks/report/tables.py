@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.report.records import ROOT, Record, Row, newest, operations
+from benchmarks.report.records import ROOT, Record, Row, newest
+from benchmarks.report.sources import operations
 
 NAMES = {
     "tfm": "tfm, fp32",
@@ -39,11 +40,14 @@ def device(record: Record, root: Path = ROOT) -> str:
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("torch", "triton", "driver") if environment.get(name)
     )
+    if environment["gpu"] is None:
+        versions += f", {environment['threads']} thread" + "s" * (environment["threads"] > 1)
     lines = [f"### {record.device}", "", f"{versions}; `{_shown(record.path, root)}`, {environment['date'][:10]}."]
     if ceilings := record.data.get("ceilings"):
         copy, matmul = ceilings.get("copy", {}).get("GB/s"), ceilings.get("matmul", {}).get("TFLOP/s")
+        kind = {"float32": "fp32"}.get(ceilings.get("matmul", {}).get("dtype"), "bf16")
         measured = [f"copy {copy:,.0f} GB/s"] if copy else []
-        measured += [f"bf16 matmul {matmul:,.0f} TFLOP/s"] if matmul else []
+        measured += [f"{kind} matmul {_flops(matmul)}"] if matmul else []
         lines.append(f"Ceilings measured in the same run: {', '.join(measured) or 'none'}.")
     if tests := record.data.get("tests"):
         lines.append(
@@ -90,9 +94,12 @@ def _time(seconds: float | None) -> str:
 def _rate(row: Row) -> str:
     extra = row.entry["extra_info"]
     if "TFLOP/s" in extra:
-        rate = extra["TFLOP/s"]
-        return f"{rate:,.0f} TFLOP/s" if rate >= 10 else f"{1e3 * rate:,.0f} GFLOP/s"
+        return _flops(extra["TFLOP/s"])
     return f"{extra['GB/s']:,.0f} GB/s" if "GB/s" in extra else ""
+
+
+def _flops(rate: float) -> str:
+    return f"{rate:,.0f} TFLOP/s" if rate >= 10 else f"{1e3 * rate:,.0f} GFLOP/s"
 
 
 def training(record: Record) -> str:

@@ -1,0 +1,73 @@
+"""What the native kernels are on this machine's processor: each operation beside its peers, on one core, in one record.
+
+    python -m benchmarks.cpu --out benchmarks/results/cpu.json
+
+The ceilings come first: a copy of memory that no cache holds, and torch's product of fp32 matrices. Then every
+benchmark of benchmarks/bench_*.py but the training step's, which benchmarks.bench_training measures on real text. A
+quiet machine is the measurer's duty; the record keeps its load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.ceilings import Work, copy_rates, matmul_rates
+from benchmarks.record import ROOT, environment, sources, write
+
+FORMAT = 1
+CPU = torch.device("cpu")
+WORK = Work(copied=1 << 30, side=1024, samples=9, steps=4)
+BENCHMARKS = "not training"
+
+
+def ceilings(work: Work = WORK) -> dict[str, Any]:
+    """Rates of one core: GB/s read and written, and TFLOP/s of sgemm, each sample."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    copies = copy_rates(CPU, work)
+    left, right = torch.randn(2, work.side, work.side)
+    products = matmul_rates(left, right, torch.empty_like(left), work)
+    return {
+        "copy": {"GB/s": statistics.median(copies), "samples": copies},
+        "matmul": {"TFLOP/s": statistics.median(products), "samples": products, "dtype": "float32"},
+    }
+
+
+def run_suites(measured: dict[str, Any], chosen: str) -> list[dict[str, Any]]:
+    """The entries of pytest-benchmark for the suites that `chosen` names, as pytest's -k."""
+    with tempfile.TemporaryDirectory() as folder:
+        rates, entries = Path(folder) / "ceilings.json", Path(folder) / "entries.json"
+        units = {"copy": "GB/s", "matmul": "TFLOP/s"}
+        rates.write_text(json.dumps({name: measured[name][unit] for name, unit in units.items()}))
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-q", "-k", chosen]
+        command += ["--benchmark-enable", f"--benchmark-json={entries}", "--disable-warnings"]
+        status = subprocess.run(command, cwd=ROOT, env=os.environ | {"TFM_CEILINGS": str(rates)}, check=False)
+        if not entries.exists():
+            raise SystemExit(f"benchmarks.cpu: nothing was measured, pytest ended with {status.returncode}")
+        return json.loads(entries.read_text())["benchmarks"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.json"))
+    parser.add_argument("--only", default=BENCHMARKS, help="which of them, as pytest's -k; default: %(default)s")
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"format": FORMAT, "environment": environment(CPU), "sources": sources()}
+    record["ceilings"] = ceilings()
+    record["environment"]["threads"] = 1
+    record["benchmarks"] = run_suites(record["ceilings"], arguments.only)
+    write(arguments.out, record)
+
+
+if __name__ == "__main__":
+    main()

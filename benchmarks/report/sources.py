@@ -1,0 +1,120 @@
+"""The source files that an operation's numbers rest upon."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def operations(root: Path = ROOT) -> list[str]:
+    """The files of operations that kernels serve, by name: what a record should cover."""
+    return [path.stem for path in sorted((root / "tfm" / "ops").glob("*.py")) if sources_of(path.stem, root)]
+
+
+def sources_of(operation: str, root: Path = ROOT, native: bool = False) -> list[str]:
+    """The files that the operation's file in tfm/ops/ rests upon, relative to `root`.
+
+    Those of kernels/ that it reaches through its imports, or `native` ones: those of csrc/cpu/ that implement its
+    operators, and what they include. A suite of no one operation, such as a training step, rests upon all of them.
+    """
+    start = _operation_file(operation, root)
+    if start is None:
+        folder, pattern = ("csrc", "cpu/**/*.*") if native else ("kernels", "**/*.py")
+        return _relative((root / folder).glob(pattern), root)
+    follow = _includes if native else _kernel_files
+    found: set[Path] = set()
+    waiting = list(_implementations(start, root) if native else _kernel_files(start, root))
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += follow(path, root)
+    return _relative(found, root)
+
+
+def _relative(paths: Iterable[Path], root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in paths)
+
+
+def _implementations(path: Path, root: Path) -> Iterator[Path]:
+    """The files of csrc/cpu/ that register the operators of what `path` imports from tfm.operators."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "tfm.operators":
+            for alias in node.names:
+                schemas = (root / "tfm" / "operators" / f"{alias.name}.py").read_text()
+                names = re.findall(r"Operator\(\s*f?\"(\w+)\(", schemas)
+                for source in (root / "csrc" / "cpu").rglob("*.cpp"):
+                    if any(f'm.impl("{name}"' in source.read_text() for name in names):
+                        yield source
+
+
+def _includes(path: Path, root: Path) -> Iterator[Path]:
+    """What a file of csrc/ includes from there, and its neighbours where it lies in a folder of its operation."""
+    csrc = root / "csrc"
+    for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+        yield csrc / name
+    if path.parent.parent == csrc / "cpu":
+        yield from path.parent.iterdir()
+
+
+def _operation_file(operation: str, root: Path) -> Path | None:
+    """The file of that name, or else the one that defines it: attention.py holds varlen_attention."""
+    files = sorted((root / "tfm" / "ops").glob("*.py"))
+    named = [path for path in files if path.stem == operation]
+    defining = [path for path in files if f"\ndef {operation}(" in path.read_text()]
+    return next(iter(named + defining), None)
+
+
+def _kernel_files(path: Path, root: Path) -> Iterator[Path]:
+    """The kernel files that `path` imports; of a package, those whose names `path` uses."""
+    tree = ast.parse(path.read_text())
+    for module, name, alias in _imports(tree):
+        target = _module_path(f"{module}.{name}", root)
+        if target is None:
+            # A name from inside a module; from inside a package, the module that the package has it from.
+            yield from _definition(module, name, root)
+        elif target.name == "__init__.py":
+            used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_name(node, alias)}
+            for attribute in used:
+                yield from _definition(f"{module}.{name}", attribute, root)
+        else:
+            yield target
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[:2] == ["tfm", "kernels"]:
+            for alias in node.names:
+                yield node.module or "", alias.name, alias.asname or alias.name
+
+
+def _definition(module: str, name: str, root: Path) -> Iterator[Path]:
+    path = _module_path(module, root)
+    if path is None:
+        return
+    if path.name != "__init__.py":
+        yield path
+        return
+    tree = ast.parse(path.read_text())
+    sources = [where for where, imported, alias in _imports(tree) if name in (imported, alias)]
+    if not sources:
+        inner = _module_path(f"{module}.{name}", root)
+        yield path if inner is None else inner
+    for where in sources:
+        yield from _definition(where, name, root)
+
+
+def _module_path(module: str, root: Path) -> Path | None:
+    place = root.joinpath(*module.split(".")[1:])
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _is_name(node: ast.Attribute, name: str) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == name

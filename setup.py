@@ -1,17 +1,64 @@
-"""Where the packages lie; everything else is in pyproject.toml.
+"""Where the packages lie, and the native operators of a wheel; everything else is in pyproject.toml.
 
-`kernels/` stands at the root of the repository and is installed inside the package, as `tfm.kernels`: a top-level
-package of that name would shadow Hugging Face's.
+`kernels/` and `csrc/` stand at the root of the repository and are installed inside the package: a top-level package of
+the name kernels would shadow Hugging Face's.
+
+A wheel holds the operators compiled, as the module tfm_native, where torch can be imported (pip's
+--no-build-isolation) and a C++ compiler and ninja are there; TFM_NATIVE_BUILD=0 leaves them out. Everywhere else, and
+where they do not compile, the wheel is pure Python and `tfm build` can compile them later. An editable installation
+never compiles: the sources change, and `tfm build` follows them.
 """
 
-from setuptools import find_packages, setup
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def native() -> Path | None:
+    """The compiled library, None where the wheel is to be pure."""
+    if "bdist_wheel" not in sys.argv or os.environ.get("TFM_NATIVE_BUILD") == "0":
+        return None
+    sys.path.insert(0, str(ROOT))
+    try:
+        from tfm.native.build import BuildError, Listener, build
+    except ImportError as error:
+        print(f"tfm: a pure wheel, without native operators: {error}")
+        return None
+    try:
+        return build(listener=Listener(say=print)).library
+    except (BuildError, OSError) as error:
+        print(f"tfm: a pure wheel, without native operators: {error}")
+        return None
+
+
+class Copy(build_ext):
+    """Puts the library, which is compiled by then, where the wheel takes its modules from."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(LIBRARY, target)
+
+
+LIBRARY = native()
 
 setup(
     packages=[
         *find_packages(include=["tfm", "tfm.*"]),
         "tfm.kernels",
         *(f"tfm.kernels.{name}" for name in find_packages("kernels")),
+        "tfm.csrc",
     ],
-    package_dir={"tfm": "tfm", "tfm.kernels": "kernels"},
-    package_data={"tfm": ["py.typed"]},
+    package_dir={"tfm": "tfm", "tfm.kernels": "kernels", "tfm.csrc": "csrc"},
+    include_package_data=False,
+    package_data={"tfm": ["py.typed"], "tfm.csrc": [f"**/*{suffix}" for suffix in (".cpp", ".h", ".cu", ".cuh")]},
+    ext_modules=[Extension("tfm_native", sources=[], py_limited_api=True)] if LIBRARY else [],
+    cmdclass={"build_ext": Copy},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARY else {},
 )

@@ -1,4 +1,5 @@
-"""Compiles every kernel for GPUs that need not be here, and fails on what must not ship.
+"""Compiles every kernel for GPUs that need not be here, and fails on what must not ship: Triton's, and where nvcc is
+those of csrc/cuda.
 
     python -m benchmarks.check_kernels [--every] [--only layer_norm,attention] [--json FILE]
 
@@ -19,7 +20,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import native_kernels
 from benchmarks.allowed import Allowed
+from benchmarks.chips import CHIPS
 from benchmarks.compiled import CAPABILITIES, CASES, EVERY_CAPABILITY, Compiled, compile_all
 
 HEADER = "kernel\n  chip    warps  regs  stack  shared     blocks  instructions"
@@ -39,25 +42,39 @@ def main() -> int:
     arguments = parser.parse_args()
     capabilities = arguments.capabilities or (EVERY_CAPABILITY if arguments.every else CAPABILITIES)
 
+    if not set(capabilities) <= CHIPS.keys():
+        parser.error(f"--capabilities: expected some of {', '.join(map(str, CHIPS))}, got {capabilities}")
+    nvcc, why_not = native_kernels.usable() if arguments.cases == CASES else (None, f"not part of {arguments.cases}")
     start = time.perf_counter()
     print(HEADER)
+    table = Table()
+    native: list[Compiled] = []
+    if nvcc is not None:
+        native = native_kernels.compile_all(nvcc, capabilities, arguments.workers, arguments.only, report=table.add)
     try:
         rows = compile_all(
             arguments.cases, arguments.every, capabilities, arguments.workers, arguments.only,
-            report=Table().add,
+            report=table.add,
         )  # fmt: skip
     except ValueError as error:
-        parser.error(str(error))
+        if not native:
+            parser.error(str(error))
+        rows = []
+    rows = native + rows
     seconds = time.perf_counter() - start
     if arguments.json:
         arguments.json.write_text(json.dumps([row.record() for row in rows], indent=1) + "\n")
 
     whole = arguments.every and not arguments.only and set(capabilities) >= set(EVERY_CAPABILITY)
     allowed = importlib.import_module(arguments.allowed).ALLOWED
+    if nvcc is None:
+        allowed = [exception for exception in allowed if not native_kernels.concerns(exception)]
     failures = verdict(rows, allowed, whole)
     slowest = max(rows, key=lambda row: row.seconds)
     print(f"\n{len(rows)} compilations in {seconds:.0f} s, {sum(row.seconds for row in rows):.0f} s of one core")
     print(f"slowest: {slowest.name}, sm_{slowest.capability}, {slowest.seconds:.0f} s of one core")
+    if why_not:
+        print(f"csrc/cuda was not compiled: {why_not}")
     print(f"{len(failures)} failures")
     print("\n".join(failures))
     return 1 if failures else 0

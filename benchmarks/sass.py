@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 # An address, a predicate, the instruction: "/*0130*/  @!P0 LDG.E.128 R4, ...".
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{ *)?(?:@!?U?P\w+ +)?([A-Z][\w.]*)", re.MULTILINE)
@@ -38,6 +39,15 @@ def read_cubin(cubin: bytes) -> MachineCode:
     if found is None:
         raise RuntimeError(f"expected REG and STACK in the output of cuobjdump, got {usage!r}")
     return MachineCode(int(found[1]), int(found[2]), count_instructions(code))
+
+
+def disassemble(cubin: Path) -> dict[str, dict[str, int]]:
+    """`count_instructions` of each kernel in a file of several, by its mangled name."""
+    from triton import knobs
+
+    code = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(cubin))
+    _, *parts = re.split(r"^\.text\.(\w+):", code, flags=re.MULTILINE)
+    return {name: count_instructions(part) for name, part in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def count_instructions(code: str) -> dict[str, int]:

@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
 
     // Of a chunk of logits, in place; what tfm/native/linear_cross_entropy.py calls between its products.
     m.def("cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor(b!)? losses, int ignore_index,"
-          " float label_smoothing, float z_loss, float? softcap, bool want_gradient, Tensor? grad, Tensor? largest)"
+          " float label_smoothing, float z_loss, float? softcap, bool want_gradient, Tensor? grad, Tensor? divisor)"
           " -> ()");
 
 #define ATTENTION                                                                                                      \
@@ -46,6 +46,12 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
     m.def("attention(" ATTENTION ") -> (Tensor output, Tensor lse)");
     m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, " ATTENTION ")"
           " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+    m.def("attention_weights(Tensor lse, " ATTENTION ") -> Tensor");
+    m.def("attention_mask_bits(Tensor mask, Tensor? starts, SymInt start, int? left, int? right)"
+          " -> (Tensor words, Tensor reach)");
+    // As attention_backward, with the gradients of two or three views of one tensor side by side, [parts, ...].
+    m.def("attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, int parts,"
+          " " ATTENTION ") -> (Tensor? dquery, Tensor joined, Tensor? dbias, Tensor? dsinks)");
 #undef ATTENTION
 }
 

@@ -28,7 +28,7 @@ from tfm.kernels.activations import activate, activate_with_derivative
 from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import sum_partials
-from tfm.operators import Operator
+from tfm.operators.feed_forward import ACTIVATION_DROPOUT, hidden_columns
 
 
 @triton.jit
@@ -122,11 +122,6 @@ def activation_dropout_backward_kernel(
         tl.store(partial, tl.sum(sums, axis=0), mask=column < columns)
 
 
-def hidden_columns(pre: Tensor, gated: bool) -> int:
-    """The columns of the hidden layer whose pre-activation this is."""
-    return pre.shape[1] // 2 if gated else pre.shape[1]
-
-
 def activation_dropout(
     pre: Tensor, gated: bool, activation: str, dropout_p: float, seed: Tensor | None, site: int
 ) -> Tensor:
@@ -170,10 +165,4 @@ def activation_dropout_backward(
             sum_partials(partials, dbias)
 
 
-register(
-    Operator(
-        "activation_dropout(Tensor pre, bool gated, str activation, float dropout_p, Tensor? seed, int site) -> Tensor",
-        lambda pre, gated, *_: pre.new_empty((pre.shape[0], hidden_columns(pre, gated))),
-    ),
-    activation_dropout,
-)
+register(ACTIVATION_DROPOUT, activation_dropout)

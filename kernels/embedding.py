@@ -32,13 +32,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.kernels import launch
+from tfm.kernels.library import NAMESPACE as NAMESPACE
 from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import as_rows
-from tfm.operators import Operator
+from tfm.operators.embedding import EMBEDDING, EMBEDDING_BACKWARD, backward_outputs, forward_output
 
 # Sorted tokens that are added up ahead where they are all the same.
 CHUNK = 32
@@ -223,10 +223,6 @@ def embedding_forward(
     return y
 
 
-def forward_output(tokens: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty((*tokens.shape, weight.shape[1]), dtype=weight.dtype, device=weight.device)
-
-
 def embedding_backward(
     dy: Tensor, tokens: Tensor, seed: Tensor | None, scale: float, dropout_p: float, site: int, rows: int,
     padding_idx: int | None, dtype: torch.dtype, sparse: bool,
@@ -265,77 +261,5 @@ def embedding_backward(
     return outputs
 
 
-def backward_outputs(
-    dy: Tensor, tokens: Tensor, rows: int, dtype: torch.dtype, sparse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient or its values, and the values' indices, still empty."""
-    count = tokens.numel()
-    gradient = torch.empty((count if sparse else rows, dy.shape[-1]), dtype=dtype, device=dy.device)
-    return gradient, torch.empty((1, count), dtype=torch.int64, device=dy.device) if sparse else None
-
-
-register(
-    Operator(
-        "embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed, float scale,"
-        " float dropout_p, int site) -> Tensor",
-        lambda tokens, weight, *_: forward_output(tokens, weight),
-    ),
-    embedding_forward,
-)
-register(
-    Operator(
-        "embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site, SymInt rows,"
-        " int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)",
-        lambda dy, tokens, seed, scale, dropout_p, site, rows, padding_idx, dtype, sparse: backward_outputs(
-            dy, tokens, rows, dtype, sparse
-        ),
-    ),
-    embedding_backward,
-)
-
-
-class Embedding(torch.autograd.Function):
-    """Autograd of the two operators: one backward for the tokens' table, one for the positions'."""
-
-    @staticmethod
-    def forward(
-        ctx, tokens, weight, positions, position_weight, seed, scale, dropout_p, site, padding_idx, sparse
-    ):  # fmt: skip
-        ctx.save_for_backward(tokens, positions, seed)
-        ctx.dropout = dropout_p, site
-        ctx.options = scale, padding_idx, sparse
-        ctx.tables = [
-            (None, None) if table is None else (len(table), table.dtype) for table in (weight, position_weight)
-        ]
-        return torch.ops.tfm.embedding.default(tokens, weight, positions, position_weight, seed, scale, dropout_p, site)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        tokens, positions, seed = ctx.saved_tensors
-        scale, padding_idx, sparse = ctx.options
-        dweight = dpositions = None
-        if ctx.needs_input_grad[1]:
-            rows, dtype = ctx.tables[0]
-            dweight, indices = torch.ops.tfm.embedding_backward.default(
-                dy, tokens, seed, scale, *ctx.dropout, rows, padding_idx, dtype, sparse
-            )
-            if sparse:
-                dweight = torch.sparse_coo_tensor(indices, dweight, (rows, dy.shape[-1]), check_invariants=False)
-        if ctx.needs_input_grad[3]:
-            rows, dtype = ctx.tables[1]
-            dpositions, _ = torch.ops.tfm.embedding_backward.default(
-                dy, positions.expand(tokens.shape), seed, 1.0, *ctx.dropout, rows, None, dtype, False
-            )
-        return None, dweight, None, dpositions, *[None] * 6
-
-
-def embedding(
-    tokens: Tensor, weight: Tensor, positions: Tensor, position_weight: Tensor | None, scale: float, dropout_p: float,
-    padding_idx: int | None, sparse: bool, seed: Tensor | None, site: int,
-) -> Tensor:  # fmt: skip
-    """See tfm.ops.embedding."""
-    seed = None if seed is None else seed.to(weight.device)
-    return Embedding.apply(
-        tokens, weight, positions, position_weight, seed, scale, dropout_p, site, padding_idx, sparse
-    )
+register(EMBEDDING, embedding_forward)
+register(EMBEDDING_BACKWARD, embedding_backward)

@@ -20,14 +20,20 @@ from tfm.kernels.activation_dropout import (
     activation_dropout,
     activation_dropout_backward,
     backward_tile,
-    hidden_columns,
     hidden_tile,
 )
+from tfm.kernels.library import NAMESPACE as NAMESPACE
 from tfm.kernels.library import register
 from tfm.kernels.linear import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.rows import as_rows, sum_partials
-from tfm.operators import Operator
+from tfm.operators.feed_forward import (
+    LINEAR_ACTIVATION,
+    LINEAR_ACTIVATION_BACKWARD,
+    backward_outputs,
+    forward_shapes,
+    keeps_hidden,
+)
 
 
 @triton.jit
@@ -151,11 +157,6 @@ def linear_activation_backward_kernel(
     )  # fmt: skip
 
 
-def keeps_hidden(gated: bool, activation: str) -> bool:
-    """Whether the backward works from hidden itself instead of the pre-activation."""
-    return activation == "relu" and not gated
-
-
 def linear_activation(
     x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor | None, gated: bool,
     activation: str, dropout_p: float, seed: Tensor | None, site: int, save: bool,
@@ -193,15 +194,6 @@ def linear_activation(
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
             )  # fmt: skip
     return hidden, pre
-
-
-def forward_shapes(
-    x: Tensor, weight: Tensor, up_weight: Tensor | None, gated: bool, activation: str, save: bool
-) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Of hidden and pre; pre is empty where it is not kept."""
-    columns = weight.shape[0] // 2 if gated and up_weight is None else weight.shape[0]
-    kept = save and not keeps_hidden(gated, activation)
-    return (x.shape[0], columns), (x.shape[0], 2 * columns if gated else columns) if kept else (0,)
 
 
 def products(x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -256,32 +248,5 @@ def linear_activation_backward(
     return dpre, hidden, sums
 
 
-def backward_outputs(
-    saved: Tensor, gated: bool, recompute: bool, dbias: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the backward fills, still empty."""
-    columns = hidden_columns(saved, gated)
-    hidden = saved.new_empty((saved.shape[0], columns)) if recompute else None
-    return torch.empty_like(saved), hidden, None if dbias is None else saved.new_empty(columns, dtype=dbias)
-
-
-register(
-    Operator(
-        "linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"
-        " float dropout_p, Tensor? seed, int site, bool save) -> (Tensor hidden, Tensor pre)",
-        lambda x, weight, up_weight, bias, gated, activation, dropout_p, seed, site, save: tuple(
-            x.new_empty(shape) for shape in forward_shapes(x, weight, up_weight, gated, activation, save)
-        ),
-    ),
-    linear_activation,
-)
-register(
-    Operator(
-        "linear_activation_backward(Tensor dy, Tensor weight, Tensor saved, bool gated, str activation, float dropout_p,"
-        " Tensor? seed, int site, bool recompute, ScalarType? dbias) -> (Tensor, Tensor?, Tensor?)",
-        lambda dy, weight, saved, gated, activation, dropout_p, seed, site, recompute, dbias: backward_outputs(
-            saved, gated, recompute, dbias
-        ),
-    ),
-    linear_activation_backward,
-)
+register(LINEAR_ACTIVATION, linear_activation)
+register(LINEAR_ACTIVATION_BACKWARD, linear_activation_backward)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import oracle
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tfm import ops
@@ -169,9 +171,11 @@ def results(tensors: Tensors, impl: str, dtype: torch.dtype, with_lse: bool = Tr
     return found | {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
 
 
-def assert_matches(tensors: Tensors, dtype: torch.dtype, with_lse: bool = True) -> dict[str, Tensor]:
-    """The Triton kernels against the reference in float64, by the tolerance that the reference in `dtype` sets."""
-    actual = results(tensors, "triton", dtype, with_lse)
+def assert_matches(
+    tensors: Tensors, dtype: torch.dtype, with_lse: bool = True, impl: str = "triton"
+) -> dict[str, Tensor]:
+    """The kernels of `impl` against the reference in float64, by the tolerance that the reference in `dtype` sets."""
+    actual = results(tensors, impl, dtype, with_lse)
     truth, plain = (results(tensors, "reference", kind, with_lse) for kind in (torch.float64, dtype))
     # The backward forms the softmax again from an lse rounded to fp32: each weight is off by as much as its rounding.
     rounding = torch.finfo(torch.float32).eps / 2 * truth["lse"].abs().max().item() if truth["lse"].numel() else 0.0
@@ -209,3 +213,104 @@ class Packing:
         """[N, H, D] to [B, H, S, D], zeros at padding."""
         layouts = zip((self.queries, self.keys, self.keys), (query, key, value), strict=True)
         return [layout.unpack(x).transpose(1, 2) for layout, x in layouts]
+
+
+PACKED_RULES = {
+    "dropout": {"dropout_p": 0.3},
+    "causal, dropout": {"is_causal": True, "dropout_p": 0.1},
+    "starts, window": {"query_start": [-3, 6, 0, 1], "window_size": (20, 3)},
+    "softcap, scale, sinks": {"softcap": 0.9, "scale": 0.3, "sinks": True},
+}
+PACKED_NAMES = ("output", "lse", "query", "key", "value", "sinks")
+
+
+def packing(device: torch.device) -> Packing:
+    """Sequences of cross-attention: one without queries, one without keys."""
+    return Packing([33, 1, 0, 40], [5, 70, 3, 0], device)
+
+
+def packed_problem(rules: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Callable[..., list[Tensor]]:
+    """attended(impl, dtype, layout), layout "packed" or "padded": PACKED_NAMES of those sequences, packed."""
+    rules = {"seed": SEED, "site": SITE} | rules
+    if isinstance(rules.get("query_start"), list):
+        rules["query_start"] = torch.tensor(rules["query_start"], device=device)
+    lengths = packing(device)
+    queries, keys = sum(lengths.query_lengths), sum(lengths.key_lengths)
+    inputs = [
+        torch.randn(shape, device=device).to(dtype).requires_grad_()
+        for shape in ((queries, 2, 16), (keys, 1, 16), (keys, 1, 24))
+    ]
+    if rules.pop("sinks", False):
+        inputs.append(torch.randn(2, device=device).to(dtype).requires_grad_())
+    cotangents = torch.randn(queries, 2, 24, device=device), torch.randn(queries, 2, device=device)
+
+    def attended(impl: str, kind: torch.dtype, layout: str) -> list[Tensor]:
+        some = [x.detach().to(kind).requires_grad_() for x in inputs]
+        options = {**rules, "sinks": some[3] if len(some) == 4 else None, "return_lse": True, "impl": impl}
+        if layout == "packed":
+            output, lse = ops.varlen_attention(*some[:3], *lengths.arguments, **options)
+        else:
+            key_lengths = torch.tensor(lengths.key_lengths, device=device)
+            output, lse = ops.attention(*lengths.padded(*some[:3]), key_lengths=key_lengths, **options)
+            output, lse = lengths.queries.pack(output.transpose(1, 2)), lengths.queries.pack(lse.transpose(1, 2))
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
+        loss = (output * cotangents[0].to(kind)).sum() + (lse * cotangents[1].to(lse.dtype)).sum()
+        return [output.detach(), lse.detach(), *torch.autograd.grad(loss, some)]
+
+    return attended
+
+
+UNREACHED = ("lengths", "causal", "window", "key padding", "mask", "mask and causal", "bias")
+
+
+def unreached(how: str, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    """Options for [2, 2, 40, 16] queries on [2, 1, 70, 16] keys, and which keys they leave to nobody, [2, 1, 70, 1]."""
+    hidden = torch.zeros(2, 1, 70, 1, dtype=torch.bool, device=device)
+    options: dict[str, Any] = {}
+    if how == "lengths":
+        options = {"key_lengths": torch.tensor([33, 70], device=device)}
+        hidden[0, :, 33:] = True
+    elif how == "causal":
+        options = {"is_causal": True, "query_start": 3}
+        hidden[:, :, 43:] = True
+    elif how == "window":
+        options = {"window_size": (10, 2), "query_start": 20}
+        hidden[:, :, :10] = hidden[:, :, 62:] = True
+    elif how == "key padding":
+        options = {"attn_mask": torch.rand(2, 1, 1, 70, device=device) < 0.7}
+        hidden[:] = ~options["attn_mask"].transpose(2, 3)
+    else:
+        mask = torch.rand(2, 2, 40, 70, device=device) < 0.7
+        mask[0, :, :, 3:6] = mask[1, :, :, 66] = mask[1, 0, :, 9] = False
+        hidden[0, :, 3:6] = hidden[1, :, 66] = True
+        mask[:, :, 35] = False
+        options = {"attn_mask": mask}
+        if how == "mask and causal":  # keys that the mask leaves to none but queries before them
+            mask[:, :, 30:, 30] = False
+            hidden[:, :, 30] = True
+            hidden[:, :, 40:] = True
+            options["is_causal"] = True
+        elif how == "bias":
+            options["attn_mask"] = torch.randn(2, 2, 40, 70, device=device).masked_fill(~mask, float("-inf"))
+    return options, hidden
+
+
+NOTHING_ALLOWED = {
+    "mask": {"attn_mask": torch.zeros(40, 70, dtype=torch.bool)},
+    "key padding": {"attn_mask": torch.zeros(2, 1, 1, 70, dtype=torch.bool)},
+    "bias": {"attn_mask": torch.full((1, 2, 40, 70), float("-inf"))},
+    "lengths": {"key_lengths": torch.zeros(2, dtype=torch.int32)},
+    "causal": {"is_causal": True, "query_start": -40},
+}
+
+
+def strided(x):
+    return F.pad(x, (0, 5, 0, 2))[..., :-2, :-5]
+
+
+VIEWS = {
+    "rows apart": strided,
+    "columns apart": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "heads last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "sequence first": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+}

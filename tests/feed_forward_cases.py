@@ -1,12 +1,12 @@
-"""What the tests of the feed-forward kernels share: inputs, what is run on them, and the way that is taken."""
+"""What the tests of the feed-forward networks' backends share: inputs, what is run on them, and Triton's two ways."""
 
 from __future__ import annotations
 
 import oracle
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfm import ops
-from tfm.kernels import launch
 
 SEED, SITE = -0x0123456789ABCDEF, 3
 NAMES = {False: ("x", "w1", "b1", "w2", "b2"), True: ("x", "gate_weight", "up_weight", "down_weight")}
@@ -18,6 +18,7 @@ BACKWARD = {"epilogue": ["linear_activation_backward_kernel"], "library": ["acti
 
 def take(path, monkeypatch):
     """Takes one of the two ways, whatever the settings say of such small matrices."""
+    from tfm.kernels import launch
 
     def tiles(rows, columns):
         # As small as a GPU's tensor cores allow, for several tiles each way.
@@ -59,15 +60,29 @@ def run(function, inputs, cotangent):
     return [output.detach(), *torch.autograd.grad(output, needed, cotangent.to(output.dtype))]
 
 
-def assert_kernel_matches(inputs, activation="gelu", p=0.3, gated=False, cotangent=None):
+def assert_kernel_matches(inputs, activation="gelu", p=0.3, gated=False, cotangent=None, impl="triton"):
     """Against the reference in float64 and in the inputs' dtypes, which draws the same mask."""
     if cotangent is None:
         cotangent = torch.randn(*inputs[0].shape[:-1], inputs[3].shape[0], device=inputs[0].device)
     wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in inputs]
     plain = network(activation, p, gated, "reference")
     truth, same = run(plain, wide, cotangent), run(plain, inputs, cotangent)
-    actual = run(network(activation, p, gated), inputs, cotangent)
+    actual = run(network(activation, p, gated, impl), inputs, cotangent)
     given = [name for name, tensor in zip(NAMES[gated], inputs, strict=True) if tensor is not None]
     oracle.assert_all_match(actual, truth, same, ["output", *given])
     for result, plain_result in zip(actual, same, strict=True):
         assert result.dtype == plain_result.dtype
+
+
+class KeptShapes(TorchDispatchMode):
+    """Within the block, the shapes of the pre-activations that a backend keeps."""
+
+    def __init__(self, namespace):
+        super().__init__()
+        self.operator, self.shapes = getattr(torch.ops, namespace).linear_activation.default, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function is self.operator:
+            self.shapes.append(tuple(result[1].shape))
+        return result

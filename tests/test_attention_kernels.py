@@ -12,15 +12,21 @@ import torch
 import torch.nn.functional as F
 from attention_cases import (
     DTYPES,
+    NOTHING_ALLOWED,
+    PACKED_NAMES,
+    PACKED_RULES,
     PROBLEMS,
     SEED,
-    SITE,
-    Packing,
+    UNREACHED,
+    VIEWS,
     Problem,
     assert_matches,
     attend,
     make,
+    packed_problem,
+    packing,
     results,
+    unreached,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,10 +35,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
 from tfm.kernels import launch
-from tfm.kernels.attention import operators
-from tfm.kernels.attention.mask_bits import KEYS_OF_A_ROW
 from tfm.kernels.launch import AttentionTiles
 from tfm.kernels.launch import attention as attention_tables
+from tfm.operators.attention import Attention
+from tfm.operators.mask_bits import KEYS_OF_A_ROW
 
 FORWARD, BITS = ["attention_forward_kernel"], ["mask_bits_kernel"]
 BIAS = ["bias_gradient_kernel", "sum_splits_kernel"]
@@ -145,54 +151,16 @@ def test_narrow_inputs_under_a_wide_bias_and_sinks(passes, kernel_device, launch
     assert launched == BITS + FORWARD + QUERIES + KEYS * passes + BIAS
 
 
-LENGTHS = Packing([33, 1, 0, 40], [5, 70, 3, 0], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-PACKED_RULES = {
-    "dropout": {"dropout_p": 0.3},
-    "causal, dropout": {"is_causal": True, "dropout_p": 0.1},
-    "starts, window": {"query_start": [-3, 6, 0, 1], "window_size": (20, 3)},
-    "softcap, scale, sinks": {"softcap": 0.9, "scale": 0.3, "sinks": True},
-}
-
-
 @pytest.mark.parametrize("rules", PACKED_RULES.values(), ids=PACKED_RULES.keys())
 def test_packed_equals_padded_and_the_reference(rules, kernel_device, launched):
     dtype = torch.float16 if "scale" in rules else torch.float32
-    rules = {"seed": SEED, "site": SITE} | rules
-    if isinstance(rules.get("query_start"), list):
-        rules["query_start"] = torch.tensor(rules["query_start"], device=kernel_device)
-    queries, keys = sum(LENGTHS.query_lengths), sum(LENGTHS.key_lengths)
-    inputs = [
-        torch.randn(shape, device=kernel_device).to(dtype).requires_grad_()
-        for shape in ((queries, 2, 16), (keys, 1, 16), (keys, 1, 24))
-    ]
-    if rules.pop("sinks", False):
-        inputs.append(torch.randn(2, device=kernel_device).to(dtype).requires_grad_())
-    cotangents = torch.randn(queries, 2, 24, device=kernel_device), torch.randn(queries, 2, device=kernel_device)
-
-    def attended(impl, kind, layout):
-        some = [x.detach().to(kind).requires_grad_() for x in inputs]
-        sinks = some[3] if len(some) == 4 else None
-        if layout == "packed":
-            output, lse = ops.varlen_attention(
-                *some[:3], *LENGTHS.arguments, **rules, sinks=sinks, return_lse=True, impl=impl
-            )
-        else:
-            lengths = torch.tensor(LENGTHS.key_lengths, device=kernel_device)
-            output, lse = ops.attention(
-                *LENGTHS.padded(*some[:3]), **rules, sinks=sinks, key_lengths=lengths, return_lse=True, impl=impl
-            )
-            output, lse = LENGTHS.queries.pack(output.transpose(1, 2)), LENGTHS.queries.pack(lse.transpose(1, 2))
-        lse = lse.masked_fill(lse == float("-inf"), 0.0)
-        loss = (output * cotangents[0].to(kind)).sum() + (lse * cotangents[1].to(lse.dtype)).sum()
-        return [output.detach(), lse.detach(), *torch.autograd.grad(loss, some)]
-
+    attended = packed_problem(rules, kernel_device, dtype)
     actual, padded = attended("triton", dtype, "packed"), attended("triton", dtype, "padded")
     assert launched == 2 * (FORWARD + QUERIES + KEYS)
     # The same tiles of the same numbers; the sinks' sums alone run over other tiles.
     equal(actual[:5], padded[:5])
     truth, plain = (attended("reference", kind, "packed") for kind in (torch.float64, dtype))
-    names = ("output", "lse", "query", "key", "value", "sinks")
-    oracle.assert_all_match(actual, truth, plain, names[: len(actual)])
+    oracle.assert_all_match(actual, truth, plain, PACKED_NAMES[: len(actual)])
 
 
 @pytest.mark.parametrize("extra", [1, 64])
@@ -215,8 +183,9 @@ def test_more_padding_changes_no_bit(extra, kernel_device):
 
 
 def test_packed_rows_do_not_see_the_maxima(kernel_device):
-    inputs = [torch.randn(sum(LENGTHS.query_lengths), 2, 16, device=kernel_device).requires_grad_() for _ in range(3)]
-    cu_seq, _, longest, _ = LENGTHS.arguments
+    lengths = packing(kernel_device)
+    inputs = [torch.randn(sum(lengths.query_lengths), 2, 16, device=kernel_device).requires_grad_() for _ in range(3)]
+    cu_seq, _, longest, _ = lengths.arguments
     expected = run([*inputs, cu_seq, cu_seq, longest, longest], {"is_causal": True}, ops.varlen_attention)
     actual = run([*inputs, cu_seq, cu_seq, longest + 70, longest + 99], {"is_causal": True}, ops.varlen_attention)
     equal(actual, expected)
@@ -229,36 +198,10 @@ def test_same_inputs_same_bits(kernel_device):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("how", ["lengths", "causal", "window", "key padding", "mask", "mask and causal", "bias"])
+@pytest.mark.parametrize("how", UNREACHED)
 def test_what_no_query_reaches_stays_there(how, poison, kernel_device):
     query, key, value = qkv(kernel_device, (2, 2, 1, 40, 70, 16, 16))
-    hidden = torch.zeros(2, 1, 70, 1, dtype=torch.bool, device=kernel_device)
-    options = {}
-    if how == "lengths":
-        options = {"key_lengths": torch.tensor([33, 70], device=kernel_device)}
-        hidden[0, :, 33:] = True
-    elif how == "causal":
-        options = {"is_causal": True, "query_start": 3}
-        hidden[:, :, 43:] = True
-    elif how == "window":
-        options = {"window_size": (10, 2), "query_start": 20}
-        hidden[:, :, :10] = hidden[:, :, 62:] = True
-    elif how == "key padding":
-        options = {"attn_mask": torch.rand(2, 1, 1, 70, device=kernel_device) < 0.7}
-        hidden[:] = ~options["attn_mask"].transpose(2, 3)
-    else:
-        mask = torch.rand(2, 2, 40, 70, device=kernel_device) < 0.7
-        mask[0, :, :, 3:6] = mask[1, :, :, 66] = mask[1, 0, :, 9] = False
-        hidden[0, :, 3:6] = hidden[1, :, 66] = True
-        mask[:, :, 35] = False
-        options = {"attn_mask": mask}
-        if how == "mask and causal":  # keys that the mask leaves to none but queries before them
-            mask[:, :, 30:, 30] = False
-            hidden[:, :, 30] = True
-            hidden[:, :, 40:] = True
-            options["is_causal"] = True
-        elif how == "bias":
-            options["attn_mask"] = torch.randn(2, 2, 40, 70, device=kernel_device).masked_fill(~mask, float("-inf"))
+    options, hidden = unreached(how, kernel_device)
     expected = run([query, key, value], options)
     poisoned = [t.detach().masked_fill(hidden, poison).requires_grad_() for t in (key, value)]
     lse = ops.attention(query, key, value, **options, return_lse=True, impl="triton")[1]
@@ -266,15 +209,6 @@ def test_what_no_query_reaches_stays_there(how, poison, kernel_device):
     assert empty.any() == ("mask" in how or how == "bias")
     actual = run([query.detach().masked_fill(empty, poison).requires_grad_(), *poisoned], options)
     equal(actual, expected)
-
-
-NOTHING_ALLOWED = {
-    "mask": {"attn_mask": torch.zeros(40, 70, dtype=torch.bool)},
-    "key padding": {"attn_mask": torch.zeros(2, 1, 1, 70, dtype=torch.bool)},
-    "bias": {"attn_mask": torch.full((1, 2, 40, 70), float("-inf"))},
-    "lengths": {"key_lengths": torch.zeros(2, dtype=torch.int32)},
-    "causal": {"is_causal": True, "query_start": -40},
-}
 
 
 @pytest.mark.parametrize("options", NOTHING_ALLOWED.values(), ids=NOTHING_ALLOWED.keys())
@@ -302,18 +236,6 @@ def test_heads_of_one_projection_are_not_copied(kernel_device, monkeypatch):
     equal(actual, expected)
     for result in actual:  # heads side by side, as the projections before and after want them
         assert result.transpose(1, 2).is_contiguous()
-
-
-def strided(x):
-    return F.pad(x, (0, 5, 0, 2))[..., :-2, :-5]
-
-
-VIEWS = {
-    "rows apart": strided,
-    "columns apart": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-    "heads last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
-    "sequence first": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
-}
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
@@ -418,13 +340,13 @@ def test_operators_obey_torch(kernel_device):
     tensors = make(Problem((2, 2, 1, 5, 7, 16, 24), rules, ("float", (2, 2, 5, 7))), kernel_device, torch.float32)
     inputs = [x.detach().requires_grad_() for x in tensors.inputs.values()]
     seen = []
-    original = operators.Attention.apply
-    operators.Attention.apply = lambda *arguments: seen.append(arguments) or original(*arguments)
+    original = Attention.apply
+    Attention.apply = lambda *arguments: seen.append(arguments) or original(*arguments)
     try:
         attend(tensors, dict(zip(tensors.inputs, inputs, strict=True)), "triton")
     finally:
-        operators.Attention.apply = original
-    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in seen[0][1:]]
+        Attention.apply = original
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in seen[0][2:]]
     torch.library.opcheck(torch.ops.tfm.attention.default, tuple(arguments))
     output, lse = torch.ops.tfm.attention(*arguments)
     for wanted in ([True] * 5, [False, True, False, False, True]):
@@ -459,8 +381,9 @@ def test_compiles_whole(backend, kernel_device, launched):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_packed_compiles_whole(backend, kernel_device):
     torch._dynamo.reset()
-    inputs = [torch.randn(sum(LENGTHS.query_lengths), 2, 16, device=kernel_device).requires_grad_() for _ in range(3)]
-    cu_seq, _, longest, _ = LENGTHS.arguments
+    lengths = packing(kernel_device)
+    inputs = [torch.randn(sum(lengths.query_lengths), 2, 16, device=kernel_device).requires_grad_() for _ in range(3)]
+    cu_seq, _, longest, _ = lengths.arguments
     packed = [*inputs, cu_seq, cu_seq, longest, longest]
     options = {"is_causal": True, "dropout_p": 0.3, "seed": SEED}
     compiled = torch.compile(ops.varlen_attention, backend=backend, fullgraph=True)

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from small_run import FLAGS, STEPS, log_of, pairs, start_tfm, tfm, write_text
 
+from tfm import native
 from tfm.checkpoint import Run, load_model, load_tensors, save_tensors
 from tfm.cli import translation
 from tfm.cli.progress import TrainingProgress, clock
@@ -349,6 +350,10 @@ def test_doctor_tries_every_backend() -> None:
     if not torch.cuda.is_available():
         # The tests run Triton in its interpreter.
         assert tried["triton on cpu"].startswith("works (greatest error ")
+    if native.load()[0] == "":
+        assert tried["native on cpu"].startswith("works (greatest error ")
+        assert rows["tfm_native"].startswith(f"{native.library()}, kernels for ")
+    assert {"ninja", "nvcc"} <= rows.keys()
 
 
 def test_doctor_says_why_a_backend_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +376,7 @@ def test_version_and_help() -> None:
         ["attend"],
         ["plot", "positions"],
         ["demo"],
+        ["build"],
         ["doctor"],
     ):
         assert tfm(*command, "--help").exit_code == 0

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
-from tfm.kernels import feed_forward as kernels
+from tfm.kernels.linear_activation import NAMESPACE
+from tfm.operators import feed_forward as operators
 
 
 @pytest.fixture
@@ -165,8 +166,8 @@ def test_explicit_triton_says_why_not(kernel_device):
 
 def test_refuses_what_it_cannot_differentiate(kernel_device):
     x, *parameters = inputs_of(5, 17, 20, 9, kernel_device)
-    function = lambda x: kernels.feed_forward(x, *parameters, "gelu", 0.0, None, 0)  # noqa: E731
-    with pytest.raises(RuntimeError, match="FeedForward, but it does not have vmap support"):
+    function = lambda x: operators.feed_forward(NAMESPACE, x, *parameters, "gelu", 0.0, None, 0)  # noqa: E731
+    with pytest.raises(RuntimeError, match="must override the setup_context"):
         torch.vmap(function)(x)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
         function(forward_ad.make_dual(x.detach(), x.detach()))

@@ -16,6 +16,7 @@ from feed_forward_cases import (
     SEED,
     SITE,
     SUMS,
+    KeptShapes,
     assert_kernel_matches,
     inputs_of,
     network,
@@ -24,7 +25,6 @@ from feed_forward_cases import (
 )
 
 from tfm import ops
-from tfm.kernels import feed_forward as kernels
 from tfm.kernels.activation_dropout import activation_dropout
 from tfm.ops.feed_forward import ACTIVATIONS
 from tfm.reference.dropout import keep_scale
@@ -201,16 +201,8 @@ def test_backward_sees_the_pre_activation_as_stored(path, kernel_device):
 
 @pytest.mark.parametrize("needed", [True, False])
 @pytest.mark.parametrize("recording", [True, False])
-def test_keeps_a_pre_activation_only_for_a_backward(needed, recording, path, kernel_device, monkeypatch):
+def test_keeps_a_pre_activation_only_for_a_backward(needed, recording, path, kernel_device):
     inputs = [tensor.detach().requires_grad_(needed) for tensor in inputs_of(5, 17, 20, 9, kernel_device)]
-    kept, apply = [], kernels.FeedForward.apply
-
-    def watched(*arguments):
-        output, saved = apply(*arguments)
-        kept.append(tuple(saved.shape))
-        return output, saved
-
-    monkeypatch.setattr(kernels.FeedForward, "apply", watched)
-    with nullcontext() if recording else torch.no_grad():
+    with KeptShapes("tfm") as kept, nullcontext() if recording else torch.no_grad():
         network()(*inputs)
-    assert kept == [(5, 20) if needed and recording else (0,)]
+    assert kept.shapes == [(5, 20) if needed and recording else (0,)]

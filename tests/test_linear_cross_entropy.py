@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tfm import ops
+from tfm.ops.backends import use
 from tfm.reference import linear_cross_entropy as reference
 
 ROWS, DIM, CLASSES = 11, 5, 7
@@ -30,6 +31,12 @@ CASES = {
         "linear_bias": True, "weight": True, "label_smoothing": 0.2, "z_loss": 0.03, "softcap": 1.3, "ignore_index": 3,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_reference():
+    with use("reference"):
+        yield
 
 
 def tensors(rows=ROWS, dim=DIM, classes=CLASSES, dtype=torch.float64):

@@ -19,6 +19,11 @@ from linear_cross_entropy_cases import (
     ROW,
     STREAM,
     assert_kernel_matches,
+    assert_no_rows_are_no_loss,
+    assert_obeys_autocast,
+    assert_only_wanted_gradients,
+    assert_takes_any_strides,
+    assert_takes_expanded_gradients,
     inputs_of,
     kernel,
     run,
@@ -99,49 +104,22 @@ def test_takes_mixed_dtypes(parameter_dtype, reduction, kernel_device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("needs", list(product([False, True], repeat=3)), ids=str)
 def test_only_wanted_gradients_are_computed(needs, reduction, kernel_device, chunks_of_3):
-    inputs, target = inputs_of(5, 8, 17, kernel_device)
-    target = some_ignored(target)
-    cotangent = torch.randn(5, device=kernel_device) if reduction == "none" else torch.tensor(2.0, device=kernel_device)
-    expected = run(kernel, inputs, target, cotangent, reduction=reduction)
-    some = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-    loss = kernel(*some[:2], target, linear_bias=some[2], reduction=reduction)
-    assert loss.requires_grad == any(needs)
-    assert torch.equal(loss, expected[0])
-    if any(needs):
-        loss.backward(cotangent)
-    for x, grad, need in zip(some, expected[1:], needs, strict=True):
-        assert torch.equal(x.grad, grad) if need else x.grad is None
+    assert_only_wanted_gradients("triton", kernel_device, needs, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_takes_any_strides(reduction, kernel_device, chunks_of_3):
-    (input, weight, bias), target = inputs_of(5, 8, 17, kernel_device)
-    inputs = [
-        input.detach().t().contiguous().t(),
-        F.pad(weight.detach(), (3, 5))[:, 3:11],
-        bias.detach().repeat_interleave(2)[::2],
-    ]
-    assert_kernel_matches([x.requires_grad_() for x in inputs], target.repeat_interleave(2)[::2], reduction=reduction)
+    assert_takes_any_strides("triton", kernel_device, reduction)
 
 
 def test_expanded_gradients(kernel_device):
-    inputs, target = inputs_of(5, 8, 17, kernel_device)
-    ones = torch.ones(5, device=kernel_device)
-    expected = run(kernel, inputs, target, ones, reduction="none")
-    actual = run(kernel, inputs, target, ones[0].expand(5), reduction="none")
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_takes_expanded_gradients("triton", kernel_device)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_no_rows(reduction, dtype, kernel_device, launched):
-    inputs, target = inputs_of(0, 8, 17, kernel_device, dtype)
-    loss, d_input, d_weight, d_bias = run(kernel, inputs, target, reduction=reduction)
-    assert loss.shape == ((0,) if reduction == "none" else ())
-    assert d_input.shape == (0, 8)
-    assert all((x == 0).all() for x in (loss, d_weight, d_bias))
-    with torch.no_grad():
-        assert (kernel(*inputs[:2], target, reduction=reduction) == 0).all()
+    assert_no_rows_are_no_loss("triton", kernel_device, dtype, reduction)
 
 
 def test_one_class_has_no_loss(kernel_device):
@@ -158,15 +136,7 @@ def test_same_inputs_same_bits(kernel_device, chunks_of_3):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_obeys_autocast(reduction, kernel_device, chunks_of_3):
-    """Forward and backward inside the block are the same as outside it from a narrow input."""
-    (input, weight, bias), target = inputs_of(5, 24, 33, kernel_device)
-    cotangent = torch.ones(5, device=kernel_device) if reduction == "none" else None
-    with torch.autocast(kernel_device.type, dtype=torch.float16):
-        actual = run(kernel, (input, weight, bias), target, cotangent, reduction=reduction)
-    narrow_input = input.detach().half().requires_grad_()
-    expected = run(kernel, (narrow_input, weight, bias), target, cotangent, reduction=reduction)
-    expected[1] = expected[1].float()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_obeys_autocast("triton", kernel_device, torch.float16, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -9,7 +9,18 @@ import launches
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cross_entropy_cases import EVERYTHING, MEAN, OPTIONS, ROW, SMALL_TILES, inputs_of, kernel, run, some_ignored
+from linear_cross_entropy_cases import (
+    MEAN,
+    ROW,
+    SMALL_TILES,
+    assert_all_ignored_is_no_loss,
+    assert_compiles_whole,
+    assert_nan_stays_in_ignored_rows,
+    assert_operators_obey_torch,
+    inputs_of,
+    kernel,
+    run,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import KernelInterface
@@ -17,6 +28,7 @@ from triton.runtime.jit import KernelInterface
 from tfm import ops
 from tfm.kernels import launch
 from tfm.kernels import linear_cross_entropy as kernels
+from tfm.operators import linear_cross_entropy as operators
 from tfm.reference import linear_cross_entropy as reference
 
 
@@ -38,25 +50,12 @@ def streamed(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_target_ignored_is_no_loss_and_no_gradient(reduction, kernel_device, launched):
-    inputs, target = inputs_of(4, 8, 17, kernel_device)
-    inputs[0] = torch.full_like(inputs[0], float("nan")).requires_grad_()
-    ignored = torch.full_like(target, -100)
-    assert all((x == 0).all() for x in run(kernel, inputs, ignored, reduction=reduction, **OPTIONS["smoothing"]))
-    with torch.no_grad():
-        assert (kernel(*(x.half() for x in inputs[:2]), ignored, reduction=reduction) == 0).all()
+    assert_all_ignored_is_no_loss("triton", kernel_device, torch.float16, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nan_in_ignored_rows_stays_there(reduction, kernel_device):
-    inputs, target = inputs_of(6, 8, 17, kernel_device)
-    target = some_ignored(target)
-    ignored = (target == -100)[:, None]
-    poisoned = [inputs[0].detach().masked_fill(ignored, float("nan")).requires_grad_(), *inputs[1:]]
-    cotangent = torch.ones(6, device=kernel_device) if reduction == "none" else torch.tensor(1.0, device=kernel_device)
-    stained = cotangent.masked_fill(ignored[:, 0], float("nan")) if reduction == "none" else cotangent
-    clean = run(kernel, inputs, target, cotangent, reduction=reduction, **EVERYTHING | {"ignore_index": -100})
-    actual = run(kernel, poisoned, target, stained, reduction=reduction, **EVERYTHING | {"ignore_index": -100})
-    torch.testing.assert_close(actual, clean, rtol=0, atol=0)
+    assert_nan_stays_in_ignored_rows("triton", kernel_device, reduction)
 
 
 @pytest.mark.parametrize("wrong", [-1, 17, 10**12])
@@ -69,7 +68,7 @@ def test_a_target_that_is_no_class(wrong, kernel_device, streamed, monkeypatch):
     given = (*inputs, target)
     spoilt = torch.tensor([False, True, False], device=kernel_device)
     for losses in (
-        kernels.linear_cross_entropy(*given, "none", -100, 0.1, 0.0, None),  # streamed
+        operators.linear_cross_entropy(kernels.NAMESPACE, *given, "none", -100, 0.1, 0.0, None),  # streamed
         _stored_losses(monkeypatch, given),
     ):
         assert torch.equal(losses.isnan(), spoilt)
@@ -79,7 +78,7 @@ def test_a_target_that_is_no_class(wrong, kernel_device, streamed, monkeypatch):
 
 def _stored_losses(monkeypatch, given):
     monkeypatch.setattr(launch, "streaming_cross_entropy", lambda *_: None)
-    return kernels.linear_cross_entropy(*given, "none", -100, 0.1, 0.0, None)
+    return operators.linear_cross_entropy(kernels.NAMESPACE, *given, "none", -100, 0.1, 0.0, None)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -108,7 +107,7 @@ def test_waits_for_nothing(reduction, kernel_device, chunks_of_3, request):
         if reduction == "none":
             kernels.linear_cross_entropy_backward(torch.ones_like(loss), *given, target, *options, [True] * 3)
         else:
-            kernels.times(given[0], scale, torch.float16)
+            operators.times(given[0], scale, torch.float16)
 
 
 @pytest.fixture
@@ -151,27 +150,12 @@ def test_peak_memory_is_a_chunk_and_the_gradients(impl, chunks_held, reduction, 
 
 
 def test_operators_obey_torch(kernel_device, chunks_of_3):
-    (input, weight, bias), target = inputs_of(4, 8, 17, kernel_device)
-    input, weight, bias = (x.detach() for x in (input, weight.half(), bias))
-    operator, options = torch.ops.tfm.linear_cross_entropy.default, (-100, 0.1, 0.01, 2.0)
-    torch.library.opcheck(operator, (input, weight, bias, target, "mean", *options, [True, True, True]))
-    torch.library.opcheck(operator, (input, weight, None, target, "sum", -100, 0.0, 0.0, None, [True, False, False]))
-    torch.library.opcheck(operator, (input, weight, bias, target, "none", *options, [True, True, True]))
-    backward = torch.ops.tfm.linear_cross_entropy_backward.default
-    torch.library.opcheck(
-        backward, (torch.randn_like(bias[:4]), input, weight, bias, target, *options, [False, True, True])
-    )
+    assert_operators_obey_torch("tfm", kernel_device, torch.float16)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_whole(backend, kernel_device):
-    inputs, target = inputs_of(4, 8, 17, kernel_device)
-    torch._dynamo.reset()
-    for reduction in ("mean", "none"):
-        compiled = torch.compile(kernel, backend=backend, fullgraph=True)
-        expected = run(kernel, inputs, target, reduction=reduction, **EVERYTHING)
-        actual = run(compiled, inputs, target, reduction=reduction, **EVERYTHING)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_compiles_whole("triton", kernel_device, backend)
 
 
 def test_checkpoint_gives_the_same_gradients(kernel_device, launched):

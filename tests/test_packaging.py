@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import tfm
+from tfm.native import toolchain
 
 ROOT = Path(__file__).parent.parent
 # Imports every module there is, except the one that starts the program.
@@ -23,8 +26,25 @@ for package in (tfm, tfm.kernels):
 """
 
 
-def run(program: str, cwd: Path = ROOT, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    finished = subprocess.run([*python, "-c", program], cwd=cwd, capture_output=True, text=True, check=False)
+# No settings but those a test gives; and as if a package were not installed.
+WITHOUT = {"TFM_NATIVE_BUILD": "", "CXX": "", "CUDA_HOME": "", "CUDA_PATH": "", "TFM_NATIVE": "", "TFM_BUILD_CUDA": ""}
+BLOCKED = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] == {package!r} else find(name, *rest)
+"""
+
+
+def run(
+    program: str,
+    cwd: Path = ROOT,
+    python: tuple[str, ...] = (sys.executable,),
+    environment: dict[str, str] | None = None,
+) -> list[str]:
+    given = os.environ | (environment or {})
+    command = [*python, "-c", program]
+    finished = subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.splitlines()
 
@@ -65,7 +85,7 @@ import kernels
 print(kernels.OWNER)
 """
     imported, doubled, twice, owner = run(IMPORT_EVERYTHING + report)
-    assert {"tfm.kernels.layer_norm", "tfm.cli", "tfm.reference.attention", "tfm.demo"} <= set(imported.split())
+    assert {"tfm.kernels.norm", "tfm.cli", "tfm.reference.attention", "tfm.demo"} <= set(imported.split())
     assert doubled == twice == ""
     assert owner == "somebody else"
 
@@ -79,12 +99,12 @@ def test_every_folder_of_modules_is_packaged():
     program = """
 import sys, setuptools
 setuptools.setup = lambda **options: print(*options["packages"], options["package_dir"], sep="\\n")
-exec(open("setup.py").read())
+exec(open("setup.py").read(), {"__file__": "setup.py"})
 """
     *packages, directories = run(program)
     assert len(packages) == len(set(packages))
-    assert set(packages) == packages_in_the_tree().keys() | {"tfm.kernels"}
-    assert ast.literal_eval(directories) == {"tfm": "tfm", "tfm.kernels": "kernels"}
+    assert set(packages) == packages_in_the_tree().keys() | {"tfm.kernels", "tfm.csrc"}
+    assert ast.literal_eval(directories) == {"tfm": "tfm", "tfm.kernels": "kernels", "tfm.csrc": "csrc"}
 
 
 def test_every_folder_of_modules_has_its_init():
@@ -93,20 +113,34 @@ def test_every_folder_of_modules_has_its_init():
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The package, built from a copy of the sources and installed into a folder of its own."""
-    copy, target = (tmp_path_factory.mktemp(name) for name in ("source", "site"))
+def copy(tmp_path_factory) -> Path:
+    """The sources as they would be published."""
+    folder = tmp_path_factory.mktemp("source")
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split("\0")  # fmt: skip
     for name in filter(None, tracked):
         if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    finished = subprocess.run([*pip, "--target", str(target), str(copy)], capture_output=True, text=True, check=False)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def pip(*arguments: str | Path, **environment: str) -> str:
+    command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-build-isolation", "--no-index"]
+    given = os.environ | environment
+    finished = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
+    return finished.stdout + finished.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(copy, tmp_path_factory) -> Path:
+    """The package, built from a copy of the sources where there is no compiler, in a folder of its own."""
+    target = tmp_path_factory.mktemp("site")
+    said = pip("install", "--verbose", "--target", target, copy, **WITHOUT | {"PATH": str(target)})
+    assert "tfm: a pure wheel, without native operators: no C++ compiler: looked for c++, g++, clang++" in said
     return target
 
 
@@ -132,5 +166,92 @@ def test_ships_what_it_needs_and_nothing_else(installed):
     sources |= {Path("tfm") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     shipped = {path.relative_to(installed) for path in installed.rglob("*.py")}
     assert shipped == sources
+    native = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.*")}
+    assert {path.relative_to(installed / "tfm") for path in (installed / "tfm" / "csrc").rglob("*.*")} == native
+    assert not list(installed.rglob("*.so"))
     assert (installed / "bin" / "tfm").exists()
     assert any(installed.glob("tfm-*.dist-info/licenses/LICENSE"))
+
+
+@pytest.mark.xdist_group("installed")
+def test_an_installation_finds_the_sources_to_compile(installed, tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(installed)!r})\nfrom tfm.native import plan; print(plan.sources())"
+    assert run(program, cwd=tmp_path) == [str(installed / "tfm" / "csrc")]
+
+
+# Machines that lack something
+
+
+@pytest.mark.xdist_group("installed")
+@pytest.mark.skipif(bool(toolchain.missing()), reason=toolchain.missing())
+def test_a_wheel_holds_the_operators_where_a_compiler_is(copy, tmp_path):
+    pip("wheel", "--wheel-dir", tmp_path, copy, TFM_NATIVE_BUILD="", TFM_NATIVE="")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    report = """
+import torch
+from tfm import native
+print(native.library())
+print(native.obstacle(torch.device("cpu")))
+"""
+    program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})" + report
+    found, obstacle = run(program, tmp_path, environment={"TFM_NATIVE": "", "XDG_CACHE_HOME": str(tmp_path)})
+    assert found == str(tmp_path / "site" / "tfm_native.abi3.so")
+    assert obstacle == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "blocked", "reason"),
+    [
+        ({"TFM_NATIVE_BUILD": "0"}, "", None),
+        ({}, "torch", "No module named 'torch'"),
+        ({"PATH": "/nowhere"}, "", "no C++ compiler: looked for c++, g++, clang++ on PATH (or in CXX)"),
+        ({"CXX": "false"}, "", "/false does not run: "),
+    ],
+    ids=["not wanted", "no torch", "no compiler", "broken compiler"],
+)
+def test_a_wheel_is_pure_where_nothing_can_be_compiled(environment, blocked, reason):
+    program = f"""{BLOCKED.format(package=blocked)}
+import setuptools
+setuptools.setup = lambda **options: print(len(options["ext_modules"]))
+sys.argv = ["setup.py", "bdist_wheel"]
+exec(open("setup.py").read(), {{"__file__": "setup.py"}})
+"""
+    *said, extensions = run(program, environment=WITHOUT | environment)
+    assert extensions == "0"
+    assert len(said) == (reason is not None)
+    assert all(line.startswith("tfm: a pure wheel, without native operators: ") and reason in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("environment", "blocked", "rows"),
+    [
+        (
+            {"PATH": "/nowhere", "XDG_CACHE_HOME": "/nowhere"}, "",
+            {
+                "C++ compiler": "not found: no C++ compiler: looked for c++, g++, clang++ on PATH",
+                "nvcc": "not found",
+                "tfm_native": "not here: tfm_native is not built: `tfm build` compiles it",
+                "native on cpu": "not here: tfm_native is not built: `tfm build` compiles it",
+            },
+        ),
+        ({}, "triton", {"triton on cpu": "not here: triton is not installed"}),
+    ],
+    ids=["no compiler, no nvcc", "no triton"],
+)  # fmt: skip
+def test_a_machine_that_lacks_something_works_and_says_so(environment, blocked, rows):
+    program = f"""{BLOCKED.format(package=blocked)}
+import torch
+from tfm import ops
+x = torch.randn(3, 8)
+assert torch.equal(ops.layer_norm(x, impl="auto").isnan().any(), torch.tensor(False))
+from tfm.cli.doctor import doctor
+doctor()
+"""
+    said = run(program, environment=WITHOUT | environment)
+    found = {line[:19].strip(): line[19:] for line in said}
+    assert found["reference on cpu"].startswith("works (greatest error ")
+    for name, words in rows.items():
+        assert found[name].startswith(words), found[name]

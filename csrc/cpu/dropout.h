@@ -45,10 +45,9 @@ TFM_INLINE void zip(Words a, Words b, Words& first, Words& second) {
     second = __builtin_shuffle(a, b, two);
 }
 
-// The outcomes of columns [column, column + DRAWN) of a row; `column` is a multiple of 8, `group` the counter's third.
-TFM_INLINE void draw(const Dropout& dropout, int64_t row, int64_t group, int64_t column, uint16_t* outcomes) {
+// The eight outcomes of each lane's counter (c0, c1, group, site), lane after lane.
+TFM_INLINE void draw(const Dropout& dropout, Words c0, Words c1, int64_t group, uint16_t* outcomes) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
-    Words c0 = (Words)lanes() + static_cast<uint32_t>(column / 8), c1 = Words{} + static_cast<uint32_t>(row);
     Words c2 = Words{} + static_cast<uint32_t>(group), c3 = Words{} + dropout.site;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < PHILOX_ROUNDS; ++round) {
@@ -69,6 +68,12 @@ TFM_INLINE void draw(const Dropout& dropout, int64_t row, int64_t group, int64_t
     zip(even[0], odd[0], ordered[0], ordered[1]);
     zip(even[1], odd[1], ordered[2], ordered[3]);
     __builtin_memcpy(outcomes, ordered, sizeof(ordered));
+}
+
+// The outcomes of columns [column, column + DRAWN) of a row; `column` is a multiple of 8, `group` the counter's third.
+TFM_INLINE void draw(const Dropout& dropout, int64_t row, int64_t group, int64_t column, uint16_t* outcomes) {
+    const Words c0 = (Words)lanes() + static_cast<uint32_t>(column / 8);
+    draw(dropout, c0, Words{} + static_cast<uint32_t>(row), group, outcomes);
 }
 
 // -1 where the outcome keeps its column, for WIDTH columns.

@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace tfm {
 
 struct BFloat16 {
@@ -38,8 +42,12 @@ TFM_INLINE Floats load(const float* from) {
 }
 
 TFM_INLINE Floats widen(Halves bits) {
-    const Words words = __builtin_convertvector(bits, Words) << 16;
-    return (Floats)words;
+#if defined(__AVX512F__)
+    const Words words = (Words)_mm512_cvtepu16_epi32((__m256i)bits); // GCC 12 makes four of it
+#else
+    const Words words = __builtin_convertvector(bits, Words);
+#endif
+    return (Floats)(words << 16);
 }
 
 TFM_INLINE Floats load(const BFloat16* from) {
@@ -133,9 +141,13 @@ TFM_INLINE Floats exp(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     // In two factors, so that neither leaves the range of normal numbers.
     const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
     return p * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
+#endif
 }
 
 } // namespace TFM_ISA

@@ -12,30 +12,35 @@
 //
 //     r[0]: rows 0-7, columns 0-7      r[1]: rows 8-15, columns 0-7      r[2]: rows 0-7, columns 8-15      r[3]: both
 //
-// which is an A as it stands. As B, where the tile's rows are B's columns: (r[0], r[2]) and (r[1], r[3]). Transposed, as
-// B where its rows are B's rows: (r[0], r[1]) and (r[2], r[3]); as A where its rows are A's columns: r[0] r[2] r[1] r[3].
+// which is an A as it stands. As B, where the tile's rows are B's columns: (r[0], r[2]) and (r[1], r[3]). Transposed,
+// as B where its rows are B's rows: (r[0], r[1]) and (r[2], r[3]); as A where its rows are A's columns: r[0] r[2] r[1]
+// r[3].
 //
-// Tiles lie in shared memory as rows of 16-byte chunks; `swizzled` says where. Eight rows' chunks of one column are then
-// in eight different groups of banks, and ldmatrix meets no conflict.
+// Tiles lie in shared memory as rows of 16-byte chunks; `swizzled` says where. Eight rows' chunks of one column are
+// then in eight different groups of banks, and ldmatrix meets no conflict.
 #pragma once
 
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <type_traits>
 
+#include "cuda/launch.cuh"
+
 #ifdef TFM_CUDA_EMULATION
-#include "cuda/mma_emulated.cuh"
+#include <tensor_core.h>
 #endif
 
-namespace tfm {
+namespace tfm::cuda {
 
-constexpr int WARP = 32;
-constexpr int TILE = 16;  // rows of A
-constexpr int CHUNK = 8;  // elements of 16 bytes
+constexpr int TILE = 16; // rows of A
+constexpr int CHUNK = 8; // elements of 16 bytes
 
-// The element of shared memory at which a chunk of a row begins, in a matrix of DIM columns, 16, 32 or 64.
+// Sixteen rows of DIM columns.
+template <int DIM>
+constexpr int MATRIX = TILE * DIM;
+
+// The element of shared memory at which a chunk of a row begins, of DIM columns, 16, 32 or 64.
 template <int DIM>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
     constexpr int CHUNKS = DIM / CHUNK;
@@ -95,6 +100,10 @@ __device__ __forceinline__ void start_copy(void* shared, const void* global, boo
                  : "memory");
 }
 
+__device__ __forceinline__ void start_copy_of_word(float* shared, const float* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+
 // The copies started since the last call are a group.
 __device__ __forceinline__ void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -113,17 +122,17 @@ __device__ __forceinline__ float fast_exp2(float x) {
 
 #endif
 
-// The tile whose first row and chunk these are, of a matrix in shared memory.
+// Sixteen rows of a matrix in shared memory, and of their chunks this one and the next.
 template <int DIM, class T>
-__device__ __forceinline__ void load_tile(uint32_t (&r)[4], const T* matrix, int row, int chunk) {
+__device__ __forceinline__ void load_tile(uint32_t (&r)[4], const T* rows, int chunk) {
     const int lane = threadIdx.x % WARP;
-    load_matrices<false>(r, matrix + swizzled<DIM>(row + lane % TILE, chunk + lane / TILE));
+    load_matrices<false>(r, rows + swizzled<DIM>(lane % TILE, chunk + lane / TILE));
 }
 
 template <int DIM, class T>
-__device__ __forceinline__ void load_tile_transposed(uint32_t (&r)[4], const T* matrix, int row, int chunk) {
+__device__ __forceinline__ void load_tile_transposed(uint32_t (&r)[4], const T* rows, int chunk) {
     const int lane = threadIdx.x % WARP;
-    load_matrices<true>(r, matrix + swizzled<DIM>(row + lane % TILE, chunk + lane / TILE));
+    load_matrices<true>(r, rows + swizzled<DIM>(lane % TILE, chunk + lane / TILE));
 }
 
-} // namespace tfm
+} // namespace tfm::cuda

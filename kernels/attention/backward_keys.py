@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, rows_like, statistics_strides, strides
+from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     add_bias,
     column_bits,
@@ -34,6 +34,7 @@ from tfm.kernels.attention.scores import (
     visible_queries,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.operators.attention import rows_like
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, row_statistics, rows_like, statistics_strides, strides
+from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     LOG2E,
     add_bias,
@@ -36,6 +36,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.operators.attention import row_statistics, rows_like
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, rows_like, statistics_strides, strides
+from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     LOG2E,
     column_bits,
@@ -34,6 +34,7 @@ from tfm.kernels.attention.scores import (
 )
 from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
+from tfm.operators.attention import rows_like
 
 
 @triton.jit(do_not_specialize=[*VARYING, "sequences", "query_tiles", "key_tiles", "splits", "members", "bias_heads"])

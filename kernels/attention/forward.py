@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, row_statistics, rows_like, statistics_strides, strides
+from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     LOG2E,
     add_bias,
@@ -42,6 +42,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.operators.attention import forward_outputs
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
@@ -198,8 +199,3 @@ def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
 def is_wide(dim: int) -> bool:
     """Whether q is too wide for the registers, beside acc."""
     return dim > 192
-
-
-def forward_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What the forward fills, still empty."""
-    return rows_like(query, value.shape[-1]), row_statistics(query)

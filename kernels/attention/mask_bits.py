@@ -1,10 +1,4 @@
-"""Masks as bits: read once a call, by one launch, for every head, tile and pass after it.
-
-words[b, h, i, j // 32] has bit j % 32 set where query i may attend to key j by the mask alone. reach[b, h, j // 32] has
-it where some query may, by the mask and the window together: a key or value that nobody reaches is read as 0, whatever
-lies there, since 0 · NaN would be NaN. Of a float mask, which stays the bias that it is, reach alone is made: -inf
-forbids. A mask with one row for all queries is its own reach, and needs no words.
-"""
+"""Masks as bits: one launch for what tfm.operators.mask_bits describes, and the rows that a bias is copied to."""
 
 from __future__ import annotations
 
@@ -17,10 +11,7 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.scores import first_position, is_allowed
 from tfm.kernels.library import register
-from tfm.operators import Operator
-
-# Word rows are padded to whole tiles of this many keys: no tile of keys is longer.
-KEYS_OF_A_ROW = 256
+from tfm.operators.mask_bits import MASK_BITS, empty_bits, whole_rows
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys", "start", "left", "right"])
@@ -62,29 +53,15 @@ def pack(bits):
     return tl.sum(grouped << tl.arange(0, 32)[None, None, :], axis=2)
 
 
-def mask_to_bits(
-    attn_mask: Tensor | None, keys: int, starts: Tensor | None, start: int, left: int | None, right: int | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(bias, words, reach) of a mask that broadcasts to [B, Hq, Sq, keys], or of none."""
-    if attn_mask is None:
-        return None, None, None
-    mask = attn_mask.view(*[1] * (4 - attn_mask.dim()), *attn_mask.shape).expand(-1, -1, -1, keys)
-    if mask.dtype != torch.bool:
-        mask = _aligned(mask)
-        return mask, None, torch.ops.tfm.attention_mask_bits(mask.detach(), starts, start, left, right)[1]
-    for dim in range(3):  # an expanded mask is one that broadcasts
-        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 and mask.shape[dim] > 1 else mask
-    words, reach = torch.ops.tfm.attention_mask_bits(mask, starts, start, left, right)
-    return None, words if mask.shape[2] != 1 else None, reach
-
-
-def _aligned(bias: Tensor) -> Tensor:
-    """`bias` where its rows begin at multiples of 16 elements; else a copy whose rows do.
+def aligned(attn_mask: Tensor | None, keys: int) -> Tensor | None:
+    """A float mask whose rows begin at multiples of 16 elements: a copy where `attn_mask` is not; a bool mask as it is.
 
     Else each element is loaded alone, by an address of its own, and these fill the registers.
     """
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        return attn_mask
+    bias = whole_rows(attn_mask, keys)
     rows_fit = all(step % 16 == 0 for step, size in zip(bias.stride()[:3], bias.shape[:3], strict=True) if size > 1)
-    keys = bias.shape[3]
     return bias if bias.stride(3) == 1 and rows_fit else F.pad(bias, (0, -keys % 16))[..., :keys]
 
 
@@ -114,22 +91,4 @@ def attention_mask_bits(
     return words, reach
 
 
-def empty_bits(mask: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the kernel fills. The reach of a mask that sequences share is each one's own where their windows differ."""
-    batch, heads, queries, keys = mask.shape
-    one_row = queries == 1 or mask.stride(2) == 0
-    width = -(-keys // KEYS_OF_A_ROW) * KEYS_OF_A_ROW // 32
-    rows = 0 if mask.dtype != torch.bool or one_row else queries
-    words = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=mask.device)
-    sequences = batch if starts is None or one_row else len(starts)
-    return words, torch.empty((sequences, heads, width), dtype=torch.int32, device=mask.device)
-
-
-register(
-    Operator(
-        "attention_mask_bits(Tensor mask, Tensor? starts, SymInt start, int? left, int? right)"
-        " -> (Tensor words, Tensor reach)",
-        lambda mask, starts, *_: empty_bits(mask, starts),
-    ),
-    attention_mask_bits,
-)
+register(MASK_BITS, attention_mask_bits)

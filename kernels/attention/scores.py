@@ -20,12 +20,12 @@ import math
 
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from tfm.operators import attention as operators
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Farther than any key, and the sum of three such numbers still fits 32 bits.
-FAR = tl.constexpr(1 << 29)
+FAR = tl.constexpr(operators.FAR)
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
@@ -33,20 +33,6 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float | N
     if softcap is None:
         return scale / math.log(2), None
     return scale / softcap, softcap / math.log(2)
-
-
-def window_of(is_causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
-    """(left, right) of the formulas above; None where that side is open."""
-    left, right = window_size
-    left, right = (None if side < 0 else min(side, FAR.value) for side in (left, 0 if is_causal else right))
-    return left, right
-
-
-def start_of(query_start: int | Tensor) -> tuple[Tensor | None, int]:
-    """`query_start` as (a start for each sequence or None, a start for all)."""
-    if isinstance(query_start, int):
-        return None, max(-FAR.value, min(query_start, FAR.value))
-    return query_start.contiguous(), 0
 
 
 @triton.jit

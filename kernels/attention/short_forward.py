@@ -21,14 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import (
-    VARYING,
-    Call,
-    row_statistics,
-    rows_like,
-    statistics_strides,
-    strides,
-)
+from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     LOG2E,
     add_bias,
@@ -43,6 +36,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.operators.attention import forward_outputs
 
 
 @triton.jit(do_not_specialize=[*VARYING, "splits"])
@@ -143,7 +137,7 @@ def forward_tiles(call: Call) -> launch.ShortForwardTiles | None:
 
 def short_attention_forward(call: Call, tiles: launch.ShortForwardTiles) -> tuple[Tensor, Tensor]:
     """(out, lse) as attention_forward gives them, at the tiles of `forward_tiles`. One launch."""
-    out, lse = rows_like(call.query, call.value.shape[-1]), row_statistics(call.query)
+    out, lse = forward_outputs(call.query, call.value)
     splits = tiles.splits(call.max_q)
     with torch.cuda.device_of(call.query):
         short_attention_forward_kernel[(splits * call.sequences * call.heads,)](

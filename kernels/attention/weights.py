@@ -28,6 +28,7 @@ from tfm.kernels.attention.scores import (
 )
 from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
+from tfm.operators.attention import empty_weights
 
 
 @triton.jit(do_not_specialize=[*VARYING, "query_tiles", "key_tiles"])
@@ -90,9 +91,3 @@ def attention_weights(call: Call, lse: Tensor) -> Tensor:
             BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
         )  # fmt: skip
     return weights
-
-
-def empty_weights(call: Call) -> Tensor:
-    """What the kernel fills, still empty."""
-    shape = (call.sequences, call.heads, call.max_q, call.max_k)
-    return torch.empty(shape, dtype=call.query.dtype, device=call.query.device)

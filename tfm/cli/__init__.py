@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tfm.cli import demo, doctor, pictures, training, translation
+from tfm.cli import build, demo, doctor, pictures, training, translation
 from tfm.errors import UserError
 
 
@@ -56,6 +56,7 @@ app.command()(translation.evaluate)
 app.command()(pictures.attend)
 app.add_typer(pictures.plot)
 app.command()(demo.demo)
+app.command()(build.build)
 app.command()(doctor.doctor)
 
 

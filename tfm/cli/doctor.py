@@ -31,6 +31,9 @@ def doctor() -> None:
     _row("triton", _installed("triton"))
     _row("CUDA of torch", torch.version.cuda or "none: a CPU build")
     _row("nvcc", _answer("nvcc", "--version"))
+    _row("C++ compiler", _compiler())
+    _row("ninja", _ninja())
+    _row("tfm_native", _native())
     _row("GPU driver", _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
     capability = torch.backends.cpu.get_cpu_capability()
     _row("CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, instructions {capability}")
@@ -50,13 +53,14 @@ def try_backend(backend: str, device: torch.device) -> str:
     import torch
 
     from tfm import ops
-    from tfm.ops.backends import triton_obstacle
+    from tfm.ops.backends import choose
 
-    obstacle = triton_obstacle(device, automatic=False) if backend == "triton" else ""
-    if obstacle:
-        return f"not here: {obstacle}"
     generator = torch.Generator().manual_seed(0)
     x, residual = torch.randn(2, 7, 33, generator=generator, dtype=torch.float64)
+    try:
+        choose("residual_layer_norm", backend, torch.empty(1, device=device))
+    except ValueError as refusal:
+        return f"not here: {str(refusal).partition(': ')[2]}"
     truth, _ = ops.residual_layer_norm(x, residual, impl="reference")
     try:
         on_device = x.float().to(device), residual.float().to(device)
@@ -70,6 +74,39 @@ def try_backend(backend: str, device: torch.device) -> str:
 
 def _row(name: str, value: str) -> None:
     typer.echo(f"{name:<18} {value}")
+
+
+def _compiler() -> str:
+    from tfm.native import plan, toolchain
+
+    try:
+        command = toolchain.compiler()
+        return f"{' '.join(command)}, {toolchain.version_of(command).splitlines()[0]}"
+    except plan.BuildError as error:
+        return f"not found: {error}"
+
+
+def _ninja() -> str:
+    from tfm.native import plan, toolchain
+
+    try:
+        return _answer(toolchain.ninja(), "--version")
+    except plan.BuildError as error:
+        return f"not found: {error}"
+
+
+def _native() -> str:
+    """Which library of native operators is loaded, for which processors; or why none, and what makes one."""
+    from tfm import native
+
+    obstacle = native.load()[0]
+    if obstacle:
+        return f"not here: {obstacle}"
+    import torch
+
+    operators = torch.ops.tfm_native
+    cuda = "with CUDA" if operators.has_cuda() else "without CUDA"
+    return f"{native.library()}, kernels for {operators.instruction_set()}, {cuda}"
 
 
 def _installed(package: str) -> str:

@@ -102,9 +102,7 @@ def attention(
             return reference.attention(
                 query, key, value, attn_mask, *rules, sinks, key_lengths, return_lse, return_weights, drawn, site
             )
-        from tfm.kernels.attention import operators
-
-        output, lse, weights = operators.attention(
+        output, lse, weights = _entry(backend).attention(
             query, key, value, attn_mask, *rules, sinks, key_lengths, return_lse, return_weights, drawn, site
         )
         if carry:
@@ -181,10 +179,19 @@ def varlen_attention(
     with without_autocast(query.device):
         if backend == "reference":
             return reference.varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
-        from tfm.kernels.attention import operators
-
-        output, lse = operators.varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
+        output, lse = _entry(backend).varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
         return (output, lse) if return_lse else output
+
+
+def _entry(backend: str) -> Any:
+    """The module whose functions compute on `backend`."""
+    if backend == "native":
+        from tfm.native import attention as entry
+
+        return entry
+    from tfm.kernels.attention import operators
+
+    return operators
 
 
 class _Weights(torch.autograd.Function):

@@ -50,10 +50,16 @@ TABLE = (
     Row("feed_forward", "triton", FLOATS, max_columns=1 << 30),
     Row("gated_feed_forward", "triton", FLOATS, max_columns=1 << 30),
     Row("linear_cross_entropy", "triton", FLOATS, max_columns=1 << 30),
+    Row("attention", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("varlen_attention", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
     Row("layer_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
     Row("residual_layer_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
     Row("rms_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
     Row("residual_rms_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("linear_cross_entropy", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("embedding", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("feed_forward", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("gated_feed_forward", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
 )
 
 # Looked up once: it walks the path, and Dynamo of torch 2.11 breaks its graph there.

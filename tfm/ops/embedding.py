@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm import native
+from tfm.operators import embedding as operators
 from tfm.ops.backends import choose
 from tfm.ops.checks import check, check_floating, check_integers, check_same_device
 from tfm.ops.dropout import seed_for
@@ -49,8 +51,8 @@ def embedding(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
-        IndexError: of the reference on CPU, a token or position outside its table. (On a GPU torch stops the process;
-            the kernel reads nothing and writes a row of NaN.)
+        IndexError: on CPU, a token or position outside its table. (On a GPU torch stops the process; the Triton kernel
+            reads nothing and writes a row of NaN.)
     """
     check(weight.dim() == 2, f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
     check_floating(weight=weight, position_weight=position_weight)
@@ -72,8 +74,12 @@ def embedding(
     backend = choose("embedding", impl, weight)
     drawn = seed_for(dropout_p, seed, weight.device)
     options = (scale, dropout_p, padding_idx, sparse, drawn, site)
+    if backend == "reference":
+        return reference.embedding(tokens, weight, positions.expand(tokens.shape), position_weight, *options)
+    namespace = native.NAMESPACE
     if backend == "triton":
         from tfm.kernels import embedding as kernels
 
-        return kernels.embedding(tokens, weight, positions, position_weight, *options)
-    return reference.embedding(tokens, weight, positions.expand(tokens.shape), position_weight, *options)
+        namespace = kernels.NAMESPACE
+
+    return operators.embedding(namespace, tokens, weight, positions, position_weight, *options)

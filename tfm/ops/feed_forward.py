@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tfm import native
+from tfm.operators import feed_forward as operators
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check, check_columns, check_floating, check_same_device, check_vector
@@ -59,11 +61,15 @@ def feed_forward(
     backend = choose("feed_forward", impl, x, _without_elements(x, w1, w2))
     drawn = seed_for(dropout_p, seed, x.device)
     with without_autocast(x.device):
+        if backend == "reference":
+            return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
+        namespace = native.NAMESPACE
         if backend == "triton":
-            from tfm.kernels import feed_forward as kernels
+            from tfm.kernels import linear_activation as kernels
 
-            return kernels.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
-        return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
+            namespace = kernels.NAMESPACE
+
+        return operators.feed_forward(namespace, x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
 
 
 def gated_feed_forward(
@@ -110,13 +116,16 @@ def gated_feed_forward(
     backend = choose("gated_feed_forward", impl, x, _without_elements(x, gate_weight, down_weight))
     drawn = seed_for(dropout_p, seed, x.device)
     with without_autocast(x.device):
+        arguments = x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site
+        if backend == "reference":
+            return reference.gated_feed_forward(*arguments)
+        namespace = native.NAMESPACE
         if backend == "triton":
-            from tfm.kernels import feed_forward as kernels
+            from tfm.kernels import linear_activation as kernels
 
-            return kernels.gated_feed_forward(
-                x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site
-            )  # fmt: skip
-        return reference.gated_feed_forward(x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site)
+            namespace = kernels.NAMESPACE
+
+        return operators.gated_feed_forward(namespace, *arguments)
 
 
 def _check_matrix(name: str, weight: Tensor, columns: int) -> None:

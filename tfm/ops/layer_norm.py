@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm import native
 from tfm.operators import norm
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_same_device, check_vector
@@ -44,12 +45,13 @@ def layer_norm(
     backend = choose("layer_norm", impl, x, reference_only(x.dtype, out_dtype))
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps, out_dtype)
-    if backend == "native":
-        from tfm.native import NAMESPACE
-    else:
-        from tfm.kernels.norm import NAMESPACE
+    namespace = native.NAMESPACE
+    if backend == "triton":
+        from tfm.kernels import norm as kernels
 
-    return norm.norm(NAMESPACE, x, weight, bias, eps, centred=True, out_dtype=out_dtype)
+        namespace = kernels.NAMESPACE
+
+    return norm.norm(namespace, x, weight, bias, eps, centred=True, out_dtype=out_dtype)
 
 
 def residual_layer_norm(
@@ -98,13 +100,14 @@ def residual_layer_norm(
     drawn = seed_for(dropout_p, seed, x.device)
     if backend == "reference":
         return reference.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
-    if backend == "native":
-        from tfm.native import NAMESPACE
-    else:
-        from tfm.kernels.norm import NAMESPACE
+    namespace = native.NAMESPACE
+    if backend == "triton":
+        from tfm.kernels import norm as kernels
+
+        namespace = kernels.NAMESPACE
 
     return norm.residual_norm(
-        NAMESPACE, x, x_bias, residual, weight, bias, eps, dropout_p, drawn, site,
+        namespace, x, x_bias, residual, weight, bias, eps, dropout_p, drawn, site,
         centred=True, out_dtype=out_dtype,
     )  # fmt: skip
 

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from tfm.native import linear_cross_entropy as native
+from tfm.operators import linear_cross_entropy as operators
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check, check_floating, check_same_device, check_vector
@@ -81,17 +83,20 @@ def linear_cross_entropy(
     (input,) = under_autocast(input)
     flat_input = input.reshape(-1, input.shape[-1])
     flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+    options = (ignore_index, label_smoothing, z_loss, softcap)
     with without_autocast(input.device):
-        if backend == "triton":
-            from tfm.kernels import linear_cross_entropy as kernels
-
-            losses = kernels.linear_cross_entropy(
-                flat_input, linear_weight, linear_bias, flat, reduction, ignore_index, label_smoothing, z_loss, softcap
+        if backend == "reference":
+            losses = reference.linear_cross_entropy(
+                flat_input, linear_weight, flat, linear_bias, weight, reduction, reference.Options(*options)
             )
         else:
-            options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
-            losses = reference.linear_cross_entropy(
-                flat_input, linear_weight, flat, linear_bias, weight, reduction, options
+            namespace = native.NAMESPACE
+            if backend == "triton":
+                from tfm.kernels import linear_cross_entropy as kernels
+
+                namespace = kernels.NAMESPACE
+            losses = operators.linear_cross_entropy(
+                namespace, flat_input, linear_weight, linear_bias, flat, reduction, *options
             )
     return losses.view(rows) if reduction == "none" else losses
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm import native
 from tfm.operators import norm
 from tfm.ops.backends import choose
 from tfm.ops.dropout import seed_for
@@ -53,13 +54,14 @@ def rms_norm(
     backend = choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype))
     if backend == "reference":
         return reference.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
-    if backend == "native":
-        from tfm.native import NAMESPACE
-    else:
-        from tfm.kernels.norm import NAMESPACE
+    namespace = native.NAMESPACE
+    if backend == "triton":
+        from tfm.kernels import norm as kernels
+
+        namespace = kernels.NAMESPACE
 
     return norm.norm(
-        NAMESPACE, x, weight, None, eps,
+        namespace, x, weight, None, eps,
         centred=False, weight_offset=weight_offset, round_first=round_first, out_dtype=out_dtype,
     )  # fmt: skip
 
@@ -96,12 +98,13 @@ def residual_rms_norm(
         return reference.residual_rms_norm(
             x, residual, weight, eps, dropout_p, x_bias, weight_offset, round_first, out_dtype, drawn, site
         )
-    if backend == "native":
-        from tfm.native import NAMESPACE
-    else:
-        from tfm.kernels.norm import NAMESPACE
+    namespace = native.NAMESPACE
+    if backend == "triton":
+        from tfm.kernels import norm as kernels
+
+        namespace = kernels.NAMESPACE
 
     return norm.residual_norm(
-        NAMESPACE, x, x_bias, residual, weight, None, eps, dropout_p, drawn, site,
+        namespace, x, x_bias, residual, weight, None, eps, dropout_p, drawn, site,
         centred=False, weight_offset=weight_offset, round_first=round_first, out_dtype=out_dtype,
     )  # fmt: skip

@@ -1,0 +1,265 @@
+// Masked softmax attention for CPUs, backward: the gradients of query, key, value and sinks.
+//
+//     dv = dropout(p)ᵀ dout      dq = scale · (ds · slope) k      dk = scale · (ds · slope)ᵀ q
+//     dsink = -Σ exp2(sink / ln 2 - lse) · delta
+//
+// with p, ds and delta of gradient_tile.h. A task is a (sequence, key head): it goes over all query heads that share
+// the key head, tile by tile, and adds up dk and dv of the whole sequence in scratch memory, dq of one query head at a
+// time. So each sum belongs to one task, in one order: the same bits on any number of threads, from one pass of five
+// products. Sequences of up to BLOCK_QUERIES queries and BLOCK_KEYS keys are one tile, and never leave the cache.
+#include "cpu/isa.h"
+
+#include "cpu/attention/gradient_tile.h"
+
+namespace tfm {
+
+struct AttentionBackward {
+    Attention attention;
+    Cotangents given;
+    Heads dq, dk, dv;     // null where not wanted
+    float* sink_partials; // [sequences, heads], likewise
+};
+
+namespace {
+
+struct BackwardScratch {
+    TileScratch tile;
+    int64_t dq, dk, dv, floats;
+};
+
+inline BackwardScratch backward_scratch(const Attention& call) {
+    Carver carver{};
+    BackwardScratch at;
+    at.tile = carve_tile(carver, call);
+    at.dq = carve(carver, call.longest_query, call.dim);
+    at.dk = carve(carver, call.longest_key, call.dim);
+    at.dv = carve(carver, call.longest_key, call.value_dim);
+    at.floats = carver.used;
+    return at;
+}
+
+} // namespace
+
+TFM_KERNEL(attention_backward, const AttentionBackward& call, const Task* tasks, int64_t begin, int64_t end,
+           float* scratch)
+
+} // namespace tfm
+
+#ifdef TFM_ISA
+
+namespace tfm::TFM_ISA {
+
+namespace {
+
+void clear(float* numbers, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows * padded(columns); i += WIDTH)
+        store(numbers + i, Floats{});
+}
+
+// Zeros to rows [begin, end) of a head of `first` and further rows.
+void erase(const Heads& x, int64_t sequence, int64_t head, int64_t first, int64_t begin, int64_t end, int64_t columns) {
+    const int64_t base = sequence * x.sequence + head * x.head + first * x.row;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t place = base + row * x.row, width = x.narrow ? sizeof(BFloat16) : sizeof(float);
+        __builtin_memset(static_cast<char*>(x.data) + place * width, 0, columns * width);
+    }
+}
+
+// -Σ exp2(sink / ln 2 - lse) · delta of one head's queries.
+float sink_gradient(const Attention& call, GradientTile& part, Tile tile) {
+    const Extent& extent = call.extents[tile.sequence];
+    const float sink = call.sinks[tile.head] * LOG2E;
+    float total = 0.0f;
+    for (tile.row = 0; tile.row < extent.query_length; tile.row += BLOCK_QUERIES) {
+        tile.rows = smaller(BLOCK_QUERIES, extent.query_length - tile.row);
+        part.load_queries(tile);
+        for (int64_t row = 0; row < tile.rows; row += WIDTH) {
+            const Ints inside = lanes() < static_cast<int32_t>(tile.rows - row);
+            const Floats share = exp2(sink - load(part.logs + row)) * load(part.deltas + row);
+            total -= sum(inside ? share : Floats{});
+        }
+    }
+    return total;
+}
+
+// One of the two products; to add is to read what is there.
+template <bool TRANSPOSED>
+void multiply(bool adds, int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
+              float* c) {
+    const int64_t stride = padded(columns);
+    if (adds)
+        product<TRANSPOSED, true>(rows, columns, depth, a, a_stride, {b, stride, PAIR}, c, stride);
+    else
+        product<TRANSPOSED, false>(rows, columns, depth, a, a_stride, {b, stride, PAIR}, c, stride);
+}
+
+void fetch_task(const AttentionBackward& backward, const Task& task) {
+    const Attention& call = backward.attention;
+    const Extent& extent = call.extents[task.sequence];
+    fetch(call.key, task.sequence, task.head, extent.key_first, extent.key_length, call.dim);
+    fetch(call.value, task.sequence, task.head, extent.key_first, extent.key_length, call.value_dim);
+    const int64_t head = task.head * call.group, first = extent.query_first, rows = extent.query_length;
+    fetch(call.query, task.sequence, head, first, rows, call.dim);
+    fetch(backward.given.dout, task.sequence, head, first, rows, call.value_dim);
+    fetch(backward.given.output, task.sequence, head, first, rows, call.value_dim);
+}
+
+} // namespace
+
+void attention_backward(const AttentionBackward& backward, const Task* tasks, int64_t begin, int64_t end,
+                        float* scratch) {
+    const Attention& call = backward.attention;
+    const BackwardScratch at = backward_scratch(call);
+    float *const dq = scratch + at.dq, *const dk = scratch + at.dk, *const dv = scratch + at.dv;
+    const bool want_query = backward.dq.data, want_key = backward.dk.data, want_value = backward.dv.data;
+    const int64_t dim = padded(call.dim), value_dim = padded(call.value_dim);
+    GradientTile part(call, backward.given, at.tile, scratch);
+    for (const Task* task = tasks + begin; task < tasks + end; ++task) {
+        const Extent& extent = call.extents[task->sequence];
+        const int64_t key_length = extent.key_length;
+        if (task + 1 < tasks + end)
+            fetch_task(backward, task[1]);
+        const int64_t first_head = task->head * call.group;
+        for (int64_t head = first_head; head < first_head + call.group; ++head) {
+            Tile tile{task->sequence, head, 0, 0, 0, 0, 0};
+            if (backward.sink_partials)
+                backward.sink_partials[task->sequence * call.heads + head] = sink_gradient(call, part, tile);
+            if (!want_query && !want_key && !want_value)
+                continue;
+            // Tiles that are the first to write need no zeros there.
+            const Span all = visible_queries(call, extent, 0, key_length);
+            const bool is_single =
+                key_length > 0 && key_length <= BLOCK_KEYS && all.end - all.begin == extent.query_length;
+            if (want_query && !is_single)
+                clear(dq, extent.query_length, call.dim);
+            for (tile.key = 0; tile.key < key_length; tile.key += BLOCK_KEYS) {
+                tile.keys = smaller(BLOCK_KEYS, key_length - tile.key);
+                float *const tile_dk = dk + tile.key * dim, *const tile_dv = dv + tile.key * value_dim;
+                const Span rows = visible_queries(call, extent, tile.key, tile.keys);
+                if (rows.begin == rows.end) {
+                    if (want_key)
+                        clear(tile_dk, tile.keys, call.dim);
+                    if (want_value)
+                        clear(tile_dv, tile.keys, call.value_dim);
+                    continue;
+                }
+                part.load_keys(tile);
+                for (tile.row = rows.begin; tile.row < rows.end; tile.row += BLOCK_QUERIES) {
+                    tile.rows = smaller(BLOCK_QUERIES, rows.end - tile.row);
+                    part.load_queries(tile);
+                    part.compute(tile, want_query || want_key, true);
+                    const bool adds = head > first_head || tile.row > rows.begin;
+                    if (want_value)
+                        multiply<true>(adds, tile.keys, call.value_dim, tile.rows, part.weights, part.stride, part.dout,
+                                       tile_dv);
+                    if (want_key)
+                        multiply<true>(adds, tile.keys, call.dim, tile.rows, part.gradients, part.stride, part.query,
+                                       tile_dk);
+                    if (want_query)
+                        multiply<false>(!is_single, tile.rows, call.dim, tile.keys, part.gradients, part.stride,
+                                        part.key_rows, dq + tile.row * dim);
+                }
+            }
+            if (want_query)
+                scatter(dq, call.scale, backward.dq, task->sequence, head, extent.query_first, extent.query_length,
+                        call.dim);
+        }
+        if (want_key)
+            scatter(dk, call.scale, backward.dk, task->sequence, task->head, extent.key_first, key_length, call.dim);
+        if (want_value)
+            scatter(dv, call.dropout.seed ? call.dropout.scale : 1.0f, backward.dv, task->sequence, task->head,
+                    extent.key_first, key_length, call.value_dim);
+        // Keys behind the sequence's last have a gradient, too: 0.
+        if (want_key)
+            erase(backward.dk, task->sequence, task->head, extent.key_first, key_length, extent.key_rows, call.dim);
+        if (want_value)
+            erase(backward.dv, task->sequence, task->head, extent.key_first, key_length, extent.key_rows,
+                  call.value_dim);
+    }
+}
+
+} // namespace tfm::TFM_ISA
+
+#else
+
+#include "cpu/attention/gradients.h"
+#include "cpu/attention/host.h"
+
+namespace tfm {
+
+namespace {
+
+MaybeTensor wanted_like(const std::vector<bool>& wanted, int place, const MaybeTensor& x) {
+    if (!wanted[place] || !x)
+        return {};
+    return x->dim() == 1 ? empty({x->size(0)}, x->scalar_type(), *x) : rows_like(*x, x->size(x->dim() - 1));
+}
+
+// Fills what there is of the gradients.
+void backward_into(const AttentionInputs& inputs, const Cotangents& given, const Heads& dq, const Heads& dk,
+                   const Heads& dv, const MaybeTensor& dbias, const MaybeTensor& dsinks) {
+    const Attention& call = inputs.call;
+    std::vector<float> sink_partials(dsinks ? inputs.sequences() * call.heads : 0);
+    const AttentionBackward backward{call, given, dq, dk, dv, dsinks ? sink_partials.data() : nullptr};
+    Tasks tasks;
+    for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence) {
+        const Extent& extent = inputs.extents[sequence];
+        int64_t work = 0;
+        for (int64_t first = 0; first < extent.query_length; first += BLOCK_QUERIES) {
+            const int64_t rows = std::min(BLOCK_QUERIES, extent.query_length - first);
+            work += rows * seen_keys(call, extent, first, rows) * call.group;
+        }
+        for (int64_t head = 0; head < call.heads / call.group; ++head)
+            tasks.add({sequence, head, 0, 0}, work);
+    }
+    if (dq.data || dk.data || dv.data || dsinks)
+        tasks.run(3 * call.dim + 2 * call.value_dim, backward_scratch(call).floats,
+                  [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
+                      TFM_RUN(attention_backward, backward, all, begin, end, scratch);
+                  });
+    if (dsinks)
+        sum_sinks(sink_partials, *dsinks);
+    if (dbias)
+        bias_gradient(inputs, given, *dbias);
+}
+
+using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
+
+Gradients attention_backward(Tensor dout, MaybeTensor dlse, Tensor output, Tensor lse, std::vector<bool> wanted,
+                             ATTENTION_PARAMETERS) {
+    const AttentionInputs inputs(ATTENTION_ARGUMENTS);
+    const Gradients found{wanted_like(wanted, 0, query), wanted_like(wanted, 1, key), wanted_like(wanted, 2, value),
+                          wanted_like(wanted, 3, bias), wanted_like(wanted, 4, sinks)};
+    const auto& [dq, dk, dv, dbias, dsinks] = found;
+    const auto heads = [](const MaybeTensor& x) { return x ? heads_of(*x) : Heads{}; };
+    backward_into(inputs, cotangents(dout, dlse, output, lse), heads(dq), heads(dk), heads(dv), dbias, dsinks);
+    return found;
+}
+
+// Of views of one projection, key and value or query, key and value: their gradients lie in one tensor [parts, ...] as
+// the views do, so that the projection's gradient needs no copy.
+std::tuple<MaybeTensor, Tensor, MaybeTensor, MaybeTensor>
+attention_backward_joined(Tensor dout, MaybeTensor dlse, Tensor output, Tensor lse, std::vector<bool> wanted,
+                          int64_t parts, ATTENTION_PARAMETERS) {
+    STD_TORCH_CHECK(parts == 2 || parts == 3, "parts: expected 2 or 3, got ", parts);
+    const AttentionInputs inputs(ATTENTION_ARGUMENTS);
+    const MaybeTensor dq = parts == 2 ? wanted_like(wanted, 0, query) : MaybeTensor();
+    const MaybeTensor dbias = wanted_like(wanted, 3, bias), dsinks = wanted_like(wanted, 4, sinks);
+    Tensor joined = joined_rows(key, parts);
+    const auto part = [&](int64_t place) { return heads_of(torch::stable::select(joined, 0, place)); };
+    const Heads query_heads = parts == 3 ? part(0) : dq ? heads_of(*dq) : Heads{};
+    backward_into(inputs, cotangents(dout, dlse, output, lse), query_heads, part(parts - 2), part(parts - 1), dbias,
+                  dsinks);
+    return {dq, joined, dbias, dsinks};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
+    m.impl("attention_backward", TORCH_BOX(&attention_backward));
+    m.impl("attention_backward_joined", TORCH_BOX(&attention_backward_joined));
+}
+
+} // namespace tfm
+
+#endif

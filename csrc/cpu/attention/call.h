@@ -1,0 +1,102 @@
+// One attention as its kernels for CPUs see it: where the tensors lie, and the rules.
+//
+// With position(i) = i + start, query i of a sequence may attend to key j where
+//
+//     j < key_length      position(i) - left <= j <= position(i) + right      its bit of the mask is set
+//
+// (causality is right = 0). Its score is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the bias. The
+// factor log2(e) enters where exp2 is taken, in one rounding with the subtraction of the maximum or of the lse, which
+// is in units of log 2, as in kernels/attention.
+#pragma once
+
+#include <cstdint>
+
+#include "common/philox.h"
+
+namespace tfm {
+
+// [B, H, S, D], or packed [N, H, D]: then a sequence's rows begin where its Extent says, and `sequence` is 0.
+struct Heads {
+    void* data; // null: absent
+    bool narrow;
+    int64_t sequence, head, row, column; // strides, in elements
+};
+
+// Bits of keys, 32 a word; `row` is 0 where all queries share them.
+struct Bits {
+    const int32_t* data; // null: all set
+    int64_t sequence, head, row;
+};
+
+// fp32, one number for each query and head; neighbouring queries of what the forward writes lie side by side.
+struct RowNumbers {
+    float* data;
+    int64_t sequence, head, row;
+};
+
+struct Extent {
+    int64_t query_first, query_length;
+    int64_t key_first, key_length;
+    int64_t key_rows; // padded: those behind the last key, too
+    int64_t start;
+};
+
+// What one thread does at a time: a head of a sequence, or some of its queries and keys.
+struct Task {
+    int64_t sequence, head, first_query, first_key;
+};
+
+// A window's side that is open. The sum of several such numbers still fits.
+constexpr int64_t OPEN = int64_t(1) << 40;
+
+struct Attention {
+    Heads query, key, value, bias;
+    Bits words; // of each query: what it may attend to
+    Bits reach; // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
+    const float* sinks;
+    const Extent* extents;
+    int64_t heads, group, dim, value_dim;
+    int64_t longest_query, longest_key;
+    int64_t left, right;
+    float inner, outer, scale; // outer: 0 without a softcap
+    Dropout dropout;
+};
+
+// A tile of scores, 32 KiB, and the rows of q, k and v that belong to it stay in the second-level cache.
+constexpr int64_t BLOCK_QUERIES = 64, BLOCK_KEYS = 128;
+
+// Rows in scratch memory begin at multiples of so many numbers, the widest vector's.
+constexpr int64_t LANES = 16;
+
+static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// What the backward is given besides.
+struct Cotangents {
+    Heads dout, output;
+    RowNumbers lse;
+    RowNumbers dlse; // null: lse is used by nobody
+};
+
+// Hands out parts of scratch memory, as offsets in floats.
+struct Carver {
+    int64_t used;
+};
+
+static inline int64_t carve(Carver& carver, int64_t rows, int64_t columns) {
+    const int64_t offset = carver.used;
+    carver.used += rows * padded(columns);
+    return offset;
+}
+
+// The largest tile of this call.
+static inline int64_t tile_queries(const Attention& call) { return smaller(BLOCK_QUERIES, padded(call.longest_query)); }
+static inline int64_t tile_keys(const Attention& call) { return smaller(BLOCK_KEYS, padded(call.longest_key)); }
+
+// Of dropout's outcomes for the largest tile, two a float.
+static inline int64_t carve_outcomes(Carver& carver, const Attention& call) {
+    return carve(carver, call.dropout.seed ? tile_queries(call) + LANES : 0, BLOCK_KEYS / 2);
+}
+
+} // namespace tfm

@@ -1,0 +1,228 @@
+// Masked softmax attention for CPUs, forward: kernels/attention/forward.py gives the mathematics.
+//
+// A task is a block of queries of one (sequence, head). It goes over tiles of the keys that these queries see: keys and
+// values come into scratch memory as fp32, the keys transposed and times the scale; Q Kᵀ is formed, masked where an
+// edge or a mask passes through, and turned into weights while it lies in the cache; weights · V is added to what the
+// tiles before gave, once that has been scaled to the new maximum ("FlashAttention-2", 2023, section 3.1). Sequences of
+// up to BLOCK_KEYS keys have one tile and rescale nothing.
+//
+// What a task computes depends on its place alone, never on the thread: the same bits on any number of them.
+#include "cpu/isa.h"
+
+#include "cpu/attention/call.h"
+
+namespace tfm {
+
+struct AttentionForward {
+    Attention attention;
+    Heads output;
+    RowNumbers lse;
+};
+
+namespace {
+
+struct ForwardScratch {
+    int64_t query, rows, keys, values, scores, sums, tops, totals, shifts, shrinks, outcomes, floats;
+};
+
+inline ForwardScratch forward_scratch(const Attention& call) {
+    Carver carver{};
+    const int64_t queries = tile_queries(call), keys = tile_keys(call);
+    ForwardScratch at;
+    at.query = carve(carver, queries, call.dim);
+    at.rows = carve(carver, keys, call.dim);
+    at.keys = carve(carver, padded(call.dim), padded(keys) + LANES);
+    at.values = carve(carver, keys, call.value_dim);
+    at.scores = carve(carver, queries, keys);
+    at.sums = carve(carver, queries, call.value_dim);
+    at.tops = carve(carver, 1, queries);
+    at.totals = carve(carver, 1, queries);
+    at.shifts = carve(carver, 1, queries);
+    at.shrinks = carve(carver, 1, queries);
+    at.outcomes = carve_outcomes(carver, call);
+    at.floats = carver.used;
+    return at;
+}
+
+} // namespace
+
+TFM_KERNEL(attention_forward, const AttentionForward& call, const Task* tasks, int64_t begin, int64_t end,
+           float* scratch)
+
+} // namespace tfm
+
+#ifdef TFM_ISA
+
+#include "cpu/attention/tiles.h"
+
+namespace tfm::TFM_ISA {
+
+namespace {
+
+struct Rows {
+    float* tops;    // the largest score so far
+    float* shifts;  // log2(e) · top, or 0 where no key has been seen
+    float* totals;  // Σ exp2(log2(e) · score - shift)
+    float* shrinks; // what earlier sums are to be multiplied by
+};
+
+// Scores to weights, dropped out, in place; the rows' statistics follow.
+void weigh(const Attention& call, const Tile& tile, float* scores, const uint16_t* outcomes, int64_t drawn,
+           const Rows& rows) {
+    for (int64_t first = 0; first < tile.rows; first += WIDTH) {
+        const int64_t count = smaller(tile.rows - first, WIDTH);
+        Floats parts[WIDTH];
+        for (int64_t i = 0; i < WIDTH; ++i)
+            parts[i] = i < count ? finish_scores(call, tile, first + i, scores + (first + i) * tile.stride, nullptr)
+                                 : Floats{};
+        const Floats top = maximum(maxima_of(parts), load(rows.tops + first));
+        const Floats shift = top == -INFINITE ? Floats{} : top * LOG2E;
+        const Floats shrink = exp2(load(rows.shifts + first) - shift);
+        store(rows.tops + first, top);
+        store(rows.shifts + first, shift);
+        store(rows.shrinks + first, shrink);
+        for (int64_t i = 0; i < count; ++i) {
+            float* const row = scores + (first + i) * tile.stride;
+            const Floats shifted = broadcast(rows.shifts[first + i]);
+            Floats total{};
+            for (int64_t key = 0; key < tile.keys; key += WIDTH) {
+                Floats weight = exp2(load(row + key) * LOG2E - shifted);
+                total += weight;
+                if (outcomes)
+                    weight = kept(call.dropout, outcomes + (first + i) * drawn + key) ? weight : Floats{};
+                store(row + key, weight);
+            }
+            parts[i] = total;
+        }
+        store(rows.totals + first, load(rows.totals + first) * shrink + sums_of(parts));
+    }
+}
+
+// Adds the sinks, and leaves lse in shifts, and in totals what the sums are to be multiplied by: 0 without keys.
+void finish_rows(const Attention& call, const Tile& tile, const Rows& rows) {
+    const float kept_scale = call.dropout.seed ? call.dropout.scale : 1.0f;
+    for (int64_t first = 0; first < tile.rows; first += WIDTH) {
+        Floats shift = load(rows.shifts + first), total = load(rows.totals + first), shrink = broadcast(1.0f);
+        const Ints is_empty = total == 0.0f;
+        if (call.sinks) {
+            const Floats sink = broadcast(call.sinks[tile.head] * LOG2E), higher = maximum(shift, sink);
+            shrink = exp2(shift - higher);
+            total = total * shrink + exp2(sink - higher);
+            shift = higher;
+        }
+        store(rows.shifts + first, is_empty ? broadcast(-INFINITE) : shift + log2(total));
+        store(rows.totals + first, is_empty ? Floats{} : shrink * kept_scale / total);
+    }
+}
+
+void fetch_task(const AttentionForward& forward, const Task& task) {
+    const Attention& call = forward.attention;
+    const Extent& extent = call.extents[task.sequence];
+    const int64_t key_head = task.head / call.group, first = extent.query_first + task.first_query;
+    const int64_t rows = extent.query_length - task.first_query;
+    fetch(call.query, task.sequence, task.head, first, rows, call.dim);
+    fetch(call.key, task.sequence, key_head, extent.key_first, extent.key_length, call.dim);
+    fetch(call.value, task.sequence, key_head, extent.key_first, extent.key_length, call.value_dim);
+}
+
+} // namespace
+
+void attention_forward(const AttentionForward& forward, const Task* tasks, int64_t begin, int64_t end, float* scratch) {
+    const Attention& call = forward.attention;
+    const ForwardScratch at = forward_scratch(call);
+    float *const query = scratch + at.query, *const sums = scratch + at.sums, *const scores = scratch + at.scores;
+    uint16_t* const outcomes = call.dropout.seed ? reinterpret_cast<uint16_t*>(scratch + at.outcomes) : nullptr;
+    const Rows rows{scratch + at.tops, scratch + at.shifts, scratch + at.totals, scratch + at.shrinks};
+    const int64_t query_stride = padded(call.dim), value_stride = padded(call.value_dim);
+    for (const Task* task = tasks + begin; task < tasks + end; ++task) {
+        const Extent& extent = call.extents[task->sequence];
+        Tile tile{task->sequence, task->head, task->first_query, 0, 0, 0, 0};
+        tile.rows = smaller(BLOCK_QUERIES, extent.query_length - tile.row);
+        const int64_t first_query = extent.query_first + tile.row;
+        gather(call.query, tile.sequence, tile.head, first_query, tile.rows, call.dim, query, Always{});
+        if (task + 1 < tasks + end)
+            fetch_task(forward, task[1]);
+        fetch(forward.output, tile.sequence, tile.head, first_query, tile.rows, call.value_dim);
+        for (int64_t row = 0; row < tile.rows; row += WIDTH) {
+            store(rows.tops + row, broadcast(-INFINITE));
+            store(rows.shifts + row, Floats{});
+            store(rows.totals + row, Floats{});
+        }
+        const Span keys = visible_keys(call, extent, tile.row, tile.rows);
+        const int64_t first_key = keys.begin / BLOCK_KEYS * BLOCK_KEYS;
+        for (tile.key = first_key; tile.key < keys.end; tile.key += BLOCK_KEYS) {
+            tile.keys = smaller(BLOCK_KEYS, keys.end - tile.key);
+            tile.stride = padded(tile.keys);
+            gather_keys(call, call.key, tile, keys, call.dim, scratch + at.rows);
+            transpose_to_panels(scratch + at.rows, query_stride, tile.keys, call.dim, call.inner, scratch + at.keys);
+            gather_keys(call, call.value, tile, keys, call.value_dim, scratch + at.values);
+            product<false, false>(tile.rows, tile.keys, call.dim, query, query_stride,
+                                  {scratch + at.keys, PAIR, call.dim * PAIR}, scores, tile.stride);
+            const int64_t drawn = outcomes ? draw_tile(call, tile, outcomes) : 0;
+            weigh(call, tile, scores, outcomes, drawn, rows);
+            const Columns values{scratch + at.values, value_stride, PAIR};
+            if (tile.key == first_key) {
+                product<false, false>(tile.rows, call.value_dim, tile.keys, scores, tile.stride, values, sums,
+                                      value_stride);
+                continue;
+            }
+            for (int64_t row = 0; row < tile.rows; ++row)
+                for (int64_t column = 0; column < call.value_dim; column += WIDTH) {
+                    float* const place = sums + row * value_stride + column;
+                    store(place, load(place) * rows.shrinks[row]);
+                }
+            product<false, true>(tile.rows, call.value_dim, tile.keys, scores, tile.stride, values, sums, value_stride);
+        }
+        finish_rows(call, tile, rows);
+        float* const lse = forward.lse.data + tile.sequence * forward.lse.sequence + tile.head * forward.lse.head;
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            lse[(first_query + row) * forward.lse.row] = rows.shifts[row];
+            const float factor = rows.totals[row];
+            // Without keys what the products left may be anything.
+            float* const sum = sums + row * value_stride;
+            for (int64_t column = 0; factor == 0.0f && column < call.value_dim; column += WIDTH)
+                store(sum + column, Floats{});
+            scatter(sum, factor, forward.output, tile.sequence, tile.head, first_query + row, 1, call.value_dim);
+        }
+    }
+}
+
+} // namespace tfm::TFM_ISA
+
+#else
+
+#include "cpu/attention/host.h"
+
+namespace tfm {
+
+namespace {
+
+std::tuple<Tensor, Tensor> attention(ATTENTION_PARAMETERS) {
+    const AttentionInputs inputs(ATTENTION_ARGUMENTS);
+    const Attention& call = inputs.call;
+    Tensor output = rows_like(query, value.size(value.dim() - 1));
+    Tensor lse = row_statistics(query);
+    const AttentionForward forward{call, heads_of(output), row_numbers(lse)};
+    Tasks tasks;
+    for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence) {
+        const Extent& extent = inputs.extents[sequence];
+        for (int64_t head = 0; head < call.heads; ++head)
+            for (int64_t first = 0; first < extent.query_length; first += BLOCK_QUERIES) {
+                const int64_t rows = std::min(BLOCK_QUERIES, extent.query_length - first);
+                tasks.add({sequence, head, first, 0}, rows * seen_keys(call, extent, first, rows));
+            }
+    }
+    tasks.run(call.dim + call.value_dim, forward_scratch(call).floats,
+              [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
+                  TFM_RUN(attention_forward, forward, all, begin, end, scratch);
+              });
+    return {output, lse};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+
+} // namespace tfm
+
+#endif

@@ -1,0 +1,138 @@
+// One tile of the backward: weights again, from the lse that the forward left, and the gradient of the scores.
+//
+//     p = exp2(log2(e) s - lse)      dp = dropout(dout vᵀ)      delta = Σ dout · out - dlse      ds = p · (dp - delta)
+//
+// (Dao et al., "FlashAttention", 2022, appendix B.4.) A query without keys, and its dout, are read as 0.
+#pragma once
+
+#include "cpu/attention/call.h"
+
+namespace tfm {
+
+struct TileScratch {
+    int64_t query, dout, output, logs, deltas;    // of the tile's queries
+    int64_t key_rows, keys, value_rows, values;   // of its keys: as they are, and transposed
+    int64_t weights, gradients, slopes, outcomes; // of its scores
+};
+
+static inline TileScratch carve_tile(Carver& carver, const Attention& call) {
+    const int64_t queries = tile_queries(call), keys = tile_keys(call);
+    TileScratch at;
+    at.query = carve(carver, queries, call.dim);
+    at.dout = carve(carver, queries, call.value_dim);
+    at.output = carve(carver, queries, call.value_dim);
+    at.logs = carve(carver, 1, queries);
+    at.deltas = carve(carver, 1, queries);
+    at.key_rows = carve(carver, keys, call.dim);
+    at.keys = carve(carver, padded(call.dim), keys + LANES);
+    at.value_rows = carve(carver, keys, call.value_dim);
+    at.values = carve(carver, padded(call.value_dim), keys + LANES);
+    at.weights = carve(carver, queries, keys);
+    at.gradients = carve(carver, queries, keys);
+    at.slopes = carve(carver, call.outer != 0.0f ? queries : 0, keys);
+    at.outcomes = carve_outcomes(carver, call);
+    return at;
+}
+
+} // namespace tfm
+
+#ifdef TFM_ISA
+
+#include "cpu/attention/tiles.h"
+
+namespace tfm::TFM_ISA {
+
+class GradientTile {
+public:
+    const Attention& call;
+    const Cotangents& given;
+    float *query, *dout, *logs, *deltas, *key_rows;
+    float* weights;   // [rows, stride]: p as dropout leaves it, but for its scale
+    float* gradients; // [rows, stride]: ds
+    int64_t stride;
+
+    GradientTile(const Attention& call, const Cotangents& given, const TileScratch& at, float* scratch)
+        : call(call), given(given), query(scratch + at.query), dout(scratch + at.dout), logs(scratch + at.logs),
+          deltas(scratch + at.deltas), key_rows(scratch + at.key_rows), weights(scratch + at.weights),
+          gradients(scratch + at.gradients), stride(0), output(scratch + at.output), keys(scratch + at.keys),
+          value_rows(scratch + at.value_rows), values(scratch + at.values),
+          slopes(call.outer != 0.0f ? scratch + at.slopes : nullptr),
+          outcomes(call.dropout.seed ? reinterpret_cast<uint16_t*>(scratch + at.outcomes) : nullptr) {}
+
+    void load_keys(const Tile& tile) {
+        const Extent& extent = call.extents[tile.sequence];
+        const Span seen = visible_keys(call, extent, 0, extent.query_length);
+        gather_keys(call, call.key, tile, seen, call.dim, key_rows);
+        transpose_to_panels(key_rows, padded(call.dim), tile.keys, call.dim, call.inner, keys);
+        gather_keys(call, call.value, tile, seen, call.value_dim, value_rows);
+        transpose_to_panels(value_rows, padded(call.value_dim), tile.keys, call.value_dim, 1.0f, values);
+    }
+
+    // Also logs and deltas; the log of a query without keys is infinite: its weights are 0.
+    void load_queries(const Tile& tile) {
+        const int64_t first = call.extents[tile.sequence].query_first + tile.row, columns = call.value_dim;
+        const int64_t place = tile.sequence * given.lse.sequence + tile.head * given.lse.head + first * given.lse.row;
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            const float log = given.lse.data[place + row * given.lse.row];
+            logs[row] = log == -INFINITE ? INFINITE : log;
+        }
+        const float* const log_of = logs;
+        const auto has_keys = [log_of](int64_t row) __attribute__((always_inline)) { return log_of[row] != INFINITE; };
+        gather(call.query, tile.sequence, tile.head, first, tile.rows, call.dim, query, has_keys);
+        gather(given.dout, tile.sequence, tile.head, first, tile.rows, columns, dout, has_keys);
+        gather(given.output, tile.sequence, tile.head, first, tile.rows, columns, output, has_keys);
+        for (int64_t start = 0; start < tile.rows; start += WIDTH) {
+            Floats parts[WIDTH] = {};
+            for (int64_t i = 0; i < smaller(tile.rows - start, WIDTH); ++i)
+                for (int64_t column = 0; column < columns; column += WIDTH) {
+                    const int64_t from = (start + i) * padded(columns) + column;
+                    parts[i] += load(dout + from) * load(output + from);
+                }
+            store(deltas + start, sums_of(parts));
+        }
+        const RowNumbers& dlse = given.dlse;
+        if (dlse.data)
+            for (int64_t row = 0; row < tile.rows; ++row)
+                if (has_keys(row))
+                    deltas[row] -=
+                        dlse.data[tile.sequence * dlse.sequence + tile.head * dlse.head + (first + row) * dlse.row];
+    }
+
+    // weights, and where asked for gradients, by the scores or, `by_products`, by scale · q·k / scale.
+    void compute(const Tile& tile, bool with_gradients, bool by_products) {
+        stride = padded(tile.keys);
+        product<false, false>(tile.rows, tile.keys, call.dim, query, padded(call.dim), {keys, PAIR, call.dim * PAIR},
+                              weights, stride);
+        if (with_gradients)
+            product<false, false>(tile.rows, tile.keys, call.value_dim, dout, padded(call.value_dim),
+                                  {values, PAIR, call.value_dim * PAIR}, gradients, stride);
+        const int64_t drawn = outcomes ? draw_tile(call, tile, outcomes) : 0;
+        float* const bent = by_products ? slopes : nullptr;
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            float *const weight_row = weights + row * stride, *const gradient_row = gradients + row * stride;
+            float* const slope_row = bent ? bent + row * stride : nullptr;
+            finish_scores(call, tile, row, weight_row, slope_row);
+            const Floats log = broadcast(logs[row]), delta = broadcast(deltas[row]);
+            for (int64_t key = 0; key < tile.keys; key += WIDTH) {
+                const Floats weight = exp2(load(weight_row + key) * LOG2E - log);
+                const Ints keep = outcomes ? kept(call.dropout, outcomes + row * drawn + key) : Ints{} - 1;
+                store(weight_row + key, keep ? weight : Floats{});
+                if (!with_gradients)
+                    continue;
+                Floats gradient = load(gradient_row + key);
+                if (outcomes)
+                    gradient = keep ? gradient * call.dropout.scale : Floats{};
+                gradient = weight * (gradient - delta);
+                store(gradient_row + key, slope_row ? gradient * load(slope_row + key) : gradient);
+            }
+        }
+    }
+
+private:
+    float *output, *keys, *value_rows, *values, *slopes;
+    uint16_t* outcomes;
+};
+
+} // namespace tfm::TFM_ISA
+
+#endif

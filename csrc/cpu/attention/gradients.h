@@ -1,0 +1,46 @@
+// What the host parts of attention's backward share.
+#pragma once
+
+#include "cpu/attention/host.h"
+
+namespace tfm {
+
+// Of the bias of `inputs`, summed over what it is broadcast along: bias_gradient.cpp.
+void bias_gradient(const AttentionInputs& inputs, const Cotangents& given, const Tensor& dbias);
+
+inline Cotangents cotangents(const Tensor& dout, const MaybeTensor& dlse, const Tensor& output, const Tensor& lse) {
+    return {heads_of(dout), heads_of(output), row_numbers(lse), dlse ? row_numbers(*dlse) : RowNumbers{}};
+}
+
+// Partial sums [sequences, heads] to [heads], in the order of the sequences.
+inline void sum_sinks(const std::vector<float>& partials, const Tensor& dsinks) {
+    const int64_t heads = dsinks.size(0);
+    for (int64_t head = 0; head < heads; ++head) {
+        float total = 0.0f;
+        for (size_t place = head; place < partials.size(); place += heads)
+            total += partials[place];
+        if (dsinks.scalar_type() == ScalarType::BFloat16)
+            static_cast<torch::headeronly::BFloat16*>(dsinks.data_ptr())[head] = total;
+        else
+            static_cast<float*>(dsinks.data_ptr())[head] = total;
+    }
+}
+
+// Empty [parts, *x.shape]: in memory dense, as x's leading dimensions are, with the parts outside of the heads.
+inline Tensor joined_rows(const Tensor& x, int64_t parts) {
+    std::vector<int64_t> shape = shape_of(x), strides(shape.size() + 1, 1);
+    const int64_t width = shape[1] * shape.back();
+    strides[2] = shape.back();
+    strides[0] = width;
+    int64_t step = parts * width;
+    const std::vector<int64_t> order = memory_order(x);
+    for (auto dim = order.rbegin(); dim != order.rend(); ++dim)
+        if (*dim != 1) {
+            strides[*dim + 1] = step;
+            step *= std::max<int64_t>(shape[*dim], 1);
+        }
+    shape.insert(shape.begin(), parts);
+    return empty_strided(shape, strides, x.scalar_type());
+}
+
+} // namespace tfm

@@ -1,0 +1,248 @@
+// What the operators of attention share on the host: the call from its tensors, tensors for results, and tasks shared
+// among threads.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "common/tensor.h"
+#include "cpu/attention/call.h"
+
+namespace tfm {
+
+// The operators' arguments that tfm/operators/attention.py describes.
+#define ATTENTION_PARAMETERS                                                                                           \
+    Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words, MaybeTensor reach, MaybeTensor sinks, \
+        MaybeTensor cu_seq_q, MaybeTensor cu_seq_k, MaybeTensor key_lengths, MaybeTensor starts, MaybeTensor seed,     \
+        [[maybe_unused]] int64_t max_q, [[maybe_unused]] int64_t max_k, int64_t start, std::optional<int64_t> left,    \
+        std::optional<int64_t> right, double scale, std::optional<double> softcap, double dropout_p, int64_t site
+#define ATTENTION_ARGUMENTS                                                                                            \
+    query, key, value, bias, words, reach, sinks, cu_seq_q, cu_seq_k, key_lengths, starts, seed, max_q, max_k, start,  \
+        left, right, scale, softcap, dropout_p, site
+
+// Element by element from a dtype to another, of a vector of any stride.
+template <class To>
+std::vector<To> numbers_of(const Tensor& x) {
+    std::vector<To> found(x.numel());
+    const auto read = [&](const auto* from) {
+        for (size_t i = 0; i < found.size(); ++i)
+            found[i] = static_cast<To>(from[i * x.stride(0)]);
+    };
+    const void* const data = x.const_data_ptr();
+    switch (x.scalar_type()) {
+    case ScalarType::Float:
+        read(static_cast<const float*>(data));
+        break;
+    case ScalarType::BFloat16:
+        read(static_cast<const torch::headeronly::BFloat16*>(data));
+        break;
+    case ScalarType::Int:
+        read(static_cast<const int32_t*>(data));
+        break;
+    case ScalarType::Long:
+        read(static_cast<const int64_t*>(data));
+        break;
+    default:
+        STD_TORCH_CHECK(false, "attention: expected vectors of int32, int64, float32 or bfloat16");
+    }
+    return found;
+}
+
+inline Heads heads_of(const Tensor& x) {
+    const bool narrow = width_of(x.scalar_type()) == Width::BFLOAT16;
+    STD_TORCH_CHECK(narrow || x.scalar_type() == ScalarType::Float, "attention: expected float32 or bfloat16");
+    if (x.dim() == 4)
+        return {x.data_ptr(), narrow, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+    return {x.data_ptr(), narrow, 0, x.stride(1), x.stride(0), x.stride(2)};
+}
+
+// As above, 0 along dimensions of size 1.
+inline Heads broadcast_heads(const MaybeTensor& x) {
+    if (!x)
+        return {};
+    const auto step = [&](int64_t dim) { return x->size(dim) == 1 ? 0 : x->stride(dim); };
+    return {x->data_ptr(), heads_of(*x).narrow, step(0), step(1), step(2), x->stride(3)};
+}
+
+inline Bits bits_of(const MaybeTensor& x) {
+    if (!x)
+        return {};
+    const auto step = [&](int64_t dim) { return x->size(dim) == 1 ? 0 : x->stride(dim); };
+    return {static_cast<const int32_t*>(x->data_ptr()), step(0), step(1), x->dim() == 4 ? step(2) : 0};
+}
+
+// Of [B, H, S] or packed [N, H].
+inline RowNumbers row_numbers(const Tensor& x) {
+    float* const data = static_cast<float*>(x.data_ptr());
+    return x.dim() == 3 ? RowNumbers{data, x.stride(0), x.stride(1), x.stride(2)}
+                        : RowNumbers{data, 0, x.stride(1), x.stride(0)};
+}
+
+// The call, and the vectors that it points into.
+struct AttentionInputs {
+    std::vector<Extent> extents;
+    std::vector<float> sink_logits;
+    Attention call;
+
+    explicit AttentionInputs(ATTENTION_PARAMETERS) {
+        const int64_t sequences = cu_seq_q ? cu_seq_q->size(0) - 1 : query.size(0);
+        extents.assign(sequences, {0, query.size(query.dim() - 2), 0, 0, 0, start});
+        if (cu_seq_q)
+            locate(numbers_of<int64_t>(*cu_seq_q), numbers_of<int64_t>(*cu_seq_k));
+        else
+            for (Extent& extent : extents)
+                extent.key_length = extent.key_rows = key.size(2);
+        if (key_lengths) {
+            const auto lengths = numbers_of<int64_t>(*key_lengths);
+            for (int64_t i = 0; i < sequences; ++i)
+                extents[i].key_length = std::clamp<int64_t>(lengths[i], 0, extents[i].key_rows);
+        }
+        if (starts) {
+            const auto given = numbers_of<int64_t>(*starts);
+            for (int64_t i = 0; i < sequences; ++i)
+                extents[i].start = std::clamp<int64_t>(given[i], -(1 << 29), 1 << 29);
+        }
+        if (sinks)
+            sink_logits = numbers_of<float>(*sinks);
+        const int64_t last = query.dim() - 1, heads = query.size(1), key_heads = key.size(1);
+        call = {
+            .query = heads_of(query),
+            .key = heads_of(key),
+            .value = heads_of(value),
+            .bias = broadcast_heads(bias),
+            // Of a mask with one row for all queries there is the reach alone.
+            .words = bias ? Bits{} : bits_of(words ? words : reach),
+            .reach = bits_of(reach),
+            .sinks = sinks ? sink_logits.data() : nullptr,
+            .extents = extents.data(),
+            .heads = heads,
+            .group = key_heads == 0 ? 1 : heads / key_heads,
+            .dim = query.size(last),
+            .value_dim = value.size(last),
+            .longest_query = longest(&Extent::query_length),
+            .longest_key = longest(&Extent::key_length),
+            .left = left.value_or(OPEN),
+            .right = right.value_or(OPEN),
+            .inner = static_cast<float>(softcap ? scale / *softcap : scale),
+            .outer = static_cast<float>(softcap.value_or(0.0)),
+            .scale = static_cast<float>(scale),
+            .dropout = dropout_of(seed, dropout_p, site),
+        };
+    }
+
+    int64_t sequences() const { return static_cast<int64_t>(extents.size()); }
+
+private:
+    void locate(const std::vector<int64_t>& queries, const std::vector<int64_t>& keys) {
+        for (size_t i = 0; i < extents.size(); ++i) {
+            const int64_t key_length = keys[i + 1] - keys[i];
+            extents[i] = {queries[i], queries[i + 1] - queries[i], keys[i], key_length, key_length, extents[i].start};
+        }
+    }
+
+    int64_t longest(int64_t Extent::* length) const {
+        int64_t found = 1;
+        for (const Extent& extent : extents)
+            found = std::max(found, extent.*length);
+        return found;
+    }
+};
+
+// Keys that a block of queries goes over: what its time goes to.
+inline int64_t seen_keys(const Attention& call, const Extent& extent, int64_t first, int64_t rows) {
+    const int64_t begin = std::max<int64_t>(first + extent.start - call.left, 0);
+    return std::max<int64_t>(std::min(first + rows + extent.start + call.right, extent.key_length) - begin, 0);
+}
+
+inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType type) {
+    AtenTensorHandle handle = nullptr;
+    const int32_t dtype = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                    dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
+// The dimensions of x but its last, as they lie in memory, outermost first.
+inline std::vector<int64_t> memory_order(const Tensor& x) {
+    std::vector<int64_t> order(x.dim() - 1);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+    return order;
+}
+
+// Empty, of the shape of x but for the last dimension, dense, its dimensions in memory as those of x are.
+inline Tensor rows_like(const Tensor& x, int64_t columns) {
+    std::vector<int64_t> shape = shape_of(x), strides(shape.size(), 1);
+    shape.back() = columns;
+    const std::vector<int64_t> order = memory_order(x);
+    int64_t step = columns;
+    for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
+        strides[*dim] = step;
+        step *= std::max<int64_t>(shape[*dim], 1);
+    }
+    return empty_strided(shape, strides, x.scalar_type());
+}
+
+// Empty fp32, one number for each query and head: [B, Hq, Sq], or [Nq, Hq] whose heads lie apart.
+inline Tensor row_statistics(const Tensor& query) {
+    const int64_t batch = query.size(0), heads = query.size(1);
+    if (query.dim() == 4)
+        return empty({batch, heads, query.size(2)}, ScalarType::Float, query);
+    return empty_strided({batch, heads}, {1, std::max<int64_t>(batch, 1)}, ScalarType::Float);
+}
+
+// Scratch memory of this thread, kept for its next call: fresh pages would cost more than a short attention.
+inline float* scratch_memory(int64_t floats) {
+    struct Free {
+        void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+    };
+    static thread_local std::unique_ptr<float[], Free> memory;
+    static thread_local int64_t size = 0;
+    if (size < floats) {
+        memory.reset();
+        memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+        size = floats;
+    }
+    return memory.get();
+}
+
+// Below so many multiply-adds a second thread costs more than it does.
+constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 19;
+
+// Tasks in order, shared among threads by their work rather than their number: sequences differ in length.
+class Tasks {
+public:
+    void add(const Task& task, int64_t work) {
+        tasks.push_back(task);
+        begins.push_back(total);
+        // Even an empty task is written by somebody.
+        total += work + 64;
+    }
+
+    // kernel(tasks, begin, end, scratch), in parallel where `products` for each unit of work are worth it.
+    template <class Kernel>
+    void run(int64_t products, int64_t floats, const Kernel& kernel) const {
+        const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_THREAD / std::max<int64_t>(1, products));
+        const auto range = [&](int64_t begin, int64_t end) {
+            const auto place = [&](int64_t work) {
+                return std::lower_bound(begins.begin(), begins.end(), work) - begins.begin();
+            };
+            kernel(tasks.data(), place(begin), place(end), scratch_memory(floats));
+        };
+        if (total <= grain)
+            range(0, total);
+        else
+            torch::stable::parallel_for(0, total, grain, range);
+    }
+
+private:
+    std::vector<Task> tasks;
+    std::vector<int64_t> begins;
+    int64_t total = 0;
+};
+
+} // namespace tfm

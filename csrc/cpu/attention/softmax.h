@@ -1,0 +1,83 @@
+// What a softmax needs of its numbers: powers and logarithms to base 2, tanh, and sums of many rows at once. Included
+// where TFM_ISA is defined.
+#pragma once
+
+#include "cpu/matmul.h"
+
+namespace tfm::TFM_ISA {
+
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float INFINITE = __builtin_inff();
+
+// Within 2 ulp (Moshier, Cephes, exp2f.c), NaN of NaN. Below 2^-125 it is 0, since numbers that are not normal cost a
+// hundred cycles each, and above 2^127 no more than that.
+TFM_INLINE Floats exp2(Floats x) {
+    const Ints is_tiny = x < -125.0f;
+    x = x > 127.0f ? broadcast(127.0f) : x;
+    const Floats shift = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+    const Floats shifted = x + shift, r = x - (shifted - shift);
+    Floats p = broadcast(1.535336188319500e-4f);
+    p = p * r + 1.339887440266574e-3f;
+    p = p * r + 9.618437357674640e-3f;
+    p = p * r + 5.550332471162809e-2f;
+    p = p * r + 2.402264791363012e-1f;
+    p = p * r + 6.931472028550421e-1f;
+    p = p * r + 1.0f;
+    return is_tiny ? Floats{} : p * (Floats)(((Ints)shifted << 23) + 0x3F800000);
+}
+
+// Of normal numbers above 0 within 2 ulp (Cephes, logf.c); infinity and NaN of themselves.
+TFM_INLINE Floats log2(Floats x) {
+    // x = m 2^n, m from sqrt(1/2) to sqrt(2).
+    const Ints bits = (Ints)x - 0x3F3504F3, n = bits >> 23;
+    const Floats m = (Floats)((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f, square = m * m;
+    Floats p = broadcast(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const Floats natural = p * m * square - square * 0.5f + m;
+    return x < INFINITE ? natural * LOG2E + __builtin_convertvector(n, Floats) : x;
+}
+
+TFM_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }
+
+// Within about an ulp (Cephes, tanhf.c).
+TFM_INLINE Floats tanh(Floats x) {
+    const Floats square = x * x, size = absolute(x);
+    Floats p = broadcast(-5.70498872745e-3f);
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const Floats far = 1.0f - 2.0f / (exp2(size * (2.0f * LOG2E)) + 1.0f);
+    return size < 0.625f ? p * square * x + x : x < 0.0f ? -far : far;
+}
+
+// Lane i: all of parts[i] taken together by `join`. Each round halves the vectors.
+template <class Join>
+TFM_INLINE Floats across(Floats (&parts)[WIDTH], Join join) {
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+            Floats first, second;
+            interleave(parts[i], parts[i + half], first, second);
+            parts[i] = join(first, second);
+        }
+    return parts[0];
+}
+
+TFM_INLINE Floats sums_of(Floats (&parts)[WIDTH]) {
+    return across(parts, [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; });
+}
+
+TFM_INLINE Floats maxima_of(Floats (&parts)[WIDTH]) {
+    return across(parts, [](Floats a, Floats b) __attribute__((always_inline)) { return maximum(a, b); });
+}
+
+} // namespace tfm::TFM_ISA

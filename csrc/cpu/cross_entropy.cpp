@@ -1,0 +1,232 @@
+// Cross-entropy of rows of logits, and its gradient written over them: the formulas of kernels/cross_entropy.py.
+//
+// A row goes through three short passes while it lies in the nearest caches. The first forms z, in fp32, and its
+// maximum: over the logits themselves where they are fp32, in a scratch row where they are bf16. The second leaves
+// exp(z - maximum) there and sums it, so that the third, which writes the gradient, needs no exponential. Only softcap
+// does, whose slope is read from z. Rows are shared among threads, and none depends on another.
+#include "cpu/isa.h"
+
+#include "cpu/matrix.h"
+
+namespace tfm {
+
+struct CrossEntropy {
+    Matrix logits;
+    const float* bias; // null: none
+    const int64_t* target;
+    float* losses;        // null: not wanted
+    const float* grad;    // of the losses; null: 1
+    const float* divisor; // of their gradients; null: 1
+    int64_t classes, ignore_index;
+    float smoothing, z_loss;
+    float softcap; // 0: none
+    bool want_gradient;
+};
+
+// `scratch`: a row of fp32 where the logits are bf16.
+TFM_KERNEL(cross_entropy, const CrossEntropy& call, float* scratch, int64_t first_row, int64_t last_row)
+
+} // namespace tfm
+
+#ifdef TFM_ISA
+
+namespace tfm::TFM_ISA {
+
+// visit(column, count, slot) for every vector of a row, the last one cut to what is left. Neighbours have different
+// slots, 0 to 3: four sums side by side, so that none waits for the one before.
+template <class Visit>
+TFM_INLINE void for_vectors(int64_t columns, Visit visit) {
+    int64_t column = 0;
+    for (; column + 4 * WIDTH <= columns; column += 4 * WIDTH) {
+        visit(column, WIDTH, 0);
+        visit(column + WIDTH, WIDTH, 1);
+        visit(column + 2 * WIDTH, WIDTH, 2);
+        visit(column + 3 * WIDTH, WIDTH, 3);
+    }
+    for (; column < columns; column += WIDTH)
+        visit(column, columns - column, 0);
+}
+
+#define TFM_VISIT(column, count, slot) [&](int64_t column, int64_t count, int slot) __attribute__((always_inline))
+
+// Odd powers up to 0.625 (Cephes, tanhf), where the exponentials beyond would cancel.
+TFM_INLINE Floats tanh(Floats x) {
+    const Floats size = x < 0.0f ? -x : x, square = x * x;
+    Floats p = broadcast(-5.70498872745e-3f);
+    p = p * square + 2.06390887954e-2f;
+    p = p * square - 5.37397155531e-2f;
+    p = p * square + 1.33314422036e-1f;
+    p = p * square - 3.33332819422e-1f;
+    const Floats far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+    return size < 0.625f ? p * square * x + x : x < 0.0f ? -far : far;
+}
+
+struct Found {
+    float top, total; // the largest z, and the sum of all
+};
+
+// Writes z, where it is not what `logits` hold already.
+template <class T, bool BIASED, bool CAPPED>
+TFM_INLINE Found form(const CrossEntropy& call, const T* logits, float* z) {
+    const float inverse = CAPPED ? 1.0f / call.softcap : 0.0f;
+    const Floats lowest = broadcast(-__builtin_inff());
+    Floats highest[4] = {lowest, lowest, lowest, lowest}, totals[4] = {};
+    for_vectors(
+        call.classes, TFM_VISIT(column, count, slot) {
+            Floats value = load(logits + column, count);
+            if (BIASED)
+                value += load(call.bias + column, count);
+            if (CAPPED)
+                value = call.softcap * tanh(value * inverse);
+            if (BIASED || CAPPED || sizeof(T) != sizeof(float))
+                store(z + column, value, count);
+            totals[slot] += inside(value, count);
+            if (count < WIDTH)
+                value = lanes() < static_cast<int32_t>(count) ? value : lowest;
+            highest[slot] = maximum(value, highest[slot]);
+        });
+    const Floats top = maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
+    return {maximum(top), sum((totals[0] + totals[1]) + (totals[2] + totals[3]))};
+}
+
+template <class T>
+TFM_INLINE Found form(const CrossEntropy& call, const T* logits, float* z) {
+    if (call.softcap == 0.0f)
+        return call.bias ? form<T, true, false>(call, logits, z) : form<T, false, false>(call, logits, z);
+    return call.bias ? form<T, true, true>(call, logits, z) : form<T, false, true>(call, logits, z);
+}
+
+// The sum of exp(z - top), which takes the place of z where KEEP says so.
+template <bool KEEP>
+TFM_INLINE float sum_exponentials(float* z, int64_t classes, float top) {
+    Floats sums[4] = {};
+    for_vectors(
+        classes, TFM_VISIT(column, count, slot) {
+            const Floats power = exp(load(z + column, count) - top);
+            if (KEEP)
+                store(z + column, power, count);
+            sums[slot] += inside(power, count);
+        });
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// What makes a gradient of exp(z - top), or of z itself under softcap.
+struct Slope {
+    float scale, floor, top, inverse_cap;
+
+    template <bool CAPPED>
+    __attribute__((always_inline)) Floats at(Floats value, float share) const {
+        if (!CAPPED)
+            return value * scale - floor - share;
+        const Floats bent = value * inverse_cap;
+        return (exp(value - top) * scale - floor - share) * (1.0f - bent * bent);
+    }
+};
+
+template <class T, bool CAPPED>
+TFM_INLINE void write_gradient(const Slope& slope, const float* z, T* logits, int64_t classes, int64_t label,
+                               float share) {
+    const Floats at_label = label < 0 ? Floats{} : slope.at<CAPPED>(broadcast(z[label]), share);
+    for_vectors(
+        classes,
+        TFM_VISIT(column, count, ) { store(logits + column, slope.at<CAPPED>(load(z + column, count), 0.0f), count); });
+    if (label >= 0)
+        store(logits + label, at_label, 1);
+}
+
+template <class T>
+void cross_entropy_rows(const CrossEntropy& call, float* scratch, int64_t first_row, int64_t last_row) {
+    const float classes = static_cast<float>(call.classes), nan = __builtin_nanf("");
+    for (int64_t row = first_row; row < last_row; ++row) {
+        T* const logits = static_cast<T*>(call.logits.data) + row * call.logits.stride;
+        const int64_t given = call.target[row];
+        if (given == call.ignore_index) {
+            if (call.losses)
+                call.losses[row] = 0.0f;
+            if (call.want_gradient)
+                __builtin_memset(logits, 0, call.classes * sizeof(T));
+            continue;
+        }
+        // A target that is no class gives NaN, and is never an address.
+        const int64_t label = given >= 0 && given < call.classes ? given : -1;
+        float* const z = sizeof(T) == sizeof(float) ? reinterpret_cast<float*>(logits) : scratch;
+        const Found found = form<T>(call, logits, z);
+        const float top = found.top, peak = label < 0 ? nan : z[label];
+        const bool capped = call.softcap != 0.0f;
+        const float exponentials = call.want_gradient && !capped ? sum_exponentials<true>(z, call.classes, top)
+                                                                 : sum_exponentials<false>(z, call.classes, top);
+        const float logarithm = __builtin_logf(exponentials), lse = top + logarithm;
+        if (call.losses) {
+            // Differences first: of large logits the sum top + logarithm would round what the loss consists of.
+            float loss = (top - peak) + logarithm;
+            if (call.smoothing != 0.0f)
+                loss = (1.0f - call.smoothing) * loss + call.smoothing * ((top - found.total / classes) + logarithm);
+            if (call.z_loss != 0.0f)
+                loss += call.z_loss * lse * lse;
+            call.losses[row] = loss;
+        }
+        if (!call.want_gradient)
+            continue;
+        const float factor = (call.grad ? call.grad[row] : 1.0f) / (call.divisor ? *call.divisor : 1.0f);
+        const float mass = label < 0 ? nan : call.z_loss != 0.0f ? 1.0f + 2.0f * call.z_loss * lse : 1.0f;
+        const Slope slope{mass / exponentials * factor, call.smoothing / classes * factor, top,
+                          capped ? 1.0f / call.softcap : 0.0f};
+        const float share = (1.0f - call.smoothing) * factor;
+        capped ? write_gradient<T, true>(slope, z, logits, call.classes, label, share)
+               : write_gradient<T, false>(slope, z, logits, call.classes, label, share);
+    }
+}
+
+void cross_entropy(const CrossEntropy& call, float* scratch, int64_t first_row, int64_t last_row) {
+    call.logits.narrow ? cross_entropy_rows<BFloat16>(call, scratch, first_row, last_row)
+                       : cross_entropy_rows<float>(call, scratch, first_row, last_row);
+}
+
+} // namespace tfm::TFM_ISA
+
+#else
+
+#include <memory>
+
+#include "cpu/rows.h"
+
+namespace tfm {
+
+namespace {
+
+// In place: of logits whose rows are contiguous, with contiguous vectors, all but the target in fp32. The gradient is
+// that of the loss times grad[row] / divisor.
+void cross_entropy_(Tensor logits, MaybeTensor bias, Tensor target, MaybeTensor losses, int64_t ignore_index,
+                    double label_smoothing, double z_loss, std::optional<double> softcap, bool want_gradient,
+                    MaybeTensor grad, MaybeTensor divisor) {
+    const int64_t rows = logits.size(0), classes = logits.size(1);
+    const Width width = width_of(logits.scalar_type());
+    STD_TORCH_CHECK(width != Width::HALF, "logits: expected float32 or bfloat16, got float16");
+    const bool narrow = width == Width::BFLOAT16;
+    const CrossEntropy call{
+        .logits = {logits.data_ptr(), narrow, logits.stride(0)},
+        .bias = data_of<float>(bias),
+        .target = static_cast<const int64_t*>(target.const_data_ptr()),
+        .losses = data_of<float>(losses),
+        .grad = data_of<float>(grad),
+        .divisor = data_of<float>(divisor),
+        .classes = classes,
+        .ignore_index = ignore_index,
+        .smoothing = static_cast<float>(label_smoothing),
+        .z_loss = static_cast<float>(z_loss),
+        .softcap = static_cast<float>(softcap.value_or(0.0)),
+        .want_gradient = want_gradient,
+    };
+    for_rows(rows, classes, [&](int64_t begin, int64_t end) {
+        const auto scratch = narrow ? std::make_unique_for_overwrite<float[]>(classes) : nullptr;
+        TFM_RUN(cross_entropy, call, scratch.get(), begin, end);
+    });
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_)); }
+
+} // namespace tfm
+
+#endif

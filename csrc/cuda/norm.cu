@@ -1,0 +1,160 @@
+// LayerNorm and RMSNorm behind a bias, dropout and a residual connection: the formulas of kernels/norm.py.
+//
+// Bytes: forward reads x and residual and writes h and y, backward reads dy, h and dh and writes dx and dresidual, each
+// once; statistics and parameters are small beside them. Both are bound by memory where rows are many, by the launch
+// where they are few.
+//
+// Forward: a warp keeps a row of up to 1,024 columns in registers, 8, 16 or 32 of them a lane, and sums by shuffles
+// alone; four rows a block. Up to 8,192 columns a block's warps are one team that keeps 16 a lane. Beyond, the block
+// reads h again, which the second-level cache still holds.
+//
+// Backward: beside dy and z a lane keeps the sums of three parameters' gradients for its columns, so it takes 16
+// columns at most: one warp a row up to 512 columns, a team of warps above. Blocks are two a multiprocessor, 8 warps
+// each, which have 32 KB of loads under way at once; each strides over the rows and leaves one partial sum a column,
+// which a second kernel adds up in order.
+//
+// Why beside Triton's: what a call costs before its kernel starts. Of a Xeon's time, launches left out, the operator
+// takes 8 µs forward and 12 backward with every gradient, torch's dispatch of so many arguments 3 of them; the Triton
+// twin 28 and 33, and its launches are dearer, 6-13 µs for 2. Predicted for an H200 outside a graph, 1,024 rows of 512
+// in bf16: 10 µs forward and 16 backward, for 37 and 53, though the kernels themselves take 2 and 4. At 8,192 rows of
+// 1,024 both move the same bytes, at 4.0 TB/s 17 µs and 21, the backward's small sum 3 more: nothing is won there but
+// the host's time, and inside a graph nothing at all.
+#include "cuda/norm_backward.cuh"
+#include "cuda/norm_forward.cuh"
+
+namespace tfm::cuda {
+namespace {
+
+constexpr int64_t LONGEST_KEPT_ROW = 8192, LONGEST_KEPT_GRADIENT = 4096;
+
+std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bias, MaybeTensor residual,
+                                                      MaybeTensor weight, MaybeTensor bias, MaybeTensor seed,
+                                                      double eps, double dropout_p, int64_t site, bool centred,
+                                                      double weight_offset, bool round_first, MaybeType out_dtype) {
+    const OnDevice device(x);
+    const ScalarType stored = residual ? promote(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
+    const Rows x_rows(x), residual_rows(residual ? *residual : x);
+    const Vector x_biases(x_bias), weights(weight), biases(bias);
+    const int64_t rows = x_rows.rows, columns = x_rows.columns;
+    Tensor y = empty(shape_of(x), out_dtype.value_or(stored), x);
+    MaybeTensor h;
+    if (residual)
+        h = empty(shape_of(x), stored, x);
+    Tensor statistics = empty({centred ? 2 : 1, rows}, ScalarType::Float, x);
+    float* const means = static_cast<float*>(statistics.data_ptr());
+    const Matrix h_rows = h ? matrix(Rows(*h)) : matrix(x_rows), y_rows = matrix(Rows(y));
+    NormForward call{
+        .x = matrix(x_rows),
+        .residual = residual ? matrix(residual_rows) : Matrix{},
+        .y = y_rows,
+        .h = h_rows,
+        .x_bias = matrix(x_biases),
+        .weight = matrix(weights),
+        .bias = matrix(biases),
+        .mean = centred ? means : nullptr,
+        .rstd = centred ? means + rows : means,
+        .rows = rows,
+        .columns = static_cast<int>(columns),
+        .team_warps = 1,
+        .eps = static_cast<float>(eps),
+        .weight_offset = static_cast<float>(weight_offset),
+        .rounding = !round_first                                                   ? Width::FLOAT
+                    : h_rows.width == Width::FLOAT && y_rows.width != Width::FLOAT ? y_rows.width
+                                                                                   : h_rows.width,
+        .dropout = dropout_of(seed, dropout_p, site),
+    };
+    if (rows == 0)
+        return {y, h, statistics};
+    const auto run = [&](auto kernel, int threads) {
+        const int64_t blocks = divide_up<int64_t>(rows, threads / WARP / call.team_warps);
+        launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), Team::bytes(threads), device.stream, call);
+    };
+    with_access(columns, {call.h, call.x, call.residual, call.y}, {call.x_bias, call.weight, call.bias}, [&](auto way) {
+        using Access = decltype(way);
+        if (columns <= 256) {
+            run(norm_forward_kernel<Access, 1>, 128);
+        } else if (columns <= 512) {
+            run(norm_forward_kernel<Access, 2>, 128);
+        } else if (columns <= 1024) {
+            run(norm_forward_kernel<Access, 4>, 128);
+        } else if (columns <= LONGEST_KEPT_ROW) {
+            call.team_warps = static_cast<int>(divide_up<int64_t>(columns, 16 * WARP));
+            run(norm_forward_kernel<Access, 2>, WARP * call.team_warps);
+        } else {
+            call.team_warps = 16;
+            run(long_norm_forward_kernel<Access>, 512);
+        }
+    });
+    return {y, h, statistics};
+}
+
+using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
+
+Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor statistics, MaybeTensor weight,
+                                 MaybeTensor seed, double dropout_p, int64_t site, double weight_offset, MaybeType dx,
+                                 MaybeType dx_bias, MaybeType dresidual, MaybeType dweight, MaybeType dbias) {
+    const OnDevice device(h);
+    const Rows dy_rows(dy), h_rows(h), dh_rows(dh ? *dh : dy);
+    const Vector weights(weight);
+    const int64_t rows = statistics.size(1), columns = h_rows.columns;
+    const auto output = [&](MaybeType type, std::vector<int64_t> shape) {
+        return type ? MaybeTensor(empty(shape, *type, h)) : MaybeTensor();
+    };
+    const Gradients gradients{output(dx, shape_of(h)), output(dx_bias, {columns}), output(dresidual, shape_of(h)),
+                              output(dweight, {columns}), output(dbias, {columns})};
+    const auto& [d_x, d_x_bias, d_residual, d_weight, d_bias] = gradients;
+
+    // Eight or sixteen columns a lane, as many warps as the row then takes, as many rows as make a block of 8 warps.
+    const bool kept = columns <= LONGEST_KEPT_GRADIENT;
+    const int octets = columns <= 256 ? 1 : 2;
+    const int team_warps = kept ? static_cast<int>(divide_up<int64_t>(columns, 8 * octets * WARP)) : 16;
+    const int teams = std::max(1, 8 / team_warps), threads = WARP * team_warps * teams;
+    const int blocks = static_cast<int>(std::min<int64_t>(divide_up<int64_t>(rows, teams), 2 * device.multiprocessors));
+
+    MaybeTensor partials;
+    const int parts = d_bias.has_value() + d_x_bias.has_value() + d_weight.has_value();
+    if (parts > 0)
+        partials = empty({blocks, parts, columns}, ScalarType::Float, h);
+    float* const means = static_cast<float*>(statistics.data_ptr());
+    const bool centred = statistics.size(0) == 2;
+    const NormBackward call{
+        .dy = matrix(dy_rows),
+        .dh = dh ? matrix(dh_rows) : Matrix{},
+        .h = matrix(h_rows),
+        .dx = d_x ? matrix(Rows(*d_x)) : Matrix{},
+        .dresidual = d_residual ? matrix(Rows(*d_residual)) : Matrix{},
+        .weight = matrix(weights),
+        .mean = centred ? means : nullptr,
+        .rstd = centred ? means + rows : means,
+        .partials = data_of<float>(partials),
+        .rows = rows,
+        .columns = static_cast<int>(columns),
+        .team_warps = team_warps,
+        .dbias = d_bias.has_value(),
+        .dx_bias = d_x_bias.has_value(),
+        .dweight = d_weight.has_value(),
+        .weight_offset = static_cast<float>(weight_offset),
+        .dropout = dropout_of(seed, dropout_p, site),
+    };
+    if (blocks > 0)
+        with_access(columns, {call.h, call.dy, call.dh, call.dx, call.dresidual}, {call.weight}, [&](auto way) {
+            using Access = decltype(way);
+            const auto kernel = !kept         ? long_norm_backward_kernel<Access>
+                                : octets == 1 ? norm_backward_kernel<Access, 1>
+                                              : norm_backward_kernel<Access, 2>;
+            const size_t sums_bytes = kept && parts > 0 ? threads * octets * sizeof(Octet) : 0;
+            launch(kernel, dim3(blocks), dim3(threads), Team::bytes(threads) + sums_bytes, device.stream, call);
+        });
+    if (partials)
+        sum_partials(*partials, {d_bias, d_x_bias, d_weight}, device);
+    return gradients;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, TFM_CUDA_KEY, m) {
+    m.impl("residual_norm", TORCH_BOX(&residual_norm));
+    m.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+}
+
+} // namespace tfm::cuda

@@ -1,0 +1,237 @@
+// Attention over at most 256 queries and keys of at most 64 columns, fp16 and bf16, on tensor cores: the host part.
+//
+// The device's part is in short_attention_forward.cuh and short_attention_backward.cuh, what both share in
+// short_attention.cuh. Arguments are those of kernels/attention/call.py, which says what each is.
+//
+// A translation batch of 256 sentences of some 14 tokens, 8 heads of 64, is 2,048 (sentence, head) pairs of 1.8 KB a
+// matrix: 3.7 MB each of q, k, v and out. An H200 holds the forward's 16 pairs on each of 132 multiprocessors, 128
+// registers a lane, so all 2,048 in one wave, and the 14.7 MB take 3.5 us from memory, less from the second-level
+// cache. Predicted: forward 4 to 5 us, where the Triton twin, whose tile has 64 keys once the longest sentence has 33,
+// takes some 7; backward, 25.7 MB, five products and 11 pairs a multiprocessor, 8 to 10 us against some 14.
+#include "cuda/short_attention_backward.cuh"
+#include "cuda/short_attention_forward.cuh"
+
+namespace tfm::cuda::short_attention {
+
+namespace {
+
+using MaybeInt = std::optional<int64_t>;
+
+// Steps along [B, H, S, D], or [N, H, D] whose sequences are told apart by their rows.
+Matrices matrices(const MaybeTensor& x) {
+    if (!x)
+        return {};
+    const auto step = [&](int64_t dim) { return x->size(dim) > 1 ? x->stride(dim) : 0; };
+    const int64_t dims = x->dim(), row = dims == 4 ? 2 : 0;
+    Matrices found{x->data_ptr(), dims == 4 ? step(0) : 0, step(1), step(row), x->stride(dims - 1), false};
+    found.by_chunks = found.column == 1 && (found.sequence | found.head | found.row) % CHUNK == 0 &&
+                      reinterpret_cast<uintptr_t>(found.data) % (CHUNK * x->element_size()) == 0;
+    return found;
+}
+
+// Empty, shaped as `x` but for the last dimension, dense, its dimensions in memory as those of `x` are.
+Tensor rows_like(const Tensor& x, int64_t columns) {
+    const int64_t last = x.dim() - 1;
+    std::vector<int64_t> order, shape, places(last + 1, last);
+    for (int64_t dim = 0; dim < last; ++dim)
+        order.push_back(dim);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+    for (int64_t place = 0; place < last; ++place) {
+        shape.push_back(x.size(order[place]));
+        places[order[place]] = place;
+    }
+    shape.push_back(columns);
+    const Tensor dense = empty(shape, x.scalar_type(), x);
+    if (std::is_sorted(order.begin(), order.end()))
+        return dense;
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(dense),
+                                      torch::stable::detail::from(torch::headeronly::IntHeaderOnlyArrayRef(places))};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Empty fp32, a number for each query and head: [B, H, S], or [N, H] whose heads lie apart.
+Tensor row_statistics(const Tensor& query) {
+    if (query.dim() == 4)
+        return empty({query.size(0), query.size(1), query.size(2)}, ScalarType::Float, query);
+    return torch::stable::transpose(empty({query.size(1), query.size(0)}, ScalarType::Float, query), 0, 1);
+}
+
+struct Steps {
+    int64_t sequence, head, row;
+};
+
+// Of what has a number for each query and head.
+Steps steps_of(const Tensor& statistics) {
+    if (statistics.dim() == 3)
+        return {statistics.stride(0), statistics.stride(1), statistics.stride(2)};
+    return {0, statistics.stride(1), statistics.stride(0)};
+}
+
+// A tensor that broadcasts over (sequence, head, query), its keys side by side: 0 along dimensions of size 1.
+Steps broadcast_steps(const MaybeTensor& x) {
+    const auto step = [&](int64_t dim) { return x && dim < x->dim() - 1 && x->size(dim) > 1 ? x->stride(dim) : 0; };
+    return {step(0), step(1), step(2)};
+}
+
+// What `attention` is told, checked, with what it holds kept alive.
+struct Problem {
+    MaybeTensor cu_seq_q, cu_seq_k, key_lengths, starts, sinks;
+    Width width;
+    Call call;
+
+    Problem(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& bias,
+            const MaybeTensor& words, const MaybeTensor& reach, const MaybeTensor& given_sinks,
+            const MaybeTensor& given_cu_seq_q, const MaybeTensor& given_cu_seq_k, const MaybeTensor& given_key_lengths,
+            const MaybeTensor& given_starts, const MaybeTensor& seed, int64_t max_q, int64_t max_k, int64_t start,
+            MaybeInt left, MaybeInt right, double scale, std::optional<double> softcap, double dropout_p, int64_t site)
+        : cu_seq_q(dense(given_cu_seq_q)), cu_seq_k(dense(given_cu_seq_k)), key_lengths(dense(given_key_lengths)),
+          starts(dense(given_starts)), sinks(dense(given_sinks)) {
+        const ScalarType type = query.scalar_type();
+        STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
+                        "native attention: expected float16 or bfloat16; impl=\"triton\" serves other dtypes");
+        STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type,
+                        "native attention: expected query, key and value of one dtype");
+        const int64_t dim = query.size(query.dim() - 1), value_dim = value.size(value.dim() - 1);
+        for (const int64_t columns : {dim, value_dim})
+            STD_TORCH_CHECK(columns > 0 && columns <= MOST_COLUMNS && columns % CHUNK == 0,
+                            "native attention: expected head dims that are multiples of 8 up to ", MOST_COLUMNS,
+                            ", got ", columns);
+        STD_TORCH_CHECK(max_q <= MOST_QUERIES && max_k <= MOST_KEYS, "native attention: expected at most ",
+                        MOST_QUERIES, " queries and ", MOST_KEYS, " keys in a sequence, got ", max_q, " and ", max_k);
+        for (const Tensor& x : {query, key})
+            STD_TORCH_CHECK(x.size(0) * x.size(1) < 1ll << 31,
+                            "native attention: expected fewer than 2^31 sequences or rows times heads, got ",
+                            x.size(0) * x.size(1));
+        STD_TORCH_CHECK(!bias || bias->size(3) <= 1 || bias->stride(3) == 1,
+                        "native attention: expected a bias whose keys lie side by side, got step ",
+                        bias ? bias->stride(3) : 0);
+        const Steps bias_steps = broadcast_steps(bias), words_steps = broadcast_steps(words),
+                    reach_steps = broadcast_steps(reach);
+        const double log2 = std::log(2.0);
+        const auto side = [](MaybeInt width) { return static_cast<int>(width ? std::min<int64_t>(*width, FAR) : -1); };
+        width = width_of(type);
+        call = {
+            .query = matrices(query),
+            .key = matrices(key),
+            .value = matrices(value),
+            .bias = {data_of<void>(bias), bias ? width_of(bias->scalar_type()) : Width::FLOAT, bias_steps.row},
+            .bias_sequence = bias_steps.sequence,
+            .bias_head = bias_steps.head,
+            .words = data_of<const int32_t>(words),
+            .words_sequence = words_steps.sequence,
+            .words_head = words_steps.head,
+            .words_row = words_steps.row,
+            .reach = data_of<const int32_t>(reach),
+            .reach_sequence = reach_steps.sequence,
+            .reach_head = reach_steps.head,
+            .sinks = {data_of<void>(sinks), sinks ? width_of(sinks->scalar_type()) : Width::FLOAT, 0},
+            .cu_seq_q = integers(cu_seq_q),
+            .cu_seq_k = integers(cu_seq_k),
+            .key_lengths = integers(key_lengths),
+            .starts = integers(starts),
+            .lse = nullptr,
+            .lse_sequence = 0,
+            .lse_head = 0,
+            .sequences = static_cast<int>(cu_seq_q ? cu_seq_q->size(0) - 1 : query.size(0)),
+            .heads = static_cast<int>(query.size(1)),
+            .group = static_cast<int>(query.size(1) / key.size(1)),
+            .query_size = static_cast<int>(max_q),
+            .key_size = static_cast<int>(max_k),
+            .dim = static_cast<int>(dim),
+            .value_dim = static_cast<int>(value_dim),
+            .start = static_cast<int>(std::clamp<int64_t>(start, -FAR, FAR)),
+            .left = side(left),
+            .right = side(right),
+            .inner = static_cast<float>(softcap ? scale / *softcap : scale / log2),
+            .outer = static_cast<float>(softcap ? *softcap / log2 : 0.0),
+            .dropout = dropout_of(seed, dropout_p, site),
+        };
+    }
+
+    void set_lse(const Tensor& lse) {
+        const Steps steps = steps_of(lse);
+        STD_TORCH_CHECK(steps.row == 1 || lse.numel() <= 1 || lse.size(lse.dim() == 3 ? 2 : 0) == 1,
+                        "native attention: expected an lse whose queries lie side by side, got step ", steps.row);
+        call.lse = static_cast<float*>(lse.data_ptr());
+        call.lse_sequence = steps.sequence;
+        call.lse_head = steps.head;
+    }
+
+private:
+    static MaybeTensor dense(const MaybeTensor& x) { return x ? MaybeTensor(torch::stable::contiguous(*x)) : x; }
+
+    static Integers integers(const MaybeTensor& x) {
+        return {data_of<const void>(x), x && x->scalar_type() == ScalarType::Long};
+    }
+};
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words,
+                                     MaybeTensor reach, MaybeTensor sinks, MaybeTensor cu_seq_q, MaybeTensor cu_seq_k,
+                                     MaybeTensor key_lengths, MaybeTensor starts, MaybeTensor seed, int64_t max_q,
+                                     int64_t max_k, int64_t start, MaybeInt left, MaybeInt right, double scale,
+                                     std::optional<double> softcap, double dropout_p, int64_t site) {
+    const OnDevice device(query);
+    Problem problem(query, key, value, bias, words, reach, sinks, cu_seq_q, cu_seq_k, key_lengths, starts, seed, max_q,
+                    max_k, start, left, right, scale, softcap, dropout_p, site);
+    const Tensor output = rows_like(query, value.size(value.dim() - 1)), lse = row_statistics(query);
+    problem.set_lse(lse);
+    forward(problem.call, matrices(output), problem.width, device.stream);
+    return {output, lse};
+}
+
+using GradientTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
+
+GradientTensors attention_backward(Tensor dout, MaybeTensor dlse, Tensor, Tensor lse, std::vector<bool> wanted,
+                                   Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words,
+                                   MaybeTensor reach, MaybeTensor sinks, MaybeTensor cu_seq_q, MaybeTensor cu_seq_k,
+                                   MaybeTensor key_lengths, MaybeTensor starts, MaybeTensor seed, int64_t max_q,
+                                   int64_t max_k, int64_t start, MaybeInt left, MaybeInt right, double scale,
+                                   std::optional<double> softcap, double dropout_p, int64_t site) {
+    const OnDevice device(query);
+    Problem problem(query, key, value, bias, words, reach, sinks, cu_seq_q, cu_seq_k, key_lengths, starts, seed, max_q,
+                    max_k, start, left, right, scale, softcap, dropout_p, site);
+    STD_TORCH_CHECK(wanted.size() == 5, "native attention: expected 5 wanted gradients, got ", wanted.size());
+    STD_TORCH_CHECK(!wanted[3],
+                    "native attention: expected a bias without a gradient; impl=\"triton\" serves one that learns");
+    STD_TORCH_CHECK(dout.scalar_type() == query.scalar_type(), "native attention: expected dout in the dtype of query");
+    STD_TORCH_CHECK(!dlse || dlse->scalar_type() == ScalarType::Float, "native attention: expected dlse in float32");
+    problem.set_lse(lse);
+    const auto like = [&](bool is_wanted, const Tensor& x) {
+        return is_wanted ? MaybeTensor(rows_like(x, x.size(x.dim() - 1))) : MaybeTensor();
+    };
+    const MaybeTensor dq = like(wanted[0], query), dk = like(wanted[1], key), dv = like(wanted[2], value);
+    MaybeTensor partials, dsinks;
+    if (wanted[4] && sinks)
+        partials = empty({problem.call.sequences, problem.call.heads}, ScalarType::Float, query);
+    const Steps dlse_steps = dlse ? steps_of(*dlse) : Steps{};
+    const Gradients gradients{
+        .out = matrices(dout),
+        .lse = data_of<const float>(dlse),
+        .lse_sequence = dlse_steps.sequence,
+        .lse_head = dlse_steps.head,
+        .lse_row = dlse_steps.row,
+        .query = matrices(dq),
+        .key = matrices(dk),
+        .value = matrices(dv),
+        .sinks = data_of<float>(partials),
+        .scale = static_cast<float>(scale),
+    };
+    backward(problem.call, gradients, problem.width, device.stream);
+    if (partials) {
+        const std::array<int64_t, 1> over_sequences{0};
+        dsinks = torch::stable::sum(*partials, torch::headeronly::IntHeaderOnlyArrayRef(over_sequences));
+        if (sinks->scalar_type() != ScalarType::Float)
+            dsinks = torch::stable::to(*dsinks, sinks->scalar_type());
+    }
+    return {dq, dk, dv, MaybeTensor(), dsinks};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, TFM_CUDA_KEY, m) {
+    m.impl("attention", TORCH_BOX(&attention));
+    m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+} // namespace tfm::cuda::short_attention

@@ -1,0 +1,101 @@
+"""The operators of csrc/cuda on CPU tensors, as torch.ops.tfm_emulated.*: the same sources under tests/cuda_emulation.
+
+`load("norm")` compiles csrc/cuda/norm.cu as C++, once for each content of what it includes, and registers its
+operators; `replace_native` also has impl="native" run them. Schemas and fakes are those of tfm_native. A race, or a
+barrier that threads miss, raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tfm import native
+from tfm.native import plan
+from tfm.operators import register_fakes
+from tfm.ops import backends
+
+NAMESPACE = "tfm_emulated"
+ROOT = Path(__file__).parent.parent
+EMULATION = ROOT / "tests" / "cuda_emulation"
+TORCH = Path(torch.__file__).parent
+FLAGS = (
+    "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
+    *plan.DEFINES, f"-Dtfm_native={NAMESPACE}", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}",
+    "-isystem", str(TORCH / "include"), "-isystem", sysconfig.get_paths()["include"],
+)  # fmt: skip
+# g++ announces what the code touches; tests/cuda_emulation/race_check.cpp listens. Never linked to a sanitizer.
+CHECKED = ("-fsanitize=thread,alignment,bounds", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+
+
+@cache
+def load(name: str) -> None:
+    """Registers the operators of csrc/cuda/`name`.cu."""
+    _schemas()
+    torch.ops.load_library(str(library(name, ROOT / "csrc" / "cuda" / f"{name}.cu")))
+
+
+def replace_native(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """impl="native" runs csrc/cuda/`name`.cu on CPU tensors, in every dtype that it takes on a GPU."""
+    load(name)
+    rows = [row for row in backends.TABLE if row.backend == "native"]
+    monkeypatch.setattr(backends, "TABLE", [dataclasses.replace(row, dtypes=backends.FLOATS) for row in rows])
+    monkeypatch.setattr(native, "NAMESPACE", NAMESPACE)
+    monkeypatch.setattr(native, "obstacle", lambda device: "")
+
+
+@cache
+def _schemas() -> None:
+    torch.ops.load_library(str(library("schemas", ROOT / "csrc" / "schemas.cpp")))
+    register_fakes(NAMESPACE)
+
+
+def library(name: str, source: Path) -> Path:
+    """What `source` compiles to, with the emulation where it is CUDA; skips the test where there is no g++."""
+    if shutil.which("g++") is None:
+        pytest.skip("compiles CUDA for the CPU, and there is no g++")
+    runtime = sorted(EMULATION.glob("*.cpp")) if source.suffix == ".cu" else []
+    folders = (EMULATION, ROOT / "csrc" / "common", ROOT / "csrc" / "cuda")
+    headers = [path for folder in folders for path in sorted(folder.glob("*.*h"))]
+    digest = hashlib.sha256(repr((torch.__version__, FLAGS, CHECKED)).encode())
+    for path in (source, *runtime, *headers):
+        digest.update(path.read_bytes())
+    folder = plan.cache().parent / "emulated"
+    built = folder / f"{name}-{digest.hexdigest()[:20]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The other workers of a test run wait for the first.
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.is_file():
+            for old in folder.glob(f"{name}-*"):
+                old.unlink()
+            _compile(source, runtime, built)
+    return built
+
+
+def _compile(source: Path, runtime: list[Path], built: Path) -> None:
+    objects = []
+    for path in (source, *runtime):
+        objects.append(built.with_name(f"{built.stem}-{path.stem}.o"))
+        checked = CHECKED if path == source and path.suffix == ".cu" else ()
+        _run("g++", "-x", "c++", *FLAGS, *checked, "-c", str(path), "-o", str(objects[-1]))
+    unfinished = built.with_suffix(".unfinished")
+    torch_libraries = (f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl")
+    _run("g++", "-shared", "-o", str(unfinished), *map(str, objects), *torch_libraries)
+    unfinished.rename(built)
+    for path in objects:
+        path.unlink()
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"

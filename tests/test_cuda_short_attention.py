@@ -1,0 +1,248 @@
+"""CUDA's attention over few keys, run on the CPU by tests/cuda_emulation, against the oracle, dropout included."""
+
+from __future__ import annotations
+
+import emulated
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import SEED, SITE, Packing, Problem, assert_matches, make, results
+
+from tfm import ops
+from tfm.native import attention as native
+
+CPU = torch.device("cpu")
+HALF, BFLOAT16 = torch.float16, torch.bfloat16
+
+# Pairwise: lengths at and beside the edges of tiles, of 32 and of 128 keys; every rule meets another; odd head dims.
+CASES = {
+    "one of each": (HALF, Problem((2, 2, 2, 1, 1, 16, 16), {"dropout_p": 0.5})),
+    "causal, dropout": (BFLOAT16, Problem((2, 2, 1, 17, 17, 64, 64), {"is_causal": True, "dropout_p": 0.3})),
+    "3 queries, 17 keys": (HALF, Problem((2, 4, 1, 3, 17, 24, 40), {"dropout_p": 0.3})),
+    "33 queries, 3 keys, causal": (HALF, Problem((2, 2, 1, 33, 3, 16, 32), {"is_causal": True, "dropout_p": 0.2})),
+    "lengths, dropout": (BFLOAT16, Problem((3, 2, 2, 20, 33, 40, 24), {"key_lengths": [0, 11, 33], "dropout_p": 0.3})),
+    "starts, sinks": (
+        HALF, Problem((2, 3, 1, 17, 33, 24, 16), {"is_causal": True, "query_start": [-3, 9], "sinks": True}),
+    ),
+    "window, softcap": (
+        BFLOAT16, Problem((2, 2, 2, 33, 40, 16, 16), {"window_size": (4, 2), "softcap": 1.5, "dropout_p": 0.2}),
+    ),
+    "key padding": (HALF, Problem((2, 4, 2, 17, 15, 16, 16), {"dropout_p": 0.2}, ("bool", (2, 1, 1, 15)))),
+    "bool mask of each head": (BFLOAT16, Problem((2, 2, 1, 33, 47, 32, 32), {"sinks": True}, ("bool", (2, 2, 33, 47)))),
+    "bool mask, bottom-right": (
+        HALF, Problem((1, 2, 1, 20, 70, 64, 64), {"is_causal": True, "query_start": 50}, ("bool", (20, 70))),
+    ),
+    "window, 130 keys": (HALF, Problem((1, 2, 1, 20, 130, 48, 56), {"window_size": (60, 3), "query_start": 100})),
+    "256 keys, dropout": (
+        BFLOAT16, Problem((1, 1, 1, 33, 256, 64, 64), {"is_causal": True, "query_start": 216, "dropout_p": 0.2}),
+    ),
+    "negative scale, lengths, sinks, 4 to 1": (
+        BFLOAT16, Problem((2, 4, 1, 17, 65, 32, 16), {"scale": -0.4, "key_lengths": [65, 9], "sinks": True}),
+    ),
+}  # fmt: skip
+BIASES = {
+    "bias of each head, dropout": (
+        HALF, HALF, Problem((2, 2, 1, 17, 33, 16, 16), {"dropout_p": 0.2}, ("float", (1, 2, 17, 33))),
+    ),
+    "fp32 bias, one row, softcap": (
+        BFLOAT16, torch.float32,
+        Problem((2, 2, 2, 20, 40, 16, 16), {"softcap": 1.5, "key_lengths": [40, 21]}, ("float", (40,))),
+    ),
+    "bias, everything": (
+        BFLOAT16, BFLOAT16,
+        Problem(
+            (2, 4, 2, 17, 150, 24, 40),
+            {
+                "is_causal": True, "query_start": [125, -2], "window_size": (37, 1), "key_lengths": [150, 31],
+                "softcap": 1.5, "sinks": True, "scale": 0.4, "dropout_p": 0.3,
+            },
+            ("float", (2, 4, 17, 150)),
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def emulation(monkeypatch):
+    emulated.replace_native("short_attention", monkeypatch)
+    emulated.load("attention_mask_bits")
+    monkeypatch.setattr(native, "NAMESPACE", emulated.NAMESPACE)
+
+
+def equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def run(inputs, call=ops.attention, impl="native", **options):
+    """Output and gradients of query, key and value, the output weighed by fixed random numbers."""
+    inputs = [x.detach().requires_grad_() if i < 3 else x for i, x in enumerate(inputs)]
+    output = call(*inputs, impl=impl, **options)
+    generator = torch.Generator().manual_seed(7)
+    cotangent = torch.randn(output.shape, generator=generator).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, inputs[:3], cotangent)]
+
+
+def qkv(shape=(2, 2, 1, 17, 33, 16, 16), dtype=HALF):
+    inputs = make(Problem(shape), CPU, dtype).inputs
+    return [inputs[name] for name in ("query", "key", "value")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_match(name):
+    dtype, problem = CASES[name]
+    assert_matches(make(problem, CPU, dtype), dtype, impl="native")
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_that_does_not_learn_is_added(name):
+    dtype, bias_dtype, problem = BIASES[name]
+    tensors = make(problem, CPU, dtype)
+    bias, tensors.inputs["bias"] = tensors.inputs["bias"], None
+    tensors.bool_mask = bias.to(bias_dtype)
+    assert_matches(tensors, dtype, impl="native")
+
+
+@pytest.mark.parametrize("rules", [{}, {"is_causal": True}, {"window_size": (5, 0), "softcap": 0.9}], ids=str)
+def test_packed_equals_padded_and_the_reference(rules):
+    packing = Packing([17, 0, 5, 1, 33], [20, 3, 33, 0, 70], CPU)
+    options = {"dropout_p": 0.3, "seed": SEED, "site": SITE} | rules
+    rows = sum(packing.query_lengths), sum(packing.key_lengths)
+    packed = [torch.randn(n, heads, 16).to(HALF) for n, heads in ((rows[0], 2), (rows[1], 1), (rows[1], 1))]
+    actual = run([*packed, *packing.arguments], ops.varlen_attention, **options)
+    cotangent = torch.randn(actual[0].shape, generator=torch.Generator().manual_seed(7)).to(HALF)
+
+    def padded(impl, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in packed]
+        lengths = torch.tensor(packing.key_lengths)
+        output = ops.attention(*packing.padded(*inputs), key_lengths=lengths, impl=impl, **options)
+        output = packing.queries.pack(output.transpose(1, 2))
+        return [output.detach(), *torch.autograd.grad(output, inputs, cotangent.to(dtype))]
+
+    equal(actual, padded("native", HALF))
+    truth, plain = padded("reference", torch.float64), padded("reference", HALF)
+    oracle.assert_all_match(actual, truth, plain, ("output", "dquery", "dkey", "dvalue"))
+
+
+# From one warp a pair to several; from one launch of the backward to two.
+@pytest.mark.parametrize("extra", [10, 31, 200])
+def test_more_padding_and_more_sequences_change_no_bit(extra):
+    query, key, value = qkv((2, 2, 1, 17, 33, 64, 64))
+    options = {"dropout_p": 0.3, "seed": SEED, "is_causal": True, "query_start": 9}
+    lengths = torch.tensor([33, 20])
+    expected = run([query, key, value], key_lengths=lengths, **options)
+    more = [
+        F.pad(x, (0, 0, 0, n, 0, 0, 0, 1), value=float("nan")) for x, n in ((query, 0), (key, extra), (value, extra))
+    ]
+    more[0][2] = 1.0
+    actual = run(more, key_lengths=torch.tensor([33, 20, 0]), **options)
+    for got, wanted in zip(actual, expected, strict=True):
+        equal(got[:2, :, : wanted.shape[2]], wanted)
+        assert not got[2].any()
+        assert not got[:2, :, wanted.shape[2] :].any()
+
+
+def test_same_inputs_same_bits():
+    tensors = make(CASES["negative scale, lengths, sinks, 4 to 1"][1], CPU, BFLOAT16)
+    equal(*(results(tensors, "native", BFLOAT16) for _ in range(2)))
+
+
+@pytest.mark.parametrize("keys", [7, 60])
+def test_dropout_keeps_what_the_reference_keeps(keys):
+    query, key, _ = qkv((2, 3, 1, 20, keys, 16, 64))
+    value = torch.eye(keys, 64).expand(2, 1, -1, -1).to(HALF)
+    weights = ops.attention(query, key, value, dropout_p=0.4, seed=SEED, site=SITE, impl="native")[..., :keys]
+    kept = [oracle.kept_elements(SEED, 0.4, 20, keys, group, SITE) for group in range(6)]
+    equal(weights != 0, torch.stack(kept).view(2, 3, 20, keys))
+
+
+def test_queries_without_keys_give_zero_and_zero_gradients():
+    inputs = qkv()
+    mask = torch.zeros(17, 33, dtype=torch.bool)
+    for options in ({"attn_mask": mask}, {"is_causal": True, "query_start": -17}):
+        for result in run(inputs, **options):
+            equal(result, torch.zeros_like(result))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 5, 5, 16, 16), (2, 2, 1, 0, 5, 16, 16), (2, 2, 1, 5, 0, 16, 16)], ids=str)
+def test_empty_inputs(shape):
+    for result in run(qkv(shape)):
+        equal(result, torch.zeros_like(result))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_no_query_reaches_stays_there(poison):
+    query, key, value = qkv()
+    mask = torch.rand(2, 2, 17, 33) < 0.7
+    mask[..., 5], mask[0, 1, 3], mask[1, :, 9:, 20] = False, False, False
+    # The mask leaves key 5 to none; causality the last ones, and the padding.
+    hidden = torch.zeros(33, dtype=torch.bool)
+    hidden[5] = hidden[17:] = True
+    padding = {"key_lengths": torch.tensor([30, 30]), "is_causal": True}
+    float_mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    for options in ({"attn_mask": mask}, {"attn_mask": float_mask}):
+        expected = run([query, key, value], **options, **padding)
+        poisoned = [x.masked_fill(hidden[:, None], poison) for x in (key, value)]
+        empty = query.clone()
+        empty[0, 1, 3] = poison
+        equal(run([empty, *poisoned], **options, **padding), expected)
+    # Without a mask, what the window leaves to no query, and a query whose window is empty.
+    window = {"window_size": (2, 0), "query_start": -4}
+    expected = run([query, key, value], **window)
+    poisoned = [x.clone() for x in (query, key, value)]
+    poisoned[0][:, :, 3] = poisoned[1][:, :, 13:] = poisoned[2][:, :, 13:] = poison
+    equal(run(poisoned, **window), expected)
+
+
+@pytest.mark.parametrize("keys", [33, 130])
+def test_only_wanted_gradients_are_computed(keys):
+    inputs = qkv((1, 2, 1, 17, keys, 64, 64))
+    options = {"dropout_p": 0.3, "seed": SEED, "impl": "native"}
+    cotangent = torch.randn(1, 2, 17, 64).half()
+    every = [x.detach().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(ops.attention(*every, **options), every, cotangent)
+    for subset in ((0,), (1,), (2,), (0, 2)):
+        some = [x.detach().requires_grad_(i in subset) for i, x in enumerate(inputs)]
+        ops.attention(*some, **options).backward(cotangent)
+        for i, x in enumerate(some):
+            assert x.grad is None if i not in subset else torch.equal(x.grad, expected[i])
+
+
+def test_heads_of_one_projection_and_expanded_gradients():
+    projected = torch.randn(2, 17, 3, 2, 16).half()
+    views = [projected[:, :, i].transpose(1, 2) for i in range(3)]
+    copies = [x.contiguous() for x in views]
+    output, *gradients = run(views, is_causal=True)
+    equal([output, *gradients], run(copies, is_causal=True))
+    assert output.transpose(1, 2).is_contiguous()
+    assert all(x.transpose(1, 2).is_contiguous() for x in gradients)
+    columns = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in copies]
+    equal(run(columns, is_causal=True), run(copies, is_causal=True))
+    found = []
+    for cotangent in (torch.ones(16).half().expand(2, 2, 17, 16), torch.ones(2, 2, 17, 16).half()):
+        inputs = [x.detach().requires_grad_() for x in copies]
+        found.append(torch.autograd.grad(ops.attention(*inputs, impl="native"), inputs, cotangent))
+    equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 1, 1, 5, 5, 16, 16), torch.float32, "expected float16 or bfloat16"),
+        ((1, 1, 1, 5, 5, 72, 16), HALF, "multiples of 8 up to 64, got 72"),
+        ((1, 1, 1, 5, 5, 16, 12), HALF, "multiples of 8 up to 64, got 12"),
+        ((1, 1, 1, 5, 257, 16, 16), HALF, "at most 256 queries and 256 keys in a sequence, got 5 and 257"),
+        ((1, 1, 1, 257, 5, 16, 16), HALF, "at most 256 queries and 256 keys in a sequence, got 257 and 5"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_serve_is_refused(shape, dtype, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.attention(*qkv(shape, dtype), impl="native")
+
+
+def test_a_bias_that_learns_is_refused():
+    bias = torch.zeros(17, 33, dtype=HALF, requires_grad=True)
+    output = ops.attention(*qkv(), bias, impl="native")
+    with pytest.raises(RuntimeError, match="expected a bias without a gradient"):
+        output.sum().backward()

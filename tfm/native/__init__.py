@@ -1,0 +1,105 @@
+"""The native operators, `torch.ops.tfm_native`: where their library is, and why it cannot serve a device.
+
+The library is one file, C++ for CPUs and, where nvcc was there, CUDA. pip installs it as the module `tfm_native`, or
+`tfm build` compiles it (tfm.native.build). It is loaded, never imported: torch's dispatcher is its only interface.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from tfm.native import plan
+
+# Of the native operators, in torch.ops.
+NAMESPACE = "tfm_native"
+
+# Why not on the CPU, and why not on a GPU, as far as the library alone decides; None until it has been loaded.
+_obstacles: tuple[str, str] | None = None
+_of_gpu: dict[int, str] = {}
+
+
+def library() -> Path | None:
+    """The file to load, None where there is none.
+
+    TFM_NATIVE names one, there or not; else the installed module `tfm_native` is taken, else what `tfm build` made of
+    exactly these sources for exactly this torch.
+    """
+    if os.environ.get("TFM_NATIVE"):
+        return Path(os.environ["TFM_NATIVE"])
+    installed = importlib.util.find_spec("tfm_native")
+    if installed is not None and installed.origin is not None:
+        return Path(installed.origin)
+    sources = plan.sources()
+    if sources is None:
+        return None
+    built = plan.library(sources, torch.__version__)
+    return built if built.is_file() else None
+
+
+def obstacle(device: torch.device) -> str:
+    """Why native operators cannot run on `device`, in words; empty where they can."""
+    on_cpu, on_gpu = load() if _obstacles is None else _obstacles
+    if device.type == "cpu":
+        return on_cpu
+    if device.type != "cuda":
+        return f"expected CPU or CUDA tensors, got {device.type} tensors"
+    if on_gpu or torch.compiler.is_compiling():
+        return on_gpu or _chip_obstacle(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _of_gpu:
+        _of_gpu[index] = _chip_obstacle(device)
+    return _of_gpu[index]
+
+
+def load() -> tuple[str, str]:
+    """Loads the library, once, and says why it cannot serve CPUs and GPUs; an empty word where it can.
+
+    tfm.ops calls it when it is imported: Dynamo cannot trace it.
+    """
+    global _obstacles
+    if _obstacles is None:
+        failure = _load()
+        _obstacles = (failure, failure) if failure else (_cpu_obstacle(), _cuda_obstacle())
+    return _obstacles
+
+
+def _load() -> str:
+    try:
+        path = library()
+    except OSError as error:
+        return f"the sources of tfm_native cannot be read: {error}"
+    if path is None:
+        return "tfm_native is not built: `tfm build` compiles it"
+    if not path.is_file():
+        return f"TFM_NATIVE: expected a library, got no file at {path}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        return f"tfm_native does not load: {reason}"
+
+    from tfm.operators import register_fakes
+
+    register_fakes(NAMESPACE)
+    return ""
+
+
+def _cpu_obstacle() -> str:
+    if torch.ops.tfm_native.instruction_set() != "none":
+        return ""
+    return "expected a CPU with AVX2 and FMA, got one without"
+
+
+def _cuda_obstacle() -> str:
+    if not torch.ops.tfm_native.has_cuda():
+        return "tfm_native is built without CUDA: `tfm build` adds it where nvcc is"
+    return "" if torch.version.cuda else "expected a torch with CUDA, got one without"
+
+
+def _chip_obstacle(device: torch.device) -> str:
+    chip = torch.cuda.get_device_properties(device)
+    return "" if chip.major >= 8 else f"expected compute capability 8.0 or newer, got {chip.major}.{chip.minor}"

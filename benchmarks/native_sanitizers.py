@@ -49,7 +49,7 @@ def address(pytest: list[str]) -> int:
         "OMP_NUM_THREADS": "2",
     }
     # Tests of operators that are not there would be skipped.
-    loads = "import sys; from tfm import native; sys.exit(native.load()[0])"
+    loads = "import sys; from tfm import native; sys.exit(native.load()[0] or 0)"
     tests = ["-m", "pytest", "-q", *(pytest or TESTS)]
     for arguments in (["-c", loads], tests):
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, check=False)

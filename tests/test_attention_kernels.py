@@ -435,7 +435,7 @@ def test_explicit_triton_says_why_not(kernel_device):
 def test_refuses_what_it_cannot_differentiate(kernel_device):
     query, key, value = qkv(kernel_device, (1, 1, 1, 3, 3, 16, 16))
     function = lambda query: ops.attention(query, key, value, impl="triton")  # noqa: E731
-    with pytest.raises(RuntimeError, match="Attention, but it does not have vmap support"):
+    with pytest.raises(RuntimeError, match="must override the setup_context"):
         torch.vmap(function)(query[None])
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
         function(forward_ad.make_dual(query.detach(), query.detach()))

@@ -194,6 +194,18 @@ def test_what_no_query_reaches_stays_there(poison):
     equal(run(poisoned, **window), expected)
 
 
+def test_nan_that_one_head_may_see_stays_out_of_another():
+    query, key, value = qkv()
+    mask = torch.ones(1, 2, 17, 33, dtype=torch.bool)
+    mask[:, 1, :, 20] = False
+    expected = run([query, key, value], attn_mask=mask)
+    value[:, :, 20] = float("nan")
+    actual = run([query, key, value], attn_mask=mask)
+    for got, wanted in zip(actual[:2], expected[:2], strict=True):
+        assert got[:, 0].isnan().any()
+        equal(got[:, 1], wanted[:, 1])
+
+
 @pytest.mark.parametrize("keys", [33, 130])
 def test_only_wanted_gradients_are_computed(keys):
     inputs = qkv((1, 2, 1, 17, keys, 64, 64))

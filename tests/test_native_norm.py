@@ -161,6 +161,14 @@ def test_what_nobody_writes_is_nan():
     assert torch.empty(7).isnan().all()
 
 
+def test_the_reference_serves_what_no_native_kernel_reads():
+    x, weight = torch.randn(5, 17), torch.randn(17)
+    for others in ({"weight": weight.double()}, {"weight": weight.half()}, {"out_dtype": torch.float16}):
+        assert torch.equal(ops.layer_norm(x, **others), ops.layer_norm(x, **others, impl="reference"))
+        with pytest.raises(ValueError, match=r"native.*expected one of float32, bfloat16, got float"):
+            ops.layer_norm(x, **others, impl="native")
+
+
 def test_native_is_what_cpus_take():
     x = torch.randn(5, 17)
     assert torch.equal(ops.layer_norm(x), ops.layer_norm(x, impl="native"))

@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/activation.h"
 #include "common/philox.h"
 
 namespace tfm {
@@ -99,12 +100,21 @@ struct Vector {
 
     explicit Vector(const MaybeTensor& x) {
         if (x)
-            tensor = torch::stable::contiguous(*x);
+            tensor = x->is_contiguous() ? *x : torch::stable::contiguous(*x);
     }
 
     void* data() const { return data_of<void>(tensor); }
     Width width() const { return tensor ? width_of(tensor->scalar_type()) : Width::FLOAT; }
 };
+
+inline Activation activation_of(const std::string& name) {
+    constexpr const char* NAMES[] = {"relu", "relu_squared", "gelu",    "gelu_tanh",
+                                     "silu", "quick_gelu",   "sigmoid", "tanh"};
+    for (int8_t i = 0; i < 8; ++i)
+        if (name == NAMES[i])
+            return static_cast<Activation>(i);
+    STD_TORCH_CHECK(false, "activation: expected one of tfm.ops.feed_forward, got ", name);
+}
 
 // p of 65,536 outcomes, rounded as Python rounds: half to even.
 inline Dropout dropout_of(const MaybeTensor& seed, double p, int64_t site) {

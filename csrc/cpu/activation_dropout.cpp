@@ -173,16 +173,6 @@ namespace tfm {
 
 namespace {
 
-constexpr std::array<const char*, 8> NAMES{"relu",       "gelu",         "gelu_tanh", "silu",
-                                           "quick_gelu", "relu_squared", "sigmoid",   "tanh"};
-
-Activation activation_of(const std::string& name) {
-    for (size_t i = 0; i < NAMES.size(); ++i)
-        if (name == NAMES[i])
-            return static_cast<Activation>(i);
-    STD_TORCH_CHECK(false, "activation: expected one of tfm.ops.feed_forward, got ", name);
-}
-
 // x weightᵀ + bias.
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),

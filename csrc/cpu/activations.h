@@ -1,14 +1,7 @@
 // Activations and their derivatives in vectors, by the formulas and constants of kernels/activations.py.
 #pragma once
 
-#include <cstdint>
-
-namespace tfm {
-
-// By their names in tfm.ops.feed_forward.
-enum class Activation : int8_t { RELU, GELU, GELU_TANH, SILU, QUICK_GELU, RELU_SQUARED, SIGMOID, TANH };
-
-} // namespace tfm
+#include "common/activation.h"
 
 #ifdef TFM_ISA
 

@@ -16,6 +16,9 @@ constexpr int BLOCK_ROWS = WIDTH == 8 ? 6 : 8;
 // Columns of B that are read together.
 constexpr int PAIR = 2 * WIDTH;
 
+// A sum of more numbers is the sum of two halves: its rounding would grow with its length.
+constexpr int64_t LONGEST_SUM = 64;
+
 // Where the columns [i * PAIR, (i + 1) * PAIR) of B's rows lie: at data + i * pair, the rows `row` apart. A matrix has
 // pair = PAIR; in panels, each of depth x PAIR numbers, row = PAIR and pair = depth * PAIR.
 struct Columns {
@@ -31,7 +34,7 @@ static void product_block(int64_t depth, const float* a, int64_t a_stride, const
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
         for (int i = 0; i < VECTORS; ++i)
-            sums[row][i] = ADD ? load(c + row * c_row + i * WIDTH) : Floats{};
+            sums[row][i] = Floats{};
     for (int64_t k = 0; k < depth; ++k, b += b_row) {
         Floats columns[VECTORS];
 #pragma GCC unroll 2
@@ -49,7 +52,7 @@ static void product_block(int64_t depth, const float* a, int64_t a_stride, const
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 2
         for (int i = 0; i < VECTORS; ++i)
-            store(c + row * c_row + i * WIDTH, sums[row][i]);
+            store(c + row * c_row + i * WIDTH, ADD ? load(c + row * c_row + i * WIDTH) + sums[row][i] : sums[row][i]);
 }
 
 // The rows that no whole block covers, fewer than ROWS.
@@ -80,6 +83,14 @@ static void product_columns(int64_t rows, int64_t depth, const float* a, int64_t
 template <bool TRANSPOSED, bool ADD>
 static void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, Columns b, float* c,
                     int64_t c_row) {
+    if (depth > LONGEST_SUM) {
+        const int64_t first = depth / 2;
+        product<TRANSPOSED, ADD>(rows, columns, first, a, a_stride, b, c, c_row);
+        b.data += first * b.row;
+        product<TRANSPOSED, true>(rows, columns, depth - first, a + first * (TRANSPOSED ? a_stride : 1), a_stride, b, c,
+                                  c_row);
+        return;
+    }
     for (int64_t column = 0; column < columns; column += PAIR, b.data += b.pair, c += PAIR)
         if (columns - column > WIDTH)
             product_columns<TRANSPOSED, ADD, 2>(rows, depth, a, a_stride, b.data, b.row, c, c_row);

@@ -10,8 +10,13 @@
 
 namespace tfm {
 
-inline Matrix matrix(const Rows& x) { return {x.data(), x.width() == Width::BFLOAT16, x.stride}; }
-inline Matrix matrix(const Vector& x) { return {x.data(), x.width() == Width::BFLOAT16, 0}; }
+inline bool is_narrow(Width width) {
+    STD_TORCH_CHECK(width != Width::HALF, "expected float32 or bfloat16 on a CPU, got float16");
+    return width == Width::BFLOAT16;
+}
+
+inline Matrix matrix(const Rows& x) { return {x.data(), is_narrow(x.width()), x.stride}; }
+inline Matrix matrix(const Vector& x) { return {x.data(), is_narrow(x.width()), 0}; }
 
 // Below so many elements a second thread costs more than it does.
 constexpr int64_t ELEMENTS_PER_THREAD = 16384;

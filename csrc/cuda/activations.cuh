@@ -2,23 +2,12 @@
 // tfm.ops.feed_forward.
 #pragma once
 
-#include <string>
 #include <type_traits>
 
+#include "common/activation.h"
 #include "cuda/launch.cuh"
 
 namespace tfm::cuda {
-
-enum class Activation { RELU, RELU_SQUARED, GELU, GELU_TANH, SILU, QUICK_GELU, SIGMOID, TANH };
-
-inline Activation activation_of(const std::string& name) {
-    constexpr const char* NAMES[] = {"relu", "relu_squared", "gelu",    "gelu_tanh",
-                                     "silu", "quick_gelu",   "sigmoid", "tanh"};
-    for (int i = 0; i < 8; ++i)
-        if (name == NAMES[i])
-            return static_cast<Activation>(i);
-    STD_TORCH_CHECK(false, "expected an activation of tfm.ops.feed_forward, got ", name);
-}
 
 struct Activated {
     float value, slope;

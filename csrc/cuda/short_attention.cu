@@ -1,13 +1,14 @@
 // Attention over at most 256 queries and keys of at most 64 columns, fp16 and bf16, on tensor cores: the host part.
 //
 // The device's part is in short_attention_forward.cuh and short_attention_backward.cuh, what both share in
-// short_attention.cuh. Arguments are those of kernels/attention/call.py, which says what each is.
+// short_attention.cuh and short_attention_tiles.cuh. tfm/operators/attention.py says what each argument is.
 //
-// A translation batch of 256 sentences of some 14 tokens, 8 heads of 64, is 2,048 (sentence, head) pairs of 1.8 KB a
-// matrix: 3.7 MB each of q, k, v and out. An H200 holds the forward's 16 pairs on each of 132 multiprocessors, 128
-// registers a lane, so all 2,048 in one wave, and the 14.7 MB take 3.5 us from memory, less from the second-level
-// cache. Predicted: forward 4 to 5 us, where the Triton twin, whose tile has 64 keys once the longest sentence has 33,
-// takes some 7; backward, 25.7 MB, five products and 11 pairs a multiprocessor, 8 to 10 us against some 14.
+// A translation batch of 256 sentences of some 14 tokens and at most 34, 8 heads of 64, is 2,048 (sentence, head) pairs
+// of 1.8 KB a matrix: 3.7 MB each of q, k, v and out. Of the forward an H200's multiprocessor holds 14 pairs, a warp
+// each, so all 2,048 come in 1.1 waves, and most have one step of 16 keys; the 14.7 MB take 3.5 us from memory, less
+// from the second-level cache. Of the backward it holds 5 pairs of 3 warps, 4 with dropout: 3.1 or 3.9 waves of some 2
+// us, 25.7 MB. Predicted: forward 4 to 5 us, backward 7 to 9 us. The Triton twin's tile has 64 keys once the longest
+// sentence has 33; it holds 10 pairs (1.6 waves, four times the products) and 3 (5.2 waves): predicted 7 and 13 us.
 #include "cuda/short_attention_backward.cuh"
 #include "cuda/short_attention_forward.cuh"
 
@@ -99,10 +100,11 @@ struct Problem {
                             ", got ", columns);
         STD_TORCH_CHECK(max_q <= MOST_QUERIES && max_k <= MOST_KEYS, "native attention: expected at most ",
                         MOST_QUERIES, " queries and ", MOST_KEYS, " keys in a sequence, got ", max_q, " and ", max_k);
-        for (const Tensor& x : {query, key})
-            STD_TORCH_CHECK(x.size(0) * x.size(1) < 1ll << 31,
-                            "native attention: expected fewer than 2^31 sequences or rows times heads, got ",
-                            x.size(0) * x.size(1));
+        const int64_t sequences = cu_seq_q ? cu_seq_q->size(0) - 1 : query.size(0);
+        for (const int64_t count : {sequences, query.size(0), key.size(0)})
+            STD_TORCH_CHECK(count * query.size(1) < int64_t{1} << 31,
+                            "native attention: expected sequences, and rows, times heads below 2^31, got ",
+                            count * query.size(1));
         STD_TORCH_CHECK(!bias || bias->size(3) <= 1 || bias->stride(3) == 1,
                         "native attention: expected a bias whose keys lie side by side, got step ",
                         bias ? bias->stride(3) : 0);
@@ -133,7 +135,7 @@ struct Problem {
             .lse = nullptr,
             .lse_sequence = 0,
             .lse_head = 0,
-            .sequences = static_cast<int>(cu_seq_q ? cu_seq_q->size(0) - 1 : query.size(0)),
+            .sequences = static_cast<int>(sequences),
             .heads = static_cast<int>(query.size(1)),
             .group = static_cast<int>(query.size(1) / key.size(1)),
             .query_size = static_cast<int>(max_q),
@@ -165,6 +167,47 @@ private:
         return {data_of<const void>(x), x && x->scalar_type() == ScalarType::Long};
     }
 };
+
+// out and call.lse of all queries. One launch.
+void forward(const Call& call, const Matrices& out, Width width, cudaStream_t stream) {
+    const int key_tiles = divide_up(call.key_size, TILE), query_tiles = divide_up(call.query_size, TILE);
+    const int pairs = call.sequences * call.heads;
+    if (pairs == 0 || query_tiles == 0)
+        return;
+    const bool one_warp = key_tiles <= MOST_TILES_OF_A_WARP;
+    const int warps = one_warp ? 1 : min(query_tiles, MAX_WARPS);
+    const int pairs_of_block = one_warp ? (key_tiles <= 2 ? 4 : 2) : 1;
+    const dim3 grid(divide_up(pairs, pairs_of_block), one_warp ? 1 : divide_up(query_tiles, warps));
+    choose(call, false, width, [&]<class T, int DIM, bool DROPS, bool EXTRAS>() {
+        const size_t bytes = sizeof(T) * pairs_of_block * (2 * key_tiles + warps) * MATRIX<DIM>;
+        launch(forward_kernel<T, DIM, DROPS, EXTRAS>, grid, dim3(pairs_of_block * warps * WARP), bytes, stream, call,
+               out, warps, key_tiles);
+    });
+}
+
+// Every gradient that is wanted. One launch, two where keys are more than 64.
+void backward(const Call& call, const Gradients& gradients, Width width, cudaStream_t stream) {
+    const int warps = max(1, divide_up(call.key_size, TILE)), pairs_of_block = warps == 1 ? 4 : 1;
+    const int pairs = call.sequences * (call.heads / call.group);
+    if (pairs == 0)
+        return;
+    choose(call, gradients.lse, width, [&]<class T, int DIM, bool DROPS, bool EXTRAS>() {
+        const auto launch_part = [&]<Part PART>() {
+            // Long sequences are few instances: all rules are asked for at run time.
+            launch(backward_kernel<T, DIM, DROPS, (EXTRAS || PART != Part::ALL), PART>,
+                   dim3(divide_up(pairs, pairs_of_block)), dim3(pairs_of_block * warps * WARP),
+                   sizeof(T) * pairs_of_block * Room<DIM>::of_pair(warps), stream, call, gradients, warps);
+        };
+        if (warps > most_warps(Part::ALL)) {
+            if (gradients.value.data)
+                launch_part.template operator()<Part::VALUE>();
+            if (gradients.query.data || gradients.key.data || gradients.sinks)
+                launch_part.template operator()<Part::REST>();
+            return;
+        }
+        launch_part.template operator()<Part::ALL>();
+    });
+}
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words,
                                      MaybeTensor reach, MaybeTensor sinks, MaybeTensor cu_seq_q, MaybeTensor cu_seq_k,

@@ -15,7 +15,7 @@
 namespace tfm::cuda::short_attention {
 
 constexpr float LOG2E = 1.4426950408889634f;
-// What code is compiled for, 0 for the host. Where 128 registers do not hold a kernel, it is not held to them.
+// What code is compiled for, 0 for the host: chips' compilers need different registers for the same kernel.
 #ifdef __CUDA_ARCH__
 constexpr int ARCHITECTURE = __CUDA_ARCH__;
 #else
@@ -53,7 +53,7 @@ struct Integers {
     }
 };
 
-// One attention, as kernels/attention/call.py states it.
+// One attention, as tfm/operators/attention.py states it.
 struct Call {
     Matrices query, key, value;
     // Steps of the next three are 0 along dimensions of size 1; keys lie side by side.
@@ -78,6 +78,16 @@ struct Call {
     __device__ __forceinline__ float* lse_of(int64_t sequence, int64_t head, int64_t row) const {
         return lse + (sequence * lse_sequence + head * lse_head + row);
     }
+};
+
+// The gradients that the backward forms; null where one is not wanted.
+struct Gradients {
+    Matrices out;     // given
+    const float* lse; // given, may be null
+    int64_t lse_sequence, lse_head, lse_row;
+    Matrices query, key, value;
+    float* sinks; // [sequences, heads], to be summed over the sequences
+    float scale;
 };
 
 struct Span {

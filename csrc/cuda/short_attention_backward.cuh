@@ -15,32 +15,27 @@
 // lie in registers. Two things cross the warps, through shared memory: their shares of delta, added in the keys' order,
 // and ds, rounded, from which one warp after another forms 16 columns of dq over all keys. So a tile of queries takes
 // two barriers, and the next one flies in by cp.async meanwhile. Keys up to 16 take one warp, and no barrier of the
-// block: four pairs share a block. Tiles that the window or the lengths leave nothing are skipped.
+// block: four pairs share a block. Tiles that the window or the lengths leave nothing are skipped. Above 64 keys dv has
+// a launch of its own, and its registers: six products.
 //
 // Shared memory, dim being 32 or 64: 4 · dim bytes a key, rounded up to 16 keys, 36 bytes a key for ds and delta, and
-// 128 · dim for two tiles of q and dout. At 64: 12.5 KB a pair of at most 16 keys, 82 KB at 256.
+// 128 · (dim + 1) for two tiles of q, dout and lse. At 64: 12.7 KB a pair of at most 16 keys, 21.8 KB at 48, 81.1 KB at
+// 256.
 #pragma once
 
 #include "cuda/short_attention_tiles.cuh"
 
 namespace tfm::cuda::short_attention {
 
-// The gradients that the backward forms; null where one is not wanted.
-struct Gradients {
-    Matrices out;     // given
-    const float* lse; // given, may be null
-    int64_t lse_sequence, lse_head, lse_row;
-    Matrices query, key, value;
-    float* sinks; // [sequences, heads], to be summed over the sequences
-    float scale;
-};
-
-// What a launch forms. The sums of both dk and dv fill the registers of 16 warps where rows are 64 wide.
+// What a launch forms: with more than 64 keys dv has one of its own, since the sums of both dk and dv would fill the
+// registers of so many warps.
 enum class Part { ALL, VALUE, REST };
 
-// On a multiprocessor, with most_warps: 4 leave a lane 128 registers, 3 leave it 168.
-__host__ __device__ constexpr int least_blocks(Part part, bool extras) {
-    return part != Part::ALL || extras ? 1 : ARCHITECTURE == 900 ? 4 : 3;
+// On a multiprocessor, with most_warps: 4 leave a lane 128 registers, 3 leave it 168. Where 128 do not hold a kernel,
+// it is not held to them.
+__host__ __device__ constexpr int least_blocks(Part part, int dim, bool drops, bool extras) {
+    const bool fits = ARCHITECTURE == 900 && !(drops && dim > 32);
+    return part != Part::ALL || extras ? 1 : fits ? 4 : 3;
 }
 
 constexpr int most_warps(Part part) { return part == Part::ALL ? 4 : 16; }
@@ -60,7 +55,7 @@ struct Room {
 __device__ __forceinline__ int place_of(int i) { return i / 2 * CHUNK + threadIdx.x % 4 * 2 + i % 2; }
 
 template <class T, int DIM, bool DROPS, bool EXTRAS, Part PART>
-__global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, EXTRAS))
+__global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DIM, DROPS, EXTRAS))
     backward_kernel(Call call, Gradients gradients, int warps) {
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int pair_of_block = threadIdx.x / WARP / warps, warp = threadIdx.x / WARP % warps;
@@ -96,19 +91,17 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, EX
 
     // A step is a tile of queries of one of the group's heads.
     const int tiles = (length + TILE - 1) / TILE;
-    const auto head_of = [&](int step) { return key_head * call.group + step / tiles; };
-    const auto row_of = [&](int step) { return step % tiles * TILE; };
     const auto has_step = [&](int step) { return step < formed_here(tiles) * call.group; };
     const auto copy_step = [&](int step) {
         if (has_step(step)) {
-            const int head = head_of(step), index = formed_here(sequence.index);
+            const int head = key_head * call.group + step / tiles, index = formed_here(sequence.index);
             const float* const lse = call.lse_of(index, head, sequence.query_first);
             // A query without keys may hold anything.
             const auto inside = [&](int row) {
                 const Span seen = sequence.visible(call, row, row);
                 return row < length && seen.begin < seen.end && (!call.reach || lse[row] > -INFINITY);
             };
-            const int first = row_of(step);
+            const int first = step % tiles * TILE;
             T* const query = arriving + step % 2 * Shared::QUERIES;
             copy_rows<T, DIM>(query, 0, call.query, call.query.rows<T>(index, head, sequence.query_first), call.dim,
                               first, first + TILE, thread, threads, inside);
@@ -129,7 +122,8 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, EX
     const float keep_scale = DROPS ? call.dropout.scale : 1.0f;
     float d_key[DIM / CHUNK][4] = {}, d_value[DIM / CHUNK][4] = {}, d_sink = 0.0f;
     for (int step = 0; has_step(step); ++step) {
-        const int head = head_of(step), first_row = row_of(step);
+        const int head = key_head * call.group + step / tiles;
+        const int first_row = step % tiles * TILE;
         const T* const query = arriving + step % 2 * Shared::QUERIES;
         const T* const d_out = query + Shared::D_OUT;
         const auto seen_keys = [&](int row) { return sequence.visible(call, row, min(row + TILE, length) - 1); };
@@ -265,12 +259,12 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, EX
         // All are done with this tile of queries: the one after the next may take its place.
         copy_step(step + 2);
         if (PART != Part::VALUE && gradients.query.data) {
-            const int index = formed_here(sequence.index), again = formed_here(step);
+            const int index = formed_here(sequence.index);
             T* rows[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = row_of(again) + g + half * CHUNK;
-                rows[half] = row < length ? gradients.query.rows<T>(index, head_of(again), sequence.query_first + row) : nullptr;
+                const int row = first_row + g + half * CHUNK;
+                rows[half] = row < length ? gradients.query.rows<T>(index, head, sequence.query_first + row) : nullptr;
             }
             // The columns go round among the warps, from step to step.
             const int units = (call.dim + TILE - 1) / TILE;
@@ -316,30 +310,6 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, EX
     if (PART != Part::REST)
         store(gradients.value, call.value_dim, d_value, keep_scale);
     wait_for_copies<0>();
-}
-
-// Every gradient that is wanted. One launch, two where rows are 64 wide and keys more than 128.
-inline void backward(const Call& call, const Gradients& gradients, Width width, cudaStream_t stream) {
-    const int warps = max(1, divide_up(call.key_size, TILE)), pairs_of_block = warps == 1 ? 4 : 1;
-    const int pairs = call.sequences * (call.heads / call.group);
-    if (pairs == 0)
-        return;
-    choose(call, gradients.lse, width, [&]<class T, int DIM, bool DROPS, bool EXTRAS>() {
-        const auto launch_part = [&]<Part PART>() {
-            // Long sequences are few instances: all rules are asked for at run time.
-            launch(backward_kernel<T, DIM, DROPS, (EXTRAS || PART != Part::ALL), PART>,
-                   dim3(divide_up(pairs, pairs_of_block)), dim3(pairs_of_block * warps * WARP),
-                   sizeof(T) * pairs_of_block * Room<DIM>::of_pair(warps), stream, call, gradients, warps);
-        };
-        if (warps > most_warps(Part::ALL)) {
-            if (gradients.value.data)
-                launch_part.template operator()<Part::VALUE>();
-            if (gradients.query.data || gradients.key.data || gradients.sinks)
-                launch_part.template operator()<Part::REST>();
-            return;
-        }
-        launch_part.template operator()<Part::ALL>();
-    });
 }
 
 } // namespace tfm::cuda::short_attention

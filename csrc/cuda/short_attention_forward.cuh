@@ -29,8 +29,12 @@ constexpr int MAX_WARPS = 8;
 // Up to so many tiles of keys one warp serves a pair.
 constexpr int MOST_TILES_OF_A_WARP = 4;
 
+// Two blocks on a multiprocessor leave a lane 128 registers. Where these do not hold the kernel, it is not held to
+// them.
+constexpr int LEAST_BLOCKS = ARCHITECTURE >= 1000 ? 1 : 2;
+
 template <class T, int DIM, bool DROPS, bool EXTRAS>
-__global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS || ARCHITECTURE >= 1000 ? 1 : 2)
+__global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS ? 1 : LEAST_BLOCKS)
     forward_kernel(Call call, Matrices out, int warps, int key_tiles) {
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int pair_of_block = threadIdx.x / WARP / warps, warp = threadIdx.x / WARP % warps;
@@ -206,23 +210,6 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS || ARCHITECTURE >= 100
         wait_for_copies<0>();
         __syncwarp();
     }
-}
-
-// out and call.lse of all queries. One launch.
-inline void forward(const Call& call, const Matrices& out, Width width, cudaStream_t stream) {
-    const int key_tiles = divide_up(call.key_size, TILE), query_tiles = divide_up(call.query_size, TILE);
-    const int pairs = call.sequences * call.heads;
-    if (pairs == 0 || query_tiles == 0)
-        return;
-    const bool one_warp = key_tiles <= MOST_TILES_OF_A_WARP;
-    const int warps = one_warp ? 1 : min(query_tiles, MAX_WARPS);
-    const int pairs_of_block = one_warp ? (key_tiles <= 2 ? 4 : 2) : 1;
-    const dim3 grid(divide_up(pairs, pairs_of_block), one_warp ? 1 : divide_up(query_tiles, warps));
-    choose(call, false, width, [&]<class T, int DIM, bool DROPS, bool EXTRAS>() {
-        const size_t bytes = sizeof(T) * pairs_of_block * (2 * key_tiles + warps) * MATRIX<DIM>;
-        launch(forward_kernel<T, DIM, DROPS, EXTRAS>, grid, dim3(pairs_of_block * warps * WARP), bytes, stream, call,
-               out, warps, key_tiles);
-    });
 }
 
 } // namespace tfm::cuda::short_attention

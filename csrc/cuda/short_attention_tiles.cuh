@@ -53,7 +53,7 @@ __device__ __forceinline__ void copy_rows(T* shared, int tile_step, const Matric
     }
 }
 
-// The products of 16 rows with 8 other rows, and with the 8 after those.
+// The products of 16 rows with 8 others, and with the 8 after those.
 template <class T, int DIM>
 __device__ __forceinline__ void dot_rows(float (&left)[4], float (&right)[4], const T* rows, const T* others) {
 #pragma unroll

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
         "avx512": (
             "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+            "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC 12 warns of its own intrinsics
         ),
     },
     "aarch64": {"neon": ()},

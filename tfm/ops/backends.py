@@ -62,6 +62,9 @@ TABLE = (
     Row("gated_feed_forward", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
 )
 
+# Once, here: Dynamo cannot trace it.
+native.load()
+
 # Looked up once: it walks the path, and Dynamo of torch 2.11 breaks its graph there.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -84,10 +87,11 @@ def use(impl: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(operation: str, impl: str, x: Tensor, reference_only: str = "") -> str:
+def choose(operation: str, impl: str, x: Tensor, reference_only: str = "", *others: torch.dtype | None) -> str:
     """The backend that runs `operation` on tensors like `x`.
 
     `reference_only`: what the caller asks for that no kernel does, in words; empty where kernels do all of it.
+    `others`: the dtypes of the other tensors, results included, where they may differ from `x`'s.
 
     Raises:
         ValueError: `impl` is no backend, or one that cannot run here; the message says why.
@@ -101,7 +105,7 @@ def choose(operation: str, impl: str, x: Tensor, reference_only: str = "") -> st
     for row in TABLE:
         if row.operation != operation or impl not in ("auto", row.backend):
             continue
-        reason = reference_only or obstacle(row, x, automatic=impl == "auto")
+        reason = reference_only or obstacle(row, x, others, automatic=impl == "auto")
         if not reason:
             return row.backend
     if impl == "auto":
@@ -109,12 +113,14 @@ def choose(operation: str, impl: str, x: Tensor, reference_only: str = "") -> st
     raise ValueError(f"{operation} cannot run with impl={impl!r}: {reason}")
 
 
-def obstacle(row: Row, x: Tensor, automatic: bool) -> str:
-    """Why `row` cannot serve `x`, in words; empty where it can."""
+def obstacle(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automatic: bool) -> str:
+    """Why `row` cannot serve `x` beside the `others`, in words; empty where it can."""
     if row.device and row.device != x.device.type:
         return f"expected {row.device.upper()} tensors, got {x.device.type} tensors"
-    if x.dtype not in row.dtypes:
-        return f"expected one of {', '.join(map(_dtype_name, row.dtypes))}, got {_dtype_name(x.dtype)}"
+    # Triton's kernels read the others in any dtype.
+    for dtype in (x.dtype, *others) if row.backend == "native" else (x.dtype,):
+        if dtype is not None and dtype not in row.dtypes:
+            return f"expected one of {', '.join(map(_dtype_name, row.dtypes))}, got {_dtype_name(dtype)}"
     if x.dim() and x.shape[-1] > row.max_columns:
         return f"expected at most {row.max_columns} columns, got {x.shape[-1]}"
     return native.obstacle(x.device) if row.backend == "native" else triton_obstacle(x.device, automatic)

@@ -42,7 +42,8 @@ def layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight, bias=bias)
-    backend = choose("layer_norm", impl, x, reference_only(x.dtype, out_dtype))
+    reason = reference_only(x.dtype, out_dtype)
+    backend = choose("layer_norm", impl, x, reason, out_dtype, *dtypes_of(weight, bias))
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps, out_dtype)
     namespace = native.NAMESPACE
@@ -96,7 +97,8 @@ def residual_layer_norm(
     check_norm(x, out_dtype, weight=weight, bias=bias, x_bias=x_bias)
     check_residual(x, residual)
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
-    backend = choose("residual_layer_norm", impl, wider, reference_only(wider.dtype, out_dtype))
+    others = (out_dtype, *dtypes_of(x, residual, weight, bias, x_bias))
+    backend = choose("residual_layer_norm", impl, wider, reference_only(wider.dtype, out_dtype), *others)
     drawn = seed_for(dropout_p, seed, x.device)
     if backend == "reference":
         return reference.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
@@ -136,3 +138,8 @@ def reference_only(stored: torch.dtype, out_dtype: torch.dtype | None) -> str:
     """What no kernel writes, in words: a result wider than fp32."""
     wide = out_dtype == torch.float64 and stored != torch.float64
     return "expected an out_dtype of at most 32 bits, got float64" if wide else ""
+
+
+def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    """None where there is no tensor."""
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)

@@ -9,7 +9,7 @@ from tfm import native
 from tfm.operators import norm
 from tfm.ops.backends import choose
 from tfm.ops.dropout import seed_for
-from tfm.ops.layer_norm import check_norm, check_residual, reference_only
+from tfm.ops.layer_norm import check_norm, check_residual, dtypes_of, reference_only
 from tfm.reference import rms_norm as reference
 
 
@@ -51,7 +51,7 @@ def rms_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight)
-    backend = choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype))
+    backend = choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype), out_dtype, *dtypes_of(weight))
     if backend == "reference":
         return reference.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
     namespace = native.NAMESPACE
@@ -92,7 +92,8 @@ def residual_rms_norm(
     check_norm(x, out_dtype, weight=weight, x_bias=x_bias)
     check_residual(x, residual)
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
-    backend = choose("residual_rms_norm", impl, wider, reference_only(wider.dtype, out_dtype))
+    others = (out_dtype, *dtypes_of(x, residual, weight, x_bias))
+    backend = choose("residual_rms_norm", impl, wider, reference_only(wider.dtype, out_dtype), *others)
     drawn = seed_for(dropout_p, seed, x.device)
     if backend == "reference":
         return reference.residual_rms_norm(

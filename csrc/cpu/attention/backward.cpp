@@ -69,17 +69,17 @@ void erase(const Heads& x, int64_t sequence, int64_t head, int64_t first, int64_
 float sink_gradient(const Attention& call, GradientTile& part, Tile tile) {
     const Extent& extent = call.extents[tile.sequence];
     const float sink = call.sinks[tile.head] * LOG2E;
-    float total = 0.0f;
+    double total = 0.0;
     for (tile.row = 0; tile.row < extent.query_length; tile.row += BLOCK_QUERIES) {
         tile.rows = smaller(BLOCK_QUERIES, extent.query_length - tile.row);
-        part.load_queries(tile);
+        part.load_queries(tile, true);
         for (int64_t row = 0; row < tile.rows; row += WIDTH) {
             const Ints inside = lanes() < static_cast<int32_t>(tile.rows - row);
             const Floats share = exp2(sink - load(part.logs + row)) * load(part.deltas + row);
             total -= sum(inside ? share : Floats{});
         }
     }
-    return total;
+    return static_cast<float>(total);
 }
 
 // One of the two products; to add is to read what is there.
@@ -101,7 +101,6 @@ void fetch_task(const AttentionBackward& backward, const Task& task) {
     const int64_t head = task.head * call.group, first = extent.query_first, rows = extent.query_length;
     fetch(call.query, task.sequence, head, first, rows, call.dim);
     fetch(backward.given.dout, task.sequence, head, first, rows, call.value_dim);
-    fetch(backward.given.output, task.sequence, head, first, rows, call.value_dim);
 }
 
 } // namespace
@@ -146,8 +145,9 @@ void attention_backward(const AttentionBackward& backward, const Task* tasks, in
                 part.load_keys(tile);
                 for (tile.row = rows.begin; tile.row < rows.end; tile.row += BLOCK_QUERIES) {
                     tile.rows = smaller(BLOCK_QUERIES, rows.end - tile.row);
-                    part.load_queries(tile);
-                    part.compute(tile, want_query || want_key, true);
+                    const bool whole = part.is_whole(tile);
+                    part.load_queries(tile, !whole);
+                    part.compute(tile, whole, want_query || want_key, true);
                     const bool adds = head > first_head || tile.row > rows.begin;
                     if (want_value)
                         multiply<true>(adds, tile.keys, call.value_dim, tile.rows, part.weights, part.stride, part.dout,

@@ -71,13 +71,21 @@ void attention_bias_gradient(const BiasGradient& wanted, const Task* tasks, int6
                     if (tile.keys <= 0 || seen.begin >= tile.key + tile.keys)
                         continue;
                     part.load_keys(tile);
-                    part.load_queries(tile);
-                    part.compute(tile, true, false);
-                    for (int64_t row = 0; row < tile.rows; ++row)
-                        for (int64_t key = 0; key < tile.keys; key += WIDTH) {
-                            float* const sum = sums + (wanted.shares_queries ? 0 : row * stride) + key;
-                            store(sum, load(sum) + load(part.gradients + row * part.stride + key));
+                    const bool whole = part.is_whole(tile);
+                    part.load_queries(tile, !whole);
+                    part.compute(tile, whole, true, false);
+                    for (int64_t key = 0; key < tile.keys; key += WIDTH) {
+                        Floats total{};
+                        for (int64_t row = 0; row < tile.rows; ++row) {
+                            const Floats gradient = load(part.gradients + row * part.stride + key);
+                            if (wanted.shares_queries)
+                                total += gradient;
+                            else
+                                store(sums + row * stride + key, load(sums + row * stride + key) + gradient);
                         }
+                        if (wanted.shares_queries)
+                            store(sums + key, load(sums + key) + total);
+                    }
                 }
         Heads place = wanted.dbias;
         const int64_t width = place.narrow ? sizeof(BFloat16) : sizeof(float);

@@ -110,7 +110,7 @@ void finish_rows(const Attention& call, const Tile& tile, const Rows& rows) {
             total = total * shrink + exp2(sink - higher);
             shift = higher;
         }
-        store(rows.shifts + first, is_empty ? broadcast(-INFINITE) : shift + log2(total));
+        store(rows.shifts + first, is_empty ? broadcast(-INFINITE) : add_log2(shift, total));
         store(rows.totals + first, is_empty ? Floats{} : shrink * kept_scale / total);
     }
 }

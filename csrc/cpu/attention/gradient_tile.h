@@ -68,18 +68,30 @@ public:
         transpose_to_panels(value_rows, padded(call.value_dim), tile.keys, call.value_dim, 1.0f, values);
     }
 
-    // Also logs and deltas; the log of a query without keys is infinite: its weights are 0.
-    void load_queries(const Tile& tile) {
+    // Whether these are all keys that the tile's queries see.
+    bool is_whole(const Tile& tile) const {
+        const Span seen = visible_keys(call, call.extents[tile.sequence], tile.row, tile.rows);
+        return seen.begin >= tile.key && seen.end <= tile.key + tile.keys;
+    }
+
+    // Also logs and deltas; the log of a query without keys is infinite: its weights are 0. Without the output deltas
+    // lack Σ dout · out, which `compute` finds again where the tile is whole.
+    void load_queries(const Tile& tile, bool with_output) {
         const int64_t first = call.extents[tile.sequence].query_first + tile.row, columns = call.value_dim;
         const int64_t place = tile.sequence * given.lse.sequence + tile.head * given.lse.head + first * given.lse.row;
+        const RowNumbers& dlse = given.dlse;
+        const int64_t dlse_place = tile.sequence * dlse.sequence + tile.head * dlse.head + first * dlse.row;
         for (int64_t row = 0; row < tile.rows; ++row) {
             const float log = given.lse.data[place + row * given.lse.row];
             logs[row] = log == -INFINITE ? INFINITE : log;
+            deltas[row] = dlse.data && log != -INFINITE ? -dlse.data[dlse_place + row * dlse.row] : 0.0f;
         }
         const float* const log_of = logs;
         const auto has_keys = [log_of](int64_t row) __attribute__((always_inline)) { return log_of[row] != INFINITE; };
         gather(call.query, tile.sequence, tile.head, first, tile.rows, call.dim, query, has_keys);
         gather(given.dout, tile.sequence, tile.head, first, tile.rows, columns, dout, has_keys);
+        if (!with_output)
+            return;
         gather(given.output, tile.sequence, tile.head, first, tile.rows, columns, output, has_keys);
         for (int64_t start = 0; start < tile.rows; start += WIDTH) {
             Floats parts[WIDTH] = {};
@@ -88,18 +100,13 @@ public:
                     const int64_t from = (start + i) * padded(columns) + column;
                     parts[i] += load(dout + from) * load(output + from);
                 }
-            store(deltas + start, sums_of(parts));
+            store(deltas + start, load(deltas + start) + sums_of(parts));
         }
-        const RowNumbers& dlse = given.dlse;
-        if (dlse.data)
-            for (int64_t row = 0; row < tile.rows; ++row)
-                if (has_keys(row))
-                    deltas[row] -=
-                        dlse.data[tile.sequence * dlse.sequence + tile.head * dlse.head + (first + row) * dlse.row];
     }
 
-    // weights, and where asked for gradients, by the scores or, `by_products`, by scale · q·k / scale.
-    void compute(const Tile& tile, bool with_gradients, bool by_products) {
+    // weights, and where asked for gradients, by the scores or, `by_products`, by scale · q·k / scale. A `whole` tile
+    // has Σ p · dp = Σ dout · out, of numbers that nobody has rounded.
+    void compute(const Tile& tile, bool whole, bool with_gradients, bool by_products) {
         stride = padded(tile.keys);
         product<false, false>(tile.rows, tile.keys, call.dim, query, padded(call.dim), {keys, PAIR, call.dim * PAIR},
                               weights, stride);
@@ -107,30 +114,60 @@ public:
             product<false, false>(tile.rows, tile.keys, call.value_dim, dout, padded(call.value_dim),
                                   {values, PAIR, call.value_dim * PAIR}, gradients, stride);
         const int64_t drawn = outcomes ? draw_tile(call, tile, outcomes) : 0;
-        float* const bent = by_products ? slopes : nullptr;
-        for (int64_t row = 0; row < tile.rows; ++row) {
-            float *const weight_row = weights + row * stride, *const gradient_row = gradients + row * stride;
-            float* const slope_row = bent ? bent + row * stride : nullptr;
-            finish_scores(call, tile, row, weight_row, slope_row);
-            const Floats log = broadcast(logs[row]), delta = broadcast(deltas[row]);
-            for (int64_t key = 0; key < tile.keys; key += WIDTH) {
-                const Floats weight = exp2(load(weight_row + key) * LOG2E - log);
-                const Ints keep = outcomes ? kept(call.dropout, outcomes + row * drawn + key) : Ints{} - 1;
-                store(weight_row + key, keep ? weight : Floats{});
-                if (!with_gradients)
-                    continue;
-                Floats gradient = load(gradient_row + key);
-                if (outcomes)
-                    gradient = keep ? gradient * call.dropout.scale : Floats{};
-                gradient = weight * (gradient - delta);
-                store(gradient_row + key, slope_row ? gradient * load(slope_row + key) : gradient);
-            }
+        for (int64_t start = 0; start < tile.rows; start += WIDTH) {
+            const int64_t count = smaller(tile.rows - start, WIDTH);
+            Floats parts[WIDTH] = {};
+            for (int64_t i = 0; i < count; ++i)
+                parts[i] = weigh(tile, start + i, drawn, with_gradients, by_products);
+            if (whole)
+                store(deltas + start, load(deltas + start) + sums_of(parts));
+            for (int64_t i = 0; i < count; ++i)
+                differentiate(tile, start + i, drawn, with_gradients, by_products);
         }
     }
 
 private:
     float *output, *keys, *value_rows, *values, *slopes;
     uint16_t* outcomes;
+
+    // Of one row p, before dropout, and dp. Returns Σ p · dp.
+    __attribute__((always_inline)) Floats weigh(const Tile& tile, int64_t row, int64_t drawn, bool with_gradients,
+                                                bool by_products) {
+        float *const weight_row = weights + row * stride, *const gradient_row = gradients + row * stride;
+        finish_scores(call, tile, row, weight_row, slopes && by_products ? slopes + row * stride : nullptr);
+        const Floats log = broadcast(logs[row]);
+        Floats total{};
+        for (int64_t key = 0; key < tile.keys; key += WIDTH) {
+            const Floats weight = exp2(load(weight_row + key) * LOG2E - log);
+            store(weight_row + key, weight);
+            if (!with_gradients)
+                continue;
+            Floats gradient = load(gradient_row + key);
+            if (outcomes) {
+                gradient = drop(call.dropout, outcomes + row * drawn + key, gradient);
+                store(gradient_row + key, gradient);
+            }
+            total += weight * gradient;
+        }
+        return total;
+    }
+
+    // Of one row ds, and p as dropout leaves it.
+    __attribute__((always_inline)) void differentiate(const Tile& tile, int64_t row, int64_t drawn, bool with_gradients,
+                                                      bool by_products) {
+        float *const weight_row = weights + row * stride, *const gradient_row = gradients + row * stride;
+        const Floats delta = broadcast(deltas[row]);
+        for (int64_t key = 0; key < tile.keys; key += WIDTH) {
+            const Floats weight = load(weight_row + key);
+            if (with_gradients) {
+                const Floats gradient = weight * (load(gradient_row + key) - delta);
+                const bool bent = slopes && by_products;
+                store(gradient_row + key, bent ? gradient * load(slopes + row * stride + key) : gradient);
+            }
+            if (outcomes)
+                store(weight_row + key, kept(call.dropout, outcomes + row * drawn + key) ? weight : Floats{});
+        }
+    }
 };
 
 } // namespace tfm::TFM_ISA

@@ -16,13 +16,13 @@ inline Cotangents cotangents(const Tensor& dout, const MaybeTensor& dlse, const 
 inline void sum_sinks(const std::vector<float>& partials, const Tensor& dsinks) {
     const int64_t heads = dsinks.size(0);
     for (int64_t head = 0; head < heads; ++head) {
-        float total = 0.0f;
+        double total = 0.0;
         for (size_t place = head; place < partials.size(); place += heads)
             total += partials[place];
         if (dsinks.scalar_type() == ScalarType::BFloat16)
-            static_cast<torch::headeronly::BFloat16*>(dsinks.data_ptr())[head] = total;
+            static_cast<torch::headeronly::BFloat16*>(dsinks.data_ptr())[head] = static_cast<float>(total);
         else
-            static_cast<float*>(dsinks.data_ptr())[head] = total;
+            static_cast<float*>(dsinks.data_ptr())[head] = static_cast<float>(total);
     }
 }
 

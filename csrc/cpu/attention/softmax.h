@@ -6,7 +6,7 @@
 
 namespace tfm::TFM_ISA {
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LOG2E = 1.44269504f;
 constexpr float INFINITE = __builtin_inff();
 
 // Within 2 ulp (Moshier, Cephes, exp2f.c), NaN of NaN. Below 2^-125 it is 0, since numbers that are not normal cost a
@@ -26,8 +26,9 @@ TFM_INLINE Floats exp2(Floats x) {
     return is_tiny ? Floats{} : p * (Floats)(((Ints)shifted << 23) + 0x3F800000);
 }
 
-// Of normal numbers above 0 within 2 ulp (Cephes, logf.c); infinity and NaN of themselves.
-TFM_INLINE Floats log2(Floats x) {
+// `added` + log2(x) in one rounding or little more, of normal numbers above 0 (Cephes, logf.c); infinity and NaN of
+// themselves.
+TFM_INLINE Floats add_log2(Floats added, Floats x) {
     // x = m 2^n, m from sqrt(1/2) to sqrt(2).
     const Ints bits = (Ints)x - 0x3F3504F3, n = bits >> 23;
     const Floats m = (Floats)((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f, square = m * m;
@@ -41,7 +42,10 @@ TFM_INLINE Floats log2(Floats x) {
     p = p * m - 2.4999993993e-1f;
     p = p * m + 3.3333331174e-1f;
     const Floats natural = p * m * square - square * 0.5f + m;
-    return x < INFINITE ? natural * LOG2E + __builtin_convertvector(n, Floats) : x;
+    // What `added` + n loses goes to the small part.
+    const Floats whole = __builtin_convertvector(n, Floats), sum = added + whole, back = sum - added;
+    const Floats lost = (added - (sum - back)) + (whole - back);
+    return x < INFINITE ? sum + (natural * LOG2E + lost) : x;
 }
 
 TFM_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }

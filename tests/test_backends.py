@@ -158,7 +158,7 @@ def test_which_gpus_the_kernels_serve(monkeypatch, built_for, capability, auto, 
     found = backends.triton_obstacle(device, automatic=True)
     assert (found == "") == (auto == "triton")
     assert found.startswith(reason or "")
-    assert "columns" in backends.obstacle(row, torch.empty(2, 9), automatic=True)
+    assert "columns" in backends.obstacle(row, torch.empty(2, 9), (), automatic=True)
 
 
 def test_use_nests_and_is_restored():

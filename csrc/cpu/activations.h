@@ -30,15 +30,6 @@ TFM_INLINE Activated normal(Floats x) {
     return {x < 0.0f ? tail : 1.0f - tail, 0.3989422804014327f * decay};
 }
 
-// To a few units in the last place, near 0 by its Taylor series.
-TFM_INLINE Floats tanh(Floats x) {
-    const Floats square = x * x, size = x < 0.0f ? -x : x;
-    Floats series = -0.05396825396825397f + square * (0.021869488536155203f - 0.008863235529902197f * square);
-    series = x + x * square * (-0.3333333333333333f + square * (0.13333333333333333f + square * series));
-    const Floats decay = exp(-2.0f * size), far = (1.0f - decay) / (1.0f + decay);
-    return size < 0.3f ? series : x < 0.0f ? -far : far;
-}
-
 template <Activation ACTIVATION>
 TFM_INLINE Activated activate(Floats x) {
     const Floats zero{}, one = broadcast(1.0f);

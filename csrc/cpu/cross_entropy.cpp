@@ -49,18 +49,6 @@ TFM_INLINE void for_vectors(int64_t columns, Visit visit) {
 
 #define TFM_VISIT(column, count, slot) [&](int64_t column, int64_t count, int slot) __attribute__((always_inline))
 
-// Odd powers up to 0.625 (Cephes, tanhf), where the exponentials beyond would cancel.
-TFM_INLINE Floats tanh(Floats x) {
-    const Floats size = x < 0.0f ? -x : x, square = x * x;
-    Floats p = broadcast(-5.70498872745e-3f);
-    p = p * square + 2.06390887954e-2f;
-    p = p * square - 5.37397155531e-2f;
-    p = p * square + 1.33314422036e-1f;
-    p = p * square - 3.33332819422e-1f;
-    const Floats far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
-    return size < 0.625f ? p * square * x + x : x < 0.0f ? -far : far;
-}
-
 struct Found {
     float top, total; // the largest z, and the sum of all
 };

@@ -20,18 +20,18 @@ struct MaskBits {
     int32_t* reach; // [sequences, heads, width]
     const void* starts;
     bool starts_are_wide;
-    int64_t tasks, queries, keys;
-    int mask_sequences, heads, row_words;
+    int64_t queries, keys;
+    int tasks, mask_sequences, heads, row_words;
     int64_t start, left, right; // a side below 0 is open
 };
 
 __global__ void __launch_bounds__(WARPS* WARP) mask_bits_kernel(MaskBits call) {
     const int lane = threadIdx.x % WARP;
-    const int64_t task = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
+    const int task = blockIdx.x * WARPS + threadIdx.x / WARP;
     if (task >= call.tasks)
         return;
-    const int64_t word = task % call.row_words, pair = task / call.row_words;
-    const int64_t head = pair % call.heads, sequence = pair / call.heads, key = word * WARP + lane;
+    const int word = task % call.row_words, pair = task / call.row_words, key = word * WARP + lane;
+    const int64_t head = pair % call.heads, sequence = pair / call.heads;
     const int64_t mask_sequence = call.mask_sequences == 1 ? 0 : sequence;
     const int64_t first = mask_sequence * call.mask_sequence + head * call.mask_head + key * call.mask_key;
     int64_t position = call.start;
@@ -71,6 +71,8 @@ std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, 
     const int64_t sequences = !starts || one_row ? batch : starts->size(0);
     const Tensor words = empty({batch, heads, rows, width}, ScalarType::Int, mask),
                  reach = empty({sequences, heads, width}, ScalarType::Int, mask);
+    STD_TORCH_CHECK(reach.numel() < int64_t{1} << 31, "attention_mask_bits: expected fewer than 2^31 words, got ",
+                    reach.numel());
     MaybeTensor dense_starts = starts ? MaybeTensor(torch::stable::contiguous(*starts)) : starts;
     // The reach of one row is the row itself: the window is the attention kernels' business.
     const auto side = [&](std::optional<int64_t> width) { return one_row || !width ? -1 : *width; };
@@ -86,9 +88,9 @@ std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, 
         .reach = static_cast<int32_t*>(reach.data_ptr()),
         .starts = one_row ? nullptr : data_of<const void>(dense_starts),
         .starts_are_wide = starts && starts->scalar_type() == ScalarType::Long,
-        .tasks = reach.numel(),
         .queries = one_row ? std::min<int64_t>(mask.size(2), 1) : mask.size(2),
         .keys = keys,
+        .tasks = static_cast<int>(reach.numel()),
         .mask_sequences = static_cast<int>(batch),
         .heads = static_cast<int>(heads),
         .row_words = static_cast<int>(width),
@@ -97,8 +99,7 @@ std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, 
         .right = side(right),
     };
     if (call.tasks > 0)
-        launch(mask_bits_kernel, dim3(divide_up<int64_t>(call.tasks, WARPS)), dim3(WARPS * WARP), 0, device.stream,
-               call);
+        launch(mask_bits_kernel, dim3(divide_up(call.tasks, WARPS)), dim3(WARPS * WARP), 0, device.stream, call);
     return {words, reach};
 }
 

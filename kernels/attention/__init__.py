@@ -1,6 +1,6 @@
 """Masked softmax attention ("Attention Is All You Need", section 3.2.1, equation 1), forward and backward.
 
-operators           what torch and tfm.ops see: registration, autograd, which kernel serves which length
+operators           which kernel serves which length, and what tfm.ops calls (autograd: tfm.operators.attention)
 call                one attention as every kernel is told of it
 scores              what the kernels share: where sequences lie, which keys a query sees, what a score is
 short_forward, short_backward       all keys of a head on chip: one launch each way

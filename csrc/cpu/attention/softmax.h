@@ -1,4 +1,4 @@
-// What a softmax needs of its numbers: powers and logarithms to base 2, tanh, and sums of many rows at once. Included
+// What a softmax needs of its numbers: powers and logarithms to base 2, and sums of many rows at once. Included
 // where TFM_ISA is defined.
 #pragma once
 
@@ -46,20 +46,6 @@ TFM_INLINE Floats add_log2(Floats added, Floats x) {
     const Floats whole = __builtin_convertvector(n, Floats), sum = added + whole, back = sum - added;
     const Floats lost = (added - (sum - back)) + (whole - back);
     return x < INFINITE ? sum + (natural * LOG2E + lost) : x;
-}
-
-TFM_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }
-
-// Within about an ulp (Cephes, tanhf.c).
-TFM_INLINE Floats tanh(Floats x) {
-    const Floats square = x * x, size = absolute(x);
-    Floats p = broadcast(-5.70498872745e-3f);
-    p = p * square + 2.06390887954e-2f;
-    p = p * square - 5.37397155531e-2f;
-    p = p * square + 1.33314422036e-1f;
-    p = p * square - 3.33332819422e-1f;
-    const Floats far = 1.0f - 2.0f / (exp2(size * (2.0f * LOG2E)) + 1.0f);
-    return size < 0.625f ? p * square * x + x : x < 0.0f ? -far : far;
 }
 
 // Lane i: all of parts[i] taken together by `join`. Each round halves the vectors.

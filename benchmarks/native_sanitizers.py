@@ -3,7 +3,7 @@
     python -m benchmarks.native_sanitizers [address] [thread] [-- arguments of pytest]
 
 address: the library is compiled with -fsanitize=address,undefined, and the tests that run it do so from Python.
-thread: tests/native_threads.cpp, which holds the kernels themselves, is compiled with -fsanitize=thread, once for each
+thread: tests/native_threads, which holds the kernels themselves, is compiled with -fsanitize=thread, once for each
 instruction set that this processor has. Exit status 1 where one of them finds something.
 """
 
@@ -62,15 +62,15 @@ def thread() -> int:
     """The driver under the thread sanitizer, for each instruction set."""
     csrc = plan.sources()
     assert csrc is not None
-    driver, failures = ROOT / "tests" / "native_threads.cpp", 0
+    sources, failures = sorted((ROOT / "tests" / "native_threads").glob("*.cpp")), 0
     for name, flags in plan.variants().items():
         if not _runs(name):
             print(f"{name}: not on this processor")
             continue
         options = (*plan.HOST_FLAGS, f"-DTFM_ISA={name}", *flags, *THREAD)
         program = run_ninja(
-            FOLDER / f"thread-{name}", [Object(driver, driver.name, options)], "native_threads", csrc, THREAD,
-            toolchain.Cuda(), listener=Listener(report=_report),
+            FOLDER / f"thread-{name}", [Object(source, f"{source.name} {name}", options) for source in sources],
+            "native_threads", csrc, THREAD, toolchain.Cuda(), listener=Listener(report=_report),
         )  # fmt: skip
         # The sanitizer's own memory must be where it expects it: some kernels place programs too freely.
         done = subprocess.run(["setarch", "-R", str(program)], check=False)

@@ -227,7 +227,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """[N, dim] to query, key and value, [N, heads, dim / heads] each: views of one matmul's output."""
-        return self.projection(x).view(len(x), 3, self.heads, -1).unbind(1)
+        return ops.split_heads(self.projection(x), 3, self.heads)
 
 
 class CrossAttention(nn.Module):

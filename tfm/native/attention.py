@@ -10,7 +10,8 @@ from torch import Tensor
 from tfm.native import NAMESPACE
 from tfm.operators import attention as operators
 
-LEARNT = (torch.float32, torch.bfloat16)
+# In which csrc reads masks and sinks: its kernels for CPUs know no fp16.
+READABLE = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def attention(
@@ -38,4 +39,24 @@ def varlen_attention(
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
-    return x.float() if x is not None and x.is_floating_point() and x.dtype not in LEARNT else x
+    if x is None or not x.is_floating_point() or x.dtype in READABLE[x.device.type]:
+        return x
+    return x.float()
+
+
+def cuda_obstacle(
+    query: Tensor, value: Tensor, attn_mask: Tensor | None, max_q: int, max_k: int, return_weights: bool
+) -> str:
+    """Why csrc/cuda/short_attention.cu cannot compute this, in words; empty where it can, or where it is not asked."""
+    if query.device.type != "cuda":
+        return ""
+    dims = query.shape[-1], value.shape[-1]
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"expected float16 or bfloat16 on a GPU, got {query.dtype}"
+    if any(dim % 8 or not 0 < dim <= 64 for dim in dims):
+        return f"expected head dims that are multiples of 8 up to 64 on a GPU, got {dims[0]} and {dims[1]}"
+    if max_q > 256 or max_k > 256:
+        return f"expected at most 256 queries and 256 keys on a GPU, got {max_q} and {max_k}"
+    if attn_mask is not None and attn_mask.is_floating_point() and attn_mask.requires_grad:
+        return "a bias that learns has its gradient from Triton on a GPU"
+    return "the weights come from Triton on a GPU" if return_weights else ""

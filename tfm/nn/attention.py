@@ -105,13 +105,13 @@ def project(module: torch.nn.MultiheadAttention, query: Tensor, key: Tensor, val
         inputs = zip((query, key, value), weights, biases, strict=True)
         return tuple(F.linear(x, w, b).unflatten(-1, heads) for x, w, b in inputs)
     if query is key and key is value:
-        return F.linear(query, module.in_proj_weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+        return ops.split_heads(F.linear(query, module.in_proj_weight, bias), 3, module.num_heads)
     sizes = (module.embed_dim, 2 * module.embed_dim)
     query_weight, other_weight = module.in_proj_weight.split(sizes)
     query_bias, other_bias = (None, None) if bias is None else bias.split(sizes)
     q = F.linear(query, query_weight, query_bias).unflatten(-1, heads)
     if key is value:
-        return q, *F.linear(key, other_weight, other_bias).unflatten(-1, (2, *heads)).unbind(-3)
+        return q, *ops.split_heads(F.linear(key, other_weight, other_bias), 2, module.num_heads)
     biases = (None, None) if other_bias is None else other_bias.chunk(2)
     inputs = zip((key, value), other_weight.chunk(2), biases, strict=True)
     return q, *(F.linear(x, w, b).unflatten(-1, heads) for x, w, b in inputs)

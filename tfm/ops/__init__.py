@@ -1,5 +1,6 @@
 """Every operation once: documented, checked, and dispatched to a backend (tfm.ops.backends)."""
 
+from tfm.operators.heads import split_heads
 from tfm.ops.attention import attention, varlen_attention
 from tfm.ops.dropout import draw_seed, dropout
 from tfm.ops.embedding import embedding, sinusoid
@@ -25,5 +26,6 @@ __all__ = [
     "rotary_",
     "rotary_table",
     "sinusoid",
+    "split_heads",
     "varlen_attention",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tfm.native.attention import cuda_obstacle
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check, check_floating, check_integers, check_same_device, check_vector
@@ -93,7 +94,8 @@ def attention(
     reason = ""
     if carry and torch.compiler.is_compiling():
         reason = "weights that may carry gradients come from the reference under torch.compile"
-    backend = choose("attention", impl, _widest(query, value), reference_only=reason)
+    refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
+    backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     scale = 1 / math.sqrt(dim) if scale is None else scale
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
@@ -171,7 +173,8 @@ def varlen_attention(
     batch = cu_seq_q.shape[0] - 1
     check_vector("cu_seq_k", cu_seq_k, batch + 1)
     _check_common(query, query_start, batch, window_size, softcap, sinks, query.shape[1])
-    backend = choose("varlen_attention", impl, _widest(query, value))
+    refused = cuda_obstacle(query, value, None, max_q, max_k, False)
+    backend = choose("varlen_attention", impl, _widest(query, value), native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
     packed = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k

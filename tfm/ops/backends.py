@@ -21,13 +21,15 @@ BACKENDS = ("reference", "triton", "native")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What csrc computes on CPUs.
 CPU_FLOATS = (torch.float32, torch.bfloat16)
+# As many columns as there are.
+MANY = 1 << 30
 
 
 @dataclass(frozen=True)
 class Row:
     """`backend` serves `operation` on tensors of these dtypes with at most `max_columns` in the last dimension.
 
-    `device`: the only type of device it serves so; empty for those that the backend knows.
+    `device`: the type of device that it serves so; a row of Triton says itself what other devices lack.
     """
 
     operation: str
@@ -37,29 +39,38 @@ class Row:
     device: str = ""
 
 
+# On GPUs csrc stands behind Triton, and serves where Triton is not, until a record says where it is faster.
 TABLE = (
     Row("attention", "triton", FLOATS, max_columns=256),
     Row("varlen_attention", "triton", FLOATS, max_columns=256),
+    Row("embedding", "triton", FLOATS, max_columns=MANY),
+    Row("feed_forward", "triton", FLOATS, max_columns=MANY),
+    Row("gated_feed_forward", "triton", FLOATS, max_columns=MANY),
     Row("layer_norm", "triton", FLOATS, max_columns=32768),
+    Row("linear_cross_entropy", "triton", FLOATS, max_columns=MANY),
     Row("residual_layer_norm", "triton", FLOATS, max_columns=32768),
-    Row("embedding", "triton", FLOATS, max_columns=1 << 30),
+    Row("residual_rms_norm", "triton", FLOATS, max_columns=32768),
     Row("rms_norm", "triton", FLOATS, max_columns=32768),
     Row("rotary", "triton", FLOATS, max_columns=1024),
     Row("rotary_", "triton", FLOATS, max_columns=1024),
-    Row("residual_rms_norm", "triton", FLOATS, max_columns=32768),
-    Row("feed_forward", "triton", FLOATS, max_columns=1 << 30),
-    Row("gated_feed_forward", "triton", FLOATS, max_columns=1 << 30),
-    Row("linear_cross_entropy", "triton", FLOATS, max_columns=1 << 30),
-    Row("attention", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("varlen_attention", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("layer_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("residual_layer_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("rms_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("residual_rms_norm", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("linear_cross_entropy", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("embedding", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("feed_forward", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
-    Row("gated_feed_forward", "native", CPU_FLOATS, max_columns=1 << 30, device="cpu"),
+    Row("attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("varlen_attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("embedding", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("feed_forward", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("gated_feed_forward", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("layer_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("linear_cross_entropy", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("residual_layer_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("residual_rms_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("rms_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("attention", "native", FLOATS, max_columns=64, device="cuda"),
+    Row("varlen_attention", "native", FLOATS, max_columns=64, device="cuda"),
+    Row("feed_forward", "native", FLOATS, max_columns=MANY, device="cuda"),
+    Row("gated_feed_forward", "native", FLOATS, max_columns=MANY, device="cuda"),
+    Row("layer_norm", "native", FLOATS, max_columns=32768, device="cuda"),
+    Row("residual_layer_norm", "native", FLOATS, max_columns=32768, device="cuda"),
+    Row("residual_rms_norm", "native", FLOATS, max_columns=32768, device="cuda"),
+    Row("rms_norm", "native", FLOATS, max_columns=32768, device="cuda"),
 )
 
 # Once, here: Dynamo cannot trace it.
@@ -87,11 +98,19 @@ def use(impl: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(operation: str, impl: str, x: Tensor, reference_only: str = "", *others: torch.dtype | None) -> str:
+def choose(
+    operation: str,
+    impl: str,
+    x: Tensor,
+    reference_only: str = "",
+    *others: torch.dtype | None,
+    native_obstacle: str = "",
+) -> str:
     """The backend that runs `operation` on tensors like `x`.
 
     `reference_only`: what the caller asks for that no kernel does, in words; empty where kernels do all of it.
     `others`: the dtypes of the other tensors, results included, where they may differ from `x`'s.
+    `native_obstacle`: as `reference_only`, of what csrc alone does not do.
 
     Raises:
         ValueError: `impl` is no backend, or one that cannot run here; the message says why.
@@ -101,11 +120,14 @@ def choose(operation: str, impl: str, x: Tensor, reference_only: str = "", *othe
     _check_name(impl)
     if impl == "reference":
         return impl
-    reason = f"{operation} has no backend of that name"
-    for row in TABLE:
-        if row.operation != operation or impl not in ("auto", row.backend):
+    rows = [row for row in TABLE if row.operation == operation and impl in ("auto", row.backend)]
+    reason = "" if rows else f"{operation} has no backend of that name"
+    for row in rows:
+        if row.device not in ("", x.device.type):
+            reason = reason or f"expected {row.device.upper()} tensors, got {x.device.type} tensors"
             continue
-        reason = reference_only or obstacle(row, x, others, automatic=impl == "auto")
+        refused = native_obstacle if row.backend == "native" else ""
+        reason = reference_only or refused or obstacle(row, x, others, automatic=impl == "auto")
         if not reason:
             return row.backend
     if impl == "auto":
@@ -115,8 +137,6 @@ def choose(operation: str, impl: str, x: Tensor, reference_only: str = "", *othe
 
 def obstacle(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automatic: bool) -> str:
     """Why `row` cannot serve `x` beside the `others`, in words; empty where it can."""
-    if row.device and row.device != x.device.type:
-        return f"expected {row.device.upper()} tensors, got {x.device.type} tensors"
     # Triton's kernels read the others in any dtype.
     for dtype in (x.dtype, *others) if row.backend == "native" else (x.dtype,):
         if dtype is not None and dtype not in row.dtypes:

@@ -1,0 +1,161 @@
+// fp32 with everything: a bias, sinks, a softcap, a window that leaves queries of the second sequence without keys.
+// bf16: causal, nothing else. Both have dropout, two query heads a key head, and more than one tile each way.
+#include "cpu/attention/backward.cpp"
+#include "cpu/attention/bias_gradient.cpp"
+#include "cpu/attention/forward.cpp"
+#include "cpu/attention/weights.cpp"
+
+#include "case.h"
+
+namespace tfm::threads {
+
+namespace {
+
+constexpr int64_t SEQUENCES = 2, HEADS = 4, GROUP = 2, LENGTH = 150, DIM = 40, VALUE_DIM = 24;
+constexpr int64_t KEY_HEADS = HEADS / GROUP, STATISTICS = SEQUENCES * HEADS * LENGTH;
+const Extent EXTENTS[SEQUENCES] = {{0, LENGTH, 0, 140, LENGTH, 0}, {0, LENGTH, 0, 61, LENGTH, 0}};
+
+Heads heads(void* data, bool narrow, int64_t count, int64_t columns) {
+    return {data, narrow, count * LENGTH * columns, LENGTH * columns, columns, 1};
+}
+
+RowNumbers statistics(float* data) { return {data, HEADS * LENGTH, LENGTH, 1}; }
+
+Attention attention(bool narrow) {
+    const float scale = 0.158f, softcap = 5.0f;
+    return {.query = heads(input(0, narrow), narrow, HEADS, DIM),
+            .key = heads(input(1, narrow), narrow, KEY_HEADS, DIM),
+            .value = heads(input(2, narrow), narrow, KEY_HEADS, VALUE_DIM),
+            .bias = narrow ? Heads{} : Heads{input(3), false, 0, 0, LENGTH, 1},
+            .words = {},
+            .reach = {},
+            .sinks = narrow ? nullptr : floats(4),
+            .extents = EXTENTS,
+            .heads = HEADS,
+            .group = GROUP,
+            .dim = DIM,
+            .value_dim = VALUE_DIM,
+            .longest_query = LENGTH,
+            .longest_key = LENGTH,
+            .left = narrow ? OPEN : 40,
+            .right = 0,
+            .inner = narrow ? scale : scale / softcap,
+            .outer = narrow ? 0.0f : softcap,
+            .scale = scale,
+            .dropout = dropout()};
+}
+
+// What the forward gives, for the others to take.
+struct Forward {
+    std::vector<uint8_t> output;
+    std::vector<float> lse;
+};
+
+Forward& forward_of(bool narrow);
+
+Cotangents cotangents(bool narrow) {
+    Forward& forward = forward_of(narrow);
+    return {heads(input(5, narrow), narrow, HEADS, VALUE_DIM), heads(forward.output.data(), narrow, HEADS, VALUE_DIM),
+            statistics(forward.lse.data()), statistics(floats(6))};
+}
+
+std::vector<Task> tasks(int64_t sequences, int64_t head_count, int64_t queries, int64_t keys) {
+    std::vector<Task> made;
+    for (int64_t sequence = 0; sequence < sequences; ++sequence)
+        for (int64_t head = 0; head < head_count; ++head)
+            for (int64_t query = 0; query < queries; query += BLOCK_QUERIES)
+                for (int64_t key = 0; key < keys; key += BLOCK_KEYS)
+                    made.push_back({sequence, head, query, key});
+    return made;
+}
+
+std::vector<float> scratch(int64_t size) { return std::vector<float>(size, __builtin_nanf("")); }
+
+Case forward(bool narrow) {
+    const std::vector<Task> all = tasks(SEQUENCES, HEADS, LENGTH, 1);
+    return {named("attention_forward", narrow),
+            static_cast<int64_t>(all.size()),
+            {{STATISTICS * VALUE_DIM, narrow}, {STATISTICS}},
+            [=](Memory& outputs, int64_t begin, int64_t end) {
+                const AttentionForward call{.attention = attention(narrow),
+                                            .output = heads(outputs[0].data(), narrow, HEADS, VALUE_DIM),
+                                            .lse = statistics(floats(outputs[1]))};
+                std::vector<float> memory = scratch(forward_scratch(call.attention).floats);
+                TFM_ISA::attention_forward(call, all.data(), begin, end, memory.data());
+            }};
+}
+
+Forward& forward_of(bool narrow) {
+    const auto compute = [](bool narrow) {
+        const Case item = forward(narrow);
+        Memory outputs;
+        for (const Output& output : item.outputs)
+            outputs.emplace_back(output.bytes());
+        item.run(outputs, 0, item.units);
+        return Forward{outputs[0], std::vector<float>(floats(outputs[1]), floats(outputs[1]) + STATISTICS)};
+    };
+    static Forward wide = compute(false), half = compute(true);
+    return narrow ? half : wide;
+}
+
+Case backward(bool narrow) {
+    const int64_t keys = SEQUENCES * KEY_HEADS * LENGTH;
+    const std::vector<Task> all = tasks(SEQUENCES, KEY_HEADS, 1, 1);
+    std::vector<Output> wanted = {{STATISTICS * DIM, narrow}, {keys * DIM, narrow}, {keys * VALUE_DIM, narrow}};
+    if (!narrow)
+        wanted.push_back({SEQUENCES * HEADS});
+    return {named("attention_backward", narrow), static_cast<int64_t>(all.size()), wanted,
+            [=](Memory& outputs, int64_t begin, int64_t end) {
+                const AttentionBackward call{.attention = attention(narrow),
+                                             .given = cotangents(narrow),
+                                             .dq = heads(outputs[0].data(), narrow, HEADS, DIM),
+                                             .dk = heads(outputs[1].data(), narrow, KEY_HEADS, DIM),
+                                             .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM),
+                                             .sink_partials = narrow ? nullptr : floats(outputs[3])};
+                std::vector<float> memory = scratch(backward_scratch(call.attention).floats);
+                TFM_ISA::attention_backward(call, all.data(), begin, end, memory.data());
+            }};
+}
+
+Case bias_gradient() {
+    const std::vector<Task> all = tasks(1, 1, LENGTH, LENGTH);
+    return {"attention_bias_gradient, fp32",
+            static_cast<int64_t>(all.size()),
+            {{LENGTH * LENGTH}},
+            [=](Memory& outputs, int64_t begin, int64_t end) {
+                const BiasGradient call{.attention = attention(false),
+                                        .given = cotangents(false),
+                                        .dbias = {outputs[0].data(), false, 0, 0, LENGTH, 1},
+                                        .sequences = SEQUENCES,
+                                        .queries = LENGTH,
+                                        .keys = LENGTH,
+                                        .shares_sequences = true,
+                                        .shares_heads = true,
+                                        .shares_queries = false};
+                std::vector<float> memory = scratch(bias_scratch(call.attention).floats);
+                TFM_ISA::attention_bias_gradient(call, all.data(), begin, end, memory.data());
+            }};
+}
+
+Case weights() {
+    const std::vector<Task> all = tasks(SEQUENCES, HEADS, LENGTH, LENGTH);
+    return {"attention_weights, fp32",
+            static_cast<int64_t>(all.size()),
+            {{STATISTICS * LENGTH}},
+            [=](Memory& outputs, int64_t begin, int64_t end) {
+                const AttentionWeights call{.attention = attention(false),
+                                            .lse = statistics(forward_of(false).lse.data()),
+                                            .weights = heads(outputs[0].data(), false, HEADS, LENGTH),
+                                            .keys = LENGTH};
+                std::vector<float> memory = scratch(weights_scratch(call.attention).floats);
+                TFM_ISA::attention_weights(call, all.data(), begin, end, memory.data());
+            }};
+}
+
+} // namespace
+
+Cases attention_cases() {
+    return {forward(false), forward(true), backward(false), backward(true), bias_gradient(), weights()};
+}
+
+} // namespace tfm::threads

@@ -1,8 +1,10 @@
 // fp32 with everything: a bias, sinks, a softcap, a window that leaves queries of the second sequence without keys.
-// bf16: causal, nothing else. Both have dropout, two query heads a key head, and more than one tile each way.
+// bf16: causal, and a mask, whose bits are a case of their own. Both have dropout, two query heads a key head, and more
+// than one tile each way.
 #include "cpu/attention/backward.cpp"
 #include "cpu/attention/bias_gradient.cpp"
 #include "cpu/attention/forward.cpp"
+#include "cpu/attention/mask_bits.cpp"
 #include "cpu/attention/weights.cpp"
 
 #include "case.h"
@@ -13,13 +15,64 @@ namespace {
 
 constexpr int64_t SEQUENCES = 2, HEADS = 4, GROUP = 2, LENGTH = 150, DIM = 40, VALUE_DIM = 24;
 constexpr int64_t KEY_HEADS = HEADS / GROUP, STATISTICS = SEQUENCES * HEADS * LENGTH;
+constexpr int64_t WORDS = 8; // of a row of the mask
 const Extent EXTENTS[SEQUENCES] = {{0, LENGTH, 0, 140, LENGTH, 0}, {0, LENGTH, 0, 61, LENGTH, 0}};
 
 Heads heads(void* data, bool narrow, int64_t count, int64_t columns) {
     return {data, narrow, count * LENGTH * columns, LENGTH * columns, columns, 1};
 }
 
+int32_t* integers(std::vector<uint8_t>& output) { return reinterpret_cast<int32_t*>(output.data()); }
+
 RowNumbers statistics(float* data) { return {data, HEADS * LENGTH, LENGTH, 1}; }
+
+// Each fifth key is seen by nobody: no word is all ones, which as a float would be no number.
+Case mask_bits() {
+    static const int64_t starts[SEQUENCES] = {};
+    std::vector<uint8_t> mask;
+    for (int64_t query = 0; query < LENGTH; ++query)
+        for (int64_t key = 0; key < LENGTH; ++key)
+            mask.push_back(key % 5 != 0 && (query + key) % 3 != 0);
+    return {"attention_mask_bits",
+            SEQUENCES * HEADS,
+            {{STATISTICS * WORDS}, {SEQUENCES * HEADS * WORDS}},
+            [=](Memory& outputs, int64_t begin, int64_t end) {
+                const MaskBits call{.mask = mask.data(),
+                                    .type = MaskType::BOOL,
+                                    .sequence = 0,
+                                    .head = 0,
+                                    .row = LENGTH,
+                                    .column = 1,
+                                    .words = integers(outputs[0]),
+                                    .reach = integers(outputs[1]),
+                                    .starts = starts,
+                                    .word_sequences = SEQUENCES,
+                                    .heads = HEADS,
+                                    .queries = LENGTH,
+                                    .keys = LENGTH,
+                                    .width = WORDS,
+                                    .left = OPEN,
+                                    .right = 0};
+                TFM_ISA::mask_bits(call, begin, end);
+            }};
+}
+
+// What one kernel gives, for the next to take.
+Memory results_of(const Case& item) {
+    Memory outputs;
+    for (const Output& output : item.outputs)
+        outputs.emplace_back(output.bytes());
+    item.run(outputs, 0, item.units);
+    return outputs;
+}
+
+Memory& mask() {
+    static Memory bits = results_of(mask_bits());
+    return bits;
+}
+
+Bits words() { return {integers(mask()[0]), HEADS * LENGTH * WORDS, LENGTH * WORDS, WORDS}; }
+Bits reach() { return {integers(mask()[1]), HEADS * WORDS, WORDS, 0}; }
 
 Attention attention(bool narrow) {
     const float scale = 0.158f, softcap = 5.0f;
@@ -27,8 +80,8 @@ Attention attention(bool narrow) {
             .key = heads(input(1, narrow), narrow, KEY_HEADS, DIM),
             .value = heads(input(2, narrow), narrow, KEY_HEADS, VALUE_DIM),
             .bias = narrow ? Heads{} : Heads{input(3), false, 0, 0, LENGTH, 1},
-            .words = {},
-            .reach = {},
+            .words = narrow ? words() : Bits{},
+            .reach = narrow ? reach() : Bits{},
             .sinks = narrow ? nullptr : floats(4),
             .extents = EXTENTS,
             .heads = HEADS,
@@ -43,20 +96,6 @@ Attention attention(bool narrow) {
             .outer = narrow ? 0.0f : softcap,
             .scale = scale,
             .dropout = dropout()};
-}
-
-// What the forward gives, for the others to take.
-struct Forward {
-    std::vector<uint8_t> output;
-    std::vector<float> lse;
-};
-
-Forward& forward_of(bool narrow);
-
-Cotangents cotangents(bool narrow) {
-    Forward& forward = forward_of(narrow);
-    return {heads(input(5, narrow), narrow, HEADS, VALUE_DIM), heads(forward.output.data(), narrow, HEADS, VALUE_DIM),
-            statistics(forward.lse.data()), statistics(floats(6))};
 }
 
 std::vector<Task> tasks(int64_t sequences, int64_t head_count, int64_t queries, int64_t keys) {
@@ -85,17 +124,16 @@ Case forward(bool narrow) {
             }};
 }
 
-Forward& forward_of(bool narrow) {
-    const auto compute = [](bool narrow) {
-        const Case item = forward(narrow);
-        Memory outputs;
-        for (const Output& output : item.outputs)
-            outputs.emplace_back(output.bytes());
-        item.run(outputs, 0, item.units);
-        return Forward{outputs[0], std::vector<float>(floats(outputs[1]), floats(outputs[1]) + STATISTICS)};
-    };
-    static Forward wide = compute(false), half = compute(true);
+// Of the forward's one run: its output, and lse.
+Memory& forward_of(bool narrow) {
+    static Memory wide = results_of(forward(false)), half = results_of(forward(true));
     return narrow ? half : wide;
+}
+
+Cotangents cotangents(bool narrow) {
+    Memory& results = forward_of(narrow);
+    return {heads(input(5, narrow), narrow, HEADS, VALUE_DIM), heads(results[0].data(), narrow, HEADS, VALUE_DIM),
+            statistics(floats(results[1])), statistics(floats(6))};
 }
 
 Case backward(bool narrow) {
@@ -144,7 +182,7 @@ Case weights() {
             {{STATISTICS * LENGTH}},
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 const AttentionWeights call{.attention = attention(false),
-                                            .lse = statistics(forward_of(false).lse.data()),
+                                            .lse = statistics(floats(forward_of(false)[1])),
                                             .weights = heads(outputs[0].data(), false, HEADS, LENGTH),
                                             .keys = LENGTH};
                 std::vector<float> memory = scratch(weights_scratch(call.attention).floats);
@@ -155,7 +193,7 @@ Case weights() {
 } // namespace
 
 Cases attention_cases() {
-    return {forward(false), forward(true), backward(false), backward(true), bias_gradient(), weights()};
+    return {mask_bits(), forward(false), forward(true), backward(false), backward(true), bias_gradient(), weights()};
 }
 
 } // namespace tfm::threads

@@ -1,7 +1,8 @@
 // LayerNorm and RMSNorm behind a bias, dropout and a residual connection: the formulas of kernels/norm.py.
 //
 // A row goes through three short passes while it lies in the first-level cache: h is formed, stored and summed; its
-// squared deviations are summed; y is written. The backward needs two: the sums of g and g z, then every gradient.
+// squared deviations are summed; y is written. The backward needs two: the sums of g and g z, then every gradient. They
+// see whole vectors of fp32: rows of bf16, or of an odd width, are copied to scratch memory on their way in and out.
 // Rows are shared among threads. The parameters' gradients are sums over rows: each block of rows, whose size the
 // number of rows alone decides, adds up its own, and the blocks are added in their order, so that the bits are the same
 // on any number of threads.
@@ -13,28 +14,29 @@
 namespace tfm {
 
 struct NormForward {
-    Matrix x, residual, y, h; // h: x itself where there is no residual
-    Matrix x_bias, weight, bias;
-    float* mean; // null: RMSNorm
+    Matrix x, residual, y, h;            // h: x itself where there is no residual
+    const float *x_bias, *weight, *bias; // in whole vectors: 0, 1 and 0 where there is none
+    float* mean;                         // null: RMSNorm
     float* rstd;
     int64_t columns;
-    float eps, weight_offset;
+    float eps;
     bool has_residual, round_first;
     Dropout dropout;
 };
 
 struct NormBackward {
-    Matrix dy, dh, h, dx, dresidual, weight;
+    Matrix dy, dh, h, dx, dresidual; // without data: none
+    const float* weight;
     const float* mean;
     const float* rstd;
-    float* sums; // [blocks, 3, columns]: of dweight, dbias and dx_bias; null where none is wanted
+    float* sums; // [blocks, 3, padded columns]: of dweight, dbias and dx_bias; null where none is wanted
     int64_t rows, columns, block_rows;
-    float weight_offset;
     Dropout dropout;
 };
 
-TFM_KERNEL(norm_forward, const NormForward& call, int64_t first_row, int64_t last_row)
-TFM_KERNEL(norm_backward, const NormBackward& call, int64_t first_block, int64_t last_block)
+// `scratch` has room for 4 and for 5 rows of whole vectors.
+TFM_KERNEL(norm_forward, const NormForward& call, float* scratch, int64_t first_row, int64_t last_row)
+TFM_KERNEL(norm_backward, const NormBackward& call, float* scratch, int64_t first_block, int64_t last_block)
 
 } // namespace tfm
 
@@ -44,105 +46,119 @@ TFM_KERNEL(norm_backward, const NormBackward& call, int64_t first_block, int64_t
 
 namespace tfm::TFM_ISA {
 
-void norm_forward(const NormForward& call, int64_t first_row, int64_t last_row) {
-    const int64_t columns = call.columns;
+// The squares of the deviations from `average`, added up.
+TFM_INLINE float squares_of(const float* h, int64_t columns, float average) {
+    Floats total{};
+    int64_t column = 0;
+    for (; column + WIDTH <= columns; column += WIDTH) {
+        const Floats centred = load(h + column) - average;
+        total += centred * centred;
+    }
+    if (column < columns) {
+        const Floats centred = inside(load(h + column) - average, columns - column);
+        total += centred * centred;
+    }
+    return sum(total);
+}
+
+void norm_forward(const NormForward& call, float* scratch, int64_t first_row, int64_t last_row) {
+    const int64_t columns = call.columns, width = (columns + WIDTH - 1) / WIDTH * WIDTH;
     uint16_t outcomes[DRAWN];
     for (int64_t row = first_row; row < last_row; ++row) {
+        const float* const x = read_row(call.x, row, columns, scratch);
+        const float* h = x;
         Floats total{};
-        const int64_t h_row = row * call.h.stride;
-        for (int64_t column = 0; column < columns; column += WIDTH) {
-            const int64_t count = columns - column;
-            Floats value = get(call.x, row * call.x.stride + column, count);
-            if (call.x_bias.data)
-                value += get(call.x_bias, column, count);
-            if (call.dropout.seed) {
-                if (column % DRAWN == 0)
-                    draw(call.dropout, row, 0, column, outcomes);
-                value = drop(call.dropout, outcomes + column % DRAWN, value);
-            }
-            if (call.has_residual) {
-                value += get(call.residual, row * call.residual.stride + column, count);
-                set(call.h, h_row + column, value, count);
+        if (call.has_residual) {
+            const float* const residual = read_row(call.residual, row, columns, scratch + width);
+            float* const sums = row_to_write(call.h, row, columns, scratch + 2 * width);
+            for (int64_t column = 0; column < width; column += WIDTH) {
+                Floats value = load(x + column) + load(call.x_bias + column);
+                if (call.dropout.seed) {
+                    if (column % DRAWN == 0)
+                        draw(call.dropout, row, 0, column, outcomes);
+                    value = drop(call.dropout, outcomes + column % DRAWN, value);
+                }
+                value += load(residual + column);
                 if (call.h.narrow)
                     value = rounded(value);
+                store(sums + column, value);
+                total += value;
             }
-            value = inside(value, count);
-            total += call.mean ? value : value * value;
+            write_row(call.h, row, columns, sums);
+            h = sums;
+        } else if (call.mean) {
+            for (int64_t column = 0; column < width; column += WIDTH)
+                total += load(h + column);
         }
-        float average = 0.0f, squares = sum(total);
+        float average = 0.0f;
         if (call.mean) {
-            average = squares / static_cast<float>(columns);
-            total = Floats{};
-            for (int64_t column = 0; column < columns; column += WIDTH) {
-                const Floats centred =
-                    inside(get(call.h, h_row + column, columns - column) - average, columns - column);
-                total += centred * centred;
-            }
-            squares = sum(total);
+            average = sum(total) / static_cast<float>(columns);
             call.mean[row] = average;
         }
-        const float inverse = 1.0f / __builtin_sqrtf(squares / static_cast<float>(columns) + call.eps);
+        const float variance = squares_of(h, columns, average) / static_cast<float>(columns);
+        const float inverse = 1.0f / __builtin_sqrtf(variance + call.eps);
         call.rstd[row] = inverse;
-        for (int64_t column = 0; column < columns; column += WIDTH) {
-            const int64_t count = columns - column;
-            Floats result = (get(call.h, h_row + column, count) - average) * inverse;
-            if (call.round_first && (call.h.narrow || call.y.narrow))
+        const bool rounds = call.round_first && (call.h.narrow || call.y.narrow);
+        float* const y = row_to_write(call.y, row, columns, scratch + 3 * width);
+        for (int64_t column = 0; column < width; column += WIDTH) {
+            Floats result = (load(h + column) - average) * inverse;
+            if (rounds)
                 result = rounded(result);
-            if (call.weight.data)
-                result *= get(call.weight, column, count) + call.weight_offset;
-            if (call.bias.data)
-                result += get(call.bias, column, count);
-            set(call.y, row * call.y.stride + column, result, count);
+            store(y + column, result * load(call.weight + column) + load(call.bias + column));
         }
+        write_row(call.y, row, columns, y);
     }
 }
 
-void norm_backward(const NormBackward& call, int64_t first_block, int64_t last_block) {
-    const int64_t columns = call.columns;
-    const Floats one = broadcast(1.0f);
+void norm_backward(const NormBackward& call, float* scratch, int64_t first_block, int64_t last_block) {
+    const int64_t columns = call.columns, width = (columns + WIDTH - 1) / WIDTH * WIDTH;
     uint16_t outcomes[DRAWN];
     for (int64_t block = first_block; block < last_block; ++block) {
-        float* sums = call.sums ? call.sums + block * 3 * columns : nullptr;
-        for (int64_t i = 0; sums && i < 3 * columns; ++i)
-            sums[i] = 0.0f;
+        const int64_t stride = padded(columns);
+        float* const sums = call.sums ? call.sums + block * 3 * stride : nullptr;
+        if (sums)
+            __builtin_memset(sums, 0, 3 * stride * sizeof(float));
         const int64_t end = (block + 1) * call.block_rows;
         for (int64_t row = block * call.block_rows; row < (end < call.rows ? end : call.rows); ++row) {
             const float average = call.mean ? call.mean[row] : 0.0f, inverse = call.rstd[row];
-            const int64_t dy_row = row * call.dy.stride, h_row = row * call.h.stride;
+            const float* const dy = read_row(call.dy, row, columns, scratch);
+            const float* const h = read_row(call.h, row, columns, scratch + width);
             Floats g_total{}, gz_total{};
-            for (int64_t column = 0; column < columns; column += WIDTH) {
-                const int64_t count = columns - column;
-                const Floats weight = call.weight.data ? get(call.weight, column, count) + call.weight_offset : one;
-                const Floats g = get(call.dy, dy_row + column, count) * weight;
+            for (int64_t column = 0; column < width; column += WIDTH) {
+                const Floats g = load(dy + column) * load(call.weight + column);
                 g_total += g;
-                gz_total += g * ((get(call.h, h_row + column, count) - average) * inverse);
+                gz_total += g * ((load(h + column) - average) * inverse);
             }
             const float g_mean = call.mean ? sum(g_total) / static_cast<float>(columns) : 0.0f;
             const float gz_mean = sum(gz_total) / static_cast<float>(columns);
-            for (int64_t column = 0; column < columns; column += WIDTH) {
-                const int64_t count = columns - column;
-                const Floats weight = call.weight.data ? get(call.weight, column, count) + call.weight_offset : one;
-                const Floats dy = get(call.dy, dy_row + column, count);
-                const Floats z = (get(call.h, h_row + column, count) - average) * inverse;
-                Floats gradient = (dy * weight - (g_mean + z * gz_mean)) * inverse;
-                if (call.dh.data)
-                    gradient += get(call.dh, row * call.dh.stride + column, count);
+            const float* const dh = call.dh.data ? read_row(call.dh, row, columns, scratch + 2 * width) : nullptr;
+            float* const dresidual = row_to_write(call.dresidual, row, columns, scratch + 3 * width);
+            float* const dx = row_to_write(call.dx, row, columns, scratch + 4 * width);
+            for (int64_t column = 0; column < width; column += WIDTH) {
+                const Floats d_y = load(dy + column), z = (load(h + column) - average) * inverse;
+                Floats gradient = (d_y * load(call.weight + column) - (g_mean + z * gz_mean)) * inverse;
+                if (dh)
+                    gradient += load(dh + column);
                 if (call.dresidual.data)
-                    set(call.dresidual, row * columns + column, gradient, count);
+                    store(dresidual + column, gradient);
                 if (call.dropout.seed) {
                     if (column % DRAWN == 0)
                         draw(call.dropout, row, 0, column, outcomes);
                     gradient = drop(call.dropout, outcomes + column % DRAWN, gradient);
                 }
                 if (call.dx.data)
-                    set(call.dx, row * columns + column, gradient, count);
+                    store(dx + column, gradient);
                 if (sums) {
-                    float* sum = sums + column;
-                    store(sum, load(sum, count) + dy * z, count);
-                    store(sum + columns, load(sum + columns, count) + dy, count);
-                    store(sum + 2 * columns, load(sum + 2 * columns, count) + gradient, count);
+                    float* const sum = sums + column;
+                    store(sum, load(sum) + d_y * z);
+                    store(sum + stride, load(sum + stride) + d_y);
+                    store(sum + 2 * stride, load(sum + 2 * stride) + gradient);
                 }
             }
+            if (call.dresidual.data)
+                write_row(call.dresidual, row, columns, dresidual);
+            if (call.dx.data)
+                write_row(call.dx, row, columns, dx);
         }
     }
 }
@@ -157,14 +173,30 @@ namespace tfm {
 
 namespace {
 
+// offset + x in fp32 and whole vectors, `absent` where there is no x.
+std::vector<float> parameters(const MaybeTensor& x, int64_t columns, float absent, double offset) {
+    std::vector<float> result(padded(columns), absent);
+    if (!x)
+        return result;
+    const Vector numbers(x);
+    const bool narrow = is_narrow(numbers.width());
+    for (int64_t i = 0; i < columns; ++i) {
+        const float value = narrow ? static_cast<float>(static_cast<torch::headeronly::BFloat16*>(numbers.data())[i])
+                                   : static_cast<float*>(numbers.data())[i];
+        result[i] = value + static_cast<float>(offset);
+    }
+    return result;
+}
+
 std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bias, MaybeTensor residual,
                                                       MaybeTensor weight, MaybeTensor bias, MaybeTensor seed,
                                                       double eps, double dropout_p, int64_t site, bool centred,
                                                       double weight_offset, bool round_first, MaybeType out_dtype) {
     const ScalarType stored = residual ? promote(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
     const Rows x_rows(x), residual_rows(residual ? *residual : x);
-    const Vector x_biases(x_bias), weights(weight), biases(bias);
-    const int64_t rows = x_rows.rows;
+    const int64_t rows = x_rows.rows, columns = x_rows.columns;
+    const std::vector<float> x_biases = parameters(x_bias, columns, 0, 0), biases = parameters(bias, columns, 0, 0);
+    const std::vector<float> weights = parameters(weight, columns, 1, weight_offset);
     Tensor y = empty(shape_of(x), out_dtype.value_or(stored), x);
     MaybeTensor h;
     if (residual)
@@ -176,19 +208,21 @@ std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bi
         .residual = matrix(residual_rows),
         .y = matrix(Rows(y)),
         .h = h ? matrix(Rows(*h)) : matrix(x_rows),
-        .x_bias = matrix(x_biases),
-        .weight = matrix(weights),
-        .bias = matrix(biases),
+        .x_bias = x_biases.data(),
+        .weight = weights.data(),
+        .bias = biases.data(),
         .mean = centred ? means : nullptr,
         .rstd = centred ? means + rows : means,
-        .columns = x_rows.columns,
+        .columns = columns,
         .eps = static_cast<float>(eps),
-        .weight_offset = static_cast<float>(weight_offset),
         .has_residual = residual.has_value(),
         .round_first = round_first,
         .dropout = dropout_of(seed, dropout_p, site),
     };
-    for_rows(rows, x_rows.columns, [&](int64_t begin, int64_t end) { TFM_RUN(norm_forward, call, begin, end); });
+    for_rows(rows, columns, [&](int64_t begin, int64_t end) {
+        const Scratch scratch(4, columns);
+        TFM_RUN(norm_forward, call, scratch.memory.get(), begin, end);
+    });
     return {y, h, statistics};
 }
 
@@ -198,8 +232,8 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
                                  MaybeTensor seed, double dropout_p, int64_t site, double weight_offset, MaybeType dx,
                                  MaybeType dx_bias, MaybeType dresidual, MaybeType dweight, MaybeType dbias) {
     const Rows dy_rows(dy), h_rows(h), dh_rows(dh ? *dh : dy);
-    const Vector weights(weight);
     const int64_t rows = statistics.size(1), columns = h_rows.columns;
+    const std::vector<float> weights = parameters(weight, columns, 1, weight_offset);
     const auto output = [&](MaybeType type, std::vector<int64_t> shape) {
         return type ? MaybeTensor(empty(shape, *type, h)) : MaybeTensor();
     };
@@ -209,7 +243,7 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
     const RowBlocks blocks(rows);
     MaybeTensor sums;
     if (d_weight || d_bias || d_x_bias)
-        sums = empty({blocks.count, 3, columns}, ScalarType::Float, h);
+        sums = empty({blocks.count, 3, padded(columns)}, ScalarType::Float, h);
     const float* const means = static_cast<const float*>(statistics.const_data_ptr());
     const bool centred = statistics.size(0) == 2;
     const NormBackward call{
@@ -218,18 +252,19 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
         .h = matrix(h_rows),
         .dx = d_x ? matrix(Rows(*d_x)) : Matrix{},
         .dresidual = d_residual ? matrix(Rows(*d_residual)) : Matrix{},
-        .weight = matrix(weights),
+        .weight = weights.data(),
         .mean = centred ? means : nullptr,
         .rstd = centred ? means + rows : means,
         .sums = data_of<float>(sums),
         .rows = rows,
         .columns = columns,
         .block_rows = blocks.rows,
-        .weight_offset = static_cast<float>(weight_offset),
         .dropout = dropout_of(seed, dropout_p, site),
     };
-    for_rows(blocks.count, blocks.rows * columns,
-             [&](int64_t begin, int64_t end) { TFM_RUN(norm_backward, call, begin, end); });
+    for_rows(blocks.count, blocks.rows * columns, [&](int64_t begin, int64_t end) {
+        const Scratch scratch(5, columns);
+        TFM_RUN(norm_backward, call, scratch.memory.get(), begin, end);
+    });
     if (sums)
         sum_blocks(*sums, {d_weight, d_bias, d_x_bias});
     return gradients;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 
 #include "common/tensor.h"
 #include "cpu/isa.h"
@@ -17,6 +18,13 @@ inline bool is_narrow(Width width) {
 
 inline Matrix matrix(const Rows& x) { return {x.data(), is_narrow(x.width()), x.stride}; }
 inline Matrix matrix(const Vector& x) { return {x.data(), is_narrow(x.width()), 0}; }
+
+// Memory of one thread's own, of so many rows of whole vectors.
+struct Scratch {
+    std::unique_ptr<float[]> memory;
+
+    Scratch(int64_t rows, int64_t columns) : memory(new float[rows * padded(columns)]) {}
+};
 
 // Below so many elements a second thread costs more than it does.
 constexpr int64_t ELEMENTS_PER_THREAD = 16384;
@@ -39,12 +47,13 @@ struct RowBlocks {
         : rows(std::max<int64_t>(32, (total + 127) / 128)), count((total + rows - 1) / rows) {}
 };
 
-// Adds sums [blocks, parts, columns] over the blocks, in their order, into part i's vector where there is one.
+// Adds sums [blocks, parts, columns or more] over the blocks, in their order, into part i's vector where there is one.
 inline void sum_blocks(const Tensor& sums, std::initializer_list<MaybeTensor> parts) {
-    const int64_t blocks = sums.size(0), step = sums.size(1) * sums.size(2), columns = sums.size(2);
+    const int64_t blocks = sums.size(0), step = sums.size(1) * sums.size(2);
     const float* from = static_cast<const float*>(sums.const_data_ptr());
     for (const MaybeTensor& part : parts) {
         if (part) {
+            const int64_t columns = part->numel();
             std::vector<float> total(columns, 0.0f);
             for (int64_t block = 0; block < blocks; ++block)
                 for (int64_t column = 0; column < columns; ++column)
@@ -58,7 +67,7 @@ inline void sum_blocks(const Tensor& sums, std::initializer_list<MaybeTensor> pa
                     static_cast<float*>(part->data_ptr())[column] = total[column];
                 }
         }
-        from += columns;
+        from += sums.size(2);
     }
 }
 

@@ -106,25 +106,22 @@ TFM_INLINE Ints lanes() {
     return result;
 }
 
+TFM_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+// Lane 0 meets the lane `half` behind it, then the half of that, and so on.
 TFM_INLINE float sum(Floats value) {
-    float parts[WIDTH];
-    store(parts, value);
+#pragma GCC unroll 4
     for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i)
-            parts[i] += parts[i + half];
-    return parts[0];
+        value += __builtin_shuffle(value, (lanes() + half) & (WIDTH - 1));
+    return value[0];
 }
 
 TFM_INLINE float maximum(Floats value) {
-    float parts[WIDTH];
-    store(parts, value);
+#pragma GCC unroll 4
     for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i)
-            parts[i] = parts[i + half] > parts[i] ? parts[i + half] : parts[i];
-    return parts[0];
+        value = maximum(__builtin_shuffle(value, (lanes() + half) & (WIDTH - 1)), value);
+    return value[0];
 }
-
-TFM_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
 // 2^n exp(r) with |r| <= ln(2) / 2, within 2 ulp; infinity above its range, NaN of NaN, and 0 below -87, since numbers
 // that are not normal cost a hundred cycles each.

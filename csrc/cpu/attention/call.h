@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/philox.h"
+#include "cpu/matrix.h"
 
 namespace tfm {
 
@@ -65,10 +66,6 @@ struct Attention {
 // A tile of scores, 32 KiB, and the rows of q, k and v that belong to it stay in the second-level cache.
 constexpr int64_t BLOCK_QUERIES = 64, BLOCK_KEYS = 128;
 
-// Rows in scratch memory begin at multiples of so many numbers, the widest vector's.
-constexpr int64_t LANES = 16;
-
-static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -18,7 +18,7 @@ from benchmarks.torch_translator import CONTENDERS
 from tfm import demo
 from tfm.checkpoint import Run
 from tfm.config import PRESETS, Recipe, TransformerConfig
-from tfm.data import EncodedPairs, ParallelText, batches, encode_parallel, read_parallel
+from tfm.data import Batch, EncodedPairs, ParallelText, batches, encode_parallel, read_parallel
 from tfm.model import Transformer
 from tfm.tokenizer import Tokenizer
 from tfm.train import Options, Training, batch_loss
@@ -56,6 +56,10 @@ class TimedTraining(Training):
         self.points: list[dict[str, float]] = []
         self.clock = 0.0
 
+    def _prepared(self, batch: Batch) -> Batch:
+        # A peer's padded batches have few shapes as they are, and a sentence more would be work for nothing.
+        return batch if self.contender.torch_model else super()._prepared(batch)
+
     def start_loss(self) -> float:
         """The untrained model's loss of the first batch, without dropout."""
         self.model.eval()
@@ -73,7 +77,7 @@ class TimedTraining(Training):
         plan = batches(self.pairs, self.recipe.batch_tokens, shuffle=False)
         for place in range(WARM_UP_BATCHES):
             batch = plan[place * (len(plan) - 1) // (WARM_UP_BATCHES - 1)].to(self.device)
-            batch_loss(self.model, batch, self.recipe.label_smoothing, self.options.dtype).backward()
+            batch_loss(self.model, self._prepared(batch), self.recipe.label_smoothing, self.options.dtype).backward()
             self.optimizer.zero_grad(set_to_none=True)
         self._synchronize()
         torch.manual_seed(self.options.seed)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tfm.data import (
+    IGNORED,
     EncodedPairs,
     ParallelText,
     batches,
@@ -321,3 +322,18 @@ def test_on_a_gpu_nothing_changes():
     assert contents(moved) == contents(batch)
     for dense, expected in zip(moved.padded(), batch.padded(), strict=True):
         assert_close(dense.cpu(), expected)
+
+
+def test_a_rounded_batch_has_one_more_sentence():
+    source, target = torch.arange(10, 20), torch.arange(10, 17)
+    pairs = EncodedPairs(source, torch.tensor([0, 3, 10]), target, torch.tensor([0, 5, 7]))
+    batch = batches(pairs, 100, shuffle=False)[0]
+    rounded = batch.rounded(16)
+    for side in ("source", "target_output"):
+        assert len(getattr(rounded, side)) % 16 == 0
+        assert torch.equal(getattr(rounded, side)[: len(getattr(batch, side))], getattr(batch, side))
+    assert torch.equal(rounded.cu_seq_source[:-1], batch.cu_seq_source)
+    assert rounded.cu_seq_target[-1] == len(rounded.target_output)
+    assert (rounded.target_output[len(batch.target_output) :] == IGNORED).all()
+    assert len(rounded) == len(batch) + 1
+    assert rounded.rounded(16) is rounded

@@ -396,3 +396,18 @@ def test_twenty_pairs_are_learned_by_heart(tmp_path):
 def test_options_are_checked(options, message):
     with pytest.raises(UserError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rounded_batch_teaches_the_same(dtype, tmp_path):
+    training = training_in(tmp_path, dtype=dtype)
+    batch = training._plan()[0]
+    assert (training._prepared(batch) is batch) == (dtype == "float32")
+    results = []
+    for one in (batch, batch.rounded(64)):
+        torch.manual_seed(5)
+        loss = batch_loss(training.model, one, 0.1)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in training.model.parameters())])
+        training.optimizer.zero_grad(set_to_none=True)
+    assert_close(*results)

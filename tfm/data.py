@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tfm.errors import UserError
 from tfm.tokenizer import BOS, EOS, PAD, Tokenizer
 
 LINES_PER_ENCODING = 16_384
+
+
+# A target that the loss does not count; torch's default.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,34 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, which `to(..., non_blocking=True)` needs to run beside the host."""
         return self._map(Tensor.pin_memory)
+
+    def rounded(self, multiple: int) -> Batch:
+        """The batch with one more sentence of padding, so that each side has a multiple of so many tokens.
+
+        Its targets are IGNORED; it sees itself alone, and no sentence sees it. For libraries that prepare their
+        matmuls anew for each number of rows.
+        """
+        extra = [-len(side) % multiple for side in (self.source, self.target_output)]
+        if extra == [0, 0]:
+            return self
+
+        def longer(side: Tensor, place: int, value: int) -> Tensor:
+            return F.pad(side, (0, extra[place]), value=value)
+
+        def more(cu_seq: Tensor, place: int) -> Tensor:
+            return torch.cat((cu_seq, cu_seq[-1:] + extra[place]))
+
+        return Batch(
+            longer(self.source, 0, PAD),
+            longer(self.source_positions, 0, 0),
+            more(self.cu_seq_source, 0),
+            max(self.max_source, extra[0]),
+            longer(self.target_input, 1, PAD),
+            longer(self.target_output, 1, IGNORED),
+            longer(self.target_positions, 1, 0),
+            more(self.cu_seq_target, 1),
+            max(self.max_target, extra[1]),
+        )
 
     def padded(self) -> PaddedBatch:
         """The same batch with one row a sentence, for models that do not take packed input."""

@@ -26,6 +26,8 @@ __all__ = ["NAMESPACE", "logits_rows"]
 ROWS = {4: 256, 2: 768}
 # No chunk is larger, unless the results are too. Those up to 32 MB glibc keeps, which spares the next call its pages.
 CHUNK_BYTES = 64 << 20
+# Fewer than one row in so many may be ignored and yet go through the products.
+FEW_IGNORED = 16
 # Below so many elements torch adds them up on one thread.
 SUMMED_AT_ONCE = 1 << 14
 
@@ -50,13 +52,16 @@ def linear_cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The operator; `scale` is 1, as the gradients are those of the loss already."""
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    index = _counted(target, ignore_index)
+    index, kept = _counted(target, ignore_index)
     x, labels = _rows(input, index), _rows(target, index).contiguous()
     losses = torch.empty(len(x), dtype=torch.float32)
-    divisor = torch.tensor(float(max(1, len(x)) if reduction == "mean" else 1))
+    count = len(x) if kept is None else int(kept.sum())
+    divisor = torch.tensor(float(max(1, count) if reduction == "mean" else 1))
     wanted = needs if reduction != "none" else [False] * 3
     weight = linear_weight.to(input.dtype)
-    d_input, d_weight, d_bias = CHUNKS.run(x, weight, linear_bias, labels, losses, wanted, options, divisor=divisor)
+    d_input, d_weight, d_bias = CHUNKS.run(
+        x, weight, linear_bias, labels, losses, wanted, options, divisor=divisor, kept=kept
+    )  # fmt: skip
     if reduction == "none":
         return _spread(losses, index, len(input)), losses.new_empty(0), None, None, None
     # In parts of a fixed size, so that the sum does not depend on the threads.
@@ -70,11 +75,12 @@ def linear_cross_entropy_backward(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     """The operator."""
-    index = _counted(target, ignore_index)
+    index, kept = _counted(target, ignore_index)
     x, labels, factors = (_rows(rows, index) for rows in (input, target, grad))
     d_input, d_weight, d_bias = CHUNKS.run(
         x, linear_weight.to(input.dtype), linear_bias, labels.contiguous(), None, needs,
         (ignore_index, label_smoothing, z_loss, softcap), factors.float().contiguous(),
+        kept=kept,
     )  # fmt: skip
     d_input = None if d_input is None else _spread(d_input, index, len(input))
     d_weight = None if d_weight is None else d_weight.to(linear_weight.dtype)
@@ -82,10 +88,18 @@ def linear_cross_entropy_backward(
     return d_input, d_weight, d_bias
 
 
-def _counted(target: Tensor, ignore_index: int) -> Tensor | None:
-    """The indices of the rows that count, None where all do."""
+def _counted(target: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+    """The indices of the rows that count, None where all or most do; and which do [N, 1], None where all that is left.
+
+    A few ignored rows stay: oneDNN prepares bf16 products, a millisecond each, for every number of rows it meets.
+    """
     kept = target != ignore_index
-    return None if kept.all() else kept.nonzero()[:, 0]
+    count = int(kept.sum())
+    if count == len(kept):
+        return None, None
+    if len(kept) - count < len(kept) // FEW_IGNORED:
+        return None, kept[:, None]
+    return kept.nonzero()[:, 0], None
 
 
 def _rows(x: Tensor, index: Tensor | None) -> Tensor:

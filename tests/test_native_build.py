@@ -321,6 +321,13 @@ def test_says_why_there_is_no_library(
         assert native.obstacle(CPU).count("\n") == 0
 
 
+@needs_compiler
+def test_a_library_of_another_version_is_an_obstacle(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = SimpleNamespace(name="an_operator_that_it_lacks", fake=lambda: None)
+    monkeypatch.setattr("tfm.operators.TWINS", (lacking,))
+    assert " is of another version of tfm: " in native.obstacle(CPU)
+
+
 def test_says_which_processor_the_library_does_not_serve(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     operators = SimpleNamespace(instruction_set=lambda: "none", has_cuda=lambda: False)
     monkeypatch.setattr(torch.ops, "tfm_native", operators)

@@ -84,7 +84,10 @@ def _load() -> str:
 
     from tfm.operators import register_fakes
 
-    register_fakes(NAMESPACE)
+    try:
+        register_fakes(NAMESPACE)
+    except RuntimeError as error:
+        return f"tfm_native at {path} is of another version of tfm: {str(error).splitlines()[0]}"
     return ""
 
 

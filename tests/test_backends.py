@@ -202,3 +202,12 @@ def test_compiled_code_follows_use(uninterpreted):
 
 def test_the_suite_runs_kernels_somewhere():
     assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_functorch_transforms_run_on_the_reference():
+    gradient = torch.func.grad(lambda x: ops.layer_norm(x).square().sum())(X)
+    leaf = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(ops.layer_norm(leaf, impl="reference").square().sum(), leaf)
+    assert torch.equal(gradient, expected)
+    with pytest.raises(ValueError, match=r"torch\.func's transforms need operations of torch's own|not built"):
+        torch.func.grad(lambda x: ops.layer_norm(x, impl="native").sum())(X)

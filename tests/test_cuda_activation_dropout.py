@@ -161,7 +161,7 @@ def test_backward_sees_the_pre_activation_as_stored(save):
 
 
 def test_says_what_it_does_not_know():
-    with pytest.raises(RuntimeError, match=r"expected an activation of tfm\.ops\.feed_forward, got swish"):
+    with pytest.raises(RuntimeError, match=r"activation: expected one of tfm\.ops\.feed_forward, got swish"):
         torch.ops.tfm_emulated.activation_dropout(torch.ones(2, 3), *settings_of("swish"))
 
 

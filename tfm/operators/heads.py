@@ -25,8 +25,9 @@ class SplitHeads(torch.autograd.Function):
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """A projection [..., parts · heads · D] to `parts` views [..., heads, D], say of query, key and value."""
-    # Dynamo and Inductor fuse what autograd would copy.
-    if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+    # Dynamo and Inductor fuse what autograd would copy, and functorch takes no such Function.
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if plain or not (x.requires_grad and torch.is_grad_enabled()):
         return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
     return SplitHeads.apply(x, parts, heads)
 

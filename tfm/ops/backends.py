@@ -143,7 +143,11 @@ def obstacle(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automa
             return f"expected one of {', '.join(map(_dtype_name, row.dtypes))}, got {_dtype_name(dtype)}"
     if x.dim() and x.shape[-1] > row.max_columns:
         return f"expected at most {row.max_columns} columns, got {x.shape[-1]}"
-    return native.obstacle(x.device) if row.backend == "native" else triton_obstacle(x.device, automatic)
+    if row.backend == "triton":
+        return triton_obstacle(x.device, automatic)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func's transforms need operations of torch's own"
+    return native.obstacle(x.device)
 
 
 def triton_obstacle(device: torch.device, automatic: bool) -> str:

@@ -17,41 +17,41 @@ Case forward(bool narrow) {
                                        .residual = matrix(input(1, narrow), narrow),
                                        .y = matrix(outputs[0].data(), narrow),
                                        .h = matrix(outputs[1].data(), narrow),
-                                       .x_bias = matrix(input(2)),
-                                       .weight = matrix(input(3)),
-                                       .bias = matrix(input(4)),
+                                       .x_bias = floats(2),
+                                       .weight = floats(3),
+                                       .bias = floats(4),
                                        .mean = floats(outputs[2]),
                                        .rstd = floats(outputs[3]),
                                        .columns = COLUMNS,
                                        .eps = 1e-5f,
-                                       .weight_offset = 0.0f,
                                        .has_residual = true,
                                        .round_first = false,
                                        .dropout = dropout()};
-                TFM_ISA::norm_forward(call, begin, end);
+                std::vector<float> scratch(4 * padded(COLUMNS));
+                TFM_ISA::norm_forward(call, scratch.data(), begin, end);
             }};
 }
 
 Case backward(bool narrow) {
     return {named("norm_backward", narrow),
             BLOCKS,
-            {{WHOLE, narrow}, {WHOLE, narrow}, {3 * BLOCKS * COLUMNS}},
+            {{WHOLE, narrow}, {WHOLE, narrow}, {3 * BLOCKS * padded(COLUMNS)}},
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 const NormBackward call{.dy = matrix(input(0, narrow), narrow),
                                         .dh = matrix(input(1, narrow), narrow),
                                         .h = matrix(input(2, narrow), narrow),
                                         .dx = matrix(outputs[0].data(), narrow),
                                         .dresidual = matrix(outputs[1].data(), narrow),
-                                        .weight = matrix(input(3)),
+                                        .weight = floats(3),
                                         .mean = floats(4),
                                         .rstd = floats(5),
                                         .sums = floats(outputs[2]),
                                         .rows = ROWS,
                                         .columns = COLUMNS,
                                         .block_rows = BLOCK_ROWS,
-                                        .weight_offset = 0.0f,
                                         .dropout = dropout()};
-                TFM_ISA::norm_backward(call, begin, end);
+                std::vector<float> scratch(5 * padded(COLUMNS));
+                TFM_ISA::norm_backward(call, scratch.data(), begin, end);
             }};
 }
 

@@ -128,6 +128,18 @@ def test_writes_readme_and_pictures_once(tmp_path, readme, capsys):
     assert main([*arguments, "--check"]) == 0
 
 
+def test_of_two_trainings_the_newer_speaks_of_speed(tmp_path):
+    old = json.loads((ROOT / "benchmarks" / "results" / "multi30k_cpu.json").read_text())
+    new = {name: value for name, value in old.items() if name != "quality"}
+    new["environment"] = old["environment"] | {"date": "2099-01-01T00:00:00+00:00"}
+    for name, data in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    text = tables.markdown(load(tmp_path), tmp_path)
+    first, second = text.index("`new.json`"), text.index("`old.json`")
+    assert first < text.index("Real tokens a second") < second < text.index("greedy BLEU")
+    assert text.count("Real tokens a second") == text.count("greedy BLEU") == 1
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 99}', '{"format": 1}'])
 def test_damaged_records_are_one_line(damage, tmp_path, readme, capsys):
     (tmp_path / "broken.json").write_text(damage)

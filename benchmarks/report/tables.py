@@ -28,7 +28,10 @@ STALE = "stale"
 
 def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
     """Everything that README generates: the training records, the newest record of each device, and what is missing."""
-    parts = [training(record) for record in records if record.data.get("benchmark") == "training"]
+    of_training = [record for record in records if record.data.get("benchmark") == "training"]
+    # Of several that measured the same the newest speaks of speed; an older one only of what was learnt.
+    fastest = {_task(record): record for record in of_training if record.data.get("throughput")}
+    parts = [training(record, fastest.get(_task(record), record) is record) for record in reversed(of_training)]
     parts += [device(record, root) for record in newest(records)]
     parts.append(missing(records, root))
     return "\n\n".join(parts)
@@ -102,27 +105,36 @@ def _flops(rate: float) -> str:
     return f"{rate:,.0f} TFLOP/s" if rate >= 10 else f"{1e3 * rate:,.0f} GFLOP/s"
 
 
-def training(record: Record) -> str:
+def training(record: Record, with_speed: bool = True) -> str:
     """A record of the training benchmark: tokens a second, then what the same minutes taught."""
     environment, arguments = record.environment, record.data["arguments"]
-    corpus = CORPORA[record.data["corpus"]]
-    preset = arguments["preset"] or ("demo" if record.data["corpus"] == "bundled" else "tiny")
+    corpus, preset, _ = _task(record)
     lines = [
-        f"Training preset `{preset}` on {corpus}, batches of {arguments['batch_tokens']:,} tokens, on {record.device}, "
-        f"{environment['threads']} threads, torch {environment['torch']} (`{record.path.name}`, "
-        f"{environment['date'][:10]}). Real tokens a second, source and target, {arguments['repeats']} repeats of "
-        f"{arguments['throughput_seconds']:.0f} seconds in turn:",
-        "",
-        *_throughput(record.data.get("throughput", {}), "eager"),
+        f"Training preset `{preset}` on {CORPORA[corpus]}, batches of {arguments['batch_tokens']:,} tokens, on "
+        f"{record.device}, {environment['threads']} threads, torch {environment['torch']} (`{record.path.name}`, "
+        f"{environment['date'][:10]}, commit {str(environment['commit'])[:7]})."
     ]
+    if with_speed:
+        lines[0] += (
+            f" Real tokens a second, source and target, {arguments['repeats']} repeats of "
+            f"{arguments['throughput_seconds']:.0f} seconds in turn:"
+        )
+        lines += ["", *_throughput(record.data.get("throughput", {}), "eager")]
     if quality := record.data.get("quality"):
         lines += [
             "",
-            f"Then {arguments['minutes']:.0f} minutes each, greedy BLEU by sacrebleu on tokenized lower-cased text:",
+            f"In {arguments['minutes']:.0f} minutes each, greedy BLEU by sacrebleu on tokenized lower-cased text:",
             "",
             *_quality(quality, arguments["test_set"]),
         ]
     return "\n".join(lines)
+
+
+def _task(record: Record) -> tuple[str, str, str]:
+    """What was trained where: the corpus, the preset and the device."""
+    corpus = record.data["corpus"]
+    preset = record.data["arguments"]["preset"] or ("demo" if corpus == "bundled" else "tiny")
+    return corpus, preset, record.device
 
 
 def _throughput(results: dict[str, Any], baseline: str) -> list[str]:

@@ -12,6 +12,7 @@ clock. Without --data and with --minutes 0 nothing is learnt: the tokens are ran
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -202,6 +203,8 @@ def beside(peers: list[str]) -> list[str]:
 
 def main() -> None:
     arguments = parse()
+    # Contenders share this process: none is to push out the matmuls that oneDNN has prepared for another.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     torch.set_num_threads(arguments.threads)
     if REHEARSAL:
         torch.compiler.set_stance("force_eager")

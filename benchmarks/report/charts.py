@@ -17,7 +17,8 @@ def roofline(record: Record) -> bytes | None:
     if not rows:
         return None
     figure = Figure(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
-    axes = figure.add_subplot(title=f"{record.device}: share of the measured ceiling", xlim=(0, 1))
+    figure.suptitle(f"{record.device}: share of the measured ceiling")
+    axes = figure.add_subplot(xlim=(0, 1))
     labels = [f"{_label(row)} ({row.ceiling})" for row in rows]
     axes.barh(labels, [row.share for row in rows], color=OURS)
     axes.invert_yaxis()
@@ -36,7 +37,8 @@ def speed_up(record: Record) -> bytes | None:
         return None
     cases = list(dict.fromkeys(case for _, case, _ in points))
     figure = Figure(figsize=(8, 1 + 0.22 * len(cases)), layout="constrained")
-    axes = figure.add_subplot(title=f"{record.device}: time of each peer over ours", xscale="log")
+    figure.suptitle(f"{record.device}: time of each peer over ours")
+    axes = figure.add_subplot(xscale="log")
     for peer in dict.fromkeys(peer for peer, _, _ in points):
         ratios = [ratio for name, _, ratio in points if name == peer]
         axes.scatter(ratios, [cases.index(case) for name, case, _ in points if name == peer], s=14, label=peer)

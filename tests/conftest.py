@@ -52,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("triton") and not backends.has_triton():
+            item.add_marker(pytest.mark.skip(reason="triton is not installed"))
 
 
 @pytest.fixture(autouse=True)

@@ -113,6 +113,7 @@ def test_an_operation_obeys_impl_and_use(name, uninterpreted):
         function(impl="cuda")
 
 
+@pytest.mark.triton
 def test_a_request_by_name_gives_its_reason(uninterpreted, monkeypatch):
     with pytest.raises(ValueError, match=rf"^layer_norm cannot run with impl='triton': {CPU_NEEDS}$"):
         choose("layer_norm", "triton", X)

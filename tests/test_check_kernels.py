@@ -14,7 +14,7 @@ from benchmarks.compiled import CASES, Compiled, cases_of, compile_all
 from benchmarks.sass import count_instructions
 
 # What one process has run and these tests look at is not run by another.
-pytestmark = pytest.mark.xdist_group("check_kernels")
+pytestmark = [pytest.mark.triton, pytest.mark.xdist_group("check_kernels")]
 # Each but the first and the last two is unfit for sm_90 in its own way. One warp holds 32 x 255 values; a 16-row tile
 # is too short for HGMMA; five stages of 64 KB are more than 227 KB; nothing is called tl.nothing.
 UNFIT = """

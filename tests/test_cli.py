@@ -339,6 +339,7 @@ def test_demo_leaves_other_folders_alone(small_demo: None, trained: tuple[Path, 
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.triton
 def test_doctor_tries_every_backend() -> None:
     result = tfm("doctor")
     assert result.exit_code == 0
@@ -356,6 +357,7 @@ def test_doctor_tries_every_backend() -> None:
     assert {"ninja", "nvcc"} <= rows.keys()
 
 
+@pytest.mark.triton
 def test_doctor_says_why_a_backend_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from tfm.cli.doctor import try_backend
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformer_cases import (
     BATCH,
@@ -17,6 +18,7 @@ from transformer_cases import (
 )
 
 import tfm.nn
+from tfm.native import toolchain
 
 
 def test_compiles_to_one_graph() -> None:
@@ -40,6 +42,7 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.skipif(bool(toolchain.missing()), reason="Inductor needs a C++ compiler")
 def test_inductor_runs_it() -> None:
     torch._dynamo.reset()
     layer = tfm.nn.TransformerEncoderLayer(DIM, HEADS, 12, 0.0, batch_first=True, dtype=torch.float64)

@@ -71,6 +71,7 @@ def test_version_is_a_string():
     assert tfm.__version__[0].isdigit()
 
 
+@pytest.mark.triton
 def test_every_module_is_imported_once_and_shadows_nobody(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("OWNER = 'somebody else'")
@@ -145,6 +146,7 @@ def installed(copy, tmp_path_factory) -> Path:
 
 
 @pytest.mark.xdist_group("installed")
+@pytest.mark.triton
 def test_installs_and_imports_from_elsewhere(installed, tmp_path):
     program = f"import sys; sys.path.insert(0, {str(installed)!r})\n" + IMPORT_EVERYTHING
     report = """

@@ -97,7 +97,7 @@ HALF, SINGLE = torch.float16, torch.float32
 
 @pytest.mark.parametrize("dtypes", [(HALF, HALF), (SINGLE, SINGLE), (HALF, SINGLE), (SINGLE, HALF)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=pytest.mark.triton)])
 def test_rounds_as_the_families_do(family, dtypes, impl, kernel_device):
     x, weight = (
         torch.randn(*size, device=kernel_device).to(d) for size, d in zip([(9, 65), (65,)], dtypes, strict=True)

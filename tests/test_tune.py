@@ -17,6 +17,8 @@ from benchmarks.suite import BOTH, OURS, Peer, Suite, Work
 from benchmarks.trials import best_of, try_all
 from tfm.kernels import launch
 
+pytestmark = pytest.mark.triton
+
 # Of an operation that works with 1 to 8 warps, gives wrong gradients with 16, and does not launch with 32.
 EXPECTED = {2: 0.9, 4: 0.7, 16: 0.6, 32: 0.8}
 TODAYS = launch.sum_partials(32)

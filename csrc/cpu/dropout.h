@@ -34,17 +34,6 @@ TFM_INLINE void multiply(Words a, uint32_t b, Words& low, Words& high) {
 #endif
 }
 
-// a0 b0 a1 b1 ... in two vectors.
-TFM_INLINE void zip(Words a, Words b, Words& first, Words& second) {
-    Words one, two;
-    for (int i = 0; i < WIDTH; ++i) {
-        one[i] = i / 2 + (i % 2) * WIDTH;
-        two[i] = one[i] + WIDTH / 2;
-    }
-    first = __builtin_shuffle(a, b, one);
-    second = __builtin_shuffle(a, b, two);
-}
-
 // The eight outcomes of each lane's counter (c0, c1, group, site), lane after lane.
 TFM_INLINE void draw(const Dropout& dropout, Words c0, Words c1, int64_t group, uint16_t* outcomes) {
     const uint64_t seed = static_cast<uint64_t>(*dropout.seed);

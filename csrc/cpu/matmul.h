@@ -98,17 +98,6 @@ static void product(int64_t rows, int64_t columns, int64_t depth, const float* a
             product_columns<TRANSPOSED, ADD, 1>(rows, depth, a, a_stride, b.data, b.row, c, c_row);
 }
 
-// The i-th numbers of a and of b side by side, in two vectors: a0 b0 a1 b1 ...
-TFM_INLINE void interleave(Floats a, Floats b, Floats& first, Floats& second) {
-    Ints one, two;
-    for (int i = 0; i < WIDTH; ++i) {
-        one[i] = i / 2 + (i % 2) * WIDTH;
-        two[i] = one[i] + WIDTH / 2;
-    }
-    first = __builtin_shuffle(a, b, one);
-    second = __builtin_shuffle(a, b, two);
-}
-
 // A WIDTH x WIDTH matrix, row by row: each round moves one bit of the column's number to the row's.
 TFM_INLINE void transpose(Floats (&rows)[WIDTH]) {
 #pragma GCC unroll 4
@@ -116,7 +105,7 @@ TFM_INLINE void transpose(Floats (&rows)[WIDTH]) {
         Floats next[WIDTH];
 #pragma GCC unroll 8
         for (int i = 0; i < WIDTH / 2; ++i)
-            interleave(rows[i], rows[i + WIDTH / 2], next[2 * i], next[2 * i + 1]);
+            zip(rows[i], rows[i + WIDTH / 2], next[2 * i], next[2 * i + 1]);
 #pragma GCC unroll 16
         for (int i = 0; i < WIDTH; ++i)
             rows[i] = next[i];

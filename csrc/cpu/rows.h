@@ -17,7 +17,6 @@ inline bool is_narrow(Width width) {
 }
 
 inline Matrix matrix(const Rows& x) { return {x.data(), is_narrow(x.width()), x.stride}; }
-inline Matrix matrix(const Vector& x) { return {x.data(), is_narrow(x.width()), 0}; }
 
 // Memory of one thread's own, of so many rows of whole vectors.
 struct Scratch {

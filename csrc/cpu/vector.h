@@ -106,6 +106,18 @@ TFM_INLINE Ints lanes() {
     return result;
 }
 
+// a0 b0 a1 b1 ... in two vectors.
+template <class Vector>
+TFM_INLINE void zip(Vector a, Vector b, Vector& first, Vector& second) {
+    Ints one, two;
+    for (int i = 0; i < WIDTH; ++i) {
+        one[i] = i / 2 + (i % 2) * WIDTH;
+        two[i] = one[i] + WIDTH / 2;
+    }
+    first = __builtin_shuffle(a, b, one);
+    second = __builtin_shuffle(a, b, two);
+}
+
 TFM_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
 // Lane 0 meets the lane `half` behind it, then the half of that, and so on.

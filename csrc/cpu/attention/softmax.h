@@ -56,7 +56,7 @@ TFM_INLINE Floats across(Floats (&parts)[WIDTH], Join join) {
 #pragma GCC unroll 8
         for (int i = 0; i < half; ++i) {
             Floats first, second;
-            interleave(parts[i], parts[i + half], first, second);
+            zip(parts[i], parts[i + half], first, second);
             parts[i] = join(first, second);
         }
     return parts[0];

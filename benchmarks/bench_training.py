@@ -5,13 +5,15 @@
 Tokenizer, batches and their order, initial weights, recipe and update rule are the same for all, in one run; the models
 are one function of their weights (tests/test_torch_translator.py). Tokens are real ones: source + target without
 padding. BLEU is that of greedy translations, every model's by the same decoder. Compilation and warm-up are outside the
-clock. Without --data and with --minutes 0 nothing is learnt: the tokens are random then, in Multi30k's lengths, and
---preset's model runs at its own size.
+clock. --updates ends the training for quality after so many, or --minutes do, whichever comes first. Without --data and
+with --minutes 0 nothing is learnt: the tokens are random then, in Multi30k's lengths, and --preset's model runs at its
+own size.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +30,7 @@ from rich.table import Table
 from benchmarks.device import AS_GPU, CUDA, DEVICE, REHEARSAL
 from benchmarks.record import environment, write
 from benchmarks.suite import OURS
-from benchmarks.timed_training import TimedTraining, load, synthetic_task
+from benchmarks.timed_training import TimedTraining, learns, load, synthetic_task
 from benchmarks.torch_translator import CONTENDERS, TorchTranslator, copy_back
 from tfm.config import PRESETS
 from tfm.errors import UserError
@@ -104,12 +106,13 @@ def measure_quality(arguments: argparse.Namespace, record: dict[str, Any]) -> No
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """Train one contender for --minutes, then translate the test set with its weights."""
+    """Train one contender for --minutes or --updates, then translate the test set with its weights."""
     torch.set_num_threads(arguments.threads)
     task, device = load(arguments), torch.device(arguments.device)
     training = TimedTraining(name, task, device, seed)
     result: dict[str, Any] = {"start_loss": training.start_loss(), "warm_up_seconds": training.warm_up()}
-    result |= training.run_for(60 * arguments.minutes)
+    minutes, updates = (math.inf if limit is None else limit for limit in (arguments.minutes, arguments.updates))
+    result |= training.run_for(60 * minutes, updates)
     if training.loss_steps:
         training._point(training.clock)
     epochs = training.epoch + training.batch / len(training._plan())
@@ -162,6 +165,11 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
                 raise argparse.ArgumentTypeError(f"expected some of {', '.join(CONTENDERS)}, got {name!r}")
         return chosen
 
+    def updates(text: str) -> int:
+        if not text.isdecimal() or not int(text):
+            raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+        return int(text)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of Multi30k's tok files; default: the bundled corpus")
     parser.add_argument("--source-language", default="en")
@@ -176,7 +184,8 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=names, default=["eager", "compile"], help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--throughput-seconds", type=float, default=60.0, help="a repeat of a contender; 0 = skip")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=20.0, help="of training for quality; 0 = skip")
+    parser.add_argument("--minutes", type=float, help="of training for quality; 0 = skip; default: 20")
+    parser.add_argument("--updates", type=updates, help="ends that training, too; without --minutes it alone does")
     parser.add_argument("--train-peers", type=names, default=["eager"], help="as --peers, to be trained for quality")
     parser.add_argument("--train-seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
@@ -186,8 +195,10 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     arguments.baseline = next((name for name in BASELINES if name in arguments.contenders), None)
     if arguments.quick:
         arguments.throughput_seconds, arguments.repeats, arguments.minutes = 3.0, 2, 0.1
+    elif arguments.minutes is None and arguments.updates is None:
+        arguments.minutes = 20.0
     if arguments.preset is None:
-        arguments.preset = "demo" if arguments.data is None and arguments.minutes else "tiny"
+        arguments.preset = "demo" if arguments.data is None and learns(arguments) else "tiny"
     if arguments.batch_tokens is None:
         on_gpu = torch.device(arguments.device).type == "cuda"
         arguments.batch_tokens = PRESETS[arguments.preset].recipe.batch_tokens if on_gpu else 2048
@@ -213,13 +224,13 @@ def main() -> None:
     record: dict[str, Any] = {
         "benchmark": "training",
         "environment": environment(torch.device(arguments.device)),
-        "corpus": "multi30k" if arguments.data else "bundled" if arguments.minutes else "synthetic",
+        "corpus": "multi30k" if arguments.data else "bundled" if learns(arguments) else "synthetic",
         "arguments": shown,
     }
     try:
         if arguments.throughput_seconds:
             measure_throughput(arguments, record)
-        if arguments.minutes:
+        if learns(arguments):
             measure_quality(arguments, record)
     except UserError as error:
         raise SystemExit(f"bench_training: {error}") from None
@@ -241,7 +252,7 @@ def test_training_step(benchmark: Any, peer: str) -> None:
     benchmark.extra_info |= {"suite": "training", "direction": "step", "size": "tiny", "peer": peer, "mode": "eager"}
     training = TimedTraining(STEPS[peer], synthetic_task(), DEVICE, 1)
     plan = training._plan()
-    batch = plan[len(plan) // 2].to(training.device)
+    batch = plan[len(plan) // 2]
     benchmark.pedantic(training._update, args=(batch,), rounds=5, warmup_rounds=3 if AS_GPU else 1)
     if benchmark.stats is not None:
         benchmark.extra_info["tokens_per_second"] = batch.tokens / benchmark.stats.stats.median

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -50,15 +51,18 @@ class TimedTraining(Training):
         torch.manual_seed(seed)
         # A peer has the bundled model's interface.
         model = cast(Transformer, self.contender.build(task.config, device))
-        options = Options(seed=seed, dtype=self.contender.dtype, tokenize="none")
+        is_peer = self.contender.torch_model
+        options = Options(seed=seed, dtype=self.contender.dtype, tokenize="none", graphs=not is_peer)
         nowhere = Run(Path(tempfile.gettempdir()))
         super().__init__(nowhere, model, task.tokenizer, task.recipe, task.pairs, None, options)
         self.points: list[dict[str, float]] = []
         self.clock = 0.0
 
     def _prepared(self, batch: Batch) -> Batch:
+        if not self.contender.torch_model:
+            return super()._prepared(batch)
         # A peer's padded batches have few shapes as they are, and a sentence more would be work for nothing.
-        return batch if self.contender.torch_model else super()._prepared(batch)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def start_loss(self) -> float:
         """The untrained model's loss of the first batch, without dropout."""
@@ -71,30 +75,42 @@ class TimedTraining(Training):
         return loss
 
     def warm_up(self) -> float:
-        """Forward and backward over short to long batches, without an update; returns the seconds it took."""
+        """Updates by short to long batches, or by all shapes that become graphs, all undone; returns their seconds."""
         started = time.perf_counter()
         self.model.train()
-        plan = batches(self.pairs, self.recipe.batch_tokens, shuffle=False)
-        for place in range(WARM_UP_BATCHES):
-            batch = plan[place * (len(plan) - 1) // (WARM_UP_BATCHES - 1)].to(self.device)
-            batch_loss(self.model, self._prepared(batch), self.recipe.label_smoothing, self.options.dtype).backward()
-            self.optimizer.zero_grad(set_to_none=True)
+        parameters = list(self.model.parameters())
+        initial = [parameter.detach().clone() for parameter in parameters]
+        for batch in self._warm_up_batches():
+            self._update(batch)
+        with torch.no_grad():
+            for parameter, weights in zip(parameters, initial, strict=True):
+                parameter.copy_(weights)
+                for state in self.optimizer.state[parameter].values():
+                    state.zero_()
+        self.step = self.batch = self.loss_steps = 0
+        self.updates.zero_()
+        self.loss_sum.zero_()
         self._synchronize()
         torch.manual_seed(self.options.seed)
         return time.perf_counter() - started
 
-    def run_for(self, seconds: float) -> dict[str, float]:
-        """Train for so long; what was done, and how fast."""
+    def _warm_up_batches(self) -> list[Batch]:
+        plan = batches(self.pairs, self.recipe.batch_tokens, shuffle=False)
+        if self.steps.capture is None:
+            return [plan[place * (len(plan) - 1) // (WARM_UP_BATCHES - 1)] for place in range(WARM_UP_BATCHES)]
+        # One is run, the next is captured.
+        return 2 * list({self._prepared(batch).shape: batch for batch in plan}.values())
+
+    def run_for(self, seconds: float, updates: float = math.inf) -> dict[str, float]:
+        """Train for so long, or so many updates where they take less; what was done, and how fast."""
         tokens, first, plan = 0, self.step, self._plan()
         self._synchronize()
         started, elapsed = time.perf_counter(), 0.0
-        while elapsed < seconds:
+        while elapsed < seconds and self.step - first < updates:
             if self.batch == len(plan):
                 self.epoch, self.batch = self.epoch + 1, 0
                 plan = self._plan()
             batch = plan[self.batch]
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device, non_blocking=True)
             self._update(batch)
             tokens += batch.tokens
             if self.step % UPDATES_PER_POINT == 0:
@@ -104,8 +120,8 @@ class TimedTraining(Training):
         elapsed = time.perf_counter() - started
         self._check_finite()
         self.clock += elapsed
-        updates = self.step - first
-        return {"seconds": elapsed, "updates": updates, "tokens": tokens, "tokens_per_second": tokens / elapsed}
+        done = self.step - first
+        return {"seconds": elapsed, "updates": done, "tokens": tokens, "tokens_per_second": tokens / elapsed}
 
     def _point(self, seconds: float) -> None:
         loss = self.loss_sum.item() / self.loss_steps
@@ -118,13 +134,18 @@ class TimedTraining(Training):
             torch.cuda.synchronize(self.device)
 
 
+def learns(arguments: argparse.Namespace) -> bool:
+    """Whether the command line asks for a training that is to teach something: --minutes 0 does not."""
+    return arguments.minutes != 0
+
+
 def load(arguments: argparse.Namespace) -> Task:
     """The task that the command line names; without --data the bundled corpus, or random tokens to learn nothing from.
 
     Raises:
         UserError: a file of --data is missing or damaged.
     """
-    if arguments.data is None and not arguments.minutes:
+    if arguments.data is None and not learns(arguments):
         return synthetic_task(arguments.preset, arguments.batch_tokens)
     if arguments.data is None:
         training, held_out = (

@@ -170,7 +170,7 @@ def tokenizer():
 
 def test_encode_parallel_ends_each_sentence(tokenizer, monkeypatch):
     text = ParallelText(["the dog", "the cat sees", "dog"], ["le chien", "le chat voit", "chien"])
-    monkeypatch.setattr("tfm.data.LINES_PER_ENCODING", 2)
+    monkeypatch.setattr("tfm.data.plan.LINES_PER_ENCODING", 2)
     pairs = encode_parallel(text, tokenizer, max_length=100)
     assert (len(pairs), pairs.skipped) == (3, 0)
     assert rows_of(pairs.source, pairs.source_offsets) == [[*ids, EOS] for ids in tokenizer.encode(text.source)]
@@ -324,16 +324,35 @@ def test_on_a_gpu_nothing_changes():
         assert_close(dense.cpu(), expected)
 
 
-def test_a_rounded_batch_has_one_more_sentence():
-    source, target = torch.arange(10, 20), torch.arange(10, 17)
-    pairs = EncodedPairs(source, torch.tensor([0, 3, 10]), target, torch.tensor([0, 5, 7]))
-    batch = batches(pairs, 100, shuffle=False)[0]
-    rounded = batch.rounded(16)
-    for side in ("source", "target_output"):
-        assert len(getattr(rounded, side)) % 16 == 0
-        assert torch.equal(getattr(rounded, side)[: len(getattr(batch, side))], getattr(batch, side))
-    assert torch.equal(rounded.cu_seq_source[:-1], batch.cu_seq_source)
-    assert rounded.cu_seq_target[-1] == len(rounded.target_output)
+@pytest.mark.parametrize("multiples", [(16,), (1,), (64, 8, 4), (7, 3, 1), (32, 1, 5)], ids=str)
+def test_a_rounded_batch_is_filled_up_behind_its_sentences(multiples):
+    tokens, sentences, length = [*multiples, 1, 1][:3]
+    batch = batches(random_pairs(30), 150, shuffle=False)[2]
+    rounded = batch.rounded(*multiples)
+    assert len(rounded) % sentences == 0
+    for side, longest in (("source", "max_source"), ("target", "max_target")):
+        cu_seq, before = (getattr(one, f"cu_seq_{side}") for one in (rounded, batch))
+        names = ["source", "source_positions"] if side == "source" else ["target_input", "target_positions"]
+        for name in names:
+            values, own = getattr(rounded, name), getattr(batch, name)
+            assert len(values) % tokens == 0
+            assert len(values) - len(own) < tokens
+            assert torch.equal(values[: len(own)], own)
+            assert not values[len(own) :].any()
+        assert getattr(rounded, longest) == -(-getattr(batch, longest) // length) * length
+        assert torch.equal(cu_seq[: len(before)], before)
+        assert (cu_seq[0], cu_seq[-1]) == (0, len(getattr(rounded, names[0])))
+        assert 0 <= cu_seq.diff().min() <= cu_seq.diff().max() <= getattr(rounded, longest)
+    assert torch.equal(rounded.target_output[: len(batch.target_output)], batch.target_output)
     assert (rounded.target_output[len(batch.target_output) :] == IGNORED).all()
-    assert len(rounded) == len(batch) + 1
-    assert rounded.rounded(16) is rounded
+    assert rounded.rounded(*multiples).shape == rounded.shape
+
+
+def test_a_batch_takes_the_numbers_of_another():
+    one, other = (batches(random_pairs(30), 150, seed)[0].rounded(150, 30, 30) for seed in (1, 2))
+    assert one.shape == other.shape
+    held = one.clone()
+    pointers = [value.data_ptr() for value in vars(held).values() if isinstance(value, torch.Tensor)]
+    held.copy_(other)
+    assert contents(held) == contents(other) != contents(one)
+    assert pointers == [value.data_ptr() for value in vars(held).values() if isinstance(value, torch.Tensor)]

@@ -110,6 +110,14 @@ def train(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the activations; float32 by default.", rich_help_panel=RUN)
     ] = None,
+    graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs",
+            help="On a GPU, replay each update as one CUDA graph; takes as much memory again. On by default.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Train a translation model on two files of parallel lines.
@@ -141,6 +149,7 @@ def train(
             "tokenize": tokenize,
             "seed": seed,
             "dtype": dtype,
+            "graphs": graphs,
         },
         texts=runs.Texts(source, target, valid_source, valid_target),
         max_steps=max_steps,

@@ -104,7 +104,9 @@ def linear_cross_entropy(
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Where reading the target costs nothing: on CPUs, and where the user already waits for every kernel."""
     waiting = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
-    readable = target.device.type == "cpu" or (target.is_cuda and waiting)
+    readable = target.device.type == "cpu" or (
+        target.is_cuda and waiting and not torch.cuda.is_current_stream_capturing()
+    )
     if not readable or torch.compiler.is_compiling():
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)

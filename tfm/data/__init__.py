@@ -1,0 +1,19 @@
+"""From parallel text to batches: text.py reads it, plan.py encodes and cuts it, batch.py is what is trained on."""
+
+from tfm.data.batch import IGNORED, Batch, PaddedBatch
+from tfm.data.plan import BatchPlan, EncodedPairs, batches, encode_parallel
+from tfm.data.text import ParallelText, read_lines, read_parallel, split_lines
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "BatchPlan",
+    "EncodedPairs",
+    "PaddedBatch",
+    "ParallelText",
+    "batches",
+    "encode_parallel",
+    "read_lines",
+    "read_parallel",
+    "split_lines",
+]

@@ -43,7 +43,8 @@ CONTRACT = {
     "attend": May("errors model tokenizer", "torch"),
     "generate": May("checkpoint config data errors model ops sequences tokenizer", "torch"),
     "evaluate": May(outside="sacrebleu"),
-    "train": May("checkpoint config data errors evaluate files generate model ops sequences tokenizer", "torch"),
+    "graphs": May("data", "torch"),
+    "train": May("checkpoint config data errors evaluate files generate graphs model ops sequences tokenizer", "torch"),
     "plots": May("attend errors model ops", "torch matplotlib"),
     "demo": May(),
 }

@@ -374,7 +374,7 @@ def test_a_run_without_validation(tmp_path):
 
 def test_twenty_pairs_are_learned_by_heart(tmp_path):
     text = ParallelText(*parallel_lines(20, seed=3))
-    recipe = Recipe(TOKENIZER.vocab_size, 4000, learning_rate=5e-3, warmup=30, max_steps=150, label_smoothing=0.0)
+    recipe = Recipe(TOKENIZER.vocab_size, 4000, learning_rate=5e-3, warmup=30, max_steps=200, label_smoothing=0.0)
     model = Transformer(small_config(vocab_size=TOKENIZER.vocab_size, dim=32, ffn_dim=64))
     pairs = encode_parallel(text, TOKENIZER, 32)
     training = Training(Run(tmp_path), model, TOKENIZER, recipe, pairs, text, Options(interval=1000))

@@ -17,9 +17,10 @@ dk and dv   Four accumulators of a tile are alive at once (s, dp, dk, dv), which
             made in two passes, each of which computes s again.
 
 Dropout, whose mask passes from its own layout to the product's, and a bias or a mask as bits take 60 to 90 registers:
-smaller tiles, so that two or three programs still share the multiprocessor. Every row of sm_80, sm_86, sm_89 and sm_120
-fits 99 KB; there products hold their first factor in registers, too. fp32 is multiplied without tensor cores, or by
-tf32 of the same small tiles.
+smaller tiles, so that two or three programs still share the multiprocessor; still smaller ones for both at once, so
+that triton 3.6, whose code takes more registers than 3.7's, spills nothing on sm_90 either. Every row of sm_80, sm_86,
+sm_89 and sm_120 fits 99 KB; there products hold their first factor in registers, too. fp32 is multiplied without tensor
+cores, or by tf32 of the same small tiles.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ QUERIES: Table = {
     256: (AttentionTiles(64, 32, 8, 2),),
 }
 KEYS: Table = {
-    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(32, 64, 4, 3)),
-    128: (AttentionTiles(32, 128, 8, 2), AttentionTiles(32, 64, 8, 3)),
-    192: (AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 8, 2)),
+    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(32, 64, 4, 3), AttentionTiles(16, 64, 4, 3)),
+    128: (AttentionTiles(32, 128, 8, 2), AttentionTiles(32, 64, 8, 3), AttentionTiles(16, 64, 8, 3)),
+    192: (AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 8, 2), AttentionTiles(16, 64, 8, 2, passes=2)),
     256: (AttentionTiles(32, 64, 8, 2, passes=2), AttentionTiles(16, 64, 8, 2, 255, passes=2)),
 }
 # Of chips without tensor cores that read both factors from shared memory: sm_80, sm_86, sm_89, sm_120.
@@ -95,14 +96,14 @@ FP32_FORWARD: Table = {
     256: (AttentionTiles(16, 32, 8, 2),),
 }
 FP32_QUERIES: Table = {
-    64: (AttentionTiles(32, 32, 4, 2),),
+    64: (AttentionTiles(32, 32, 4, 2), AttentionTiles(16, 32, 4, 2, 255)),
     128: (AttentionTiles(16, 32, 8, 2),),
     192: (AttentionTiles(16, 16, 8, 2),),
     256: (AttentionTiles(16, 16, 8, 2),),
 }
 FP32_KEYS: Table = {
     64: (AttentionTiles(16, 32, 8, 1),),
-    128: (AttentionTiles(16, 32, 8, 2),),
+    128: (AttentionTiles(16, 32, 8, 2), AttentionTiles(16, 32, 8, 1)),
     192: (AttentionTiles(16, 16, 8, 2),),
     256: (AttentionTiles(16, 16, 8, 2),),
 }

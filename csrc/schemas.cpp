@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
     m.def("embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site,"
           " SymInt rows, int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)");
 
+    m.def("rotary(Tensor x, Tensor? other, Tensor cos, Tensor sin, Tensor? positions, int turned, bool interleaved,"
+          " bool inverse) -> (Tensor, Tensor?)");
+    m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved) -> ()");
+
     m.def("activation_dropout(Tensor pre, bool gated, str activation, float dropout_p, Tensor? seed, int site)"
           " -> Tensor");
     m.def("linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"

@@ -20,11 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.kernels import launch
+from tfm.kernels.library import NAMESPACE as NAMESPACE
 from tfm.kernels.library import register
-from tfm.operators import Operator
+from tfm.operators.rotary import ROTARY, ROTARY_IN_PLACE, forward_output
 
 
 @triton.jit
@@ -127,12 +127,6 @@ def rotary_in_place(
         part.copy_(rotary_forward(part, None, cos, sin, positions, heads, interleaved, False)[0])
 
 
-def forward_output(x: Tensor) -> Tensor:
-    """Still empty, its tokens and heads in the order of x's memory."""
-    kept = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
-    return torch.empty_like(x, memory_format=kept)
-
-
 def _launch(
     x: Tensor, y: Tensor, other: Tensor | None, other_y: Tensor | None, cos: Tensor, sin: Tensor,
     positions: Tensor | None, heads: int, turned: int, interleaved: bool, inverse: bool,
@@ -193,80 +187,5 @@ def _rows_of(table: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return table.reshape(table.shape[:-1].numel(), table.shape[-1])
 
 
-register(
-    Operator(
-        "rotary(Tensor x, Tensor? other, Tensor cos, Tensor sin, Tensor? positions, int turned, bool interleaved,"
-        " bool inverse) -> (Tensor, Tensor?)",
-        lambda x, other, *_: (forward_output(x), None if other is None else forward_output(other)),
-    ),
-    rotary_forward,
-)
-register(
-    Operator(
-        "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved) -> ()",
-        lambda *_: None,
-    ),
-    rotary_in_place,
-)
-
-
-class Rotary(torch.autograd.Function):
-    """Autograd of the operator out of place; `key` may be None."""
-
-    @staticmethod
-    def forward(ctx, query, key, cos, sin, positions, interleaved):
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved = interleaved
-        ctx.set_materialize_grads(False)
-        turned = torch.ops.tfm.rotary.default(query, key, cos, sin, positions, query.shape[1], interleaved, False)
-        pairs = zip(turned, ctx.needs_input_grad[:2], strict=True)
-        ctx.mark_non_differentiable(*(y for y, needed in pairs if y is not None and not needed))
-        return turned
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dquery, dkey):
-        wanted = [d if needed else None for d, needed in zip((dquery, dkey), ctx.needs_input_grad[:2], strict=True)]
-        given = [d for d in wanted if d is not None]
-        if not given:
-            return (None,) * 6
-        first, second = (*given, None)[:2]
-        turned = torch.ops.tfm.rotary.default(first, second, *ctx.saved_tensors, first.shape[1], ctx.interleaved, True)
-        remaining = iter(turned)
-        return *(None if d is None else next(remaining) for d in wanted), *[None] * 4
-
-
-class RotaryInPlace(torch.autograd.Function):
-    """Autograd of the operator in place; heads that are not turned hand their gradient through."""
-
-    @staticmethod
-    def forward(ctx, x, heads, cos, sin, positions, interleaved):
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.options = heads, interleaved
-        torch.ops.tfm.rotary_.default(x, cos, sin, positions, heads, interleaved)
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx):
-        heads, interleaved = ctx.options
-        return torch.ops.tfm.rotary.default(dx, None, *ctx.saved_tensors, heads, interleaved, True)[0], *[None] * 5
-
-
-def rotary(
-    query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-) -> tuple[Tensor, Tensor | None]:
-    """See tfm.ops.rotary."""
-    return Rotary.apply(query, key, cos, sin, positions, interleaved)
-
-
-def rotary_(
-    x: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
-) -> Tensor:  # fmt: skip
-    """See tfm.ops.rotary_."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        # Dynamo does not trace a Function that changes what needs no gradient.
-        torch.ops.tfm.rotary_.default(x, cos, sin, positions, heads, interleaved)
-        return x
-    return RotaryInPlace.apply(x, heads, cos, sin, positions, interleaved)
+register(ROTARY, rotary_forward)
+register(ROTARY_IN_PLACE, rotary_in_place)

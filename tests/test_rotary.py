@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import launches
-import oracle
 import pytest
+import rotary_cases as cases
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,34 +98,11 @@ def test_reference_gradcheck(interleaved):
     )
 
 
-def turned(impl, query, key, cos, sin, positions, cotangents, interleaved=False):
-    """Queries, keys and their gradients."""
-    outputs = ops.rotary(query, key, cos, sin, positions, interleaved=interleaved, impl=impl)
-    grads = torch.autograd.grad(outputs, (query, key), [c.to(query.dtype) for c in cotangents])
-    return [*(output.detach() for output in outputs), *grads]
-
-
-def assert_kernel_matches(query, key, cos, sin, positions, interleaved):
-    cotangents = [torch.randn_like(t, dtype=torch.float32) for t in (query, key)]
-    wide = [t.detach().double().requires_grad_() for t in (query, key)]
-    arguments = positions, cotangents, interleaved
-    actual, truth, plain = (
-        turned("triton", query, key, cos, sin, *arguments),
-        turned("reference", *wide, cos.double(), sin.double(), *arguments),
-        turned("reference", query, key, cos, sin, *arguments),
-    )
-    oracle.assert_all_match(actual, truth, plain, ("query", "key", "dquery", "dkey"))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("dim", "columns"), [(2, 1), (16, 8), (17, 5), (130, 33), (64, 0)])
+@pytest.mark.parametrize(("dim", "columns"), cases.SIZES)
 def test_kernel_matches(dim, columns, interleaved, dtype, kernel_device, launched):
-    shapes = ((2, heads, 7, dim) for heads in (9, 1))
-    query, key = (torch.randn(shape, device=kernel_device).to(dtype).requires_grad_() for shape in shapes)
-    cos, sin = 2 * torch.randn(2, 11, columns, device=kernel_device)  # scaled, as YaRN's
-    positions = torch.randint(11, (2, 7), device=kernel_device)
-    assert_kernel_matches(query, key, cos, sin, positions, interleaved)
+    cases.assert_matches_at("triton", dim, columns, interleaved, dtype, kernel_device)
     assert launched == LAUNCH * 2
 
 
@@ -138,87 +115,46 @@ def test_kernel_matches(dim, columns, interleaved, dtype, kernel_device, launche
     interleaved=st.booleans(),
 )
 def test_kernel_matches_packed(tokens, heads, half, rest, interleaved):
-    dim = max(2 * half + rest, 1)
-    query, key = (torch.randn(tokens, h, dim, device=DEVICE, requires_grad=True) for h in heads)
-    cos, sin = torch.randn(2, tokens, half, device=DEVICE)
-    assert_kernel_matches(query, key, cos, sin, None, interleaved)
+    cases.assert_matches_packed("triton", tokens, heads, half, rest, interleaved, DEVICE)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (2, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("shape", cases.BROADCAST, ids=str)
 def test_angles_broadcast(shape, kernel_device, launched):
-    query = torch.randn(2, 3, 5, 8, device=kernel_device)
-    cos, sin = torch.randn(2, 11, 4, device=kernel_device)
-    positions = torch.randint(11, shape, device=kernel_device)
-    expected, _ = ops.rotary(query, None, cos, sin, positions, impl="reference")
-    for angles in ((cos, sin, positions), (cos[positions], sin[positions])):
-        found, _ = ops.rotary(query, None, *angles, impl="triton")
-        torch.testing.assert_close(found, expected)
+    cases.assert_angles_broadcast("triton", shape, kernel_device)
     assert launched == LAUNCH * 2
 
 
-VIEWS = {
-    "fused projection": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
-    "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "columns apart": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", cases.VIEWS)
 def test_strides_change_nothing(view, kernel_device, launched):
-    x, cotangent = VIEWS[view](torch.randn(2, 3, 5, 8, device=kernel_device)), torch.randn(2, 3, 5, 8)
-    cos, sin = torch.randn(2, 5, 12, device=kernel_device)[..., ::3]
-    results = []
-    for query, weight in ((x, VIEWS[view](cotangent)), (x.contiguous(), VIEWS[view](cotangent).contiguous())):
-        query = query.detach().requires_grad_()
-        y, _ = ops.rotary(query, None, cos, sin, impl="triton")
-        results.append([y.detach(), *torch.autograd.grad(y, query, weight.to(kernel_device))])
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    cases.assert_strides_change_nothing("triton", view, kernel_device)
     assert launched == LAUNCH * 4
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("view", [None, *list(VIEWS)[:3]])
+@pytest.mark.parametrize("view", [None, *cases.OWN_ADDRESSES])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_in_place_turns_the_first_heads(view, interleaved, impl, kernel_device):
-    leaf = torch.randn(2, 6, 5, 8, device=kernel_device, requires_grad=True)
-    cos, sin = torch.randn(2, 5, 3, device=kernel_device)
-    cotangent, options = torch.randn(2, 6, 5, 8, device=kernel_device), {"interleaved": interleaved, "impl": impl}
-    fused = leaf * 1.0 if view is None else VIEWS[view](leaf * 1.0)
-    address, version = fused.data_ptr(), fused._version
-    found = ops.rotary_(fused, 4, cos, sin, **options)
-    assert found is fused
-    assert (found.data_ptr(), found._version > version) == (address, True)
-    query, _ = ops.rotary(leaf[:, :4], None, cos, sin, **options)
-    expected = torch.cat((query, leaf[:, 4:]), dim=1)
-    assert torch.equal(found, expected)
-    gradients = [torch.autograd.grad(y, leaf, cotangent) for y in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    cases.assert_in_place_turns_the_first_heads(impl, view, interleaved, kernel_device)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_autograd_knows_what_is_overwritten(impl, kernel_device):
+    cases.assert_autograd_knows_what_is_overwritten(impl, kernel_device)
+
+
+def test_forward_mode_is_refused(kernel_device):
+    cases.assert_forward_mode_is_refused("triton", kernel_device)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_heads_that_are_not_turned_pass_infinities(kernel_device):
-    leaf = torch.ones(3, 4, 8, device=kernel_device, requires_grad=True)
-    found = ops.rotary_(leaf * torch.inf, 2, *torch.randn(2, 3, 4, device=kernel_device), impl="triton")
-    assert (found[:, 2:] == torch.inf).all()
-    fused = leaf * 1.0
-    ops.rotary_(fused, 2, *torch.randn(2, 3, 4, device=kernel_device), impl="triton")
-    (gradient,) = torch.autograd.grad(fused, leaf, torch.full_like(fused, torch.inf))
-    assert (gradient[:, 2:] == torch.inf).all()
+    cases.assert_heads_that_are_not_turned_pass_infinities("triton", kernel_device)
 
 
 @pytest.mark.parametrize("wanted", ["query", "key"])
 def test_only_wanted_gradients_are_computed(wanted, kernel_device, launched):
-    query, key = torch.randn(2, 5, 3, 8, device=kernel_device)
-    needed = (query if wanted == "query" else key).requires_grad_()
-    cos, sin = torch.randn(2, 5, 4, device=kernel_device)
-    outputs = ops.rotary(query, key, cos, sin, impl="triton")
-    (used,) = (y for y in outputs if y.requires_grad)
-    launched.clear()
-    (gradient,) = torch.autograd.grad(used, needed, torch.ones_like(used))
-    expected, _ = ops.rotary(torch.ones_like(needed), None, cos, -sin, impl="reference")
-    torch.testing.assert_close(gradient, expected)
-    assert launched == LAUNCH
+    cases.assert_only_wanted_gradients_are_computed("triton", wanted, kernel_device)
+    assert launched == LAUNCH * 2
 
 
 def test_kernel_reads_nothing_outside_the_tables(kernel_device, launched):
@@ -230,31 +166,13 @@ def test_kernel_reads_nothing_outside_the_tables(kernel_device, launched):
 
 
 def test_operators_obey_torch(kernel_device):
-    query, key = torch.randn(2, 4, 5, 8, device=kernel_device), torch.randn(2, 1, 5, 8, device=kernel_device)
-    cos, sin = torch.randn(2, 9, 3, device=kernel_device)
-    positions = torch.arange(5, device=kernel_device)
-    operator = torch.ops.tfm.rotary.default
-    torch.library.opcheck(operator, (query, key, cos, sin, positions, 4, False, False))
-    torch.library.opcheck(operator, (query.transpose(1, 3), None, cos[:5, :2], sin[:5, :2], None, 3, True, True))
-    torch.library.opcheck(torch.ops.tfm.rotary_.default, (query, cos, sin, positions, 2, True))
+    cases.assert_operators_obey_torch("tfm", kernel_device)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_whole(backend, kernel_device, launched):
-    query, key = (torch.randn(5, h, 8, device=kernel_device, requires_grad=True) for h in (4, 2))
-    cos, sin = torch.randn(2, 5, 4, device=kernel_device)
-
-    def function(query, key):
-        query, key = ops.rotary(query, key, cos, sin, impl="triton")
-        fused = torch.cat((query, key), dim=1)
-        return ops.rotary_(fused, 5, cos, sin, impl="triton")
-
-    torch._dynamo.reset()
-    results = []
-    for wrapped in (function, torch.compile(function, backend=backend, fullgraph=True)):
-        y = wrapped(query, key)
-        results.append([y.detach(), *torch.autograd.grad(y, (query, key), torch.ones_like(y))])
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    cases.assert_compiles_whole("triton", backend, kernel_device)
+    assert launched
 
 
 def test_checkpoint_repeats(kernel_device):
@@ -307,21 +225,6 @@ def test_in_place_refuses_what_autograd_keeps(impl, kernel_device):
         ValueError, match=r"^x: expected elements with addresses of their own, got strides \(24, 0, 1\)"
     ):
         ops.rotary_(leaf.detach()[:, :1].expand(5, 3, 8), 2, *tables, impl=impl)
-
-
-@pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_what_needs_no_gradient_gets_none(impl, kernel_device):
-    query, key = torch.randn(2, 5, 3, 8, device=kernel_device)
-    turned = ops.rotary(query.requires_grad_(), key, *[TABLE.to(kernel_device)] * 2, impl=impl)
-    assert [y.requires_grad for y in turned] == [True, False]
-
-
-def test_in_place_compiles_without_a_gradient(kernel_device):
-    x, (cos, sin) = torch.randn(5, 3, 8, device=kernel_device), torch.randn(2, 5, 4, device=kernel_device)
-    turn = lambda x: ops.rotary_(x, 2, cos, sin, impl="triton") + 1  # noqa: E731
-    torch._dynamo.reset()
-    compiled = torch.compile(turn, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x.clone()), turn(x.clone()))
 
 
 def test_reference_refuses_positions_outside_the_tables():

@@ -63,6 +63,8 @@ TABLE = (
     Row("residual_layer_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row("residual_rms_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row("rms_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("rotary", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("rotary_", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row("attention", "native", FLOATS, max_columns=64, device="cuda"),
     Row("varlen_attention", "native", FLOATS, max_columns=64, device="cuda"),
     Row("feed_forward", "native", FLOATS, max_columns=MANY, device="cuda"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm import native
+from tfm.operators import rotary as operators
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_integers, check_same_device
 from tfm.reference import rotary as reference
@@ -42,7 +44,8 @@ def rotary(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, tables that need a gradient, a backend that cannot run.
-        IndexError: of the reference on CPU, a position outside the tables. (The kernel reads nothing and gives NaN.)
+        IndexError: on CPU, a position outside the tables. (On a GPU torch stops the process; the Triton kernel reads
+            nothing and gives NaN.)
     """
     _check("query", query, cos, sin, positions)
     if key is not None:
@@ -53,12 +56,17 @@ def rotary(
                 f" got {key.dtype} of {tuple(key.shape)}"
             )
         check_same_device(query=query, key=key)
-    if choose("rotary", impl, query) == "triton":
+    backend = choose("rotary", impl, query, "", cos.dtype)
+    if backend == "reference":
+        turned = reference.rotary(query, cos, sin, positions, interleaved)
+        return turned, None if key is None else reference.rotary(key, cos, sin, positions, interleaved)
+    namespace = native.NAMESPACE
+    if backend == "triton":
         from tfm.kernels import rotary as kernels
 
-        return kernels.rotary(query, key, cos, sin, positions, interleaved)
-    turned = reference.rotary(query, cos, sin, positions, interleaved)
-    return turned, None if key is None else reference.rotary(key, cos, sin, positions, interleaved)
+        namespace = kernels.NAMESPACE
+
+    return operators.rotary(namespace, query, key, cos, sin, positions, interleaved)
 
 
 def rotary_(
@@ -92,13 +100,18 @@ def rotary_(
     _check_in_place(x)
     if not 0 <= heads <= x.shape[1]:
         raise ValueError(f"heads: expected at most the {x.shape[1]} of x, got {heads}")
-    if choose("rotary_", impl, x) == "triton":
+    backend = choose("rotary_", impl, x, "", cos.dtype)
+    if backend == "reference":
+        part = x.narrow(1, 0, heads)
+        part.copy_(reference.rotary(part, cos, sin, positions, interleaved))
+        return x
+    namespace = native.NAMESPACE
+    if backend == "triton":
         from tfm.kernels import rotary as kernels
 
-        return kernels.rotary_(x, heads, cos, sin, positions, interleaved)
-    part = x.narrow(1, 0, heads)
-    part.copy_(reference.rotary(part, cos, sin, positions, interleaved))
-    return x
+        namespace = kernels.NAMESPACE
+
+    return operators.rotary_(namespace, x, heads, cos, sin, positions, interleaved)
 
 
 def _check_in_place(x: Tensor) -> None:

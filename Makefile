@@ -54,10 +54,12 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) \
 		$(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
 
-# Launch settings tried on a GPU: FAMILY=layer_norm SECONDS=120 SIZE=8192x1024 DTYPE=fp16.
+# Launch settings and backends tried on a GPU, every family or FAMILY=layer_norm: SECONDS=540 SIZE=8192x1024 DTYPE=fp16
+# OUT=file.
 tune:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tune $(FAMILY) \
-		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(SIZE),--size "$(SIZE)") $(if $(DTYPE),--dtype $(DTYPE))
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tune $(or $(FAMILY),all) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(SIZE),--size "$(SIZE)") $(if $(DTYPE),--dtype $(DTYPE)) \
+		$(if $(OUT),--out "$(OUT)")
 
 # torch comes first, pinned: every other package would pull the newest one.
 $(INSTALLED): constraints.txt pyproject.toml setup.py

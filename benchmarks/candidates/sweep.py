@@ -1,17 +1,28 @@
-"""What a candidates file says: an open question about launch settings, what might answer it, and what we expect."""
+"""What a candidates file says: an open question, what might answer it, and what we expect, in numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
+import torch
+
+import tfm
 from benchmarks.suite import Suite
+from tfm.kernels import launch
+from tfm.ops import backends
+
+GRAPH, EAGER = "graph", "eager"
+Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`settings` to return instead, and the time that they are expected to take as a share of today's."""
+    """`settings` in place of today's, and the time that they are expected to take as a share of today's."""
 
     settings: Any
     expected: float
@@ -19,24 +30,108 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Candidates for what one function of tfm.kernels.launch returns.
+    """Candidates for one choice. How today's choice is found and another put in its place, its two kinds say.
 
     Attributes:
-        function: its name.
-        suite: the benchmark whose own function calls it.
+        subject: what is chosen.
+        suite: the benchmark whose own function makes the choice.
         direction: FORWARD or BOTH, of benchmarks.suite: what of the suite's function is run.
-        question: what the settings' author could not know without a GPU.
+        question: what the author of today's choice could not know without a GPU.
         prediction: the answer that the author expects, in numbers.
         sizes: of the suite, at which the answer matters.
         rehearsal: a size for Triton's interpreter.
-        candidates: of today's settings and of the function's arguments by name.
+        table: rows of what is varied; the last number of each is the expected share of today's time. (None, share)
+            stands for None: no settings, where the choice is left to another kernel.
+        settings: those of a row, or none where it does not apply: of today's settings, the call's arguments by name,
+            and the row's values.
+        mode: GRAPH times replays of a graph, the kernels alone; EAGER times calls, with what the host does for each.
     """
 
-    function: str
+    subject: str
     suite: Suite
     direction: str
     question: str
     prediction: str
     sizes: Sequence[Any]
     rehearsal: Any
-    candidates: Callable[[Any, dict[str, Any]], Iterable[Candidate]]
+    table: Sequence[tuple[Any, ...]]
+    settings: Callable[..., Iterable[Any]]
+    mode: str = GRAPH
+
+    # The interpreter's products of bf16 matrices are wrong, and fp32 takes cuBLAS in place of many a kernel.
+    rehearsal_dtype: ClassVar[torch.dtype] = torch.float16
+
+    @property
+    def gain(self) -> float:
+        """The share of today's time that the best candidate is expected to save."""
+        return max(0.0, 1.0 - min(row[-1] for row in self.table))
+
+    def candidates(self, current: Any, arguments: Arguments) -> Iterator[Candidate]:
+        """Of one call; what promises most comes first."""
+        for *values, expected in sorted(self.table, key=lambda row: row[-1]):
+            for settings in [None] if values == [None] else self.settings(current, arguments, *values):
+                yield Candidate(settings, expected)
+
+    def rows(self) -> Iterator[str]:
+        """The table in words."""
+        names = list(inspect.signature(self.settings).parameters)[2:]
+        for *values, expected in self.table:
+            row = "None" if values == [None] else ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
+            yield f"{row}: {expected:.2f}"
+
+    def recorded(self) -> AbstractContextManager[list[tuple[Arguments, Any]]]:
+        """Today's choice is in place; the choices made in the block, each once: (arguments by name, what is chosen)."""
+        raise NotImplementedError
+
+    def substituted(self, arguments: Arguments, settings: Any) -> AbstractContextManager[None]:
+        """In the block the choice for these arguments is `settings`."""
+        raise NotImplementedError
+
+
+class LaunchSweep(Sweep):
+    """`subject` is a function of tfm.kernels.launch, and its result what is chosen."""
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[tuple[Arguments, Any]]]:
+        calls: list[tuple[Arguments, Any]] = []
+        function = getattr(launch, self.subject)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            call = _bound(function, args, kwargs), function(*args, **kwargs)
+            if call not in calls:
+                calls.append(call)
+            return call[1]
+
+        with tfm.use("triton"), patch.object(launch, self.subject, recorded):
+            yield calls
+
+    @contextmanager
+    def substituted(self, arguments: Arguments, settings: Any) -> Iterator[None]:
+        function = getattr(launch, self.subject)
+
+        def substituted(*args: Any, **kwargs: Any) -> Any:
+            return settings if _bound(function, args, kwargs) == arguments else function(*args, **kwargs)
+
+        with tfm.use("triton"), patch.object(launch, self.subject, substituted):
+            yield
+
+
+class BackendSweep(Sweep):
+    """`subject` is an operation of tfm.ops.backends.TABLE, and its backend on a GPU what is chosen."""
+
+    # Of what Triton's interpreter computes, csrc takes fp32 alone on a CPU.
+    rehearsal_dtype: ClassVar[torch.dtype] = torch.float32
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[tuple[Arguments, Any]]]:
+        rows = (row for row in backends.TABLE if row.operation == self.subject and row.device in ("", "cuda"))
+        today = next(rows).backend
+        with tfm.use(today):
+            yield [({}, today)]
+
+    def substituted(self, arguments: Arguments, settings: Any) -> AbstractContextManager[None]:
+        return tfm.use(settings)
+
+
+def _bound(function: Callable[..., Any], args: Sequence[Any], kwargs: Arguments) -> Arguments:
+    return dict(inspect.signature(function).bind(*args, **kwargs).arguments)

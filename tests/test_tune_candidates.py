@@ -1,0 +1,85 @@
+"""What the tuner tries: every choice has its question, and each question can be put to an interpreter."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from benchmarks import device
+from benchmarks.candidates import FAMILIES
+from benchmarks.candidates.sweep import BackendSweep, LaunchSweep
+from benchmarks.tune.problems import listed, sweeps
+from benchmarks.tune.trials import Notes, try_all
+from tfm import native
+from tfm.kernels import launch
+from tfm.ops import backends
+
+pytestmark = pytest.mark.triton
+
+# Of kernels.launch, what describes a device or a problem rather than chooses: chips, alignment, the least tile.
+NO_CHOICE = {"are_aligned", "chip", "multiprocessors", "short_block"}
+
+
+def all_sweeps():
+    return [sweep for family in FAMILIES.values() for sweep in family]
+
+
+def test_every_choice_of_the_launch_settings_has_a_sweep():
+    functions = {name for name in launch.__all__ if inspect.isroutine(getattr(launch, name))}
+    assert functions - NO_CHOICE == {sweep.subject for sweep in all_sweeps() if isinstance(sweep, LaunchSweep)}
+    assert functions >= NO_CHOICE
+
+
+def test_every_operation_of_csrc_on_gpus_is_put_beside_triton():
+    natively = {row.operation for row in backends.TABLE if row.backend == "native" and row.device == "cuda"}
+    asked = {sweep.subject for sweep in all_sweeps() if isinstance(sweep, BackendSweep)}
+    # The same kernels without a residual, and those of the plain network with another matmul before them.
+    assert natively - asked == {"layer_norm", "rms_norm", "gated_feed_forward"}
+    assert asked <= natively
+
+
+class Two(Notes):
+    """Lets today's choice and the candidate that promises most begin."""
+
+    def is_known(self, place):
+        return place > 2
+
+
+def once(steps, mode):
+    steps[0]()
+    return [1.0]
+
+
+MISSING = native.obstacle(device.DEVICE)
+WITH_CSRC = [pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+# Sweeps of several sizes and tables are one question to an interpreter. csrc may be missing, as its own tests say.
+ALIKE = {(type(sweep), sweep.subject, sweep.suite.inputs, sweep.settings, sweep.mode): sweep for sweep in all_sweeps()}
+CASES = [
+    pytest.param(
+        sweep,
+        marks=WITH_CSRC if isinstance(sweep, BackendSweep) else [],
+        id=f"{sweep.subject} {sweep.suite.operation} {sweep.mode} {sweep.settings.__name__}",
+    )
+    for sweep in ALIKE.values()
+]
+
+
+@pytest.mark.parametrize("sweep", CASES)
+def test_todays_choice_and_another_agree(sweep):
+    dtype = torch.float16 if device.CUDA else sweep.rehearsal_dtype
+    found = try_all(sweep, sweep.rehearsal, dtype, 1.0, float, Two(), once)
+    assert not [trial.reason for trial in found if trial.reason]
+    assert [trial.is_current for trial in found] == [True, False]
+
+
+def test_the_list_is_of_numbers_largest_gain_first():
+    order = [sweep.gain for _, sweep in sweeps("all")]
+    assert order == sorted(order, reverse=True)
+    assert len(order) == len(all_sweeps())
+    text = "\n".join(listed(sweeps("all")))
+    for sweep in all_sweeps():
+        assert sweep.question in text
+        assert any(digit in sweep.prediction for digit in "0123456789")
+        assert all(isinstance(row[-1], float) for row in sweep.table)

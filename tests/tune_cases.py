@@ -1,0 +1,52 @@
+"""A sweep of an operation that works with 1 to 8 warps, gives wrong gradients with 16, and does not launch with 32."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from benchmarks.candidates.sweep import LaunchSweep
+from benchmarks.suite import BOTH, OURS, Peer, Suite, Work
+from tfm.kernels import launch
+
+TABLE = ((2, 0.9), (4, 0.7), (16, 0.6), (32, 0.8))
+# Of a candidate that does not come back.
+DEADLY = 128
+TODAYS = launch.sum_partials(32)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.warps = launch.sum_partials(x.shape[-1]).num_warps
+        if ctx.warps == DEADLY:
+            os.abort()
+        if ctx.warps == 32:
+            raise RuntimeError("out of resource: registers\nmore lines")
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy if ctx.warps < 16 else 2.1 * dy
+
+
+def warps(current, arguments, warps):
+    assert arguments["columns"] in (32, 64)
+    yield replace(current, num_warps=warps)
+
+
+def leaf(rows):
+    return (torch.randn(rows, 32, requires_grad=True),)
+
+
+SUITE = Suite("double", [3], {OURS: Peer(Doubled.apply)}, leaf, lambda *_: Work())
+
+
+def sweep(*table):
+    said = {"question": "Which?", "prediction": "The fastest."}
+    return LaunchSweep("sum_partials", SUITE, BOTH, **said, sizes=[3], rehearsal=3, table=table, settings=warps)
+
+
+SWEEP = sweep(*TABLE)

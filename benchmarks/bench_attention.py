@@ -12,7 +12,7 @@ import pytest
 from benchmarks.device import DTYPE
 from benchmarks.inputs import heads, integers, padding_mask, random
 from benchmarks.measure import measure
-from benchmarks.peers import SDPA, block_mask, flex_peer
+from benchmarks.peers import SDPA, block_mask, flex_peer, ours_natively
 from benchmarks.shapes import SEQUENCES, Sequences
 from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
@@ -54,7 +54,13 @@ def work(size: Sequences, direction: str) -> Work:
     return Work(moved, round(flops)) if direction == FORWARD else Work(3 * moved, round(3.5 * flops))
 
 
-PEERS = {OURS: Peer(ours, inputs=our_inputs)} | SDPA | flex_peer(flex_inputs)
+def is_short(size: Sequences, direction: str) -> bool:
+    """Whether csrc's kernels for GPUs serve it: few keys, no bias that learns."""
+    return size.length <= 256 and size.mask != "bias"
+
+
+OUR = Peer(ours, inputs=our_inputs)
+PEERS = {OURS: OUR} | ours_natively(OUR, is_short) | SDPA | flex_peer(flex_inputs)
 SUITE = Suite("attention", SEQUENCES, PEERS, sdpa_inputs, work)
 
 

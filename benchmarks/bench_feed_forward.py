@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.inputs import random
 from benchmarks.measure import measure
-from benchmarks.peers import FEED_FORWARD, GATED_FEED_FORWARD
+from benchmarks.peers import FEED_FORWARD, GATED_FEED_FORWARD, ours_natively
 from benchmarks.shapes import FEED_FORWARDS, GATED_FEED_FORWARDS, FeedForward
 from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
@@ -50,10 +50,10 @@ def gated_work(size: FeedForward, direction: str) -> Work:
     return matmuls(size, 3 if direction == FORWARD else 9)
 
 
-PLAIN = Suite("feed_forward", FEED_FORWARDS, {OURS: Peer(ours), **FEED_FORWARD}, inputs, work)
-GATED = Suite(
-    "feed_forward", GATED_FEED_FORWARDS, {OURS: Peer(ours_gated), **GATED_FEED_FORWARD}, gated_inputs, gated_work
-)
+PEERS = {OURS: Peer(ours)} | ours_natively(Peer(ours)) | FEED_FORWARD
+GATED_PEERS = {OURS: Peer(ours_gated)} | ours_natively(Peer(ours_gated)) | GATED_FEED_FORWARD
+PLAIN = Suite("feed_forward", FEED_FORWARDS, PEERS, inputs, work)
+GATED = Suite("feed_forward", GATED_FEED_FORWARDS, GATED_PEERS, gated_inputs, gated_work)
 
 
 @pytest.mark.parametrize("case", PLAIN.cases(), ids=str)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.device import DTYPE
 from benchmarks.inputs import random
 from benchmarks.measure import measure
-from benchmarks.peers import EPS, LAYER_NORM
+from benchmarks.peers import EPS, LAYER_NORM, ours_natively
 from benchmarks.shapes import LAYER_NORMS, Norm
 from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
@@ -31,7 +31,8 @@ def work(size: Norm, direction: str) -> Work:
     return Work(bytes=tensors * size.rows * size.columns * DTYPE.itemsize)
 
 
-SUITE = Suite("layer_norm", LAYER_NORMS, {OURS: Peer(ours), **LAYER_NORM}, inputs, work)
+PEERS = {OURS: Peer(ours)} | ours_natively(Peer(ours)) | LAYER_NORM
+SUITE = Suite("layer_norm", LAYER_NORMS, PEERS, inputs, work)
 
 
 @pytest.mark.parametrize("case", SUITE.cases(), ids=str)

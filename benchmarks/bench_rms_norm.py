@@ -10,7 +10,7 @@ import pytest
 from benchmarks.device import DTYPE
 from benchmarks.inputs import random
 from benchmarks.measure import measure
-from benchmarks.peers import EPS, RMS_NORM
+from benchmarks.peers import EPS, RMS_NORM, ours_natively
 from benchmarks.shapes import RMS_NORMS, Norm
 from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
@@ -29,7 +29,8 @@ def work(size: Norm, direction: str) -> Work:
     return Work(bytes=tensors * size.rows * size.columns * DTYPE.itemsize)
 
 
-SUITE = Suite("rms_norm", RMS_NORMS, {OURS: Peer(ours), **RMS_NORM}, inputs, work)
+PEERS = {OURS: Peer(ours)} | ours_natively(Peer(ours)) | RMS_NORM
+SUITE = Suite("rms_norm", RMS_NORMS, PEERS, inputs, work)
 
 
 @pytest.mark.parametrize("case", SUITE.cases(), ids=str)

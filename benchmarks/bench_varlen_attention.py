@@ -11,7 +11,7 @@ import pytest
 from benchmarks.device import DTYPE
 from benchmarks.inputs import heads, integers, padding_mask, random
 from benchmarks.measure import measure
-from benchmarks.peers import SDPA, block_mask, flex_peer, torch_varlen
+from benchmarks.peers import SDPA, block_mask, flex_peer, ours_natively, torch_varlen
 from benchmarks.shapes import SENTENCES, Sentences
 from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
 from tfm import ops
@@ -61,7 +61,8 @@ def work(size: Sentences, direction: str) -> Work:
     return Work(moved, round(flops)) if direction == FORWARD else Work(3 * moved, round(3.5 * flops))
 
 
-PEERS = {f"{OURS}, padded": Peer(padded, inputs=padded_inputs), OURS: Peer(ours, inputs=packed_inputs)}
+OUR = Peer(ours, inputs=packed_inputs)
+PEERS = {f"{OURS}, padded": Peer(padded, inputs=padded_inputs), OURS: OUR} | ours_natively(OUR)
 PEERS |= SDPA | {"torch varlen": Peer(torch_varlen, inputs=packed_inputs, gpu=True)} | flex_peer(flex_inputs)
 SUITE = Suite("attention", SENTENCES, PEERS, sdpa_inputs, work)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -21,11 +22,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.device import DEVICE
 from benchmarks.shapes import FEED_FORWARDS, FLEX_AT, LONG
-from benchmarks.suite import FORWARD, Peer
+from benchmarks.suite import FORWARD, OURS, Peer
+from tfm.native import obstacle
+from tfm.ops.backends import use
 
 # Its own CUDA graphs would hide what "graph" cases show.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 EPS = 1e-6
+
+
+def ours_natively(ours: Peer, where: Callable[[Any, str], bool] = lambda size, direction: True) -> dict[str, Peer]:
+    """Ours by csrc's kernels beside Triton's, where those serve; on a CPU `ours` is csrc's already."""
+    how: dict[str, Any] = {"context": partial(use, "native"), "missing": lambda: obstacle(DEVICE)}
+    return {f"{OURS}, native": replace(ours, gpu=True, where=where, **how)}
 
 
 def by_torch(function: Callable[..., Any], autotuned: Sequence[Any] = ()) -> dict[str, Peer]:

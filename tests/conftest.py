@@ -1,9 +1,10 @@
-"""One seed, one thread, and Triton's interpreter where there is no GPU."""
+"""One seed, one thread, and where there is no GPU Triton's interpreter and csrc's emulation."""
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -12,12 +13,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tfm import native
 from tfm.ops import backends
 
 ROOT = Path(__file__).parent.parent
 
-# Must be set before anything imports triton; cross-compilation therefore runs in processes of its own.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Before cuBLAS is used: its products are deterministic then, as filled_with_nan has torch demand.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
+    # Must be set before anything imports triton; cross-compilation therefore runs in processes of its own.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -64,12 +69,24 @@ def _seed() -> None:
 @pytest.fixture
 def filled_with_nan() -> Iterator[None]:
     """What torch allocates holds NaN: an element that nobody writes is seen. (tests/launches.py does it for Triton.)"""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with warnings.catch_warnings():
+        # Some of torch's operations on GPUs have no deterministic version: NaN is all that is wanted of it here.
+        warnings.filterwarnings("ignore", ".*deterministic", UserWarning)
+        torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+        yield
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def kernel_device() -> torch.device:
     """Where Triton kernels run here: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def cuda_device(kernel_device: torch.device) -> torch.device:
+    """Where csrc's CUDA kernels run here: the GPU, or the CPU under tests/cuda_emulation."""
+    reason = native.obstacle(kernel_device) if kernel_device.type == "cuda" else ""
+    if reason:
+        pytest.skip(reason)
+    return kernel_device

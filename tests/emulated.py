@@ -1,7 +1,7 @@
-"""The operators of csrc/cuda on CPU tensors, as torch.ops.tfm_emulated.*: the same sources under tests/cuda_emulation.
+"""The operators of csrc/cuda, on a GPU or, as torch.ops.tfm_emulated.*, on CPU tensors: under tests/cuda_emulation.
 
-`load("norm")` compiles csrc/cuda/norm.cu as C++, once for each content of what it includes, and registers its
-operators; `replace_native` also has impl="native" run them. Schemas and fakes are those of tfm_native. A race, or a
+`operators("norm", device, ...)` gives those of csrc/cuda/norm.cu, and impl="native" runs them. For the CPU the file is
+compiled as C++, once for each content of what it includes; schemas and fakes are those of tfm_native; a race, or a
 barrier that threads miss, raises RuntimeError.
 """
 
@@ -15,6 +15,7 @@ import subprocess
 import sysconfig
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,27 +31,33 @@ EMULATION = ROOT / "tests" / "cuda_emulation"
 TORCH = Path(torch.__file__).parent
 FLAGS = (
     "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
-    *plan.DEFINES, f"-Dtfm_native={NAMESPACE}", f"-I{EMULATION}", f"-I{ROOT / 'csrc'}",
+    *plan.DEFINES, f"-Dtfm_native={NAMESPACE}",
+)  # fmt: skip
+INCLUDES = (
+    f"-I{EMULATION}", f"-I{ROOT / 'csrc'}",
     "-isystem", str(TORCH / "include"), "-isystem", sysconfig.get_paths()["include"],
 )  # fmt: skip
 # g++ announces what the code touches; tests/cuda_emulation/race_check.cpp listens. Never linked to a sanitizer.
 CHECKED = ("-fsanitize=thread,alignment,bounds", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 
 
-@cache
-def load(name: str) -> None:
-    """Registers the operators of csrc/cuda/`name`.cu."""
-    _schemas()
-    torch.ops.load_library(str(library(name, ROOT / "csrc" / "cuda" / f"{name}.cu")))
-
-
-def replace_native(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """impl="native" runs csrc/cuda/`name`.cu on CPU tensors, in every dtype that it takes on a GPU."""
+def operators(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Those of csrc/cuda/`name`.cu for tensors of `device`; impl="native" runs them, in every dtype of a GPU."""
+    if device.type == "cuda":
+        return torch.ops.tfm_native
     load(name)
     rows = [row for row in backends.TABLE if row.backend == "native"]
     monkeypatch.setattr(backends, "TABLE", [dataclasses.replace(row, dtypes=backends.FLOATS) for row in rows])
     monkeypatch.setattr(native, "NAMESPACE", NAMESPACE)
     monkeypatch.setattr(native, "obstacle", lambda device: "")
+    return getattr(torch.ops, NAMESPACE)
+
+
+@cache
+def load(name: str) -> None:
+    """Registers the operators of csrc/cuda/`name`.cu, compiled for the CPU."""
+    _schemas()
+    torch.ops.load_library(str(library(name, ROOT / "csrc" / "cuda" / f"{name}.cu")))
 
 
 @cache
@@ -87,7 +94,7 @@ def _compile(source: Path, runtime: list[Path], built: Path) -> None:
     for path in (source, *runtime):
         objects.append(built.with_name(f"{built.stem}-{path.stem}.o"))
         checked = CHECKED if path == source and path.suffix == ".cu" else ()
-        _run("g++", "-x", "c++", *FLAGS, *checked, "-c", str(path), "-o", str(objects[-1]))
+        _run("g++", "-x", "c++", *FLAGS, *INCLUDES, *checked, "-c", str(path), "-o", str(objects[-1]))
     unfinished = built.with_suffix(".unfinished")
     torch_libraries = (f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl")
     _run("g++", "-shared", "-o", str(unfinished), *map(str, objects), *torch_libraries)

@@ -1,4 +1,4 @@
-"""Where native operators are tested: the instruction sets of this machine, and one thread against two."""
+"""Where native operators are tested: this machine's instruction sets, one thread against two, and what is called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfm import native
 
@@ -17,6 +18,18 @@ INSTRUCTION_SETS = [] if OBSTACLE else INCLUDED[torch.ops.tfm_native.instruction
 
 # Of every test of a native operator: skipped where there is none, and no element may go unwritten.
 MARKS = [pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE), pytest.mark.usefixtures("filled_with_nan")]
+
+
+class Called(TorchDispatchMode):
+    """Within the block, the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(function._schema.name)
+        return function(*arguments, **(options or {}))
 
 
 @contextmanager

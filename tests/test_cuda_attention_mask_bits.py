@@ -1,4 +1,4 @@
-"""CUDA's masks as bits, run on the CPU by tests/cuda_emulation, against bits packed one by one."""
+"""CUDA's masks as bits, on a GPU or else emulated, against bits packed one by one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def operators(cuda_device, monkeypatch):
+    return emulated.operators("attention_mask_bits", cuda_device, monkeypatch)
+
+
 def packed(bits):
     """bool [..., keys] as int32 [..., W], rows of whole 256 keys, bit j % 32 of word j // 32 from key j."""
     keys = bits.shape[-1]
@@ -29,8 +34,7 @@ def packed(bits):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bits_are_the_masks(name):
-    emulated.load("attention_mask_bits")
+def test_bits_are_the_masks(operators, cuda_device, name):
     shape, dtype, starts, start, (left, right) = CASES[name]
     mask = torch.rand(shape) < 0.4
     one_row = shape[2] == 1
@@ -41,10 +45,10 @@ def test_bits_are_the_masks(name):
         full = (sequences, *shape[1:])
         allowed = allowed_keys(full, query_start=starts or start, window_size=window, mask=mask.expand(full))
     given = mask if dtype is None else torch.zeros(shape, dtype=dtype).masked_fill(~mask, float("-inf"))
-    starts = None if starts is None else torch.tensor(starts)
-    words, reach = torch.ops.tfm_emulated.attention_mask_bits(given, starts, start, left, right)
-    assert torch.equal(reach, packed(allowed.any(dim=2)))
+    starts = None if starts is None else torch.tensor(starts, device=cuda_device)
+    words, reach = operators.attention_mask_bits(given.to(cuda_device), starts, start, left, right)
+    assert torch.equal(reach.cpu(), packed(allowed.any(dim=2)))
     if dtype is None and not one_row:
-        assert torch.equal(words, packed(mask))
+        assert torch.equal(words.cpu(), packed(mask))
     else:
         assert words.numel() == 0

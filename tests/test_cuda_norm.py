@@ -1,6 +1,6 @@
-"""CUDA's LayerNorm and RMSNorm, with bias, dropout and residual, run on the CPU, against the oracle.
+"""CUDA's LayerNorm and RMSNorm, with bias, dropout and residual, against the oracle: on a GPU, or else emulated.
 
-Each launch is checked for races and for barriers that not all threads reach: see tests/cuda_emulation.
+Emulated, each launch is checked for races and for barriers that not all threads reach: see tests/cuda_emulation.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DTYPES = [SINGLE, HALF, BFLOAT16]
 
 
 @pytest.fixture(autouse=True)
-def _emulated(monkeypatch, filled_with_nan):
-    emulated.replace_native("norm", monkeypatch)
+def operators(cuda_device, monkeypatch, filled_with_nan):
+    return emulated.operators("norm", cuda_device, monkeypatch)
 
 
 def kernel(norm, p, **options):
@@ -36,8 +36,8 @@ def kernel(norm, p, **options):
 @pytest.mark.parametrize("shape", [*SHAPES[:-1], (70, 64), (3, 1024)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_kernel_matches(norm, dtype, shape):
-    assert_matches(norm, inputs_of(norm, shape, "cpu", dtype), 0.3, "native")
+def test_kernel_matches(cuda_device, norm, dtype, shape):
+    assert_matches(norm, inputs_of(norm, shape, cuda_device, dtype), 0.3, "native")
 
 
 # A team of warps to a row, of vectors and of elements; rows that are read again, in the backward and in both.
@@ -45,11 +45,16 @@ LONG = [
     ("layer_norm", BFLOAT16, (3, 2056)), ("rms_norm", HALF, (3, 2049)), ("layer_norm", SINGLE, (5, 4104)),
     ("rms_norm", BFLOAT16, (5, 8200)), ("layer_norm", HALF, (2, 9001)),
 ]  # fmt: skip
+# More rows than all blocks of a GPU take at once.
+MANY = [
+    ("layer_norm", BFLOAT16, (20_000, 512)), ("rms_norm", HALF, (3, 5000, 65)), ("layer_norm", SINGLE, (3000, 9001)),
+]  # fmt: skip
+LONG += [pytest.param(*case, marks=pytest.mark.gpu) for case in MANY]
 
 
 @pytest.mark.parametrize(("norm", "dtype", "shape"), LONG, ids=str)
-def test_kernel_matches_for_long_rows(norm, dtype, shape):
-    assert_matches(norm, inputs_of(norm, shape, "cpu", dtype), 0.3, "native")
+def test_kernel_matches_for_long_and_many_rows(cuda_device, norm, dtype, shape):
+    assert_matches(norm, inputs_of(norm, shape, cuda_device, dtype), 0.3, "native")
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,9 +66,9 @@ def test_kernel_matches_for_long_rows(norm, dtype, shape):
     p=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     seed=st.integers(0, 2**32),
 )
-def test_kernel_matches_at_any_shape(norm, rows, columns, dtype, p, seed):
+def test_kernel_matches_at_any_shape(cuda_device, norm, rows, columns, dtype, p, seed):
     torch.manual_seed(seed)
-    assert_matches(norm, inputs_of(norm, (rows, columns), "cpu", dtype), p, "native")
+    assert_matches(norm, inputs_of(norm, (rows, columns), cuda_device, dtype), p, "native")
 
 
 @pytest.mark.parametrize(
@@ -73,27 +78,27 @@ def test_kernel_matches_at_any_shape(norm, rows, columns, dtype, p, seed):
 )
 @pytest.mark.parametrize("columns", [17, 24])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_kernel_takes_mixed_dtypes(dtypes, columns, p):
+def test_kernel_takes_mixed_dtypes(cuda_device, dtypes, columns, p):
     for norm in NORMS:
-        assert_matches(norm, inputs_of(norm, (6, columns), "cpu", *dtypes), p, "native")
+        assert_matches(norm, inputs_of(norm, (6, columns), cuda_device, *dtypes), p, "native")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 17, 64, 9001])
-def test_kernel_draws_the_references_mask(columns, dtype):
+def test_kernel_draws_the_references_mask(cuda_device, columns, dtype):
     rows, p = 3, 0.4
-    x = torch.ones(rows, columns, dtype=dtype, requires_grad=True)
+    x = torch.ones(rows, columns, dtype=dtype, device=cuda_device, requires_grad=True)
     _, h = kernel("layer_norm", p)(x, torch.zeros_like(x))
     h.backward(torch.ones_like(h))
-    expected = oracle.kept_elements(SEED, p, rows, columns, site=SITE).to(dtype) * reference.keep_scale(p)
+    expected = oracle.kept_elements(SEED, p, rows, columns, site=SITE).to(x) * reference.keep_scale(p)
     assert torch.equal(h, expected)
     assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.parametrize("used", [(True, False), (False, True)], ids=["y only", "h only"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_one_output_may_go_unused(used, p):
-    inputs = inputs_of("layer_norm", (40, 64), "cpu")
+def test_one_output_may_go_unused(cuda_device, used, p):
+    inputs = inputs_of("layer_norm", (40, 64), cuda_device)
     cotangents = [torch.randn_like(inputs[0]) if wanted else torch.zeros_like(inputs[0]) for wanted in used]
     expected = run(kernel("layer_norm", p), inputs, cotangents)
     given = [c if wanted else None for c, wanted in zip(cotangents, used, strict=True)]
@@ -101,8 +106,8 @@ def test_one_output_may_go_unused(used, p):
 
 
 @pytest.mark.parametrize("columns", [17, 4104])
-def test_only_wanted_gradients_are_computed(columns):
-    inputs = inputs_of("layer_norm", (5, columns), "cpu")
+def test_only_wanted_gradients_are_computed(cuda_device, columns):
+    inputs = inputs_of("layer_norm", (5, columns), cuda_device)
     cotangents = [torch.randn_like(inputs[0]) for _ in range(2)]
     expected = run(kernel("layer_norm", 0.3), inputs, cotangents)[2:]
     names = NAMES["layer_norm"]
@@ -124,9 +129,9 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides_change_nothing(view):
-    x, residual, *parameters = inputs_of("layer_norm", (3, 4, 24), "cpu")
-    cotangents, function = torch.randn(2, 3, 4, 24), kernel("layer_norm", 0.3)
+def test_strides_change_nothing(cuda_device, view):
+    x, residual, *parameters = inputs_of("layer_norm", (3, 4, 24), cuda_device)
+    cotangents, function = torch.randn(2, 3, 4, 24, device=cuda_device), kernel("layer_norm", 0.3)
     expected = run(function, [x, residual, *parameters], cotangents)
     viewed = [VIEWS[view](tensor.detach()).requires_grad_() for tensor in (x, residual)]
     apart = [tensor.detach().repeat_interleave(2)[::2].requires_grad_() for tensor in parameters]
@@ -134,24 +139,25 @@ def test_strides_change_nothing(view):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_expanded_gradients():
-    inputs, row = inputs_of("rms_norm", (3, 4, 24), "cpu"), torch.randn(24)
+def test_expanded_gradients(cuda_device):
+    inputs, row = inputs_of("rms_norm", (3, 4, 24), cuda_device), torch.randn(24, device=cuda_device)
     cotangents = [row.expand(3, 4, 24), row[:1].expand(3, 4, 24)]
     expected = run(kernel("rms_norm", 0.3), inputs, [cotangent.contiguous() for cotangent in cotangents])
     torch.testing.assert_close(run(kernel("rms_norm", 0.3), inputs, cotangents), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_no_rows(norm):
-    inputs = inputs_of(norm, (2, 0, 17), "cpu")
-    y, h, dx, dresidual, *parameters = run(kernel(norm, 0.3), inputs, torch.zeros(2, 2, 0, 17))
+def test_no_rows(cuda_device, norm):
+    inputs = inputs_of(norm, (2, 0, 17), cuda_device)
+    y, h, dx, dresidual, *parameters = run(kernel(norm, 0.3), inputs, torch.zeros(2, 2, 0, 17, device=cuda_device))
     assert all(tensor.shape == (2, 0, 17) for tensor in (y, h, dx, dresidual))
-    assert all(torch.equal(gradient, torch.zeros(17)) for gradient in parameters)
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in parameters)
+    assert all(gradient.shape == (17,) for gradient in parameters)
 
 
-def test_same_inputs_same_bits_and_rows_do_not_see_their_batch():
-    x, residual, *parameters = inputs_of("layer_norm", (100, 65), "cpu")
-    cotangents = torch.randn(2, 100, 65)
+def test_same_inputs_same_bits_and_rows_do_not_see_their_batch(cuda_device):
+    x, residual, *parameters = inputs_of("layer_norm", (100, 65), cuda_device)
+    cotangents = torch.randn(2, 100, 65, device=cuda_device)
     many, again = (run(kernel("layer_norm", 0.3), [x, residual, *parameters], cotangents) for _ in range(2))
     torch.testing.assert_close(again, many, rtol=0, atol=0)
     some = [x[:7].detach().requires_grad_(), residual[:7].detach().requires_grad_(), *parameters]
@@ -163,8 +169,8 @@ def test_same_inputs_same_bits_and_rows_do_not_see_their_batch():
 @pytest.mark.parametrize("columns", [65, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{"round_first": True}, {"weight_offset": 1.0}, {"out_dtype": BFLOAT16}], ids=str)
-def test_rounds_where_the_families_do(options, dtype, columns):
-    x, weight = torch.randn(9, columns).to(dtype), torch.randn(columns)
+def test_rounds_where_the_families_do(cuda_device, options, dtype, columns):
+    x, weight = torch.randn(9, columns, device=cuda_device).to(dtype), torch.randn(columns, device=cuda_device)
     found, expected = (ops.rms_norm(x, weight, 1e-5, **options, impl=impl) for impl in ("native", "reference"))
     assert found.dtype == expected.dtype
     # The mean adds up in another order. What that changes in rstd, a rounding to 16 bits rarely shows.
@@ -173,21 +179,20 @@ def test_rounds_where_the_families_do(options, dtype, columns):
         assert (found == expected).float().mean() > 0.95
 
 
-def test_dropped_infinities_are_gone_and_nan_stays():
-    residual = torch.randn(3, 24)
-    _, h = kernel("layer_norm", 1.0)(torch.full((3, 24), torch.inf), residual)
+def test_dropped_infinities_are_gone_and_nan_stays(cuda_device):
+    residual = torch.randn(3, 24, device=cuda_device)
+    _, h = kernel("layer_norm", 1.0)(torch.full_like(residual, torch.inf), residual)
     assert torch.equal(h, residual)
-    x = torch.randn(2, 24).bfloat16()
+    x = torch.randn(2, 24, device=cuda_device).bfloat16()
     x[0, 3] = torch.nan
     y, h = kernel("rms_norm", 0.0)(x, torch.zeros_like(x))
     assert torch.equal(h.isnan(), x.isnan())
-    assert torch.equal(y.isnan().any(1), torch.tensor([True, False]))
+    assert y.isnan().any(1).tolist() == [True, False]
 
 
-def test_operators_obey_torch():
-    x, residual, weight, x_bias, bias = (tensor.detach() for tensor in inputs_of("layer_norm", (5, 17), "cpu"))
-    seed, options = torch.tensor(SEED), (1e-5, 0.3, SITE, True, 0.0, False)
-    operators = torch.ops.tfm_emulated
+def test_operators_obey_torch(operators, cuda_device):
+    x, residual, weight, x_bias, bias = (tensor.detach() for tensor in inputs_of("layer_norm", (5, 17), cuda_device))
+    seed, options = torch.tensor(SEED, device=cuda_device), (1e-5, 0.3, SITE, True, 0.0, False)
     arguments = (x, x_bias, residual.half(), weight, bias, seed, *options)
     torch.library.opcheck(operators.residual_norm.default, (*arguments, HALF))
     y, h, statistics = operators.residual_norm(*arguments, None)

@@ -18,10 +18,12 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import child, proof, pytest_journal, speed
 from benchmarks.gpu.run import Options, Part, Run
+from tfm.native import toolchain
 
 # What one process has run and these tests look at is not run by another.
 pytestmark = pytest.mark.xdist_group("gpu_run")
 ROOT = Path(command.ROOT)
+HAS_COMPILER = not toolchain.missing()
 # One kernel in the place of all, so that nothing is compiled for minutes.
 KERNEL_CASES = """
 from itertools import islice
@@ -85,13 +87,18 @@ SANITIZER = """#!/bin/sh
 shift 4
 "$@" && echo "========= ERROR SUMMARY: 0 errors"
 """
+# Past its own options it runs the program, and then says what ncu would.
+NCU = """#!/bin/sh
+until [ -x "$1" ]; do shift; done
+"$@" && cat "$(dirname "$0")/../tests/ncu_output.txt"
+"""
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """The folders of the checkout alone: no git, no virtual environment; some of its files replaced by smaller ones."""
     copy = tmp_path_factory.mktemp("checkout")
-    for folder in ("tfm", "kernels", "benchmarks", "tests"):
+    for folder in ("tfm", "kernels", "csrc", "benchmarks", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     (copy / "benchmarks" / "kernel_cases" / "__init__.py").write_text(KERNEL_CASES)
@@ -106,12 +113,13 @@ def checkout(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rehearsed(checkout) -> tuple[dict, subprocess.CompletedProcess[str]]:
     """The record of a rehearsal in the copy, and what it printed; the sanitizer is a script that runs the pass."""
-    tool = checkout / "bin" / "compute-sanitizer"
-    tool.parent.mkdir()
-    tool.write_text(SANITIZER)
-    tool.chmod(0o755)
+    tools = checkout / "bin"
+    tools.mkdir()
+    for name, script in {"compute-sanitizer": SANITIZER, "ncu": NCU}.items():
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    environment |= {"PATH": f"{tool.parent}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(checkout / "cache")}
+    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(checkout / "cache")}
     environment |= {"COMMIT": "1234abcd", "OUT": str(checkout / "out" / "record.json")}
     words = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--quick", "--minutes", "60"]
     words += ["--only", "layer_norm,broken,training"]
@@ -127,7 +135,8 @@ def rehearsed(checkout) -> tuple[dict, subprocess.CompletedProcess[str]]:
 def test_every_part_has_its_section(rehearsed, checkout):
     record, done = rehearsed
     assert [row["name"] for row in record["parts"]] == [
-        "environment", "kernels", "ceilings", "tests", "sanitizer", "warm-up", "layer_norm", "broken", "training tiny",
+        "environment", "native", "kernels", "ceilings", "tests", "sanitizer", "warm-up", "layer_norm", "broken",
+        "profile", "training tiny", "quality",
     ]  # fmt: skip
     assert record["format"] == 1
     assert record["rehearsal"]
@@ -145,7 +154,10 @@ def test_every_part_has_its_section(rehearsed, checkout):
     throughput = record["training"]["tiny"]["throughput"]
     assert throughput.keys() == {"tfm-bf16", "eager-bf16", "compile-bf16"}
     assert all(len(contender["repeats"]) == 3 for contender in throughput.values()), throughput
-    assert all(row["seconds"] > 0 and row["state"] in ("done", "failed") for row in record["parts"]), done.stdout
+    *rows, last = (row for row in record["parts"] if HAS_COMPILER or row["name"] != "native")
+    assert all(row["seconds"] > 0 and row["state"] in ("done", "failed") for row in rows), done.stdout
+    assert record["native"].get("cpu") == ("" if HAS_COMPILER else None), record["native"]
+    assert (last["state"], last["reason"]) == ("missing", "BLEU needs real text: --data names none")
     assert all(f"  {row['name']}: {row['state']}" in done.stdout for row in record["parts"])
 
 
@@ -164,7 +176,11 @@ def test_the_sanitizer_watches_the_operations(rehearsed):
     record, _ = rehearsed
     assert record["sanitizer"]["memcheck"]["state"] == "done", record["sanitizer"]
     assert record["sanitizer"]["memcheck"]["errors"] == 0
-    passes = ["layer_norm float16", "residual_layer_norm float16"]
+    passes = ["triton layer_norm float16", "triton residual_layer_norm float16"]
+    if HAS_COMPILER:
+        passes += [
+            f"native {name}layer_norm {dtype}" for name in ("", "residual_") for dtype in ("float32", "bfloat16")
+        ]
     assert record["sanitizer"]["memcheck"]["passes"] == record["sanitizer"]["racecheck"]["passes"] == passes
     # The script knows no races: a tool that sums up nothing has not done its work.
     assert record["sanitizer"]["racecheck"]["state"] == "failed"
@@ -183,6 +199,7 @@ def test_a_benchmark_keeps_every_sample_and_its_share(rehearsed):
         (direction, mode) for direction in ("forward", "forward and backward") for mode in ("eager", "graph")
     }
     assert all({"eager", "compile"} <= info["speed_up"].keys() for info in ours)
+    assert all(("ours, native" in info["speed_up"]) == HAS_COMPILER for info in ours)
 
 
 def test_what_fails_leaves_the_rest(rehearsed):
@@ -192,6 +209,19 @@ def test_what_fails_leaves_the_rest(rehearsed):
     assert "a peer that moved" in parts["broken"]["reason"]
     assert "bench_broken.py" in parts["broken"]["output"][0]
     assert parts["layer_norm"]["state"] == parts["training tiny"]["state"] == "done", parts
+
+
+def test_the_worst_case_is_profiled_by_itself(rehearsed):
+    record, done = rehearsed
+    (row,) = record["profile"]
+    assert row["state"] == "done", row
+    shares = {entry["fullname"]: entry["extra_info"].get("share") for entry in record["benchmarks"]}
+    assert row["share"] == shares[row["case"]]
+    assert [kernel["launches"] for kernel in row["kernels"]] == [1, 2]
+    assert (
+        f"{row['suite']} {row['size']} {row['direction']} {row['peer']}, cutlass::device_kernel: latency ("
+        in done.stdout
+    )
 
 
 def a_run(tmp_path, **options) -> Run:
@@ -323,6 +353,16 @@ def test_what_the_sanitizer_says(tool, said, state, reason, tmp_path):
     verdict = proof._verdict(tool, one, child.End(0, 1.0, ""))
     assert (verdict["state"], verdict["reason"]) == (state, reason)
     assert verdict["report"] == said.splitlines()
+
+
+def test_the_record_lies_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    words = ["--rehearse", "--only", "layer_norm"]
+    assert command.parse(words).out == ROOT / "runs" / "rehearsal_layer_norm.json"
+    for out, expected in ((tmp_path, tmp_path / "rehearsal_layer_norm.json"), (tmp_path / "x.json",) * 2):
+        assert command.parse([*words, "--out", str(out)]).out == expected
+        monkeypatch.setenv("OUT", str(out))
+        assert command.parse(words).out == expected
 
 
 @pytest.mark.parametrize(

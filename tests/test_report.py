@@ -96,6 +96,30 @@ def test_training_steps_of_a_gpu_are_told(tmp_path):
     assert "| torch.compile, autocast bf16 | failed: why |" in text
 
 
+def test_what_bounds_the_slowest_kernels_is_told(tmp_path):
+    case = {"suite": "rotary", "size": "8x64", "direction": "forward", "peer": "ours", "share": 0.29}
+    profiled = [
+        case | {"state": "done", "reason": "", "kernel": "rotary_kernel", "bound": "memory (DRAM 81% of peak)"},
+        case | {"state": "failed", "reason": "ERR_NVGPUCTRPERM", "suite": "layer_norm"},
+    ]
+    text = tables.device(gpu_record(tmp_path, profile=profiled))
+    assert "| rotary 8x64, forward, ours | 29% | `rotary_kernel` | memory (DRAM 81% of peak) |" in text
+    assert "| layer_norm 8x64, forward, ours | 29% |  | failed: ERR_NVGPUCTRPERM |" in text
+    assert "What bounds" not in tables.device(gpu_record(tmp_path))
+
+
+@pytest.mark.parametrize(("updates", "shown"), [(8000, "8,000"), (5120, "5,120 of 8,000")])
+def test_what_a_gpu_taught_is_told(updates, shown, tmp_path):
+    learnt = {"contender": "tfm-bf16", "seed": 1, "tokens_per_second": 3e6, "updates": updates, "epochs": 117.6}
+    learnt |= {"validation": {"loss": 1.71, "bleu": 34.56}, "test": {"bleu": 33.21}}
+    arguments = {"preset": "tiny", "minutes": 1.5, "updates": 8000, "test_set": "test_2016_flickr"}
+    quality = {"corpus": "multi30k", "arguments": arguments, "quality": [learnt]}
+    text = tables.device(gpu_record(tmp_path, quality=quality))
+    assert "**Translation, preset tiny trained on Multi30k**" in text
+    assert "Within 8,000 updates each, greedy BLEU" in text
+    assert f"| tfm, autocast bf16, seed 1 | 3,000,000 | {shown} | 117.6 | 1.710 | 34.6 | 33.2 |" in text
+
+
 def test_newest_record_of_each_device_counts(tmp_path):
     gpu_record(tmp_path, "a", "2026-03-01T00:00:00+00:00")
     gpu_record(tmp_path, "b", "2026-02-01T00:00:00+00:00")

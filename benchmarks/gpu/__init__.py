@@ -3,10 +3,10 @@
     python -m benchmarks.gpu [--only attention,layer_norm] [--quick] [--data DIR] [--out FILE]
     python -m benchmarks.gpu --rehearse        # the same without a GPU: interpreted kernels, tiny shapes
 
-Environment, every kernel compiled for this GPU, the two ceilings, the GPU tests, compute-sanitizer, every benchmark,
-training steps: parts in turn, each within its share of the time that is left, each in processes of its own, so that
-none takes another down. The record is written anew after each part; a short table comes last. Exit status 0; 1 where a
-part or a test failed; 2 for a mistake on the command line.
+Environment, csrc built and every kernel compiled for this GPU, the two ceilings, the GPU tests, compute-sanitizer,
+every benchmark, training steps: parts in turn, each within its share of the time that is left, each in processes of its
+own, so that none takes another down. The record is written anew after each part; a short table comes last. Exit status
+0; 1 where a part or a test failed; 2 for a mistake on the command line.
 
 Needs a checkout and a `python3` with torch, triton, pytest, pytest-benchmark and pytest-xdist; nothing is installed.
 """

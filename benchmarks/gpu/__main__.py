@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import record
-from benchmarks.gpu import STARTED, proof, speed, table
+from benchmarks.gpu import STARTED, native, proof, speed, table
 from benchmarks.gpu import __doc__ as description
 from benchmarks.gpu.child import ROOT
+from benchmarks.gpu.profile import profile
+from benchmarks.gpu.quality import quality
 from benchmarks.gpu.run import Options, Part, Run, subject
 from tfm.errors import UserError
 
@@ -54,13 +56,17 @@ def plan(options: Options) -> list[Part]:
     presets = speed.presets(options) if TRAINING in options.suites else ()
     return [
         Part("environment", 5, record_environment),
+        Part("native", native.WEIGHT, native.part),
         Part("kernels", 60, proof.kernels),
         Part("ceilings", 20, speed.ceilings),
         Part("tests", 110, proof.tests),
-        Part("sanitizer", 45, proof.sanitizer),
+        Part("sanitizer", 60, proof.sanitizer),
         Part("warm-up", 90, speed.warm_up),
         *(Part(name, 140 / len(suites), partial(speed.suite, name=name)) for name in suites),
+        *([Part("profile", 35, profile)] if suites else []),
         *(Part(f"{TRAINING} {name}", 70 / len(presets), partial(speed.training, preset=name)) for name in presets),
+        # Last: it takes whatever is left. Without text it says so, and leaves its time to the others.
+        *([Part("quality", 80 if options.data else 1, quality)] if presets else []),
     ]
 
 
@@ -89,7 +95,7 @@ def parse(command_line: list[str] | None = None) -> Options:
     parser.add_argument("--data", type=Path, help="folder of Multi30k's tok files; default: random text of its lengths")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: interpreted kernels, tiny shapes")
     parser.add_argument(
-        "--out", type=Path, default=os.environ.get("OUT") or None, help="default: $OUT, or the GPU's name in results/"
+        "--out", type=Path, default=os.environ.get("OUT") or None, help="file or folder; default: $OUT, or results/"
     )
     given = parser.parse_args(command_line)
     named = known if given.only is None else [name for name in given.only.split(",") if name]
@@ -107,9 +113,11 @@ def parse(command_line: list[str] | None = None) -> Options:
         raise UserError(f"--data: expected a folder, got {given.data}")
     gpu = "rehearsal" if given.rehearse else gpu_name()
     suffix = "_".join([gpu, *(["quick"] if given.quick else []), *(named if given.only else [])])
-    folder = ROOT / ("runs" if given.rehearse else "benchmarks/results")
+    out = given.out or ROOT / ("runs" if given.rehearse else "benchmarks/results")
+    if given.out is None or out.is_dir():
+        out /= f"{re.sub('[^a-z0-9]+', '_', suffix.lower())}.json"
     return Options(
-        out=given.out or folder / f"{re.sub('[^a-z0-9]+', '_', suffix.lower())}.json",
+        out=out,
         suites=tuple(chosen),
         minutes=minutes,
         everything=given.only is None,

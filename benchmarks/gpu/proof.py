@@ -107,11 +107,14 @@ def _verdict(tool: str, command: child.Command, end: child.End) -> dict[str, Any
     counts = {kind: int(number) for kind, number in found.groupdict().items()} if found else {}
     state = end.state if found else end.state.replace("done", "failed")
     reason = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    lines = child.read(command.journal)
+    missing = [line["missing"] for line in lines if "missing" in line]
     return {
         "state": "failed" if counts.get("errors") else state,
-        "reason": "; ".join(filter(None, (end.reason, reason or "without a summary"))),
+        "reason": "; ".join(filter(None, (end.reason, reason or "without a summary", *missing))),
         "seconds": end.seconds,
         **counts,
-        "passes": [line["passed"] for line in child.read(command.journal)],
+        "passes": [line["passed"] for line in lines if "passed" in line],
+        "missing": missing,
         "report": [line for line in text.splitlines() if line.startswith("=========")][:SANITIZER_LINES],
     }

@@ -53,7 +53,7 @@ class Part:
 class Run:
     """What the parts share. `folder` is for journals and what programs print, which goes with the run.
 
-    `cases` counts those of each suite; `commands` are those of the part that runs.
+    `cases` counts those of each suite; `commands` are those of the part that runs; `native` is the library of csrc.
     """
 
     options: Options
@@ -62,6 +62,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     cases: dict[str, int] = field(default_factory=dict)
     commands: list[Command] = field(default_factory=list)
+    native: Path | None = None
 
     def __post_init__(self) -> None:
         self.record |= {"format": FORMAT, "rehearsal": self.options.rehearse, "sources": record.sources(), "parts": []}
@@ -126,6 +127,8 @@ class Run:
         }
         if self.ceilings.exists():
             shared["TFM_CEILINGS"] = str(self.ceilings)
+        if self.native is not None:
+            shared["TFM_NATIVE"] = str(self.native)
         if self.options.quick:
             shared["TFM_QUICK"] = "1"
         if self.options.rehearse:
@@ -152,7 +155,7 @@ def cores() -> int:
 
 def subject(path: Path) -> str:
     """What a file of tests or benchmarks is about, by its name."""
-    return path.stem.removeprefix("test_").removeprefix("bench_")
+    return path.stem.removeprefix("test_").removeprefix("bench_").removeprefix("cuda_")
 
 
 def ended(end: End, finding: str = "") -> tuple[str, str]:

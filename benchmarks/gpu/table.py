@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.profile import said
+from benchmarks.suite import OURS
+
 
 def show(record: dict[str, Any], console: Console) -> None:
     """Parts and their states, then each suite: our share of the ceiling, and the best peer's time over ours."""
@@ -22,10 +25,22 @@ def show(record: dict[str, Any], console: Console) -> None:
     suites = Table("suite", "cases", "failed", "share of ceiling, median", "best peer / ours, least", "median", "most")
     for name in dict.fromkeys(info["suite"] for info in known):
         infos = [info for info in known if info["suite"] == name]
-        shares = [info["share"] for info in infos if "share" in info and "speed_up" in info]
-        # Of a case: the best peer is the one that took the least time.
-        ratios = [min(info["speed_up"].values()) for info in infos if info.get("speed_up")]
-        share = f"{median(shares):.0%}" if shares else ""
-        cells = [f"{ratio:.2f}" for ratio in (min(ratios), median(ratios), max(ratios))] if ratios else []
-        suites.add_row(name, str(len(infos)), str(sum("failed" in info for info in infos)), share, *cells)
+        ways = [OURS, *dict.fromkeys(peer for info in infos if (peer := info.get("peer", "")).startswith(f"{OURS}, "))]
+        for way in ways:
+            ours = [info for info in infos if info.get("peer") == way]
+            # The first row counts everybody, those below it another way of ours.
+            rows = infos if way == OURS else ours
+            shares = [info["share"] for info in ours if "share" in info]
+            ratios = [min(others) for info in ours if (others := _of_others(info))]
+            share = f"{median(shares):.0%}" if shares else ""
+            cells = [f"{ratio:.2f}" for ratio in (min(ratios), median(ratios), max(ratios))] if ratios else []
+            failed = sum("failed" in info for info in rows)
+            suites.add_row(f"{name}{way.removeprefix(OURS)}", str(len(rows)), str(failed), share, *cells)
     console.print(suites)
+    for row in record.get("profile", []):
+        console.print(f"{row['suite']} {row['size']} {row['direction']} {row['peer']}, {said(row)}", markup=False)
+
+
+def _of_others(info: dict[str, Any]) -> list[float]:
+    """How many times our time each peer of the case took; another way of ours is none."""
+    return [ratio for peer, ratio in info.get("speed_up", {}).items() if not peer.startswith(OURS)]

@@ -70,8 +70,11 @@ class Record:
 
     def changed_sources(self, operation: str, root: Path = ROOT) -> list[str]:
         """The source files that the operation's numbers rest upon and that differ from those measured."""
-        measured, native = self.data["sources"], self.environment["gpu"] is None
-        return [name for name in sources_of(operation, root, native) if measured.get(name) != sha256(root / name)]
+        measured, folders = self.data["sources"], ["kernels"] if self.environment["gpu"] else ["csrc/cpu"]
+        if any((row.suite, row.peer, row.failed) == (operation, "ours, native", None) for row in self.rows):
+            folders.append("csrc/cuda")
+        names = [name for folder in folders for name in sources_of(operation, root, folder)]
+        return [name for name in names if measured.get(name) != sha256(root / name)]
 
 
 def load(folder: Path) -> list[Record]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+# Where an operator is declared in Python, or called by its name.
+OPERATOR = re.compile(r"(?:Operator\(\s*f?\"|torch\.ops\.tfm_native\.)(\w+)")
 
 
 def operations(root: Path = ROOT) -> list[str]:
@@ -15,19 +17,18 @@ def operations(root: Path = ROOT) -> list[str]:
     return [path.stem for path in sorted((root / "tfm" / "ops").glob("*.py")) if sources_of(path.stem, root)]
 
 
-def sources_of(operation: str, root: Path = ROOT, native: bool = False) -> list[str]:
+def sources_of(operation: str, root: Path = ROOT, folder: str = "kernels") -> list[str]:
     """The files that the operation's file in tfm/ops/ rests upon, relative to `root`.
 
-    Those of kernels/ that it reaches through its imports, or `native` ones: those of csrc/cpu/ that implement its
-    operators, and what they include. A suite of no one operation, such as a training step, rests upon all of them.
+    Those of kernels/ that it reaches through its imports, or those of `folder`, csrc/cpu or csrc/cuda, that implement
+    its operators, and what they include. A suite of no one operation, such as a training step, rests upon all of them.
     """
-    start = _operation_file(operation, root)
+    start, is_triton = _operation_file(operation, root), folder == "kernels"
     if start is None:
-        folder, pattern = ("csrc", "cpu/**/*.*") if native else ("kernels", "**/*.py")
-        return _relative((root / folder).glob(pattern), root)
-    follow = _includes if native else _kernel_files
+        return _relative((root / folder).glob("**/*.py" if is_triton else "**/*.*"), root)
+    follow = _kernel_files if is_triton else _includes
     found: set[Path] = set()
-    waiting = list(_implementations(start, root) if native else _kernel_files(start, root))
+    waiting = list(_kernel_files(start, root) if is_triton else _implementations(start, root, folder))
     while waiting:
         path = waiting.pop()
         if path not in found:
@@ -40,16 +41,27 @@ def _relative(paths: Iterable[Path], root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in paths)
 
 
-def _implementations(path: Path, root: Path) -> Iterator[Path]:
-    """The files of csrc/cpu/ that register the operators of what `path` imports from tfm.operators."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "tfm.operators":
-            for alias in node.names:
-                schemas = (root / "tfm" / "operators" / f"{alias.name}.py").read_text()
-                names = re.findall(r"Operator\(\s*f?\"(\w+)\(", schemas)
-                for source in (root / "csrc" / "cpu").rglob("*.cpp"):
-                    if any(f'm.impl("{name}"' in source.read_text() for name in names):
-                        yield source
+def _implementations(path: Path, root: Path, folder: str) -> Iterator[Path]:
+    """The files of `folder` that register the operators that `path` calls through tfm.operators and tfm.native."""
+    names = {name for file in _entries(path, root) for name in OPERATOR.findall(file.read_text())}
+    for source in (root / folder).rglob("*.c*"):
+        text = source.read_text()
+        if any(f'm.impl("{name}"' in text for name in names):
+            yield source
+
+
+def _entries(path: Path, root: Path) -> set[Path]:
+    """`path`, and the files of tfm.operators and tfm.native that it imports, or what it imports does."""
+    found, waiting = set[Path](), [path]
+    while waiting:
+        path = waiting.pop()
+        if path.is_file() and path not in found:
+            found.add(path)
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("tfm.operators", "tfm.native")):
+                    module = root.joinpath(*str(node.module).split("."))
+                    waiting += [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
+    return found
 
 
 def _includes(path: Path, root: Path) -> Iterator[Path]:

@@ -64,6 +64,11 @@ def device(record: Record, root: Path = ROOT) -> str:
         lines += ["", f"**{suite}**{mark}", "", *_suite(record, suite, stale=bool(stale))]
     for preset, throughput in record.data.get("training", {}).items():
         lines += ["", f"**Training step, preset {preset}**", "", *_throughput(throughput["throughput"], "eager-bf16")]
+    if taught := record.data.get("quality"):
+        preset, corpus = taught["arguments"]["preset"], CORPORA[taught["corpus"]]
+        lines += ["", f"**Translation, preset {preset} trained on {corpus}**", "", *_learnt(taught)]
+    if profiled := record.data.get("profile"):
+        lines += ["", "**What bounds the slowest kernels** (Nsight Compute, one call)", "", *_profile(profiled)]
     return "\n".join(lines)
 
 
@@ -120,13 +125,8 @@ def training(record: Record, with_speed: bool = True) -> str:
             f"{arguments['throughput_seconds']:.0f} seconds in turn:"
         )
         lines += ["", *_throughput(record.data.get("throughput", {}), "eager")]
-    if quality := record.data.get("quality"):
-        lines += [
-            "",
-            f"In {arguments['minutes']:.0f} minutes each, greedy BLEU by sacrebleu on tokenized lower-cased text:",
-            "",
-            *_quality(quality, arguments["test_set"]),
-        ]
+    if record.data.get("quality"):
+        lines += ["", *_learnt(record.data)]
     return "\n".join(lines)
 
 
@@ -152,18 +152,38 @@ def _throughput(results: dict[str, Any], baseline: str) -> list[str]:
     return _table(["", "tokens/s, median", "range", f"ratio to {NAMES[baseline]}, same round"], rows)
 
 
-def _quality(results: list[dict[str, Any]], test_set: str) -> list[str]:
+def _learnt(data: dict[str, Any]) -> list[str]:
+    """What a record of the training benchmark says of translations, and how long the models had learnt."""
+    arguments = data["arguments"]
+    # Older records know no limit but minutes. Beside it these say little: a row says how many updates fitted in them.
+    updates = arguments.get("updates")
+    limit = f"Within {updates:,} updates" if updates else f"In {arguments['minutes']:.0f} minutes"
+    title = f"{limit} each, greedy BLEU by sacrebleu on tokenized lower-cased text:"
+    return [title, "", *_quality(data["quality"], arguments["test_set"], updates)]
+
+
+def _quality(results: list[dict[str, Any]], test_set: str, wanted: int | None) -> list[str]:
     rows = []
     for result in results:
         label = f"{NAMES.get(result['contender'], result['contender'])}, seed {result['seed']}"
         if "failed" in result:
             rows.append([label, f"failed: {result['failed']}", "", "", "", "", ""])
             continue
-        numbers = f"{result['tokens_per_second']:,.0f}", f"{result['updates']:,}", f"{result['epochs']:.1f}"
+        updates = f"{result['updates']:,}" + (f" of {wanted:,}" if wanted and result["updates"] < wanted else "")
+        numbers = f"{result['tokens_per_second']:,.0f}", updates, f"{result['epochs']:.1f}"
         validation, test = result["validation"], result["test"]
         rows.append([label, *numbers, f"{validation['loss']:.3f}", f"{validation['bleu']:.1f}", f"{test['bleu']:.1f}"])
     head = ["", "tokens/s", "updates", "epochs", "validation loss", "BLEU, validation", f"BLEU, {test_set}"]
     return _table(head, rows)
+
+
+def _profile(rows: Sequence[dict[str, Any]]) -> list[str]:
+    table = []
+    for row in rows:
+        case = f"{row['suite']} {row['size']}, {row['direction']}, {row['peer']}"
+        found = [f"`{row['kernel']}`", row["bound"]] if "bound" in row else ["", f"{row['state']}: {row['reason']}"]
+        table.append([case, f"{row['share']:.0%}", *found])
+    return _table(["case", "of ceiling", "longest kernel", "what bounds it"], table)
 
 
 def missing(records: Sequence[Record], root: Path = ROOT) -> str:

@@ -177,7 +177,7 @@ namespace {
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                       torch::stable::detail::from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -186,7 +186,7 @@ void linear_into(const Tensor& x, const Tensor& weight, const Tensor& columns) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                       torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
                                       torch::stable::detail::from(columns)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -70,6 +70,24 @@ TFM_INLINE void store(BFloat16* to, Floats value) {
     __builtin_memcpy(to, &bits, sizeof(bits));
 }
 
+#if defined(__AVX512F__)
+// The first `count` of a vector, fewer than WIDTH; the rest is 0.
+TFM_INLINE Floats load_some(const float* from, int64_t count) {
+    return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+}
+
+TFM_INLINE Floats load_some(const BFloat16* from, int64_t count) {
+    return widen((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from));
+}
+
+TFM_INLINE void store_some(float* to, Floats value, int64_t count) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)value);
+}
+
+TFM_INLINE void store_some(BFloat16* to, Floats value, int64_t count) {
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), (__m256i)narrow(value));
+}
+#else
 // The first `count` of a vector, fewer than WIDTH; the rest is 0.
 template <class T>
 TFM_INLINE Floats load_some(const T* from, int64_t count) {
@@ -86,6 +104,7 @@ TFM_INLINE void store_some(T* to, Floats value, int64_t count) {
     for (int64_t i = 0; i < count; ++i)
         to[i] = values[i];
 }
+#endif
 
 // All of a vector, or as much of it as `count` leaves.
 template <class T>

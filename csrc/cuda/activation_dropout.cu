@@ -197,7 +197,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
     const bool converts = bias && bias->scalar_type() != x.scalar_type();
     std::array<StableIValue, 3> stack{from(x), from(weight),
                                       from(converts ? MaybeTensor(torch::stable::to(*bias, x.scalar_type())) : bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -208,7 +208,7 @@ Tensor gate_and_up(const Tensor& x, const Tensor& gate, const Tensor& up) {
     for (const auto& [weight, first] : {std::pair(gate, int64_t{0}), std::pair(up, gate.size(0))}) {
         const Tensor half = torch::stable::narrow(pre, 1, first, gate.size(0));
         std::array<StableIValue, 3> stack{from(x), from(torch::stable::transpose(weight, 0, 1)), from(half)};
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+        TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
         torch::stable::detail::to<Tensor>(stack[0]);
     }
     return pre;

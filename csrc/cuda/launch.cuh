@@ -67,7 +67,7 @@ inline cudaStream_t current_stream(int32_t device) {
     }();
     STD_TORCH_CHECK(get, "expected a torch with CUDA, got one without libtorch_cuda.so");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+    TORCH_ERROR_CODE_CHECK(get(device, &stream));
     return static_cast<cudaStream_t>(stream);
 }
 

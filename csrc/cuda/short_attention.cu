@@ -47,7 +47,7 @@ Tensor rows_like(const Tensor& x, int64_t columns) {
         return dense;
     std::array<StableIValue, 2> stack{torch::stable::detail::from(dense),
                                       torch::stable::detail::from(torch::headeronly::IntHeaderOnlyArrayRef(places))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -172,6 +172,23 @@ SDPA["sdpa math"] = Peer(
 )
 
 
+def decode_attention(query, key_cache, value_cache, key, value, length, parent):
+    """As Hugging Face's models decode: caches [R, Hkv, capacity, D], whose rows each step of a beam puts in order."""
+    if parent is not None:
+        key_cache, value_cache = key_cache.index_select(0, parent), value_cache.index_select(0, parent)
+    key_cache[:, :, length - 1], value_cache[:, :, length - 1] = key, value
+    keys, values = key_cache[:, :, :length], value_cache[:, :, :length]
+    grouped = keys.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=grouped)[:, :, 0]
+
+
+# Nobody differentiates a step of decoding.
+DECODE_ATTENTION = {
+    name: Peer(decode_attention, compiled=mode, where=lambda _, direction: direction == FORWARD)
+    for name, mode in (("eager", None), ("compile", "default"))
+}
+
+
 def flex(query, key, value, bias, block_mask):
     """FlexAttention with an additive [1, H, Sq, Sk] that learns, or None, and its own sparse mask, or None."""
     from torch.nn.attention.flex_attention import flex_attention

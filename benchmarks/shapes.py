@@ -95,6 +95,43 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Hypotheses that each decode one token more behind `length` - 1, and the heads of their attention.
+
+    Attributes:
+        beam: hypotheses of a sentence, whose past is shared as far as they descend from one another.
+        key_heads: None has one for each query head.
+    """
+
+    rows: int
+    length: int
+    heads: int
+    head_dim: int
+    beam: int = 1
+    key_heads: int | None = None
+
+    def __str__(self) -> str:
+        grouped = f" of {self.key_heads}" if self.key_heads else ""
+        return f"{self.rows}x{self.length} heads {self.heads}x{self.head_dim}{grouped} beam {self.beam}"
+
+    def ancestry(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [rows, length], the row that decoded each token, and int64 [rows], whom each row continues.
+
+        Of random parents, the same at each call; of the last step they are a rotation, so that none is lost.
+        """
+        generator = torch.Generator().manual_seed(1)
+        own = torch.arange(self.rows)
+        table, first = own.int()[:, None].repeat(1, self.length), own // self.beam * self.beam
+        for step in range(self.length - 2):
+            parent = first + torch.randint(self.beam, (self.rows,), generator=generator)
+            table[:, step] = own
+            table = table[parent]
+        parent = first + (own + 1) % self.beam
+        table[:, self.length - 2 :] = own[:, None]
+        return table[parent], parent
+
+
+@dataclass(frozen=True)
 class Sentences:
     """A batch of sentences and the heads of its attention.
 
@@ -204,6 +241,18 @@ ROTARIES = _sizes(
     gpu=[Rotary(64, 128, 8, 64), Rotary(4, 4096, 16, 128)],
     cpu=[Rotary(8, 64, 8, 64)],
     rehearsal=[Rotary(2, 3, 2, 16)],
+)
+# The second is a step of 512 sentences with a beam of 4; the third and fourth FlashAttention-3's published ones.
+DECODINGS = _sizes(
+    gpu=[
+        Decoding(256, 30, 8, 64),
+        Decoding(2048, 30, 8, 64, beam=4),
+        Decoding(16, 2000, 32, 128),
+        Decoding(16, 4000, 32, 128),
+        Decoding(16, 4000, 32, 128, key_heads=8),
+    ],
+    cpu=[Decoding(500, 15, 4, 32, beam=5), Decoding(78, 15, 4, 32), Decoding(80, 30, 8, 64, beam=5)],
+    rehearsal=[Decoding(4, 5, 2, 16, beam=2), Decoding(2, 3, 2, 16, key_heads=1)],
 )
 SENTENCES = _sizes(
     gpu=[

@@ -57,6 +57,9 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
     m.def("attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, int parts,"
           " " ATTENTION ") -> (Tensor? dquery, Tensor joined, Tensor? dbias, Tensor? dsinks)");
 #undef ATTENTION
+
+    m.def("decode_attention(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor lengths,"
+          " Tensor? parents, Tensor? key, Tensor? value, float scale) -> Tensor");
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from functools import cache
@@ -19,6 +20,7 @@ from tfm.data import BatchPlan
 from tfm.errors import UserError
 from tfm.generate import EXTRA_LENGTH, Cache, Search, beam_search, translate
 from tfm.model import Sequences, Transformer
+from tfm.ops.backends import use
 from tfm.tokenizer import BOS, EOS, PAD, Tokenizer
 
 WORDS = 9
@@ -110,6 +112,30 @@ def test_step_by_step_equals_all_at_once(norm_first, beam):
                 for row, parents in zip(prefixes, parent, strict=True)
             ]
             decoder.reorder(parent, keep)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_neither_a_beam_nor_leaving_moves_what_is_cached(beam):
+    with torch.inference_mode():
+        decoder = Cache.of(random_model(), [sentence(length) for length in LENGTHS], beam)
+        decoder.step(torch.full((len(LENGTHS), beam), BOS))
+        held = [(tensor, tensor.clone()) for past in decoder.past for tensor in past]
+        decoder.reorder(torch.randint(beam, (len(LENGTHS), beam)), None)
+        decoder.reorder(torch.randint(beam, (2, beam)), torch.tensor([0, 3]))
+        now = [tensor for past in decoder.past for tensor in past]
+    for tensor, (before, contents) in zip(now, held, strict=True):
+        assert tensor is before
+        torch.testing.assert_close(tensor[:, 0], contents[:, 0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_every_backend_of_a_cpu_finds_the_same(beam):
+    model = copy.deepcopy(half_taught()).float()
+    sources = [sentence(length, WORDS) for length in LENGTHS * 2]
+    expected = beam_search(half_taught(), sources, Search(beam))
+    for impl in ("reference", "auto"):
+        with use(impl):
+            assert beam_search(model, sources, Search(beam)) == expected
 
 
 # Searching

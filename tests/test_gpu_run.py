@@ -355,6 +355,15 @@ def test_what_the_sanitizer_says(tool, said, state, reason, tmp_path):
     assert verdict["report"] == said.splitlines()
 
 
+def test_a_run_may_be_of_some_parts():
+    def names(*words):
+        return [part.name for part in command.parts(command.parse(["--rehearse", *words]))]
+
+    assert names("--parts", "tests,native") == ["environment", "native", "tests"]
+    assert names("--parts", "training,layer_norm") == ["environment", "layer_norm", "training tiny"]
+    assert len(names()) == len(command.plan(command.parse(["--rehearse"])))
+
+
 def test_the_record_lies_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("OUT", raising=False)
     words = ["--rehearse", "--only", "layer_norm"]
@@ -371,6 +380,7 @@ def test_the_record_lies_where_it_is_asked_for(tmp_path, monkeypatch):
         ([], "expected an NVIDIA GPU"),
         (["--rehearse", "--only", "nonsense"], "--only: expected some of attention, "),
         (["--rehearse", "--only", ","], "got none"),
+        (["--rehearse", "--parts", "test"], "--parts: expected some of environment, native, "),
         (["--rehearse", "--minutes", "-1"], "--minutes: expected a positive number, got -1"),
         (["--rehearse", "--data", "nowhere"], "--data: expected a folder, got nowhere"),
         (["--rehearse", "--out", "/proc/none/x.json"], "/proc/none/x.json: cannot be written"),

@@ -115,8 +115,9 @@ def beam_search(model: Transformer, sources: list[list[int]], search: Search) ->
     for length in range(1, max(limits) + 1):
         log_p = cache.step(latest).log_softmax(dim=-1)
         log_p[..., [PAD, BOS]] = float("-inf")
-        goes_on = torch.arange(log_p.shape[-1], device=device) != EOS
-        log_p = log_p.masked_fill((length >= limit)[:, None, None] & goes_on, float("-inf"))
+        if length >= min(limits):
+            goes_on = torch.arange(log_p.shape[-1], device=device) != EOS
+            log_p.masked_fill_((length >= limit)[:, None, None] & goes_on, float("-inf"))
         grown, parent = running.grow(log_p, 2 * beam)
         ends = grown.tokens[..., -1] == EOS
 
@@ -157,8 +158,11 @@ class Hypotheses:
         return cls(tokens, torch.full((sentences, count), float("-inf"), device=device))
 
     def grow(self, log_p: Tensor, count: int) -> tuple[Hypotheses, Tensor]:
-        """The `count` best with one more token, by `log_p` [B, J, vocab_size], and which each continues [B, count]."""
-        scores, place = (self.scores[..., None] + log_p).flatten(1).topk(count)
+        """The `count` best with one more token, by `log_p` [B, J, vocab_size], and which each continues [B, count].
+
+        Writes over `log_p`: nothing else of a step is as large.
+        """
+        scores, place = log_p.add_(self.scores[..., None]).flatten(1).topk(count)
         parent, token = place // log_p.shape[-1], place % log_p.shape[-1]
         return Hypotheses(torch.cat((_take(self.tokens, parent), token[..., None]), dim=-1), scores), parent
 
@@ -192,12 +196,17 @@ def _take(hypotheses: Tensor, index: Tensor) -> Tensor:
 class Cache:
     """Keys and values of everything decoded so far, and of the memory, for each decoder layer.
 
+    What a hypothesis has decoded stays where it was written. One that continues another takes over that one's ancestry,
+    a row of a small table, and sentences that leave take theirs along: the cache itself is never reordered.
+
     Attributes:
         model: whose cache it is.
         beam: hypotheses K for each of B sentences; they share the keys and values of their memory.
         memory: [layer] of (key, value), [B, heads, S, dim / heads] each.
         memory_lengths: int32 [B].
-        past: [layer] of (key, value), [B * K, heads, capacity, dim / heads] each.
+        past: [layer] of (key, value), [rows, capacity, heads, dim / heads] each: a row for each hypothesis there was at
+            first, of which the hypotheses there are now go on with the first ones.
+        ancestry: int32 [B * K, capacity], the row of `past` that holds each token so far; None is each one's own.
         length: tokens decoded so far.
     """
 
@@ -206,6 +215,7 @@ class Cache:
     memory: list[tuple[Tensor, Tensor]]
     memory_lengths: Tensor
     past: list[tuple[Tensor, Tensor]]
+    ancestry: Tensor | None = None
     length: int = 0
 
     @classmethod
@@ -223,23 +233,22 @@ class Cache:
         for key_value in model.decoder.project_memory(memory):
             key, value = layout.unpack(key_value).permute(2, 0, 3, 1, 4).contiguous()
             projected.append((key, value))
-        shape = (len(sources) * beam, config.heads, 0, config.dim // config.heads)
-        empty = memory.new_empty(shape)
+        empty = projected[0][0].new_empty((len(sources) * beam, 0, config.heads, config.dim // config.heads))
         return cls(model, beam, projected, lengths.to(device), [(empty, empty)] * config.decoder_layers)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The latest token of each hypothesis, [B, K], to the logits of its successor, fp32 [B, K, vocab_size]."""
         sentences, model = len(tokens), self.model
         self._reserve()
-        positions = torch.full((tokens.numel(),), self.length, device=tokens.device)
+        positions = torch.full((tokens.numel(),), self.length, dtype=torch.int32, device=tokens.device)
+        lengths = positions + 1
         x = model.embed(tokens.flatten(), positions, seed=None, site=1)
         decoder = model.decoder
         layers = cast(list[DecoderLayer], decoder.layers)
         state = State(x, x if decoder.first_norm is None else decoder.first_norm(x))
-        now = self.length
-        for layer, (past_key, past_value), memory in zip(layers, self.past, self.memory, strict=True):
-            query, past_key[:, :, now], past_value[:, :, now] = layer.self_attention.project(state.normed)
-            attended = ops.attention(query[:, :, None], past_key[:, :, : now + 1], past_value[:, :, : now + 1])
+        for layer, past, memory in zip(layers, self.past, self.memory, strict=True):
+            query, key, value = layer.self_attention.project(state.normed)
+            attended = ops.decode_attention(query, *past, lengths, self.ancestry, key=key, value=value)
             state = layer.self_attention_norm(layer.self_attention.output(attended.flatten(1)), state, None)
             # The hypotheses of a sentence are the queries of one attention over its memory.
             query = layer.cross_attention.project(state.normed).unflatten(0, (sentences, self.beam)).transpose(1, 2)
@@ -247,6 +256,8 @@ class Cache:
             attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)
             state = layer.cross_attention_norm(layer.cross_attention.output(attended), state, None)
             state = layer.feed_forward_norm(layer.feed_forward(state.normed, None), state, None)
+        if self.ancestry is not None:
+            self.ancestry[:, self.length] = _own_rows(len(self.ancestry), tokens.device)
         self.length += 1
         return model.logits(state.normed).float().unflatten(0, (sentences, self.beam))
 
@@ -259,17 +270,28 @@ class Cache:
             return
         sentences = torch.arange(len(parent), device=parent.device) if keep is None else keep
         rows = (sentences[:, None] * self.beam + parent).flatten()
-        self.past = [(key[rows], value[rows]) for key, value in self.past]
+        if self.ancestry is None:
+            count, capacity = self.past[0][0].shape[:2]
+            self.ancestry = _own_rows(count, parent.device)[:, None].expand(-1, capacity)
+        self.ancestry = self.ancestry[rows]
 
     def _reserve(self) -> None:
         """Room for one more token; the capacity doubles, so that appending costs no copy most of the time."""
-        capacity = self.past[0][0].shape[2]
+        capacity = self.past[0][0].shape[1]
         if self.length < capacity:
             return
         more = max(16, capacity)
         self.past = [(_lengthen(key, more), _lengthen(value, more)) for key, value in self.past]
+        if self.ancestry is not None:
+            self.ancestry = _lengthen(self.ancestry, more)
+
+
+def _own_rows(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _lengthen(past: Tensor, more: int) -> Tensor:
-    """[R, heads, T, d] to [R, heads, T + more, d], the new part left unwritten."""
-    return torch.cat((past, past.new_empty((*past.shape[:2], more, past.shape[3]))), dim=2)
+    """[R, T, ...] to [R, T + more, ...], the new part left unwritten."""
+    longer = past.new_empty((len(past), past.shape[1] + more, *past.shape[2:]))
+    longer[:, : past.shape[1]] = past
+    return longer

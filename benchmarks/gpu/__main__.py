@@ -37,7 +37,7 @@ def main(command_line: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(options, Path(folder), STARTED)
             record.write(options.out, run.record)
-            run.do_all(plan(options))
+            run.do_all(parts(options))
     except UserError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 2
@@ -48,6 +48,21 @@ def main(command_line: list[str] | None = None) -> int:
     print(f"{options.out}, after {run.elapsed():.0f} s")
     tests = run.record.get("tests", {"failed": 0})
     return int(tests["failed"] > 0 or any(row["state"] == "failed" for row in run.record["parts"]))
+
+
+def parts(options: Options) -> list[Part]:
+    """Those of the plan that were asked for, and the environment.
+
+    Raises:
+        UserError: one of --parts is none of them.
+    """
+    all_parts = plan(options)
+    known = dict.fromkeys(part.name.partition(" ")[0] for part in all_parts)
+    for name in options.parts:
+        if name not in known:
+            raise UserError(f"--parts: expected some of {', '.join(known)}, got {name!r}")
+    wanted = {"environment", *(options.parts or known)}
+    return [part for part in all_parts if part.name.partition(" ")[0] in wanted]
 
 
 def plan(options: Options) -> list[Part]:
@@ -90,6 +105,7 @@ def parse(command_line: list[str] | None = None) -> Options:
     parser.add_argument(
         "--only", metavar="NAMES", help=f"of {', '.join(known)}, with commas between them; default: all"
     )
+    parser.add_argument("--parts", metavar="NAMES", default="", help="of the run alone: native,tests,sanitizer, say")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:.0f} minutes: fewer sizes and rounds")
     parser.add_argument("--minutes", type=float, help=f"the limit of the whole run; default: {MINUTES:.0f}")
     parser.add_argument("--data", type=Path, help="folder of Multi30k's tok files; default: random text of its lengths")
@@ -112,13 +128,16 @@ def parse(command_line: list[str] | None = None) -> Options:
     if given.data is not None and not given.data.is_dir():
         raise UserError(f"--data: expected a folder, got {given.data}")
     gpu = "rehearsal" if given.rehearse else gpu_name()
-    suffix = "_".join([gpu, *(["quick"] if given.quick else []), *(named if given.only else [])])
+    suffix = "_".join(
+        [gpu, *(["quick"] if given.quick else []), *(named if given.only else []), *filter(None, [given.parts])]
+    )
     out = given.out or ROOT / ("runs" if given.rehearse else "benchmarks/results")
     if given.out is None or out.is_dir():
         out /= f"{re.sub('[^a-z0-9]+', '_', suffix.lower())}.json"
     return Options(
         out=out,
         suites=tuple(chosen),
+        parts=tuple(filter(None, given.parts.split(","))),
         minutes=minutes,
         everything=given.only is None,
         quick=given.quick,

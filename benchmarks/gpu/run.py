@@ -25,7 +25,7 @@ WORKER_MEMORY = 8 << 30
 
 @dataclass(frozen=True)
 class Options:
-    """The command line: `suites` are to be measured, all there are or those of --only."""
+    """The command line: `suites` are to be measured, all there are or those of --only; of `parts` none means all."""
 
     out: Path
     suites: Sequence[str]
@@ -34,6 +34,7 @@ class Options:
     quick: bool = False
     rehearse: bool = False
     data: Path | None = None
+    parts: Sequence[str] = ()
 
     def covers(self, name: str) -> bool:
         """Whether something of this name belongs to a suite that is measured: test_varlen_attention to attention."""

@@ -5,6 +5,7 @@ One file for each file of kernels/. A new kernel adds its function to ALL.
 
 from benchmarks.kernel_cases.attention import attention_cases
 from benchmarks.kernel_cases.cross_entropy import cross_entropy_cases
+from benchmarks.kernel_cases.decode_attention import decode_attention_cases
 from benchmarks.kernel_cases.embedding import embedding_cases
 from benchmarks.kernel_cases.feed_forward import feed_forward_cases
 from benchmarks.kernel_cases.layer_norm import layer_norm_cases
@@ -15,6 +16,7 @@ from benchmarks.kernel_cases.short_attention import score_cases, short_attention
 ALL = (
     attention_cases,
     cross_entropy_cases,
+    decode_attention_cases,
     feed_forward_cases,
     layer_norm_cases,
     embedding_cases,

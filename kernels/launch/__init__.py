@@ -21,6 +21,7 @@ from tfm.kernels.launch.cross_entropy import (
     streaming_cross_entropy,
     streaming_losses,
 )
+from tfm.kernels.launch.decode_attention import COMBINED_SPLITS, DecodeTiles, decode_attention
 from tfm.kernels.launch.device import are_aligned, multiprocessors
 from tfm.kernels.launch.matmul import (
     Chip,
@@ -57,6 +58,7 @@ from tfm.kernels.launch.short_attention import (
 
 __all__ = [
     "BIAS_PROGRAMS",
+    "COMBINED_SPLITS",
     "SHORT_BACKWARD",
     "SHORT_BACKWARD_FP32",
     "SHORT_FORWARD",
@@ -64,6 +66,7 @@ __all__ = [
     "AttentionTiles",
     "Chip",
     "CrossEntropyTiles",
+    "DecodeTiles",
     "ElementTiles",
     "MatmulTiles",
     "RotaryTiles",
@@ -82,6 +85,7 @@ __all__ = [
     "bias_splits",
     "chip",
     "cross_entropy",
+    "decode_attention",
     "embedding_backward",
     "embedding_forward",
     "linear_activation",

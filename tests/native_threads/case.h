@@ -36,6 +36,7 @@ using Cases = std::vector<Case>;
 Cases activation_dropout_cases();
 Cases attention_cases();
 Cases cross_entropy_cases();
+Cases decode_attention_cases();
 Cases embedding_cases();
 Cases norm_cases();
 Cases rotary_cases();

@@ -6,13 +6,20 @@ operators: an autograd.Function around them costs half of what torch's register_
 
 import torch
 
-from tfm.operators import attention, embedding, feed_forward, norm, rotary
+from tfm.operators import attention, decode_attention, embedding, feed_forward, norm, rotary
 from tfm.operators.operator import Operator
 
 __all__ = ["TWINS", "Operator", "register_fakes"]
 
 # Of Triton and of csrc, whose csrc/schemas.cpp declares them once more.
-TWINS = (*attention.OPERATORS, *embedding.OPERATORS, *feed_forward.OPERATORS, *norm.OPERATORS, *rotary.OPERATORS)
+TWINS = (
+    *attention.OPERATORS,
+    *decode_attention.OPERATORS,
+    *embedding.OPERATORS,
+    *feed_forward.OPERATORS,
+    *norm.OPERATORS,
+    *rotary.OPERATORS,
+)
 
 
 def register_fakes(namespace: str) -> None:

@@ -2,6 +2,7 @@
 
 from tfm.operators.heads import split_heads
 from tfm.ops.attention import attention, varlen_attention
+from tfm.ops.decode_attention import decode_attention
 from tfm.ops.dropout import draw_seed, dropout
 from tfm.ops.embedding import embedding, sinusoid
 from tfm.ops.feed_forward import feed_forward, gated_feed_forward
@@ -12,6 +13,7 @@ from tfm.ops.rotary import rotary, rotary_, rotary_table
 
 __all__ = [
     "attention",
+    "decode_attention",
     "draw_seed",
     "dropout",
     "embedding",

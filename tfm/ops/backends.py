@@ -43,6 +43,7 @@ class Row:
 TABLE = (
     Row("attention", "triton", FLOATS, max_columns=256),
     Row("varlen_attention", "triton", FLOATS, max_columns=256),
+    Row("decode_attention", "triton", FLOATS, max_columns=256),
     Row("embedding", "triton", FLOATS, max_columns=MANY),
     Row("feed_forward", "triton", FLOATS, max_columns=MANY),
     Row("gated_feed_forward", "triton", FLOATS, max_columns=MANY),
@@ -55,6 +56,7 @@ TABLE = (
     Row("rotary_", "triton", FLOATS, max_columns=1024),
     Row("attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row("varlen_attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row("decode_attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row("embedding", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row("feed_forward", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row("gated_feed_forward", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),

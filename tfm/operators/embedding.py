@@ -67,7 +67,8 @@ class Embedding(torch.autograd.Function):
             rows, dtype = ctx.tables[0]
             dweight, indices = operator(dy, tokens, seed, scale, *ctx.dropout, rows, padding_idx, dtype, sparse)
             if sparse:
-                dweight = torch.sparse_coo_tensor(indices, dweight, (rows, dy.shape[-1]), check_invariants=False)
+                # torch.sparse_coo_tensor(check_invariants=False) warns of itself in torch 2.11.
+                dweight = torch.ops.aten._sparse_coo_tensor_unsafe(indices, dweight, (rows, dy.shape[-1]))
         if ctx.needs_input_grad[4]:
             rows, dtype = ctx.tables[1]
             places = positions.expand(tokens.shape)

@@ -44,7 +44,10 @@ CONTRACT = {
     "generate": May("checkpoint config data errors model ops sequences tokenizer", "torch"),
     "evaluate": May(outside="sacrebleu"),
     "graphs": May("data", "torch"),
-    "train": May("checkpoint config data errors evaluate files generate graphs model ops sequences tokenizer", "torch"),
+    "precision": May("model", "torch"),
+    "train": May(
+        "checkpoint config data errors evaluate files generate graphs model ops precision sequences tokenizer", "torch"
+    ),
     "plots": May("attend errors model ops", "torch matplotlib"),
     "demo": May(),
 }

@@ -121,6 +121,14 @@ class Transformer(nn.Module):
             hidden, self.embedding, target, label_smoothing=label_smoothing, reduction=reduction
         )
 
+    def projection_weights(self) -> dict[str, Tensor]:
+        """The parameters of attention's matrix products, which autocast rounds one by one, by their names.
+
+        The feed-forward network's are not among them: its operator takes them as they are, and gives fp32 gradients.
+        """
+        kinds = ("projection.weight", "projection.bias", "output.weight")
+        return {name: parameter for name, parameter in self.named_parameters() if name.endswith(kinds)}
+
     def draw_seed(self) -> Tensor | None:
         """One seed for a step's dropouts; none where nothing is dropped."""
         config = self.config

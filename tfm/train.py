@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfm import precision
 from tfm.checkpoint import Run, average, load_tensors, load_weights, save_tensors
 from tfm.config import Recipe
 from tfm.data import Batch, BatchPlan, EncodedPairs, ParallelText, batches, encode_parallel
@@ -307,15 +308,16 @@ def _line(record: dict[str, Any]) -> str:
 
 def batch_loss(model: Transformer, batch: Batch, label_smoothing: float, dtype: str = "float32") -> Tensor:
     """The mean cross-entropy of a batch's target tokens, a scalar."""
-    source_sequences = Sequences(batch.cu_seq_source, batch.max_source)
-    target_sequences = Sequences(batch.cu_seq_target, batch.max_target)
-    with torch.autocast(batch.source.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden = model(
-            batch.source,
-            batch.source_positions,
-            source_sequences,
-            batch.target_input,
-            batch.target_positions,
-            target_sequences,
-        )
+    arguments = (
+        batch.source,
+        batch.source_positions,
+        Sequences(batch.cu_seq_source, batch.max_source),
+        batch.target_input,
+        batch.target_positions,
+        Sequences(batch.cu_seq_target, batch.max_target),
+    )
+    if dtype == "float32":
+        return model.loss(model(*arguments), batch.target_output, label_smoothing)
+    hidden = precision.call(model, *arguments)
+    with torch.autocast(batch.source.device.type, torch.bfloat16):
         return model.loss(hidden, batch.target_output, label_smoothing)

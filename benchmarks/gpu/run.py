@@ -18,7 +18,7 @@ FORMAT = 1
 CLOSING_SECONDS = 3.0
 # Of what the programs of a part that failed have printed.
 OUTPUT_CHARACTERS = 4000
-MOST_WORKERS = 8
+MOST_WORKERS = 16
 # GPU memory of one process that tests: its context, and the largest tensors.
 WORKER_MEMORY = 8 << 30
 

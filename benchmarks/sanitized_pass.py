@@ -79,6 +79,19 @@ def varlen_attention(new: Tensors) -> Iterator[Outputs]:
         yield ops.varlen_attention(query, key, value, starts, starts, longest, longest, DROPOUT_P, is_causal)
 
 
+def decode_attention(new: Tensors) -> Iterator[Outputs]:
+    rows = len(LENGTHS)
+    own = torch.arange(rows, dtype=torch.int32, device=new.device)[:, None]
+    # One piece of the keys and several; a place that a row writes is its own in every ancestry.
+    for capacity, key_heads, parents in ((max(LENGTHS), HEADS, None), (LONG, KEY_HEADS, own.flip(0).repeat(1, LONG))):
+        lengths = new.integers(0, capacity - 1, capacity)
+        if parents is not None:
+            parents[:, capacity - 3 :] = own
+        query, key, value = (new(rows, heads, HEAD_DIM).detach() for heads in (HEADS, key_heads, key_heads))
+        caches = (new(rows, capacity, key_heads, HEAD_DIM).detach() for _ in range(2))
+        yield ops.decode_attention(query, *caches, lengths, parents, key=key, value=value)
+
+
 def layer_norm(new: Tensors) -> Iterator[Outputs]:
     yield ops.layer_norm(new(ROWS, COLUMNS - 1), new(COLUMNS - 1), new(COLUMNS - 1))
 
@@ -142,8 +155,8 @@ def rotary_(new: Tensors) -> Iterator[Outputs]:
 PASSES: dict[str, Callable[[Tensors], Iterator[Outputs]]] = {
     function.__name__: function
     for function in (
-        attention, varlen_attention, layer_norm, residual_layer_norm, rms_norm, residual_rms_norm, feed_forward,
-        gated_feed_forward, linear_cross_entropy, embedding, rotary, rotary_,
+        attention, varlen_attention, decode_attention, layer_norm, residual_layer_norm, rms_norm, residual_rms_norm,
+        feed_forward, gated_feed_forward, linear_cross_entropy, embedding, rotary, rotary_,
     )
 }  # fmt: skip
 

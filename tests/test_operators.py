@@ -24,7 +24,7 @@ def test_twins_have_one_schema(operator):
 
 
 def test_every_twin_is_a_kernel_of_triton_too():
-    from tfm.kernels import embedding, linear_activation, linear_cross_entropy, norm, rotary  # noqa: F401
+    from tfm.kernels import decode_attention, embedding, linear_activation, linear_cross_entropy, norm, rotary  # noqa: F401
     from tfm.kernels.attention import operators  # noqa: F401
 
     for operator in TWINS:

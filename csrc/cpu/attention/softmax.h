@@ -2,7 +2,7 @@
 // where TFM_ISA is defined.
 #pragma once
 
-#include "cpu/matmul.h"
+#include "cpu/vector.h"
 
 namespace tfm::TFM_ISA {
 

@@ -5,6 +5,7 @@
 #include "cpu/attention/call.h"
 #include "cpu/attention/softmax.h"
 #include "cpu/dropout.h"
+#include "cpu/matmul.h"
 
 namespace tfm::TFM_ISA {
 

@@ -1,0 +1,334 @@
+// Attention of one query a sequence over a cache of keys and values, for CPUs: kernels/decode_attention.py gives the
+// mathematics.
+//
+// A task is a key head of a row, with the query heads that share it. It writes the latest key and value to their place
+// in the cache, lists where the row's keys lie, and reads them there once: a vector of keys at a time, each multiplied
+// by the query lane by lane, whose products are then added up across. No key is copied or transposed, as it pays to do
+// for many queries. The scores stay whole in scratch memory, so that nothing is rescaled; the values are read once,
+// too, a few of them into as many sums as hide the latency of an addition. Query heads that share a key head take turns
+// at a tile of its keys while that lies in the cache.
+//
+// What a task computes depends on its place alone, never on the thread: the same bits on any number of them.
+#include "cpu/isa.h"
+
+#include "cpu/attention/call.h"
+
+namespace tfm {
+
+// [rows, heads, columns], or of a cache [rows, places, heads, columns]; strides in elements, columns side by side.
+struct HeadRows {
+    void* data; // null: absent
+    int64_t row, place, head;
+};
+
+struct DecodeAttention {
+    HeadRows query, key, value, key_cache, value_cache, output;
+    bool narrow; // bf16
+    const int32_t* lengths;
+    const int32_t* parents; // null: each row's keys are its own
+    int64_t length_stride, parents_row, parents_place;
+    int64_t key_heads, group, dim, value_dim, capacity, longest;
+    float factor; // scale · log2(e)
+};
+
+static inline int64_t keys_of(const DecodeAttention& call, int64_t row) {
+    return larger(0, smaller(call.lengths[row * call.length_stride], call.capacity));
+}
+
+namespace {
+
+struct DecodeScratch {
+    int64_t query, scores, sums, totals, key_places, value_places, floats;
+};
+
+inline DecodeScratch decode_scratch(const DecodeAttention& call) {
+    Carver carver{};
+    DecodeScratch at;
+    at.query = carve(carver, call.group, call.dim);
+    at.scores = carve(carver, call.group, call.longest);
+    at.sums = carve(carver, call.group, call.value_dim);
+    at.totals = carve(carver, 1, call.group);
+    // Two floats an address.
+    at.key_places = carve(carver, 2, call.longest);
+    at.value_places = carve(carver, 2, call.longest);
+    at.floats = carver.used;
+    return at;
+}
+
+} // namespace
+
+TFM_KERNEL(decode_attention, const DecodeAttention& call, int64_t begin, int64_t end, float* scratch)
+
+} // namespace tfm
+
+#ifdef TFM_ISA
+
+#include "cpu/attention/softmax.h"
+
+namespace tfm::TFM_ISA {
+
+namespace {
+
+template <class T>
+TFM_INLINE T* place_of(const HeadRows& x, int64_t row, int64_t place, int64_t head) {
+    return static_cast<T*>(x.data) + row * x.row + place * x.place + head * x.head;
+}
+
+template <class T>
+void copy_row(const T* from, T* to, int64_t columns) {
+    for (int64_t column = 0; column < columns; ++column)
+        to[column] = from[column];
+}
+
+// Where the keys of a row lie in a cache, from its first element on; the last is repeated to fill a vector.
+void list_places(const DecodeAttention& call, const HeadRows& cache, int64_t row, int64_t keys, int64_t head,
+                 int64_t* places) {
+    const int64_t base = head * cache.head, listed = call.key.data ? keys - 1 : keys;
+    int64_t key = 0;
+    if (call.parents) {
+        const int32_t* const parents = call.parents + row * call.parents_row;
+        for (; key < listed; ++key)
+            places[key] = base + parents[key * call.parents_place] * cache.row + key * cache.place;
+    }
+    for (; key < keys; ++key)
+        places[key] = base + row * cache.row + key * cache.place;
+    for (; key % LANES; ++key)
+        places[key] = places[keys - 1];
+}
+
+// Scores of `keys` keys in units of log 2, and -inf up to a whole vector; returns the largest of each lane.
+template <class T>
+Floats score(const DecodeAttention& call, const float* query, const int64_t* places, int64_t keys, float* scores) {
+    const T* const cache = static_cast<const T*>(call.key_cache.data);
+    const int64_t dim = call.dim, whole = dim / WIDTH * WIDTH;
+    Floats top = broadcast(-INFINITE);
+    for (int64_t first = 0; first < keys; first += WIDTH) {
+        Floats parts[WIDTH] = {};
+        for (int64_t column = 0; column < whole; column += WIDTH) {
+            const Floats factor = load(query + column);
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; ++i)
+                parts[i] += load(cache + places[first + i] + column) * factor;
+        }
+        if (whole < dim) {
+            const Floats factor = load(query + whole);
+            for (int i = 0; i < WIDTH; ++i)
+                parts[i] += load_some(cache + places[first + i] + whole, dim - whole) * factor;
+        }
+        const Floats found = sums_of(parts) * call.factor;
+        const Floats seen = lanes() < static_cast<int32_t>(smaller(keys - first, WIDTH)) ? found : broadcast(-INFINITE);
+        store(scores + first, seen);
+        top = maximum(top, seen);
+    }
+    return top;
+}
+
+// Adds weights · values to VECTORS vectors of the sums: eight chains of additions at once.
+template <int VECTORS, class T>
+TFM_INLINE void weigh(const T* values, const int64_t* places, const float* weights, int64_t keys, int64_t columns,
+                      float* sums) {
+    constexpr int KEYS = 8 / VECTORS;
+    Floats parts[KEYS][VECTORS] = {};
+    int64_t key = 0;
+    for (; key + KEYS <= keys; key += KEYS)
+#pragma GCC unroll 8
+        for (int i = 0; i < KEYS; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; ++j)
+                parts[i][j] += load(values + places[key + i] + j * WIDTH, columns - j * WIDTH) * weights[key + i];
+    for (; key < keys; ++key)
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; ++j)
+            parts[0][j] += load(values + places[key] + j * WIDTH, columns - j * WIDTH) * weights[key];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) {
+        Floats total = load(sums + j * WIDTH);
+#pragma GCC unroll 8
+        for (int i = 0; i < KEYS; ++i)
+            total += parts[i][j];
+        store(sums + j * WIDTH, total);
+    }
+}
+
+template <class T>
+void weigh_values(const DecodeAttention& call, const int64_t* places, const float* weights, int64_t keys, float* sums) {
+    const T* const cache = static_cast<const T*>(call.value_cache.data);
+    int64_t column = 0;
+    for (; column + 4 * WIDTH <= call.value_dim; column += 4 * WIDTH)
+        weigh<4>(cache + column, places, weights, keys, 4 * WIDTH, sums + column);
+    for (; column + 2 * WIDTH <= call.value_dim; column += 2 * WIDTH)
+        weigh<2>(cache + column, places, weights, keys, 2 * WIDTH, sums + column);
+    for (; column + WIDTH <= call.value_dim; column += WIDTH)
+        weigh<1>(cache + column, places, weights, keys, WIDTH, sums + column);
+    if (column < call.value_dim)
+        weigh<1>(cache + column, places, weights, keys, call.value_dim - column, sums + column);
+}
+
+template <class T>
+void attend(const DecodeAttention& call, int64_t row, int64_t head, const DecodeScratch& at, float* scratch) {
+    const int64_t keys = keys_of(call, row), first_head = head * call.group;
+    const int64_t query_stride = padded(call.dim), score_stride = padded(call.longest);
+    const int64_t sum_stride = padded(call.value_dim);
+    float *const query = scratch + at.query, *const scores = scratch + at.scores, *const sums = scratch + at.sums;
+    int64_t* const key_places = reinterpret_cast<int64_t*>(scratch + at.key_places);
+    int64_t* const value_places = reinterpret_cast<int64_t*>(scratch + at.value_places);
+    for (int64_t i = 0; i < call.group * sum_stride; i += WIDTH)
+        store(sums + i, Floats{});
+    if (keys > 0) {
+        if (call.key.data) {
+            copy_row(place_of<T>(call.key, row, 0, head), place_of<T>(call.key_cache, row, keys - 1, head), call.dim);
+            copy_row(place_of<T>(call.value, row, 0, head), place_of<T>(call.value_cache, row, keys - 1, head),
+                     call.value_dim);
+        }
+        list_places(call, call.key_cache, row, keys, head, key_places);
+        list_places(call, call.value_cache, row, keys, head, value_places);
+        for (int64_t member = 0; member < call.group; ++member) {
+            const T* const from = place_of<T>(call.query, row, 0, first_head + member);
+            for (int64_t column = 0; column < call.dim; column += WIDTH)
+                store(query + member * query_stride + column, load(from + column, call.dim - column));
+        }
+    }
+    float* const totals = scratch + at.totals; // the largest scores first
+    for (int64_t member = 0; member < call.group; ++member)
+        totals[member] = -INFINITE;
+    for (int64_t first = 0; first < keys; first += BLOCK_KEYS)
+        for (int64_t member = 0; member < call.group; ++member) {
+            const float top =
+                maximum(score<T>(call, query + member * query_stride, key_places + first,
+                                 smaller(keys - first, BLOCK_KEYS), scores + member * score_stride + first));
+            totals[member] = top > totals[member] ? top : totals[member];
+        }
+    for (int64_t member = 0; member < call.group; ++member) {
+        float* const weights = scores + member * score_stride;
+        const Floats top = broadcast(totals[member]);
+        Floats total{};
+        for (int64_t key = 0; key < keys; key += WIDTH) {
+            const Floats weight = exp2(load(weights + key) - top);
+            store(weights + key, weight);
+            total += weight;
+        }
+        totals[member] = sum(total);
+    }
+    for (int64_t first = 0; first < keys; first += BLOCK_KEYS)
+        for (int64_t member = 0; member < call.group; ++member)
+            weigh_values<T>(call, value_places + first, scores + member * score_stride + first,
+                            smaller(keys - first, BLOCK_KEYS), sums + member * sum_stride);
+    for (int64_t member = 0; member < call.group; ++member) {
+        T* const output = place_of<T>(call.output, row, 0, first_head + member);
+        const float share = keys > 0 ? 1.0f / totals[member] : 0.0f;
+        for (int64_t column = 0; column < call.value_dim; column += WIDTH)
+            store(output + column, load(sums + member * sum_stride + column) * share, call.value_dim - column);
+    }
+}
+
+} // namespace
+
+void decode_attention(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch) {
+    const DecodeScratch at = decode_scratch(call);
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / call.key_heads, head = task % call.key_heads;
+        call.narrow ? attend<BFloat16>(call, row, head, at, scratch) : attend<float>(call, row, head, at, scratch);
+    }
+}
+
+} // namespace tfm::TFM_ISA
+
+#else
+
+#include <stdexcept>
+
+#include "cpu/attention/host.h"
+#include "cpu/rows.h"
+
+namespace tfm {
+
+namespace {
+
+Tensor side_by_side(const Tensor& x) { return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x); }
+
+HeadRows head_rows(const Tensor& x) {
+    if (x.dim() == 4)
+        return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+    return {x.data_ptr(), x.stride(0), 0, x.stride(1)};
+}
+
+// An out_of_range is Python's IndexError, as it is torch's.
+void check_parents(const DecodeAttention& call, int64_t rows, int64_t cache_rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const int32_t* const parents = call.parents + row * call.parents_row;
+        for (int64_t key = 0; key < keys_of(call, row) - (call.key.data ? 1 : 0); ++key) {
+            const int32_t parent = parents[key * call.parents_place];
+            if (parent < 0 || parent >= cache_rows)
+                throw std::out_of_range("parents: expected rows 0 to " + std::to_string(cache_rows - 1) + ", got " +
+                                        std::to_string(parent) + ", out of range");
+        }
+    }
+}
+
+// Rows' tasks in order, shared among threads by their keys rather than their number: rows differ in length.
+void run(const DecodeAttention& call, int64_t rows) {
+    std::vector<int64_t> begins{0}, works;
+    for (int64_t row = 0; row < rows; ++row) {
+        works.push_back((keys_of(call, row) + 16) * call.group);
+        begins.push_back(begins.back() + works.back() * call.key_heads);
+    }
+    const auto task = [&](int64_t work) {
+        const int64_t row = std::upper_bound(begins.begin(), begins.end(), work) - begins.begin() - 1;
+        const int64_t head = row < rows ? (work - begins[row] + works[row] - 1) / works[row] : 0;
+        return row * call.key_heads + head;
+    };
+    const auto range = [&](int64_t begin, int64_t end) {
+        float* const scratch = scratch_memory(decode_scratch(call).floats);
+        TFM_RUN(decode_attention, call, task(begin), task(end), scratch);
+    };
+    const int64_t total = begins.back(), columns = std::max<int64_t>(1, call.dim + call.value_dim);
+    const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_THREAD / columns);
+    if (total <= grain)
+        range(0, total);
+    else
+        torch::stable::parallel_for(0, total, grain, range);
+}
+
+Tensor decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, MaybeTensor parents,
+                        MaybeTensor key, MaybeTensor value, double scale) {
+    const int64_t rows = query.size(0), heads = query.size(1), key_heads = key_cache.size(2);
+    Tensor output = empty({rows, heads, value_cache.size(3)}, query.scalar_type(), query);
+    const Tensor queries = side_by_side(query);
+    const MaybeTensor keys = key ? MaybeTensor(side_by_side(*key)) : key;
+    const MaybeTensor values = value ? MaybeTensor(side_by_side(*value)) : value;
+    DecodeAttention call{
+        .query = head_rows(queries),
+        .key = keys ? head_rows(*keys) : HeadRows{},
+        .value = values ? head_rows(*values) : HeadRows{},
+        .key_cache = head_rows(key_cache),
+        .value_cache = head_rows(value_cache),
+        .output = head_rows(output),
+        .narrow = is_narrow(width_of(query.scalar_type())),
+        .lengths = static_cast<const int32_t*>(lengths.const_data_ptr()),
+        .parents = data_of<const int32_t>(parents),
+        .length_stride = lengths.stride(0),
+        .parents_row = parents ? parents->stride(0) : 0,
+        .parents_place = parents ? parents->stride(1) : 0,
+        .key_heads = key_heads,
+        .group = key_heads == 0 ? 1 : heads / key_heads,
+        .dim = query.size(2),
+        .value_dim = value_cache.size(3),
+        .capacity = key_cache.size(1),
+        .longest = 1,
+        .factor = static_cast<float>(scale / std::log(2.0)),
+    };
+    for (int64_t row = 0; row < rows; ++row)
+        call.longest = std::max(call.longest, keys_of(call, row));
+    if (call.parents)
+        check_parents(call, rows, key_cache.size(0));
+    run(call, rows);
+    return output;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("decode_attention", TORCH_BOX(&decode_attention)); }
+
+} // namespace tfm
+
+#endif

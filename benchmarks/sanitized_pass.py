@@ -88,8 +88,8 @@ def decode_attention(new: Tensors) -> Iterator[Outputs]:
         if parents is not None:
             parents[:, capacity - 3 :] = own
         query, key, value = (new(rows, heads, HEAD_DIM).detach() for heads in (HEADS, key_heads, key_heads))
-        caches = (new(rows, capacity, key_heads, HEAD_DIM).detach() for _ in range(2))
-        yield ops.decode_attention(query, *caches, lengths, parents, key=key, value=value)
+        key_cache, value_cache = (new(rows, capacity, key_heads, HEAD_DIM).detach() for _ in range(2))
+        yield ops.decode_attention(query, key_cache, value_cache, lengths, parents, key=key, value=value)
 
 
 def layer_norm(new: Tensors) -> Iterator[Outputs]:

@@ -27,4 +27,8 @@ ALLOWED: tuple[Allowed, ...] = (
         ("attention_backward_keys 256 bias dropout no dv bf16 wide",), (90,), "spill",
         reason="48 bytes at the widest heads, with a bias and dropout at once; smaller tiles have no HGMMA.",
     ),
+    Allowed(
+        ("decode_attention 16 of 128 grouped fp32 without k v parents",), (86, 89), "spill",
+        reason="8 bytes under the cap of registers, without which wider calls spill on other chips.",
+    ),
 )  # fmt: skip

@@ -24,12 +24,12 @@ def decode_attention_cases(every: bool) -> Iterator[Case]:
         blocks = {
             "DIM": dim, "VALUE_DIM": dim, "BLOCK_DIM": block_dim, "BLOCK_VALUE_DIM": block_dim,
             "BLOCK_HEADS": tiles.block_heads, "BLOCK_KEYS": tiles.block_keys, "SPLIT_KEYS": tiles.split_keys,
-            "STAGES": tiles.stages,            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "STAGES": tiles.stages, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         }  # fmt: skip
         kernel = decode_attention.decode_attention_kernel
         for absent in ((), FLOATS, ("k", "v", "parents")) if every else ((),):
             name = " ".join((f"decode_attention {tiles.block_keys} of {dim}", *("grouped",) * (group > 1), dtype))
-            name += f" without {', '.join(absent)}" * bool(absent)
+            name += f" without {' '.join(absent)}" * bool(absent)
             arguments = _arguments(kernel, dtype, blocks | dict.fromkeys(absent))
             # A tile of 16 query heads is too short for HGMMA.
             yield Case(name, kernel, arguments, tiles.num_warps, max_registers=tiles.max_registers)

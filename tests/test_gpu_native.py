@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured import ENTRIES, FakeBenchmark, case, entry, gpu_record
 from native import Called
 from rich.console import Console
-from test_measure import FakeBenchmark, case
-from test_report import ENTRIES, entry, gpu_record
 
 from benchmarks import bench_attention, bench_feed_forward, bench_layer_norm, bench_rms_norm, bench_varlen_attention
 from benchmarks.gpu import child, native, proof, table

@@ -11,15 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from measured import a_run
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import child, proof, pytest_journal, speed
-from benchmarks.gpu.run import Options, Part, Run
-
-
-def a_run(tmp_path, **options) -> Run:
-    given = {"out": tmp_path / "record.json", "suites": ("troubled",), "minutes": 9, "everything": False} | options
-    return Run(Options(**given), tmp_path, started=time.perf_counter())
+from benchmarks.gpu.run import Part
 
 
 def test_a_lost_gpu_ends_the_process(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_gpu_parts import a_run
+from measured import a_run
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import child, speed

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from test_train import BATCHES, assert_same_weights, resumed_in, training_in
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import BATCHES, assert_same_weights, resumed_in, training_in
 
 import tfm
 from tfm.graphs import GraphedSteps

@@ -7,17 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from measured import FakeBenchmark, case
 from native import OBSTACLE
 
 from benchmarks import measure as timing
 from benchmarks.measure import ROUND_SECONDS, Replays, Turns, Unavailable, calibrate, input_sets, measure
-from benchmarks.suite import BOTH, FORWARD, OURS, Case, Peer, Suite, Work
+from benchmarks.suite import BOTH, FORWARD, OURS, Peer
 from benchmarks.summary import add_speed_ups, case_of, failures
 
 ROOT = Path(__file__).parent.parent
@@ -37,29 +38,6 @@ class FakeTime:
             self.now += seconds
 
         return step
-
-
-@dataclass
-class FakeBenchmark:
-    """As much of pytest-benchmark's fixture as `measure` uses; runs nothing but what it is given."""
-
-    enabled: bool = True
-    stats: None = None
-    has_error: bool = False
-    extra_info: dict[str, Any] = field(default_factory=dict)
-    runs: list[dict[str, int]] = field(default_factory=list)
-
-    def pedantic(self, step: Callable[[], None], rounds: int, iterations: int) -> None:
-        self.runs.append({"rounds": rounds, "iterations": iterations})
-        step()
-
-
-def case(peer: Peer, name: str = "a peer", direction: str = FORWARD, mode: str = "eager") -> Case:
-    peers = {name: peer}
-    suite = Suite(
-        "doubling", ["3"], peers, lambda size: (torch.ones(3, requires_grad=True),), lambda *_: Work(bytes=24)
-    )
-    return Case(suite, "3", direction, mode, name)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])

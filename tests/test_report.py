@@ -6,42 +6,12 @@ import json
 import shutil
 
 import pytest
+from measured import entry, gpu_record
 
 from benchmarks.report import tables
 from benchmarks.report.__main__ import BEGIN, END, main
-from benchmarks.report.records import ROOT, Record, load, newest, sha256
+from benchmarks.report.records import ROOT, load, newest, sha256
 from benchmarks.report.sources import sources_of
-
-CEILINGS = {"copy": {"GB/s": 4300.0, "samples": [4300.0]}, "matmul": {"TFLOP/s": 780.0, "samples": [780.0]}}
-
-
-def entry(peer, seconds=None, mode="eager", suite="layer_norm", **extra):
-    """An entry as a suite leaves it; without seconds, of a peer that failed."""
-    facts = {"suite": suite, "direction": "forward", "size": "4096x512", "peer": peer, "mode": mode}
-    facts |= {"failed": "out of memory"} if seconds is None else {"GB/s": 0.016 / seconds, "share": 0.5}
-    stats = None if seconds is None else {"median": seconds, "data": [seconds]}
-    return {"name": "test_layer_norm_forward", "extra_info": facts | {"ceiling": "copy"} | extra, "stats": stats}
-
-
-ENTRIES = [
-    entry("ours", 20e-6),
-    entry("eager", 50e-6),
-    entry("compile", 25e-6),
-    entry("liger"),
-    entry("ours", 8e-6, mode="graph"),
-    entry("eager", 4e-3, mode="graph"),
-]
-
-
-def gpu_record(folder, name="h200", date="2026-01-02T00:00:00+00:00", gpu="NVIDIA H200", **changes):
-    """A record of `gpu` whose sources are those of the tree."""
-    sources = {source: sha256(ROOT / source) for source in sources_of("layer_norm")}
-    environment = {"date": date, "gpu": gpu, "cpu": "a CPU", "torch": "2.11.0", "triton": "3.6.0", "driver": "580"}
-    tests = {"passed": 1200, "failed": 1, "skipped": 3}
-    data = {"format": 1, "environment": environment, "sources": sources, "ceilings": CEILINGS, "tests": tests}
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(data | {"benchmarks": ENTRIES} | changes))
-    return Record(path, json.loads(path.read_text()))
 
 
 @pytest.fixture

@@ -8,15 +8,18 @@ import warnings
 from collections.abc import Iterator
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import settings
 
 from tfm import native
+from tfm.native import toolchain
 from tfm.ops import backends
 
 ROOT = Path(__file__).parent.parent
+NO_PARAMETERS = SimpleNamespace(params={})
 
 if torch.cuda.is_available():
     # Before cuBLAS is used: its products are deterministic then, as filled_with_nan has torch demand.
@@ -52,6 +55,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a GPU, every test of a kernel is a GPU test; elsewhere those that need one are skipped."""
+    without_compiler = toolchain.missing()
     for item in items:
         if torch.cuda.is_available() and "kernel_device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
@@ -59,6 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if item.get_closest_marker("triton") and not backends.has_triton():
             item.add_marker(pytest.mark.skip(reason="triton is not installed"))
+        if without_compiler and "inductor" in getattr(item, "callspec", NO_PARAMETERS).params.values():
+            item.add_marker(pytest.mark.skip(reason=f"Inductor compiles C++: {without_compiler}"))
 
 
 @pytest.fixture(autouse=True)

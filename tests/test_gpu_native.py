@@ -120,12 +120,12 @@ def test_out_of_time_leaves_no_library(csrc, part, monkeypatch):
     assert (state, reason, run.native) == ("out of time", "stopped after 9 s", None)
 
 
-def test_nvcc_is_found_where_toolkits_are_installed(monkeypatch):
-    monkeypatch.setattr(native.record, "cuda_tool", lambda name: "/opt/cuda/bin/nvcc")
+def test_nvcc_is_found_where_toolkits_are_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(native.record, "cuda_tool", lambda name: str(tmp_path / "bin" / name))
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: (None, "no nvcc in CUDA_HOME or on PATH"))
     monkeypatch.setenv("CUDA_HOME", "")
     native.find_toolkit()
-    assert os.environ["CUDA_HOME"] == "/opt/cuda"
+    assert os.environ["CUDA_HOME"] == str(tmp_path)
 
 
 @needs_compiler

@@ -31,7 +31,7 @@ def test_a_lost_gpu_ends_the_process(tmp_path, monkeypatch):
     fixture = SimpleNamespace(extra_info={"peer": "ours"})
     item = SimpleNamespace(nodeid="bench_x.py::test_x", funcargs={"benchmark": fixture})
     path = tmp_path / "journal.jsonl"
-    with pytest.raises(SystemExit, match=str(pytest_journal.GPU_LOST)):
+    with pytest.raises(SystemExit, match=str(child.GPU_LOST)):
         pytest_journal.Journal(path, is_worker=False).pytest_runtest_teardown(item)
     test, benchmark = child.read(path)
     reason = "the GPU was lost: CUDA error: an illegal memory access was encountered"

@@ -1,6 +1,6 @@
 """bf16 for the matmuls of a step: what autocast computes, but one launch rounds all projections, not one for each.
 
-A tiny model's step is a few hundred kernels. Under autocast alone 46 of them forward and as many backward would round
+A tiny model's step is a few hundred kernels. Under autocast alone 38 of them forward and as many backward would round
 one weight or widen one gradient each.
 """
 

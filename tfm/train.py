@@ -182,7 +182,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         bad = ~(loss.detach().isfinite() & norm.isfinite())
-        self.first_bad_step += torch.where((self.first_bad_step == 0) & bad, self.updates, 0)
+        self.first_bad_step += self.updates * ((self.first_bad_step == 0) & bad)
         self.loss_sum += loss.detach()
         self.gradient_norm.copy_(norm)
 

@@ -13,9 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parent.parent.parent
 JOURNAL = "TFM_JOURNAL"
 POLL_SECONDS = 0.05
+# The exit status of a process that has lost its GPU: another one can go on.
+GPU_LOST = 70
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,13 @@ class Command:
     def start(self) -> subprocess.Popen[bytes]:
         # Under pytest-xdist, as in the tests of this program, pytest-benchmark would measure nothing.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        environment = inherited | dict(self.environment) | {JOURNAL: str(self.journal)}
+        shared = {
+            # The package is found uninstalled; a test or a bench has one thread, whatever the number of cores.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            "OMP_NUM_THREADS": "1",
+            JOURNAL: str(self.journal),
+        }
+        environment = inherited | shared | dict(self.environment)
         with self.output.open("ab") as output:
             # A session of its own: what it starts can be ended with it.
             return subprocess.Popen(
@@ -58,8 +68,24 @@ class End:
     reason: str
 
     @property
+    def died(self) -> bool:
+        """Whether it was taken down, by a signal or with its GPU, rather than ended or stopped."""
+        return self.status is not None and (self.status < 0 or self.status == GPU_LOST)
+
+    @property
     def state(self) -> str:
         return "out of time" if self.status is None else "failed" if self.status else "done"
+
+
+def lost_gpu() -> str:
+    """Why this process's GPU answers nothing but errors, as after an illegal access; empty where it answers."""
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"the GPU was lost: {str(error).splitlines()[0]}"
+    return ""
 
 
 def run(commands: Mapping[str, Command], seconds: float) -> dict[str, End]:

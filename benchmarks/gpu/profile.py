@@ -36,6 +36,7 @@ from benchmarks.measure import step_of
 from benchmarks.suite import OURS, Case
 
 CASES = 2
+# Where NVIDIA's own packages install each version, whatever the machine.
 INSTALLED = Path("/opt/nvidia/nsight-compute")
 # Of one call: no operation launches as many, and a case that did would take all the time there is.
 MOST_LAUNCHES = 64

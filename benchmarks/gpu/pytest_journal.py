@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.gpu.child import JOURNAL, append, read
+from benchmarks.gpu.child import GPU_LOST, JOURNAL, append, lost_gpu, read
 
-# Exit status of a process whose GPU answers nothing but errors any more.
-GPU_LOST = 70
 # Of the traceback of a test that failed.
 DETAIL_CHARACTERS = 2000
 
@@ -101,12 +98,8 @@ class Journal:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """After an illegal access every later call fails: the process ends here, the next one goes on."""
-        if not torch.cuda.is_initialized():
-            return
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            reason = f"the GPU was lost: {str(error).splitlines()[0]}"
+        reason = lost_gpu()
+        if reason:
             self.write(finished=item.nodeid, outcome="failed", seconds=0.0, message=reason)
             fixture = getattr(item, "funcargs", {}).get("benchmark")
             if fixture is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.gpu.child import ROOT, Command, End
+from benchmarks.gpu.child import Command, End
 
 FORMAT = 1
 # At the end, for the last record and the table.
@@ -120,9 +120,6 @@ class Run:
     def command(self, name: str, *words: str, **environment: str) -> Command:
         """`python3` with these words; `name` names its journal."""
         shared = {
-            # The package is found uninstalled; a test or a bench has one thread, whatever the number of cores.
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": "1",
             # Of this run alone: what an earlier one tuned beside other work is not taken over.
             "TORCHINDUCTOR_CACHE_DIR": str(self.inductor),
         }

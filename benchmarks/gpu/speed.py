@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu import child
 from benchmarks.gpu.proof import NOTHING_COLLECTED, TESTS_FAILED, summary
-from benchmarks.gpu.pytest_journal import GPU_LOST, failed_entry
+from benchmarks.gpu.pytest_journal import failed_entry
 from benchmarks.gpu.run import Options, Run, ended, subject
 from benchmarks.summary import add_speed_ups
 
@@ -94,8 +94,7 @@ def suite(run: Run, seconds: float, name: str) -> tuple[str, str]:
     while True:
         end = child.run_one(command, deadline - time.perf_counter())
         begun, lines = len(lines), child.read(command.journal)
-        died = end.status is not None and (end.status < 0 or end.status == GPU_LOST)
-        if not died or len(lines) == begun:
+        if not end.died or len(lines) == begun:
             break
         close(command.journal, lines, f"its process {end.reason}")
     if end.status is None:

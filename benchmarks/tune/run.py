@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,7 @@ from typing import Any
 
 from benchmarks import device, record
 from benchmarks.gpu import child
-from benchmarks.gpu.child import ROOT, Command
-from benchmarks.gpu.pytest_journal import GPU_LOST
+from benchmarks.gpu.child import Command
 from benchmarks.gpu.run import cores
 from benchmarks.tune.findings import Finding, findings, rows, summary
 from benchmarks.tune.problems import Task
@@ -87,23 +85,17 @@ class Run:
         while True:
             end = child.run_one(command, self.until + GRACE_SECONDS - self.clock())
             begun, lines = len(lines), child.read(command.journal)
-            died = end.status is not None and (end.status < 0 or end.status == GPU_LOST)
-            if end.status is None or died:
-                close(command.journal, lines, f"its process {end.reason}" if died else OUT_OF_TIME)
-            if not died or len(lines) == begun:
+            if end.status is None or end.died:
+                close(command.journal, lines, f"its process {end.reason}" if end.died else OUT_OF_TIME)
+            if not end.died or len(lines) == begun:
                 break
         if end.status not in (0, None):
             self.failures.append(f"the process that times ended: {end.reason}")
 
     def command(self, name: str, *words: str) -> Command:
         """The worker, with its journal of this name."""
-        environment = {
-            # The package is found uninstalled; nothing runs beside what is timed.
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": "1",
-        }
         words = (*WORKER, *self.words, "--until", str(self.until), *words)
-        return Command((sys.executable, *words), self.folder / f"{name}.jsonl", environment)
+        return Command((sys.executable, *words), self.folder / f"{name}.jsonl", {})
 
     @contextmanager
     def watched(self, journal: Path) -> Iterator[None]:

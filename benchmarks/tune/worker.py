@@ -14,10 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from benchmarks.gpu.child import JOURNAL, append, read
-from benchmarks.gpu.pytest_journal import GPU_LOST
+from benchmarks.gpu.child import GPU_LOST, JOURNAL, append, lost_gpu, read
 from benchmarks.tune.problems import Task, tasks
 from benchmarks.tune.trials import Notes, Timing, Trial, compile_all, timed, try_all
 
@@ -43,19 +40,8 @@ class Journal(Notes):
     def end(self, place: int, trial: Trial) -> None:
         signal.alarm(0)
         append(self.path, {"ended": [self.task, place], "trial": asdict(trial)})
-        if trial.reason and is_lost():
+        if trial.reason and lost_gpu():
             os._exit(GPU_LOST)
-
-
-def is_lost() -> bool:
-    """Whether the GPU answers nothing but errors any more, as after an illegal access."""
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def try_tasks(
@@ -88,7 +74,7 @@ def compile_tasks(chosen: Sequence[Task], journal: Path, part: str, until: float
         try:
             compile_all(task.sweep, task.size, task.dtype, until, clock, Journal(journal, number))
         except Exception:  # what it is, its trial will say
-            if is_lost():
+            if lost_gpu():
                 os._exit(GPU_LOST)
 
 

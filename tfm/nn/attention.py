@@ -9,7 +9,6 @@ from torch import Tensor
 from tfm import ops
 from tfm.nn.padding import Side, padded_scope
 from tfm.nn.scope import Packed, Padded, merge_masks
-from tfm.ops.checks import check
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -54,12 +53,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         for name, x, dim in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            fits = x.dim() == query.dim() and x.shape[-1] == dim
-            check(fits, f"{name}: expected {query.dim()} dimensions, the last {dim}, got shape {tuple(x.shape)}")
+            if x.dim() != query.dim() or x.shape[-1] != dim:
+                came = tuple(x.shape)
+                raise ValueError(f"{name}: expected {query.dim()} dimensions, the last {dim}, got shape {came}")
         queries = Side.of("query", query, self.batch_first)
         keys = Side.of("key", key, self.batch_first, key_padding_mask)
-        check(queries.shape[0] == keys.shape[0], f"key: expected batch {queries.shape[0]}, got {keys.shape[0]}")
-        check(key.shape[:-1] == value.shape[:-1], f"value: expected {tuple(key.shape[:-1])} rows as key")
+        if queries.shape[0] != keys.shape[0]:
+            raise ValueError(f"key: expected batch {queries.shape[0]}, got {keys.shape[0]}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(f"value: expected {tuple(key.shape[:-1])} rows as key")
         q, k, v = project(self, query, key, value)
         if not queries.batched:
             q, k, v = q[None], k[None], v[None]

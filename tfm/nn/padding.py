@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tfm.nn.scope import Padded, check_mask_dtype, merge_masks
-from tfm.ops.checks import check, check_integers
+from tfm.ops.checks import check_integers
 from tfm.sequences import Layout, offsets, valid_positions
 
 Lengths = Sequence[int] | Tensor
@@ -44,16 +44,19 @@ class Side:
         Raises:
             ValueError: shapes or dtypes that do not fit, lengths outside [0, S] (on CPU), both a mask and lengths.
         """
-        check(x.dim() in (2, 3), f"{name}: expected [length, dim] or a batch of three dimensions, got {x.dim()}")
-        check(padding_mask is None or lengths is None, f"{name}: expected a padding mask or lengths, got both")
+        if x.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected [length, dim] or a batch of three dimensions, got {x.dim()}")
+        if padding_mask is not None and lengths is not None:
+            raise ValueError(f"{name}: expected a padding mask or lengths, got both")
         batched = x.dim() == 3
         if not batched:
             x, batch_first = x[None], True
             padding_mask = None if padding_mask is None else padding_mask[None]
         batch, length = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
         if padding_mask is not None:
-            came = tuple(padding_mask.shape)
-            check(came == (batch, length), f"{name}: expected a padding mask of ({batch}, {length}), got shape {came}")
+            if padding_mask.shape != (batch, length):
+                came = tuple(padding_mask.shape)
+                raise ValueError(f"{name}: expected a padding mask of ({batch}, {length}), got shape {came}")
             check_mask_dtype(padding_mask)
         if lengths is None:
             return cls(x, batch_first, batched, padding_mask)
@@ -134,7 +137,8 @@ class Side:
         fits, tokens = answers or (1, self.tokens)
         assert tokens is not None
         if self.lengths is not None:
-            check(bool(fits), f"lengths: expected numbers in [0, {length}], got others")
+            if not fits:
+                raise ValueError(f"lengths: expected numbers in [0, {length}], got others")
             return Layout.of(offsets(self.lengths), length, tokens)
         padding = self.padding()
         assert padding is not None
@@ -218,14 +222,15 @@ def _equals_causal(mask: Tensor) -> Tensor:
 
 def _lengths(name: str, lengths: Lengths, batch: int, longest: int, device: torch.device) -> tuple[Tensor, int | None]:
     if isinstance(lengths, Tensor):
-        came = tuple(lengths.shape)
-        check(came == (batch,), f"{name}: expected {batch} lengths, got shape {came}")
+        if lengths.shape != (batch,):
+            raise ValueError(f"{name}: expected {batch} lengths, got shape {tuple(lengths.shape)}")
         check_integers(lengths=lengths)
         if lengths.device.type != "cpu" or not may_read(lengths):
             return lengths.to(device), None
         lengths = lengths.tolist()
-    check(len(lengths) == batch, f"{name}: expected {batch} lengths, got {len(lengths)}")
-    inside = all(0 <= length <= longest for length in lengths)
-    check(inside, f"{name}: expected lengths in [0, {longest}], got {list(lengths)}")
+    if len(lengths) != batch:
+        raise ValueError(f"{name}: expected {batch} lengths, got {len(lengths)}")
+    if not all(0 <= length <= longest for length in lengths):
+        raise ValueError(f"{name}: expected lengths in [0, {longest}], got {list(lengths)}")
     # From a list on the host, without waiting for the device.
     return torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True), sum(lengths)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tfm import ops
-from tfm.ops.checks import check
 from tfm.sequences import Layout
 
 
@@ -100,9 +99,11 @@ def merge_masks(attn_mask: Tensor | None, padding_mask: Tensor | None, batch: in
     """
     masks = []
     if attn_mask is not None:
-        fits = attn_mask.dim() == 2 or (attn_mask.dim() == 3 and attn_mask.shape[0] % max(batch, 1) == 0)
-        came = tuple(attn_mask.shape)
-        check(fits, f"attn_mask: expected [queries, keys] or [{batch} · heads, queries, keys], got shape {came}")
+        if attn_mask.dim() != 2 and (attn_mask.dim() != 3 or attn_mask.shape[0] % max(batch, 1)):
+            came = tuple(attn_mask.shape)
+            raise ValueError(
+                f"attn_mask: expected [queries, keys] or [{batch} · heads, queries, keys], got shape {came}"
+            )
         masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1)))
     if padding_mask is not None:
         masks.append(padding_mask[:, None, None, :])
@@ -118,8 +119,8 @@ def merge_masks(attn_mask: Tensor | None, padding_mask: Tensor | None, batch: in
 
 
 def check_mask_dtype(mask: Tensor) -> None:
-    kind = mask.dtype == torch.bool or mask.is_floating_point()
-    check(kind, f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
 
 
 @overload

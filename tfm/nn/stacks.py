@@ -20,7 +20,6 @@ from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer, fuse
 from tfm.nn.norm import LayerNorm
 from tfm.nn.padding import Lengths, Side, padded_scope, survey
 from tfm.nn.scope import Packed, Padded, as_added
-from tfm.ops.checks import check
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -120,7 +119,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         batch_first = _batch_first(self)
         queries = Side.of("tgt", tgt, batch_first, tgt_key_padding_mask, tgt_lengths)
         keys = Side.of("memory", memory, batch_first, memory_key_padding_mask, memory_lengths)
-        check(queries.shape[0] == keys.shape[0], f"memory: expected batch {queries.shape[0]}, got {keys.shape[0]}")
+        if queries.shape[0] != keys.shape[0]:
+            raise ValueError(f"memory: expected batch {queries.shape[0]}, got {keys.shape[0]}")
         obstacle = stack_obstacle(self.layers, self.norm, TransformerDecoderLayer)
         packing = not obstacle and memory_mask is None and _knows_activations(self.layers)
         [causal], layouts = survey([queries, keys], [(tgt_mask, tgt_is_causal)], packing)
@@ -229,7 +229,8 @@ class Transformer(torch.nn.Transformer):
                 decoder that does not know them.
         """
         for name, x in (("src", src), ("tgt", tgt)):
-            check(x.shape[-1] == self.d_model, f"{name}: expected [..., {self.d_model}], got shape {tuple(x.shape)}")
+            if x.shape[-1] != self.d_model:
+                raise ValueError(f"{name}: expected [..., {self.d_model}], got shape {tuple(x.shape)}")
         ragged = any(
             given is not None for given in (src_key_padding_mask, tgt_key_padding_mask, src_lengths, tgt_lengths)
         )
@@ -238,7 +239,8 @@ class Transformer(torch.nn.Transformer):
             sources = Side.of("src", src, _batch_first(self.encoder), src_key_padding_mask, src_lengths)
             targets = Side.of("tgt", tgt, _batch_first(self.decoder), tgt_key_padding_mask, tgt_lengths)
             batch = targets.shape[0]
-            check(sources.shape[0] == batch, f"memory: expected batch {batch}, got {sources.shape[0]}")
+            if sources.shape[0] != batch:
+                raise ValueError(f"memory: expected batch {batch}, got {sources.shape[0]}")
             masks = [(src_mask, src_is_causal), (tgt_mask, tgt_is_causal)]
             causal, layouts = survey([sources, targets], masks, packing=True)
             if layouts:
@@ -255,7 +257,8 @@ class Transformer(torch.nn.Transformer):
             (self.encoder, TransformerEncoder, encoder_lengths),
             (self.decoder, TransformerDecoder, decoder_lengths),
         ):
-            check(not given or isinstance(stack, known), f"lengths: expected none, {type(stack)} does not take them")
+            if given and not isinstance(stack, known):
+                raise ValueError(f"lengths: expected none, {type(stack)} does not take them")
         memory = self.encoder(
             src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal, **encoder_lengths
         )

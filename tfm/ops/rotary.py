@@ -8,7 +8,7 @@ from torch import Tensor
 from tfm import native
 from tfm.operators import rotary as operators
 from tfm.ops.backends import choose
-from tfm.ops.checks import check_floating, check_integers, check_same_device
+from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
 from tfm.reference import rotary as reference
 
 
@@ -176,6 +176,5 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
         raise ValueError(f"cos: expected a table [positions, columns], got shape {tuple(cos.shape)}")
     else:
         leading, what = tuple(positions.shape), "positions: expected a shape"
-    pairs = zip(reversed(leading), reversed(tokens), strict=False)
-    if len(leading) > len(tokens) or any(have not in (1, want) for have, want in pairs):
+    if not broadcasts(leading, tokens):
         raise ValueError(f"{what} that broadcasts to the tokens {tokens}, got {leading}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tfm import ops
+from tfm.errors import BadArgument
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -51,4 +52,4 @@ def widened(x: Tensor) -> Tensor:
 def _check_columns(x: Tensor, normalized_shape: tuple[int, ...]) -> None:
     columns = normalized_shape[0]
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"input: expected [..., {columns}], got shape {tuple(x.shape)}")
+        raise BadArgument(f"input: expected [..., {columns}], got shape {tuple(x.shape)}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tfm import ops
+from tfm.errors import BadArgument
 from tfm.sequences import Layout
 
 
@@ -82,29 +83,38 @@ class Packed:
         return output.flatten(-2)
 
 
-def merge_masks(attn_mask: Tensor | None, padding_mask: Tensor | None, batch: int) -> Tensor | None:
+def merge_masks(
+    attn_mask: Tensor | None, padding_mask: Tensor | None, shape: tuple[int, int, int, int]
+) -> Tensor | None:
     """torch's two masks as one for tfm.ops.attention.
 
     Args:
         attn_mask: [Sq, Sk] or [B · H, Sq, Sk]: bool (True = masked) or floating point, added to the scores.
         padding_mask: [B, Sk], likewise.
-        batch: B.
+        shape: [B, H, Sq, Sk]; nothing is broadcast to it, as [4, 5, 5] might be a mask a sample or one a head.
 
     Returns:
         Broadcastable to [B, H, Sq, Sk]: bool (True = attend) where both are bool, else floating point, added; None
         where there is neither.
 
     Raises:
-        ValueError: a shape or dtype that torch does not take.
+        BadArgument: a shape or dtype that torch does not take.
     """
     masks = []
     if attn_mask is not None:
-        if attn_mask.dim() != 2 and (attn_mask.dim() != 3 or attn_mask.shape[0] % max(batch, 1)):
-            came = tuple(attn_mask.shape)
-            raise ValueError(
-                f"attn_mask: expected [queries, keys] or [{batch} · heads, queries, keys], got shape {came}"
+        batch, heads, queries, keys = shape
+        came = tuple(attn_mask.shape)
+        if attn_mask.dim() not in (2, 3):
+            found = f"but found {attn_mask.dim()}-D tensor instead"
+            raise BadArgument(f"attn_mask: expected `attn_mask` to be `None`, 2-D or 3-D {found}")
+        if attn_mask.dim() == 2 and came != (queries, keys):
+            raise BadArgument(f"attn_mask: Expected `attn_mask` shape to be ({queries}, {keys}), got {came}")
+        if attn_mask.dim() == 3 and came != (batch * heads, queries, keys):
+            expected = (
+                f"({batch * heads}, {queries}, {keys}), one of (queries, keys) for each of {batch} x {heads} heads"
             )
-        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1)))
+            raise BadArgument(f"attn_mask: Expected `attn_mask` shape to be {expected}, got {came}")
+        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.view(shape))
     if padding_mask is not None:
         masks.append(padding_mask[:, None, None, :])
     if not masks:
@@ -120,7 +130,7 @@ def merge_masks(attn_mask: Tensor | None, padding_mask: Tensor | None, batch: in
 
 def check_mask_dtype(mask: Tensor) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
+        raise BadArgument(f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
 
 
 @overload

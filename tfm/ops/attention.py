@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tfm.errors import BadArgument
 from tfm.native.attention import cuda_obstacle
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
@@ -84,14 +85,14 @@ def attention(
     query, key, value = under_autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
+            raise BadArgument(f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
     batch, query_heads, query_length, dim = query.shape
     _check_heads(query, key, value, heads=1, dim=3)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[0] != batch:
-            raise ValueError(f"{name}: expected batch {batch} as query, got {tensor.shape[0]}")
+            raise BadArgument(f"{name}: expected batch {batch} as query, got {tensor.shape[0]}")
     if value.shape[2] != key.shape[2]:
-        raise ValueError(f"value: expected length {key.shape[2]} as key, got {value.shape[2]}")
+        raise BadArgument(f"value: expected length {key.shape[2]} as key, got {value.shape[2]}")
     if attn_mask is not None:
         _check_mask(attn_mask, (batch, query_heads, query_length, key.shape[2]))
     check_vector("key_lengths", key_lengths, batch)
@@ -173,10 +174,10 @@ def varlen_attention(
     query, key, value = under_autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
-            raise ValueError(f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
+            raise BadArgument(f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
     _check_heads(query, key, value, heads=1, dim=2)
     if value.shape[0] != key.shape[0]:
-        raise ValueError(f"value: expected {key.shape[0]} rows as key, got {value.shape[0]}")
+        raise BadArgument(f"value: expected {key.shape[0]} rows as key, got {value.shape[0]}")
     check_same_device(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, sinks=sinks)
     _check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
     _check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
@@ -240,20 +241,20 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, heads: int, dim: int
     check_floating(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
-            raise ValueError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+            raise BadArgument(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
     if key.shape[dim] != query.shape[dim]:
-        raise ValueError(f"key: expected dim {query.shape[dim]} as query, got {key.shape[dim]}")
+        raise BadArgument(f"key: expected dim {query.shape[dim]} as query, got {key.shape[dim]}")
     if value.shape[heads] != key.shape[heads]:
-        raise ValueError(f"value: expected {key.shape[heads]} heads as key, got {value.shape[heads]}")
+        raise BadArgument(f"value: expected {key.shape[heads]} heads as key, got {value.shape[heads]}")
     if key.shape[heads] == 0 or query.shape[heads] % key.shape[heads]:
-        raise ValueError(f"query: expected a multiple of key's {key.shape[heads]} heads, got {query.shape[heads]}")
+        raise BadArgument(f"query: expected a multiple of key's {key.shape[heads]} heads, got {query.shape[heads]}")
 
 
 def _check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
+        raise BadArgument(f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
     if not broadcasts(mask.shape, full):
-        raise ValueError(f"attn_mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
+        raise BadArgument(f"attn_mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
 
 
 def _check_common(
@@ -278,18 +279,18 @@ def _check_common(
 
 def _check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_length: int) -> None:
     if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
-        raise ValueError(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
+        raise BadArgument(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
     check_integers(**{name: cu_seq})
     if cu_seq.device.type != "cpu" or torch.compiler.is_compiling():
         return
     values = cu_seq.tolist()
     lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0:
-        raise ValueError(f"{name}: expected offsets that start at 0, got {values[0]}")
+        raise BadArgument(f"{name}: expected offsets that start at 0, got {values[0]}")
     if min(lengths, default=0) < 0:
-        raise ValueError(f"{name}: expected offsets that never fall, got {values}")
+        raise BadArgument(f"{name}: expected offsets that never fall, got {values}")
     if values[-1] != rows:
-        raise ValueError(f"{name}: expected offsets that end at the {rows} rows given, got {values[-1]}")
+        raise BadArgument(f"{name}: expected offsets that end at the {rows} rows given, got {values[-1]}")
     longest = max(lengths, default=0)
     if longest > max_length:
-        raise ValueError(f"{max_name}: expected at least the longest sequence, {longest}, got {max_length}")
+        raise BadArgument(f"{max_name}: expected at least the longest sequence, {longest}, got {max_length}")

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tfm.errors import BadArgument
+
 
 def check_dropout(p: float) -> None:
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {p}")
+        raise BadArgument(f"dropout_p: expected a probability in [0, 1], got {p}")
 
 
 def check_columns(x: Tensor) -> None:
     if x.dim() == 0:
-        raise ValueError("x: expected at least one dimension, got a scalar")
+        raise BadArgument("x: expected at least one dimension, got a scalar")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -27,25 +29,25 @@ def check_same_device(**tensors: Tensor | None) -> None:
     first_name, first = next(iter(given.items()))
     for name, device in given.items():
         if device != first:
-            raise ValueError(f"{name}: expected a tensor on {first} as {first_name}, got one on {device}")
+            raise BadArgument(f"{name}: expected a tensor on {first} as {first_name}, got one on {device}")
 
 
 def check_floating(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+            raise BadArgument(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
 
 
 def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
     """`tensor`, where given, is of shape [size]."""
     if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
-        raise ValueError(f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
+        raise BadArgument(f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
 
 
 def check_integers(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+            raise BadArgument(f"{name}: expected int32 or int64, got {tensor.dtype}")
 
 
 def check_softcap(softcap: float | None) -> None:

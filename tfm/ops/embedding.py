@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.errors import BadArgument
 from tfm.operators import embedding as operators
 from tfm.ops.backends import choose
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
@@ -55,21 +56,21 @@ def embedding(
             reads nothing and writes a row of NaN.)
     """
     if weight.dim() != 2:
-        raise ValueError(f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
+        raise BadArgument(f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
     check_floating(weight=weight, position_weight=position_weight)
     check_integers(tokens=tokens, positions=positions)
     check_same_device(tokens=tokens, weight=weight, positions=positions, position_weight=position_weight)
     if position_weight is not None and (position_weight.dim() != 2 or position_weight.shape[1] != weight.shape[1]):
         came = tuple(position_weight.shape)
-        raise ValueError(f"position_weight: expected [positions, {weight.shape[1]}], got shape {came}")
+        raise BadArgument(f"position_weight: expected [positions, {weight.shape[1]}], got shape {came}")
     if not broadcasts(positions.shape, tokens.shape):
         came = tuple(positions.shape)
-        raise ValueError(f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
+        raise BadArgument(f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
     vocabulary = weight.shape[0]
     if padding_idx is not None and not -vocabulary <= padding_idx < vocabulary:
-        raise ValueError(f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
+        raise BadArgument(f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
     if sparse and torch.compiler.is_compiling():
-        raise ValueError("sparse: expected False under torch.compile, which has no sparse gradients, got True")
+        raise BadArgument("sparse: expected False under torch.compile, which has no sparse gradients, got True")
     backend = choose("embedding", impl, weight)
     drawn = seed_for(dropout_p, seed, weight.device)
     options = (scale, dropout_p, padding_idx, sparse, drawn, site)

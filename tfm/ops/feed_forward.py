@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tfm import native
+from tfm.errors import BadArgument
 from tfm.operators import feed_forward as operators
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
@@ -106,12 +107,12 @@ def gated_feed_forward(
     rows = gate_weight.shape[0]
     if up_weight is None:
         if rows % 2:
-            raise ValueError(f"gate_weight: expected an even number of rows without up_weight, got {rows}")
+            raise BadArgument(f"gate_weight: expected an even number of rows without up_weight, got {rows}")
         rows //= 2
     else:
         _check_matrix("up_weight", up_weight, x.shape[-1])
         if up_weight.shape[0] != rows:
-            raise ValueError(f"up_weight: expected {rows} rows as gate_weight, got {up_weight.shape[0]}")
+            raise BadArgument(f"up_weight: expected {rows} rows as gate_weight, got {up_weight.shape[0]}")
     _check_matrix("down_weight", down_weight, rows)
     check_same_device(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     _check_activation(activation)
@@ -132,7 +133,7 @@ def gated_feed_forward(
 
 def _check_matrix(name: str, weight: Tensor, columns: int) -> None:
     if weight.dim() != 2 or weight.shape[1] != columns:
-        raise ValueError(f"{name}: expected [rows, {columns}], got shape {tuple(weight.shape)}")
+        raise BadArgument(f"{name}: expected [rows, {columns}], got shape {tuple(weight.shape)}")
 
 
 def _without_elements(x: Tensor, first: Tensor, second: Tensor) -> str:

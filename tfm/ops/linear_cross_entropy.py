@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from tfm.errors import BadArgument
 from tfm.native import linear_cross_entropy as native
 from tfm.operators import linear_cross_entropy as operators
 from tfm.ops.autocast import under_autocast, without_autocast
@@ -61,7 +62,7 @@ def linear_cross_entropy(
     check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         wanted, came = input.shape[-1] if input.dim() else "dim", tuple(linear_weight.shape)
-        raise ValueError(f"linear_weight: expected [classes, {wanted}], got shape {came}")
+        raise BadArgument(f"linear_weight: expected [classes, {wanted}], got shape {came}")
     classes = linear_weight.shape[0]
     check_vector("linear_bias", linear_bias, classes)
     check_vector("weight", weight, classes)
@@ -70,19 +71,19 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+        raise BadArgument(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     check_softcap(softcap)
     check_same_device(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     rows = input.shape[:-1]
     expected = (*rows, classes) if target.is_floating_point() else rows
     if target.shape != expected:
-        raise ValueError(f"target: expected shape {tuple(expected)}, got {tuple(target.shape)}")
+        raise BadArgument(f"target: expected shape {tuple(expected)}, got {tuple(target.shape)}")
     if not target.is_floating_point():
         if target.dtype != torch.int64:
-            raise ValueError(f"target: expected int64 classes or probabilities, got {target.dtype}")
+            raise BadArgument(f"target: expected int64 classes or probabilities, got {target.dtype}")
         _check_range(target, classes, ignore_index)
     if target.requires_grad:
-        raise ValueError("target: expected no gradient, got a target that requires one: detach it")
+        raise BadArgument("target: expected no gradient, got a target that requires one: detach it")
     special = weight is not None or target.is_floating_point()
     reason = "class weights and probability targets run on the reference alone" if special else ""
     backend = choose("linear_cross_entropy", impl, input, reason)

@@ -16,6 +16,7 @@ There is one code path: dropout apart, training and evaluation run the same oper
 from tfm.nn.attention import MultiheadAttention
 from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer
 from tfm.nn.norm import LayerNorm, RMSNorm
+from tfm.nn.quantization import register
 from tfm.nn.stacks import Transformer, TransformerDecoder, TransformerEncoder
 
 __all__ = [
@@ -28,3 +29,5 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+
+register()

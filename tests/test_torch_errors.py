@@ -97,6 +97,33 @@ def test_attention_masks_of_attention(need_weights: bool, padded: bool) -> None:
         assert_modules_refuse("MultiheadAttention", {"attn_mask": mask} | padding, need_weights=need_weights)
 
 
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+@pytest.mark.parametrize("within", ["layer", "stack", "layer that calls its children"])
+def test_masks_under_the_hint(kind: str, within: str) -> None:
+    """torch looks at a mask's dtype and dimensions even where the hint replaces it."""
+    x = zeros(BATCH, LENGTH, DIM)
+    for name in ("int32", "uint8", "int64 a head", "complex", "four dimensions", "a vector"):
+        calls = []
+        for library in (torch.nn, tfm.nn):
+            module = getattr(library, f"Transformer{kind}Layer")(DIM, HEADS, 12, batch_first=True)
+            if "children" in within:
+                module.linear1 = torch.nn.Sequential(module.linear1)
+            if within == "stack":
+                module = getattr(library, f"Transformer{kind}")(module, 2)
+            mask = {"Encoder": "mask" if within == "stack" else "src_mask", "Decoder": "tgt_mask"}[kind]
+            call = {mask: MASKS[name], "is_causal" if kind == "Encoder" else "tgt_is_causal": True}
+            inputs = (x,) if kind == "Encoder" else (x, x)
+            calls.append(lambda module=module, inputs=inputs, call=call: module(*inputs, **call))
+        assert_refused_alike(*calls)
+
+
+def test_masks_beside_lengths() -> None:
+    encoder = tfm.nn.TransformerEncoder(tfm.nn.TransformerEncoderLayer(DIM, HEADS, 12, batch_first=True), 2)
+    for name in ("int32", "uint8", "a vector"):
+        with pytest.raises(BadArgument, match="mask: expected"):
+            encoder(X, MASKS[name], is_causal=True, lengths=[5, 3, 4, 1])
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, (_, _, _, names) in MODULES.items() for name in names]
 )

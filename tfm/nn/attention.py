@@ -16,7 +16,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: concat(head_1, ..., head_h) W^O, head_i = attention(Q W_i^Q, K W_i^K, V W_i^V).
 
     Arguments, masks and results are torch's. A query whose keys are all masked gets attention output 0, where torch
-    gives NaN; `is_causal=True` without a mask, which torch refuses, means causal. Queries are never packed.
+    gives NaN if it returns weights; `is_causal=True` without a mask, which torch refuses, means causal. Queries are
+    never packed.
     """
 
     def forward(

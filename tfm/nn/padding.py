@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tfm.errors import BadArgument
-from tfm.nn.scope import Padded, check_mask_dtype, merge_masks
+from tfm.nn.scope import Padded, check_attention_mask, check_mask_dtype, merge_masks
 from tfm.ops.checks import check_integers
 from tfm.sequences import Layout, offsets, valid_positions
 
@@ -164,6 +164,7 @@ def padded_scope(queries: Side, keys: Side, heads: int, attn_mask: Tensor | None
 
     As in torch the hint replaces the mask, unless there is a padding mask to merge it with: then the mask rules.
     """
+    check_attention_mask(attn_mask)
     causal = is_causal and (attn_mask is None or keys.padding_mask is None)
     shape = (queries.shape[0], heads, queries.shape[1], keys.shape[1])
     mask = merge_masks(None if causal else attn_mask, keys.padding_mask, shape)
@@ -191,6 +192,7 @@ def survey(
     questions = []
     looked = []
     for side, (mask, hint) in zip(sides, masks, strict=False):
+        check_attention_mask(mask)
         look = mask is not None and readable and _may_be_causal(mask, side) and (hint is None or measured)
         looked.append(look)
         if look and mask is not None:
@@ -224,7 +226,6 @@ def may_read(x: Tensor) -> bool:
 
 
 def _may_be_causal(mask: Tensor, side: Side) -> bool:
-    check_mask_dtype(mask)
     return tuple(mask.shape) == (side.shape[1], side.shape[1]) and not mask.requires_grad
 
 

@@ -103,29 +103,31 @@ def merge_masks(
     masks = []
     if attn_mask is not None:
         batch, heads, queries, keys = shape
-        came = tuple(attn_mask.shape)
-        if attn_mask.dim() not in (2, 3):
-            found = f"but found {attn_mask.dim()}-D tensor instead"
-            raise BadArgument(f"attn_mask: expected `attn_mask` to be `None`, 2-D or 3-D {found}")
-        if attn_mask.dim() == 2 and came != (queries, keys):
-            raise BadArgument(f"attn_mask: Expected `attn_mask` shape to be ({queries}, {keys}), got {came}")
-        if attn_mask.dim() == 3 and came != (batch * heads, queries, keys):
-            expected = (
-                f"({batch * heads}, {queries}, {keys}), one of (queries, keys) for each of {batch} x {heads} heads"
-            )
-            raise BadArgument(f"attn_mask: Expected `attn_mask` shape to be {expected}, got {came}")
+        expected = (queries, keys) if attn_mask.dim() == 2 else (batch * heads, queries, keys)
+        if attn_mask.shape != expected:
+            words = "(queries, keys)" if attn_mask.dim() == 2 else f"({batch} batch · {heads} heads, queries, keys)"
+            came = tuple(attn_mask.shape)
+            raise BadArgument(f"attn_mask: Expected `attn_mask` shape to be {expected}, {words}, got {came}")
         masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.view(shape))
     if padding_mask is not None:
         masks.append(padding_mask[:, None, None, :])
     if not masks:
         return None
-    for mask in masks:
-        check_mask_dtype(mask)
     floats = [mask.dtype for mask in masks if mask.is_floating_point()]
     if not floats:
         return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
     added = [as_added(mask, floats[0]) for mask in masks]
     return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def check_attention_mask(mask: Tensor | None) -> None:
+    """What torch asks of a mask even where the hint stands for it."""
+    if mask is None:
+        return
+    check_mask_dtype(mask)
+    if mask.dim() not in (2, 3):
+        found = f"but found {mask.dim()}-D tensor instead"
+        raise BadArgument(f"attn_mask: expected `attn_mask` to be `None`, 2-D or 3-D {found}")
 
 
 def check_mask_dtype(mask: Tensor) -> None:
@@ -141,4 +143,5 @@ def as_added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask of torch's (bool, True = masked, or already added) in the form that is added to the scores."""
     if mask is None or mask.is_floating_point():
         return mask
+    check_mask_dtype(mask)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

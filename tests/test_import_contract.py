@@ -25,12 +25,14 @@ class May(NamedTuple):
 # Each row may name rows above it only: nothing imports upward.
 CONTRACT = {
     "errors": May(),
-    "operators": May(outside="torch"),
+    "autocast": May(outside="torch"),
+    "transforms": May("autocast", "torch"),
+    "sequences": May("transforms", "torch"),
+    "reference": May("autocast sequences transforms", "torch"),
+    "operators": May("autocast reference transforms", "torch"),
     "kernels": May("operators", "torch triton"),
     "native": May("errors operators", "torch tfm", lazily="ninja rich"),
-    "sequences": May(outside="torch"),
-    "reference": May("sequences", "torch"),
-    "ops": May("errors reference operators native sequences", "torch", lazily="kernels"),
+    "ops": May("autocast errors reference operators native sequences transforms", "torch", lazily="kernels"),
     "nn": May("errors ops sequences", "torch"),
     "patching": May("ops nn", "torch", lazily="transformers"),
     "tfm": May("ops nn patching"),

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.operators.heads import joined_parts
-from tfm.operators.mask_bits import MASK_BITS, mask_to_bits
+from tfm.operators.mask_bits import MASK_BITS, mask_of_bits, mask_to_bits
 from tfm.operators.operator import Operator
+from tfm.reference import attention as reference
+from tfm.transforms import Recomputed, differentiable_by
 
 # Call's attributes, in its order.
 ARGUMENTS = (
@@ -159,6 +160,50 @@ ATTENTION_WEIGHTS = Operator(
 OPERATORS = (ATTENTION, ATTENTION_BACKWARD, ATTENTION_WEIGHTS, MASK_BITS)
 
 
+def _empty_joined_gradients(
+    dout: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, wanted: list[bool], parts: int, *arguments: Any
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    key = Call(*arguments).key
+    # As key's tokens lie in memory, in each of them the parts side by side.
+    tokens = sorted(range(0, key.dim() - 1, 2), key=lambda dim: (key.stride(dim), -dim), reverse=True)
+    joined = key.new_empty([key.shape[dim] for dim in tokens] + [parts, key.shape[1], key.shape[-1]])
+    places = [tokens.index(dim) if dim in tokens else len(tokens) + 1 for dim in range(key.dim() - 1)]
+    separate = [wanted[0] and parts == 2, False, False, *wanted[3:]]
+    dquery, _, _, dbias, dsinks = _empty_gradients(dout, dlse, output, lse, separate, *arguments)
+    return dquery, joined.permute(len(tokens), *places, -1), dbias, dsinks
+
+
+# Of csrc alone: attention_backward, of two or three views of one projection, whose gradients lie as they do.
+ATTENTION_BACKWARD_JOINED = Operator(
+    "attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, int parts,"
+    f" {ARGUMENTS}) -> (Tensor? dquery, Tensor joined, Tensor? dbias, Tensor? dsinks)",
+    fake=_empty_joined_gradients,
+)
+
+
+def _recompute(ctx, *grads: Tensor | None) -> Recomputed:
+    def outputs(_, __, *arguments):
+        output, lse = in_torch(Call(*arguments))
+        return output, None, lse
+
+    return outputs, (None, None, *ctx.saved_tensors[:TENSORS], *ctx.rules)
+
+
+def in_torch(call: Call) -> tuple[Tensor, Tensor]:
+    """(output, lse) in torch's own operations; lse is the natural one, of the sink alone for a query without keys."""
+    window = tuple(-1 if side is None else side for side in (call.left, call.right))
+    start = call.start if call.starts is None else call.starts
+    tensors = (call.query, call.key, call.value)
+    rules = (call.dropout_p, False, call.scale, start, window, call.softcap, call.sinks)
+    arguments: list[Any]
+    if call.is_packed:
+        arguments = [*tensors, call.cu_seq_q, call.cu_seq_k, call.max_q, call.max_k, *rules, True, call.seed, call.site]
+        return reference.varlen_attention(*arguments)
+    mask = mask_of_bits(call.bias, call.words, call.reach, call.max_k)
+    arguments = [*tensors, mask, *rules, call.key_lengths, True, False, call.seed, call.site]
+    return reference.attention(*arguments)
+
+
 class Attention(torch.autograd.Function):
     """Autograd of the operator: output, and its lse twice: for the backward, and, where asked for, as natural log."""
 
@@ -173,7 +218,7 @@ class Attention(torch.autograd.Function):
         return output, lse, lse * math.log(2) if with_natural else None
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute)
     def backward(ctx, dout, _, dlse):
         *tensors, output, lse = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[2 + place] for place in LEARNABLE]

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
 from tfm.native.attention import cuda_obstacle
-from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import (
     broadcasts,
@@ -25,6 +24,7 @@ from tfm.ops.checks import (
 )
 from tfm.ops.dropout import seed_for
 from tfm.reference import attention as reference
+from tfm.transforms import gradients, is_readable
 
 
 def attention(
@@ -61,7 +61,7 @@ def attention(
             latter gets its gradient. Causality, mask, lengths and window combine by AND.
         dropout_p: dropout of the softmax weights, in [0, 1]. Always applied: pass 0 in eval.
         is_causal: a query attends to keys up to its own position, key <= query + query_start.
-        scale: of the scores; None is 1/sqrt(D).
+        scale: of the scores; None is 1/sqrt(D). A scalar tensor may learn: the query is multiplied by it beforehand.
         enable_gqa: accepted for torch's sake; the ratio of heads is read from the shapes.
         query_start: position of the first query among the keys, an int or integer tensor [B]; 0 = top-left as in torch,
             Sk - Sq = bottom-right.
@@ -86,7 +86,7 @@ def attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise BadArgument(f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
-    batch, query_heads, query_length, dim = query.shape
+    batch, query_heads, query_length, _ = query.shape
     _check_heads(query, key, value, heads=1, dim=3)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[0] != batch:
@@ -107,7 +107,7 @@ def attention(
     refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
     backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(dim) if scale is None else scale
+    query, scale = scaled(query, scale)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
@@ -124,7 +124,7 @@ def attention(
                     query, key, value.detach(), attn_mask, *rules, sinks, key_lengths, False, True, drawn, site,
                 )[1]  # fmt: skip
 
-            weights = _Weights.apply(weights, recompute, *carriers)
+            weights = _Weights.apply((weights,), recompute, *carriers)
     results = (output, *[lse] * return_lse, *[weights] * return_weights)
     return results[0] if len(results) == 1 else results
 
@@ -187,7 +187,7 @@ def varlen_attention(
     refused = cuda_obstacle(query, value, None, max_q, max_k, False)
     backend = choose("varlen_attention", impl, _widest(query, value), native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+    query, scale = scaled(query, scale)
     packed = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
@@ -195,6 +195,15 @@ def varlen_attention(
             return reference.varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
         output, lse = _entry(backend).varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
         return (output, lse) if return_lse else output
+
+
+def scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
+    """The query and the number that its scores are scaled by: a tensor is multiplied in, so that it may learn."""
+    if not isinstance(scale, Tensor):
+        return query, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if scale.dim() != 0:
+        raise ValueError(f"scale: expected a number or a scalar tensor, got shape {tuple(scale.shape)}")
+    return query * scale, 1.0
 
 
 def _entry(backend: str) -> Any:
@@ -212,24 +221,18 @@ class _Weights(torch.autograd.Function):
     """The kernel's softmax weights; the reference computes them again where someone wants their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, recompute: Callable[..., Tensor], *carriers: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, computed: tuple[Tensor], recompute: Callable[..., Tensor], *carriers: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(*carriers)
         ctx.recompute = recompute
-        return weights.view_as(weights)
+        # As part of a tuple it is a result to autograd, not a view of an argument: it can be changed in place.
+        return computed[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        carriers = [
-            None if x is None else x.detach().requires_grad_(wanted)
-            for x, wanted in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad(), without_autocast(dweights.device):
-            weights = ctx.recompute(*carriers)
-        wanted = [x for x in carriers if x is not None and x.requires_grad]
-        gradients = iter(torch.autograd.grad(weights, wanted, dweights))
-        return None, None, *(next(gradients) if wanted else None for wanted in needed)
+        carriers, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        return None, None, *gradients(lambda *given: (ctx.recompute(*given),), carriers, needed, (dweights,))
 
 
 def _widest(query: Tensor, value: Tensor) -> Tensor:
@@ -281,7 +284,7 @@ def _check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_leng
     if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
         raise BadArgument(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
     check_integers(**{name: cu_seq})
-    if cu_seq.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(cu_seq):
         return
     values = cu_seq.tolist()
     lengths = [end - start for start, end in pairwise(values)]

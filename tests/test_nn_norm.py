@@ -25,3 +25,10 @@ def test_norms_say_what_they_expected() -> None:
     for norm in (tfm.nn.LayerNorm(6), tfm.nn.RMSNorm(6)):
         with pytest.raises(ValueError, match=r"input: expected \[..., 6\], got shape \(2, 1\)"):
             norm(torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_a_norm_over_no_dimension_is_refused_as_by_torch(name: str) -> None:
+    for library in (torch.nn, tfm.nn):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            getattr(library, name)(())(torch.zeros(3))

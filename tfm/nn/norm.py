@@ -12,7 +12,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` (Ba et al. 2016, equation 4); over more than one dimension it runs torch's own."""
+    """`torch.nn.LayerNorm` (Ba et al. 2016, equation 4); over several dimensions, or none, it runs torch's own."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., C] to [..., C].
@@ -20,14 +20,14 @@ class LayerNorm(torch.nn.LayerNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if input.is_nested or len(self.normalized_shape) > 1:
+        if input.is_nested or len(self.normalized_shape) != 1:
             return super().forward(input)
         _check_columns(input, self.normalized_shape)
         return ops.layer_norm(widened(input), self.weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` (Zhang and Sennrich 2019, equation 4); over more than one dimension it runs torch's own."""
+    """`torch.nn.RMSNorm` (Zhang and Sennrich 2019, equation 4); over several dimensions, or none, torch's own runs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., C].
@@ -35,7 +35,7 @@ class RMSNorm(torch.nn.RMSNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if x.is_nested or len(self.normalized_shape) > 1:
+        if x.is_nested or len(self.normalized_shape) != 1:
             return super().forward(x)
         _check_columns(x, self.normalized_shape)
         computed = torch.promote_types(x.dtype, torch.float32)

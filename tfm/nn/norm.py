@@ -20,7 +20,7 @@ class LayerNorm(torch.nn.LayerNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if input.is_nested or len(self.normalized_shape) != 1:
+        if input.is_nested or len(self.normalized_shape) != 1 or answers_itself(self.weight):
             return super().forward(input)
         _check_columns(input, self.normalized_shape)
         return ops.layer_norm(widened(input), self.weight, self.bias, self.eps)
@@ -35,12 +35,19 @@ class RMSNorm(torch.nn.RMSNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if x.is_nested or len(self.normalized_shape) != 1:
+        if x.is_nested or len(self.normalized_shape) != 1 or answers_itself(self.weight):
             return super().forward(x)
         _check_columns(x, self.normalized_shape)
         computed = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(computed).eps if self.eps is None else self.eps
         return ops.rms_norm(widened(x), self.weight, eps)
+
+
+def answers_itself(parameter: Tensor | None) -> bool:
+    """Whether a class of its own answers torch's functions for `parameter`, as those of per-sample gradients do."""
+    if parameter is None or type(parameter) in (torch.nn.Parameter, Tensor):
+        return False
+    return type(parameter).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def widened(x: Tensor) -> Tensor:

@@ -264,15 +264,15 @@ def test_autocast_and_half_precision() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query": torch.zeros(5, 3, 11)}, r"query: expected 3 dimensions, the last 12, got shape \(5, 3, 11\)"),
-        ({"key": torch.zeros(7, 12)}, "key: expected 3 dimensions"),
+        ({"query": torch.zeros(5, 3, 11)}, r"query: expected \[\.\.\., 12\], got shape \(5, 3, 11\)"),
+        ({"key": torch.zeros(7, 12)}, "expected `key` and `value` to be 3-D but found 2-D and 3-D"),
         ({"value": torch.zeros(6, 3, 12)}, "value: expected"),
-        ({"key": torch.zeros(7, 2, 12), "value": torch.zeros(7, 2, 12)}, "key: expected batch 3, got 2"),
+        ({"key": torch.zeros(7, 2, 12), "value": torch.zeros(7, 2, 12)}, "key: expected batch 3 as query, got 2"),
         ({"key_padding_mask": torch.zeros(3, 5).bool()}, r"padding mask of \(3, 7\), got shape \(3, 5\)"),
         ({"key_padding_mask": torch.zeros(3, 7).int()}, "expected bool .* got torch.int32"),
-        ({"attn_mask": torch.zeros(7)}, "attn_mask: expected"),
-        ({"attn_mask": torch.zeros(5, 6)}, "attn_mask: expected"),
-        ({"attn_mask": torch.zeros(10, 5, 7)}, "attn_mask: expected"),
+        ({"attn_mask": torch.zeros(7)}, "expected `attn_mask` to be `None`, 2-D or 3-D but found 1-D"),
+        ({"attn_mask": torch.zeros(5, 6)}, r"Expected `attn_mask` shape to be \(5, 7\)"),
+        ({"attn_mask": torch.zeros(3, 5, 7)}, rf"Expected `attn_mask` shape to be \({3 * HEADS}, 5, 7\)"),
     ],
 )
 def test_says_what_was_expected(changes: dict[str, Tensor], message: str) -> None:

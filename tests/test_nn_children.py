@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from layer_cases import (
@@ -15,7 +17,7 @@ from layer_cases import (
     valid,
 )
 from torch import Tensor
-from torch_pairs import assert_equal_results, results
+from torch_pairs import assert_equal_results, results, stack_pair
 
 import tfm.nn
 
@@ -132,11 +134,37 @@ def test_global_hooks_fire() -> None:
     assert tfm.nn.LayerNorm in called
 
 
-def test_a_block_of_the_layers_own_is_called() -> None:
-    _, ours = make("Encoder", batch_first=True)
-    source = tokens(SOURCES, True)
-    called = []
-    block = ours._ff_block
-    ours._ff_block = lambda x: called.append(x.shape) or block(x)
-    ours(source)
-    assert called == [source.shape]
+def by_subclass(layer: torch.nn.Module, name: str) -> None:
+    block = getattr(type(layer), name)
+    own = {name: lambda *arguments, **options: 2 * block(*arguments, **options)}
+    layer.__class__ = type("Own", (type(layer),), own)
+
+
+def on_the_object(layer: torch.nn.Module, name: str) -> None:
+    block = getattr(layer, name)
+    setattr(layer, name, lambda *arguments, **options: 2 * block(*arguments, **options))
+
+
+BLOCKS = [("Encoder", "_sa_block"), ("Encoder", "_ff_block")]
+BLOCKS += [("Decoder", name) for name in ("_sa_block", "_mha_block", "_ff_block")]
+
+
+@pytest.mark.parametrize("within", ["layer", "stack", "accelerated layer", "accelerated stack"])
+@pytest.mark.parametrize("change", [by_subclass, on_the_object])
+@pytest.mark.parametrize(("kind", "name"), BLOCKS)
+def test_blocks_of_a_layers_own_are_called(kind: str, name: str, change: object, within: str) -> None:
+    make_pair = stack_pair if "stack" in within else make
+    theirs, ours = make_pair(kind)
+    if "accelerated" in within:
+        ours = copy.deepcopy(theirs)
+        tfm.accelerate(ours)
+    own = [module.layers[1] if "stack" in within else module for module in (theirs, ours)]
+    inputs = {"src": tokens(SOURCES, False)}
+    if kind == "Decoder":
+        inputs = {"tgt": tokens(TARGETS, False), "memory": tokens(SOURCES, False)}
+    unchanged = ours(**inputs)
+    for layer in own:
+        change(layer, name)
+    found = results(ours, inputs, {})
+    assert_equal_results(found, results(theirs, inputs, {}))
+    assert not torch.allclose(found["output 0"], unchanged)

@@ -2,7 +2,8 @@
 
 Results are torch's, with three differences that are kept on purpose, in training and evaluation alike:
 
-* a query whose keys are all masked gets attention output 0 and zero gradients, where torch gives NaN;
+* a query whose keys are all masked gets attention output 0 and zero gradients, where torch gives NaN with
+  need_weights=True and on its fast path;
 * positions that a key padding mask or lengths call padding are 0 in the output of a layer or stack;
 * whatever stands in padding, NaN included, reaches no valid output; a decoder that is given no mask for its memory
   attends to zeros there.
@@ -16,6 +17,7 @@ There is one code path: dropout apart, training and evaluation run the same oper
 from tfm.nn.attention import MultiheadAttention
 from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer
 from tfm.nn.norm import LayerNorm, RMSNorm
+from tfm.nn.quantization import register
 from tfm.nn.stacks import Transformer, TransformerDecoder, TransformerEncoder
 
 __all__ = [
@@ -28,3 +30,5 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+
+register()

@@ -7,16 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfm import ops
-from tfm.nn.padding import Side, padded_scope
+from tfm.errors import BadArgument
+from tfm.nn.padding import Side, check_same_batch, padded_scope
 from tfm.nn.scope import Packed, Padded, merge_masks
-from tfm.ops.checks import check
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: concat(head_1, ..., head_h) W^O, head_i = attention(Q W_i^Q, K W_i^K, V W_i^V).
 
     Arguments, masks and results are torch's. A query whose keys are all masked gets attention output 0, where torch
-    gives NaN; `is_causal=True` without a mask, which torch refuses, means causal. Queries are never packed.
+    gives NaN if it returns weights; `is_causal=True` without a mask, which torch refuses, means causal. Queries are
+    never packed.
     """
 
     def forward(
@@ -53,21 +54,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        for name, x, dim in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            fits = x.dim() == query.dim() and x.shape[-1] == dim
-            check(fits, f"{name}: expected {query.dim()} dimensions, the last {dim}, got shape {tuple(x.shape)}")
+        _check_dimensions(query, key, value)
         queries = Side.of("query", query, self.batch_first)
         keys = Side.of("key", key, self.batch_first, key_padding_mask)
-        check(queries.shape[0] == keys.shape[0], f"key: expected batch {queries.shape[0]}, got {keys.shape[0]}")
-        check(key.shape[:-1] == value.shape[:-1], f"value: expected {tuple(key.shape[:-1])} rows as key")
+        check_same_batch(query=queries, key=keys)
+        if key.shape[:-1] != value.shape[:-1]:
+            raise BadArgument(f"value: expected {tuple(key.shape[:-1])} rows as key, got shape {tuple(value.shape)}")
         q, k, v = project(self, query, key, value)
         if not queries.batched:
             q, k, v = q[None], k[None], v[None]
         # torch, too, reads the mask rather than the hint where it returns weights.
         hint = is_causal and (attn_mask is None or not need_weights)
-        scope = padded_scope(queries, keys, attn_mask, hint)
+        scope = padded_scope(queries, keys, self.num_heads, attn_mask, hint)
         if self.bias_k is not None or self.add_zero_attn:
-            scope = _seeing_extra_keys(scope, attn_mask, queries, keys, (self.bias_k is not None) + self.add_zero_attn)
+            scope = _seeing_extra_keys(self, scope, attn_mask, queries, keys)
             k, v = self._with_extra_keys(k, self.bias_k, scope), self._with_extra_keys(v, self.bias_v, scope)
         dropout_p = attention_dropout(self)
         seed = ops.draw_seed(query.device) if dropout_p > 0.0 else None
@@ -97,8 +97,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 def project(module: torch.nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """[..., E] to heads [..., H, D] each; inputs that are the same tensor are projected by one matmul."""
+    for name, x, dim in (("query", query, module.embed_dim), ("key", key, module.kdim), ("value", value, module.vdim)):
+        if x.shape[-1] != dim:
+            raise BadArgument(f"{name}: expected [..., {dim}], got shape {tuple(x.shape)}")
     heads = (module.num_heads, module.head_dim)
-    bias = module.in_proj_bias
+    # Torch's layers take a bias of another dtype than their weights.
+    bias = None if module.in_proj_bias is None else module.in_proj_bias.to(module.out_proj.weight.dtype)
     if module.in_proj_weight is None:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
@@ -139,14 +143,24 @@ def attention_dropout(module: torch.nn.MultiheadAttention) -> float:
     return module.dropout if module.training else 0.0
 
 
-def _seeing_extra_keys(scope: Padded, attn_mask: Tensor | None, queries: Side, keys: Side, extra: int) -> Padded:
-    """`scope` with `extra` more keys behind, which every query sees. As with torch's masks, not its hint, they do."""
+def _check_dimensions(query: Tensor, key: Tensor, value: Tensor) -> None:
+    wanted, came = query.dim(), (key.dim(), value.dim())
+    if came != (wanted, wanted):
+        words = f"{wanted}-D but found {came[0]}-D and {came[1]}-D tensors respectively"
+        raise BadArgument(f"key, value: for {wanted}-D `query`, expected `key` and `value` to be {words}")
+
+
+def _seeing_extra_keys(
+    module: torch.nn.MultiheadAttention, scope: Padded, attn_mask: Tensor | None, queries: Side, keys: Side
+) -> Padded:
+    """`scope` with the module's own keys behind, which every query sees (in torch under masks, not under the hint)."""
     mask = scope.attn_mask
     if scope.is_causal:
+        shape = (queries.shape[0], module.num_heads, queries.shape[1], keys.shape[1])
         if attn_mask is None:
-            shape = (queries.shape[1], keys.shape[1])
-            attn_mask = torch.ones(shape, dtype=torch.bool, device=queries.x.device).triu(1)
-        mask = merge_masks(attn_mask, keys.padding_mask, keys.shape[0])
+            attn_mask = torch.ones(shape[2:], dtype=torch.bool, device=queries.x.device).triu(1)
+        mask = merge_masks(attn_mask, keys.padding_mask, shape)
     if mask is not None:
+        extra = (module.bias_k is not None) + module.add_zero_attn
         mask = F.pad(mask, (0, extra), value=mask.dtype == torch.bool)
     return Padded(scope.batch_first, mask)

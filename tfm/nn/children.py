@@ -16,8 +16,13 @@ LINEAR = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
 NORM = (LayerNorm, torch.nn.LayerNorm)
 DROPOUT = (torch.nn.Dropout,)
 TOKEN_WISE_NORM = (*NORM, RMSNorm, torch.nn.RMSNorm)
-# The methods that torch's layers consist of.
-BLOCKS = ("_sa_block", "_mha_block", "_ff_block")
+# The methods that torch's layers consist of, as torch made them (encoder layers have no _mha_block).
+BLOCKS = {
+    name: tuple(
+        getattr(layer, name, None) for layer in (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+    )
+    for name in ("_sa_block", "_mha_block", "_ff_block")
+}
 PLAIN_PARAMETERS = (torch.nn.Parameter, torch.Tensor, type(None))
 
 ENCODER_CHILDREN = {
@@ -37,8 +42,8 @@ def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]
     """Why a layer must call its children, as torch does, one by one; empty where their parameters suffice."""
     if _has_any_global_hook():
         return "hooks for all modules are set"
-    for name in BLOCKS:
-        if name in layer.__dict__:
+    for name, torchs in BLOCKS.items():
+        if name in layer.__dict__ or getattr(type(layer), name, None) not in torchs:
             return f"has a {name} of its own"
     self_attn: Any = layer._modules["self_attn"]
     for name, types in expected.items():

@@ -15,7 +15,7 @@ from tfm import ops
 from tfm.nn.attention import MultiheadAttention, attend, attention_dropout
 from tfm.nn.children import DECODER_CHILDREN, ENCODER_CHILDREN, layer_obstacle, own_calls
 from tfm.nn.norm import LayerNorm, widened
-from tfm.nn.padding import Side, padded_scope
+from tfm.nn.padding import Side, check_same_batch, padded_scope
 from tfm.nn.scope import Packed, Padded, as_added
 
 SELF_WEIGHTS, SELF_RESIDUAL, CROSS_WEIGHTS, CROSS_RESIDUAL, HIDDEN, LAST_RESIDUAL = range(6)
@@ -77,7 +77,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if layer_obstacle(self, ENCODER_CHILDREN):
             mask, padding = as_added(src_mask, src.dtype), as_added(src_key_padding_mask, src.dtype)
             return side.leave(side.enter(self._call_children(src, mask, padding, is_causal)))
-        return side.leave(self.run(side.blank(side.x), padded_scope(side, side, src_mask, is_causal)))
+        return side.leave(
+            self.run(side.blank(side.x), padded_scope(side, side, self.self_attn.num_heads, src_mask, is_causal))
+        )
 
     def run(self, x: Tensor, scope: Padded | Packed) -> Tensor:
         """The layer on [..., E], padded or packed as `scope` says."""
@@ -167,8 +169,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             )  # fmt: skip
             return queries.leave(queries.enter(output))
         keys = Side.of("memory", memory, batch_first, memory_key_padding_mask)
-        scope = padded_scope(queries, queries, tgt_mask, tgt_is_causal)
-        memory_scope = padded_scope(queries, keys, memory_mask, memory_is_causal)
+        check_same_batch(tgt=queries, memory=keys)
+        scope = padded_scope(queries, queries, self.self_attn.num_heads, tgt_mask, tgt_is_causal)
+        memory_scope = padded_scope(queries, keys, self.multihead_attn.num_heads, memory_mask, memory_is_causal)
         return queries.leave(self.run(queries.blank(queries.x), keys.blank(keys.x), scope, memory_scope))
 
     def run(self, x: Tensor, memory: Tensor, scope: Padded | Packed, memory_scope: Padded | Packed) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfm import ops
-from tfm.ops.checks import check
+from tfm.errors import BadArgument
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -51,4 +51,5 @@ def widened(x: Tensor) -> Tensor:
 
 def _check_columns(x: Tensor, normalized_shape: tuple[int, ...]) -> None:
     columns = normalized_shape[0]
-    check(x.dim() > 0 and x.shape[-1] == columns, f"input: expected [..., {columns}], got shape {tuple(x.shape)}")
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise BadArgument(f"input: expected [..., {columns}], got shape {tuple(x.shape)}")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tfm.nn.scope import Padded, check_mask_dtype, merge_masks
-from tfm.ops.checks import check, check_integers
+from tfm.errors import BadArgument
+from tfm.nn.scope import Padded, check_attention_mask, check_mask_dtype, merge_masks
+from tfm.ops.checks import check_integers
 from tfm.sequences import Layout, offsets, valid_positions
 
 Lengths = Sequence[int] | Tensor
@@ -44,16 +45,22 @@ class Side:
         Raises:
             ValueError: shapes or dtypes that do not fit, lengths outside [0, S] (on CPU), both a mask and lengths.
         """
-        check(x.dim() in (2, 3), f"{name}: expected [length, dim] or a batch of three dimensions, got {x.dim()}")
-        check(padding_mask is None or lengths is None, f"{name}: expected a padding mask or lengths, got both")
+        if x.dim() not in (2, 3):
+            raise BadArgument(f"{name}: expected [length, dim] or a batch of three dimensions, got {x.dim()}")
+        if padding_mask is not None and lengths is not None:
+            raise ValueError(f"{name}: expected a padding mask or lengths, got both")
+        if padding_mask is not None and padding_mask.dim() != x.dim() - 1:
+            found = f"{x.dim() - 1}-D but found {padding_mask.dim()}-D tensor instead"
+            raise BadArgument(f"{name}: expected `key_padding_mask` to be `None` or {found}")
         batched = x.dim() == 3
         if not batched:
             x, batch_first = x[None], True
             padding_mask = None if padding_mask is None else padding_mask[None]
         batch, length = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
         if padding_mask is not None:
-            came = tuple(padding_mask.shape)
-            check(came == (batch, length), f"{name}: expected a padding mask of ({batch}, {length}), got shape {came}")
+            if padding_mask.shape != (batch, length):
+                came = tuple(padding_mask.shape)
+                raise BadArgument(f"{name}: expected a padding mask of ({batch}, {length}), got shape {came}")
             check_mask_dtype(padding_mask)
         if lengths is None:
             return cls(x, batch_first, batched, padding_mask)
@@ -134,20 +141,33 @@ class Side:
         fits, tokens = answers or (1, self.tokens)
         assert tokens is not None
         if self.lengths is not None:
-            check(bool(fits), f"lengths: expected numbers in [0, {length}], got others")
+            if not fits:
+                raise ValueError(f"lengths: expected numbers in [0, {length}], got others")
             return Layout.of(offsets(self.lengths), length, tokens)
         padding = self.padding()
         assert padding is not None
         return Layout.of(offsets((~padding).sum(dim=1)), length, tokens) if fits else None
 
 
-def padded_scope(queries: Side, keys: Side, attn_mask: Tensor | None, is_causal: bool) -> Padded:
+def check_same_batch(**sides: Side) -> None:
+    """Two sides, by their names in messages, hold as many sequences, both with a batch or both without."""
+    (first, queries), (name, keys) = sides.items()
+    if queries.batched != keys.batched:
+        expected = "a batch" if queries.batched else "a sequence without a batch"
+        raise BadArgument(f"{name}: expected {expected} as {first}, got {keys.x.dim() - (not keys.batched)} dimensions")
+    if queries.shape[0] != keys.shape[0]:
+        raise BadArgument(f"{name}: expected batch {queries.shape[0]} as {first}, got {keys.shape[0]}")
+
+
+def padded_scope(queries: Side, keys: Side, heads: int, attn_mask: Tensor | None, is_causal: bool) -> Padded:
     """What padded queries see, given torch's mask and its hint.
 
     As in torch the hint replaces the mask, unless there is a padding mask to merge it with: then the mask rules.
     """
+    check_attention_mask(attn_mask)
     causal = is_causal and (attn_mask is None or keys.padding_mask is None)
-    mask = merge_masks(None if causal else attn_mask, keys.padding_mask, keys.shape[0])
+    shape = (queries.shape[0], heads, queries.shape[1], keys.shape[1])
+    mask = merge_masks(None if causal else attn_mask, keys.padding_mask, shape)
     return Padded(queries.batch_first, mask, causal, keys.lengths)
 
 
@@ -172,6 +192,7 @@ def survey(
     questions = []
     looked = []
     for side, (mask, hint) in zip(sides, masks, strict=False):
+        check_attention_mask(mask)
         look = mask is not None and readable and _may_be_causal(mask, side) and (hint is None or measured)
         looked.append(look)
         if look and mask is not None:
@@ -205,7 +226,6 @@ def may_read(x: Tensor) -> bool:
 
 
 def _may_be_causal(mask: Tensor, side: Side) -> bool:
-    check_mask_dtype(mask)
     return tuple(mask.shape) == (side.shape[1], side.shape[1]) and not mask.requires_grad
 
 
@@ -218,14 +238,15 @@ def _equals_causal(mask: Tensor) -> Tensor:
 
 def _lengths(name: str, lengths: Lengths, batch: int, longest: int, device: torch.device) -> tuple[Tensor, int | None]:
     if isinstance(lengths, Tensor):
-        came = tuple(lengths.shape)
-        check(came == (batch,), f"{name}: expected {batch} lengths, got shape {came}")
+        if lengths.shape != (batch,):
+            raise ValueError(f"{name}: expected {batch} lengths, got shape {tuple(lengths.shape)}")
         check_integers(lengths=lengths)
         if lengths.device.type != "cpu" or not may_read(lengths):
             return lengths.to(device), None
         lengths = lengths.tolist()
-    check(len(lengths) == batch, f"{name}: expected {batch} lengths, got {len(lengths)}")
-    inside = all(0 <= length <= longest for length in lengths)
-    check(inside, f"{name}: expected lengths in [0, {longest}], got {list(lengths)}")
+    if len(lengths) != batch:
+        raise ValueError(f"{name}: expected {batch} lengths, got {len(lengths)}")
+    if not all(0 <= length <= longest for length in lengths):
+        raise ValueError(f"{name}: expected lengths in [0, {longest}], got {list(lengths)}")
     # From a list on the host, without waiting for the device.
     return torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True), sum(lengths)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tfm import ops
-from tfm.ops.checks import check
+from tfm.errors import BadArgument
 from tfm.sequences import Layout
 
 
@@ -83,33 +83,36 @@ class Packed:
         return output.flatten(-2)
 
 
-def merge_masks(attn_mask: Tensor | None, padding_mask: Tensor | None, batch: int) -> Tensor | None:
+def merge_masks(
+    attn_mask: Tensor | None, padding_mask: Tensor | None, shape: tuple[int, int, int, int]
+) -> Tensor | None:
     """torch's two masks as one for tfm.ops.attention.
 
     Args:
         attn_mask: [Sq, Sk] or [B · H, Sq, Sk]: bool (True = masked) or floating point, added to the scores.
         padding_mask: [B, Sk], likewise.
-        batch: B.
+        shape: [B, H, Sq, Sk]; nothing is broadcast to it, as [4, 5, 5] might be a mask a sample or one a head.
 
     Returns:
         Broadcastable to [B, H, Sq, Sk]: bool (True = attend) where both are bool, else floating point, added; None
         where there is neither.
 
     Raises:
-        ValueError: a shape or dtype that torch does not take.
+        BadArgument: a shape or dtype that torch does not take.
     """
     masks = []
     if attn_mask is not None:
-        fits = attn_mask.dim() == 2 or (attn_mask.dim() == 3 and attn_mask.shape[0] % max(batch, 1) == 0)
-        came = tuple(attn_mask.shape)
-        check(fits, f"attn_mask: expected [queries, keys] or [{batch} · heads, queries, keys], got shape {came}")
-        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1)))
+        batch, heads, queries, keys = shape
+        expected = (queries, keys) if attn_mask.dim() == 2 else (batch * heads, queries, keys)
+        if attn_mask.shape != expected:
+            words = "(queries, keys)" if attn_mask.dim() == 2 else f"({batch} batch · {heads} heads, queries, keys)"
+            came = tuple(attn_mask.shape)
+            raise BadArgument(f"attn_mask: Expected `attn_mask` shape to be {expected}, {words}, got {came}")
+        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.view(shape))
     if padding_mask is not None:
         masks.append(padding_mask[:, None, None, :])
     if not masks:
         return None
-    for mask in masks:
-        check_mask_dtype(mask)
     floats = [mask.dtype for mask in masks if mask.is_floating_point()]
     if not floats:
         return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
@@ -117,9 +120,19 @@ def merge_masks(attn_mask: Tensor | None, padding_mask: Tensor | None, batch: in
     return added[0] if len(added) == 1 else added[0] + added[1]
 
 
+def check_attention_mask(mask: Tensor | None) -> None:
+    """What torch asks of a mask even where the hint stands for it."""
+    if mask is None:
+        return
+    check_mask_dtype(mask)
+    if mask.dim() not in (2, 3):
+        found = f"but found {mask.dim()}-D tensor instead"
+        raise BadArgument(f"attn_mask: expected `attn_mask` to be `None`, 2-D or 3-D {found}")
+
+
 def check_mask_dtype(mask: Tensor) -> None:
-    kind = mask.dtype == torch.bool or mask.is_floating_point()
-    check(kind, f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise BadArgument(f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
 
 
 @overload
@@ -130,4 +143,5 @@ def as_added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask of torch's (bool, True = masked, or already added) in the form that is added to the scores."""
     if mask is None or mask.is_floating_point():
         return mask
+    check_mask_dtype(mask)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfm.errors import BadArgument
 from tfm.nn.children import own_calls, stack_obstacle
 from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer, fused_activation
 from tfm.nn.norm import LayerNorm
-from tfm.nn.padding import Lengths, Side, padded_scope, survey
+from tfm.nn.padding import Lengths, Side, check_same_batch, padded_scope, survey
 from tfm.nn.scope import Packed, Padded, as_added
-from tfm.ops.checks import check
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -68,7 +68,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if layouts:
             packed = self.run(side.pack(layouts[0]), Packed(layouts[0], layouts[0], causal))
             return side.unpack(packed, layouts[0])
-        return side.leave(self.run(side.blank(side.x), padded_scope(side, side, mask, causal)))
+        return side.leave(
+            self.run(side.blank(side.x), padded_scope(side, side, self.layers[0].self_attn.num_heads, mask, causal))
+        )
 
     def run(self, x: Tensor, scope: Padded | Packed) -> Tensor:
         """The stack on [..., E], padded or packed as `scope` says."""
@@ -120,7 +122,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         batch_first = _batch_first(self)
         queries = Side.of("tgt", tgt, batch_first, tgt_key_padding_mask, tgt_lengths)
         keys = Side.of("memory", memory, batch_first, memory_key_padding_mask, memory_lengths)
-        check(queries.shape[0] == keys.shape[0], f"memory: expected batch {queries.shape[0]}, got {keys.shape[0]}")
+        check_same_batch(tgt=queries, memory=keys)
         obstacle = stack_obstacle(self.layers, self.norm, TransformerDecoderLayer)
         packing = not obstacle and memory_mask is None and _knows_activations(self.layers)
         [causal], layouts = survey([queries, keys], [(tgt_mask, tgt_is_causal)], packing)
@@ -140,8 +142,10 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             inner, outer = layouts
             scopes = Packed(inner, inner, causal), Packed(inner, outer, memory_is_causal)
             return queries.unpack(self.run(queries.pack(inner), keys.pack(outer), *scopes), inner)
-        scope = padded_scope(queries, queries, tgt_mask, causal)
-        memory_scope = padded_scope(queries, keys, memory_mask, memory_is_causal)
+        scope = padded_scope(queries, queries, self.layers[0].self_attn.num_heads, tgt_mask, causal)
+        memory_scope = padded_scope(
+            queries, keys, self.layers[0].multihead_attn.num_heads, memory_mask, memory_is_causal
+        )
         return queries.leave(self.run(queries.blank(queries.x), keys.blank(keys.x), scope, memory_scope))
 
     def run(self, x: Tensor, memory: Tensor, scope: Padded | Packed, memory_scope: Padded | Packed) -> Tensor:
@@ -229,7 +233,8 @@ class Transformer(torch.nn.Transformer):
                 decoder that does not know them.
         """
         for name, x in (("src", src), ("tgt", tgt)):
-            check(x.shape[-1] == self.d_model, f"{name}: expected [..., {self.d_model}], got shape {tuple(x.shape)}")
+            if x.shape[-1] != self.d_model:
+                raise BadArgument(f"{name}: expected [..., {self.d_model}], got shape {tuple(x.shape)}")
         ragged = any(
             given is not None for given in (src_key_padding_mask, tgt_key_padding_mask, src_lengths, tgt_lengths)
         )
@@ -237,8 +242,7 @@ class Transformer(torch.nn.Transformer):
         if ragged and same_padding and memory_mask is None and _hands_on_packed(self.encoder, self.decoder):
             sources = Side.of("src", src, _batch_first(self.encoder), src_key_padding_mask, src_lengths)
             targets = Side.of("tgt", tgt, _batch_first(self.decoder), tgt_key_padding_mask, tgt_lengths)
-            batch = targets.shape[0]
-            check(sources.shape[0] == batch, f"memory: expected batch {batch}, got {sources.shape[0]}")
+            check_same_batch(src=sources, tgt=targets)
             masks = [(src_mask, src_is_causal), (tgt_mask, tgt_is_causal)]
             causal, layouts = survey([sources, targets], masks, packing=True)
             if layouts:
@@ -255,7 +259,8 @@ class Transformer(torch.nn.Transformer):
             (self.encoder, TransformerEncoder, encoder_lengths),
             (self.decoder, TransformerDecoder, decoder_lengths),
         ):
-            check(not given or isinstance(stack, known), f"lengths: expected none, {type(stack)} does not take them")
+            if given and not isinstance(stack, known):
+                raise ValueError(f"lengths: expected none, {type(stack)} does not take them")
         memory = self.encoder(
             src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal, **encoder_lengths
         )

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tfm.errors import BadArgument
 from tfm.native.attention import cuda_obstacle
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
-from tfm.ops.checks import check, check_floating, check_integers, check_same_device, check_vector
+from tfm.ops.checks import (
+    broadcasts,
+    check_floating,
+    check_integers,
+    check_same_device,
+    check_softcap,
+    check_vector,
+)
 from tfm.ops.dropout import seed_for
 from tfm.reference import attention as reference
 
@@ -76,13 +84,15 @@ def attention(
     """
     query, key, value = under_autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check(tensor.dim() == 4, f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
+        if tensor.dim() != 4:
+            raise BadArgument(f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
     batch, query_heads, query_length, dim = query.shape
     _check_heads(query, key, value, heads=1, dim=3)
     for name, tensor in (("key", key), ("value", value)):
-        check(tensor.shape[0] == batch, f"{name}: expected batch {batch} as query, got {tensor.shape[0]}")
-    lengths = key.shape[2], value.shape[2]
-    check(lengths[0] == lengths[1], f"value: expected length {lengths[0]} as key, got {lengths[1]}")
+        if tensor.shape[0] != batch:
+            raise BadArgument(f"{name}: expected batch {batch} as query, got {tensor.shape[0]}")
+    if value.shape[2] != key.shape[2]:
+        raise BadArgument(f"value: expected length {key.shape[2]} as key, got {value.shape[2]}")
     if attn_mask is not None:
         _check_mask(attn_mask, (batch, query_heads, query_length, key.shape[2]))
     check_vector("key_lengths", key_lengths, batch)
@@ -163,10 +173,11 @@ def varlen_attention(
     """
     query, key, value = under_autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check(tensor.dim() == 3, f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
+        if tensor.dim() != 3:
+            raise BadArgument(f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
     _check_heads(query, key, value, heads=1, dim=2)
-    rows = key.shape[0], value.shape[0]
-    check(rows[0] == rows[1], f"value: expected {rows[0]} rows as key, got {rows[1]}")
+    if value.shape[0] != key.shape[0]:
+        raise BadArgument(f"value: expected {key.shape[0]} rows as key, got {value.shape[0]}")
     check_same_device(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, sinks=sinks)
     _check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
     _check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
@@ -229,22 +240,21 @@ def _widest(query: Tensor, value: Tensor) -> Tensor:
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, heads: int, dim: int) -> None:
     check_floating(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
-        check(tensor.dtype == query.dtype, f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
-    check(key.shape[dim] == query.shape[dim], f"key: expected dim {query.shape[dim]} as query, got {key.shape[dim]}")
-    check(
-        value.shape[heads] == key.shape[heads],
-        f"value: expected {key.shape[heads]} heads as key, got {value.shape[heads]}",
-    )
-    divides = key.shape[heads] > 0 and query.shape[heads] % key.shape[heads] == 0
-    check(divides, f"query: expected a multiple of key's {key.shape[heads]} heads, got {query.shape[heads]}")
+        if tensor.dtype != query.dtype:
+            raise BadArgument(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+    if key.shape[dim] != query.shape[dim]:
+        raise BadArgument(f"key: expected dim {query.shape[dim]} as query, got {key.shape[dim]}")
+    if value.shape[heads] != key.shape[heads]:
+        raise BadArgument(f"value: expected {key.shape[heads]} heads as key, got {value.shape[heads]}")
+    if key.shape[heads] == 0 or query.shape[heads] % key.shape[heads]:
+        raise BadArgument(f"query: expected a multiple of key's {key.shape[heads]} heads, got {query.shape[heads]}")
 
 
 def _check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
-    kind = mask.dtype == torch.bool or mask.is_floating_point()
-    check(kind, f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
-    padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    fits = mask.dim() <= 4 and all(have in (1, want) for have, want in zip(padded, full, strict=True))
-    check(fits, f"attn_mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise BadArgument(f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
+    if not broadcasts(mask.shape, full):
+        raise BadArgument(f"attn_mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
 
 
 def _check_common(
@@ -260,21 +270,27 @@ def _check_common(
         check_vector("query_start", query_start, batch)
         check_integers(query_start=query_start)
         check_same_device(query=query, query_start=query_start)
-    check(len(window_size) == 2, f"window_size: expected (left, right), got {window_size}")
-    check(softcap is None or softcap > 0, f"softcap: expected a positive number, got {softcap}")
+    if len(window_size) != 2:
+        raise ValueError(f"window_size: expected (left, right), got {window_size}")
+    check_softcap(softcap)
     check_vector("sinks", sinks, query_heads)
     check_floating(sinks=sinks)
 
 
 def _check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_length: int) -> None:
-    check(cu_seq.dim() == 1 and len(cu_seq) > 0, f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
+    if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
+        raise BadArgument(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
     check_integers(**{name: cu_seq})
     if cu_seq.device.type != "cpu" or torch.compiler.is_compiling():
         return
     values = cu_seq.tolist()
     lengths = [end - start for start, end in pairwise(values)]
-    check(values[0] == 0, f"{name}: expected offsets that start at 0, got {values[0]}")
-    check(min(lengths, default=0) >= 0, f"{name}: expected offsets that never fall, got {values}")
-    check(values[-1] == rows, f"{name}: expected offsets that end at the {rows} rows given, got {values[-1]}")
+    if values[0] != 0:
+        raise BadArgument(f"{name}: expected offsets that start at 0, got {values[0]}")
+    if min(lengths, default=0) < 0:
+        raise BadArgument(f"{name}: expected offsets that never fall, got {values}")
+    if values[-1] != rows:
+        raise BadArgument(f"{name}: expected offsets that end at the {rows} rows given, got {values[-1]}")
     longest = max(lengths, default=0)
-    check(longest <= max_length, f"{max_name}: expected at least the longest sequence, {longest}, got {max_length}")
+    if longest > max_length:
+        raise BadArgument(f"{max_name}: expected at least the longest sequence, {longest}, got {max_length}")

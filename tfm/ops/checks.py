@@ -1,23 +1,26 @@
-"""What the operations check of their arguments, once for all backends. Messages say what was expected and what came."""
+"""What the operations check of their arguments, once for all backends. Messages say what was expected and what came.
+
+A message is formatted only where it is raised: torch.compile makes a graph for each size that is formatted.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def check(condition: bool, message: str) -> None:
-    """ValueError with `message` unless `condition`."""
-    if not condition:
-        raise ValueError(message)
+from tfm.errors import BadArgument
 
 
 def check_dropout(p: float) -> None:
-    check(0.0 <= p <= 1.0, f"dropout_p: expected a probability in [0, 1], got {p}")
+    if not 0.0 <= p <= 1.0:
+        raise BadArgument(f"dropout_p: expected a probability in [0, 1], got {p}")
 
 
 def check_columns(x: Tensor) -> None:
-    check(x.dim() > 0, "x: expected at least one dimension, got a scalar")
+    if x.dim() == 0:
+        raise BadArgument("x: expected at least one dimension, got a scalar")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -25,23 +28,34 @@ def check_same_device(**tensors: Tensor | None) -> None:
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(given.items()))
     for name, device in given.items():
-        check(device == first, f"{name}: expected a tensor on {first} as {first_name}, got one on {device}")
+        if device != first:
+            raise BadArgument(f"{name}: expected a tensor on {first} as {first_name}, got one on {device}")
 
 
 def check_floating(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None:
-            check(tensor.is_floating_point(), f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor is not None and not tensor.is_floating_point():
+            raise BadArgument(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
 
 
 def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
     """`tensor`, where given, is of shape [size]."""
-    if tensor is not None:
-        check(tuple(tensor.shape) == (size,), f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
+    if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
+        raise BadArgument(f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
 
 
 def check_integers(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None:
-            integral = tensor.dtype in (torch.int32, torch.int64)
-            check(integral, f"{name}: expected int32 or int64, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+            raise BadArgument(f"{name}: expected int32 or int64, got {tensor.dtype}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number, got {softcap}")
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of `shape` expands to one of shape `to`."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(have == 1 or have == want for have, want in pairs)

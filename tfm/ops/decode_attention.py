@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.errors import BadArgument
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.reference import decode_attention as reference
@@ -61,7 +62,7 @@ def decode_attention(
     """
     if key is None or value is None:
         if key is not value:
-            raise ValueError(f"value: expected {'one' if value is None else 'none'} as key, got {_shape(value)}")
+            raise BadArgument(f"value: expected {'one' if value is None else 'none'} as key, got {_shape(value)}")
         (query,) = under_autocast(query)
     else:
         query, key, value = under_autocast(query, key, value)
@@ -86,31 +87,31 @@ def _check(
     key: Tensor | None, value: Tensor | None,
 ) -> None:  # fmt: skip
     if query.dim() != 3:
-        raise ValueError(f"query: expected [rows, heads, dim], got shape {tuple(query.shape)}")
+        raise BadArgument(f"query: expected [rows, heads, dim], got shape {tuple(query.shape)}")
     given = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "key": key, "value": value}
     differentiates = torch.is_grad_enabled()
     for name, tensor in given.items():
         if tensor is None:
             continue
         if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+            raise BadArgument(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
-            raise ValueError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+            raise BadArgument(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
         if differentiates and tensor.requires_grad:
-            raise ValueError(f"{name}: expected a tensor without gradient, or torch.no_grad(), got one that needs it")
+            raise BadArgument(f"{name}: expected a tensor without gradient, or torch.no_grad(), got one that needs it")
         if tensor.device != query.device:
-            raise ValueError(f"{name}: expected a tensor on {query.device} as query, got one on {tensor.device}")
+            raise BadArgument(f"{name}: expected a tensor on {query.device} as query, got one on {tensor.device}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.dim() != 4:
-            raise ValueError(f"{name}: expected [rows, capacity, heads, dim], got shape {tuple(cache.shape)}")
+            raise BadArgument(f"{name}: expected [rows, capacity, heads, dim], got shape {tuple(cache.shape)}")
         if cache.shape[3] > 1 and cache.stride(3) != 1:
-            raise ValueError(f"{name}: expected columns side by side, got strides {cache.stride()}")
+            raise BadArgument(f"{name}: expected columns side by side, got strides {cache.stride()}")
     rows, heads, dim = query.shape
     cache_rows, capacity, key_heads, value_dim = value_cache.shape
     if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"query: expected a multiple of value_cache's {key_heads} heads, got {heads}")
+        raise BadArgument(f"query: expected a multiple of value_cache's {key_heads} heads, got {heads}")
     if cache_rows < rows and (parents is None or key is not None):
-        raise ValueError(f"value_cache: expected at least the {rows} rows of query, got {cache_rows}")
+        raise BadArgument(f"value_cache: expected at least the {rows} rows of query, got {cache_rows}")
     for name, tensor, shape in (
         ("key_cache", key_cache, (cache_rows, capacity, key_heads, dim)),
         ("key", key, (rows, key_heads, dim)),
@@ -119,12 +120,12 @@ def _check(
         ("parents", parents, (rows, capacity)),
     ):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+            raise BadArgument(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     for name, numbers in (("lengths", lengths), ("parents", parents)):
         if numbers is not None and numbers.dtype != torch.int32:
-            raise ValueError(f"{name}: expected int32, got {numbers.dtype}")
+            raise BadArgument(f"{name}: expected int32, got {numbers.dtype}")
         if numbers is not None and numbers.device != query.device:
-            raise ValueError(f"{name}: expected a tensor on {query.device} as query, got one on {numbers.device}")
+            raise BadArgument(f"{name}: expected a tensor on {query.device} as query, got one on {numbers.device}")
 
 
 def _shape(x: Tensor | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm.ops.checks import check, check_columns, check_dropout, check_floating
+from tfm.ops.checks import check_columns, check_dropout, check_floating
 from tfm.reference import dropout as reference
 
 _library = torch.library.Library("tfm", "FRAGMENT")
@@ -38,10 +38,13 @@ def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) 
     if seed is None:
         return draw_seed(device)
     if isinstance(seed, int):
-        check(-(2**63) <= seed < 2**63, f"seed: expected a number of 64 bits, got {seed}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
         return torch.full((), seed, dtype=torch.int64, device=device)
-    right = seed.dtype == torch.int64 and seed.dim() == 0
-    check(right, f"seed: expected an int or an int64 scalar tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
+    if seed.dtype != torch.int64 or seed.dim() != 0:
+        raise ValueError(
+            f"seed: expected an int or an int64 scalar tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
+        )
     return seed
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.errors import BadArgument
 from tfm.operators import embedding as operators
 from tfm.ops.backends import choose
-from tfm.ops.checks import check, check_floating, check_integers, check_same_device
+from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
 from tfm.ops.dropout import seed_for
 from tfm.reference import embedding as reference
 
@@ -54,23 +55,22 @@ def embedding(
         IndexError: on CPU, a token or position outside its table. (On a GPU torch stops the process; the Triton kernel
             reads nothing and writes a row of NaN.)
     """
-    check(weight.dim() == 2, f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
+    if weight.dim() != 2:
+        raise BadArgument(f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
     check_floating(weight=weight, position_weight=position_weight)
     check_integers(tokens=tokens, positions=positions)
     check_same_device(tokens=tokens, weight=weight, positions=positions, position_weight=position_weight)
-    if position_weight is not None:
-        fits = position_weight.dim() == 2 and position_weight.shape[1] == weight.shape[1]
+    if position_weight is not None and (position_weight.dim() != 2 or position_weight.shape[1] != weight.shape[1]):
         came = tuple(position_weight.shape)
-        check(fits, f"position_weight: expected [positions, {weight.shape[1]}], got shape {came}")
-    pairs = zip(reversed(positions.shape), reversed(tokens.shape), strict=False)
-    fits = positions.dim() <= tokens.dim() and all(have in (1, want) for have, want in pairs)
-    came = tuple(positions.shape)
-    check(fits, f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
+        raise BadArgument(f"position_weight: expected [positions, {weight.shape[1]}], got shape {came}")
+    if not broadcasts(positions.shape, tokens.shape):
+        came = tuple(positions.shape)
+        raise BadArgument(f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
     vocabulary = weight.shape[0]
-    known = padding_idx is None or -vocabulary <= padding_idx < vocabulary
-    check(known, f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
-    compiling = sparse and torch.compiler.is_compiling()
-    check(not compiling, "sparse: expected False under torch.compile, which has no sparse gradients, got True")
+    if padding_idx is not None and not -vocabulary <= padding_idx < vocabulary:
+        raise BadArgument(f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
+    if sparse and torch.compiler.is_compiling():
+        raise BadArgument("sparse: expected False under torch.compile, which has no sparse gradients, got True")
     backend = choose("embedding", impl, weight)
     drawn = seed_for(dropout_p, seed, weight.device)
     options = (scale, dropout_p, padding_idx, sparse, drawn, site)

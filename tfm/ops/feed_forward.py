@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from tfm import native
+from tfm.errors import BadArgument
 from tfm.operators import feed_forward as operators
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
-from tfm.ops.checks import check, check_columns, check_floating, check_same_device, check_vector
+from tfm.ops.checks import check_columns, check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
 from tfm.reference import feed_forward as reference
 
@@ -105,11 +106,13 @@ def gated_feed_forward(
     _check_matrix("gate_weight", gate_weight, x.shape[-1])
     rows = gate_weight.shape[0]
     if up_weight is None:
-        check(rows % 2 == 0, f"gate_weight: expected an even number of rows without up_weight, got {rows}")
+        if rows % 2:
+            raise BadArgument(f"gate_weight: expected an even number of rows without up_weight, got {rows}")
         rows //= 2
     else:
         _check_matrix("up_weight", up_weight, x.shape[-1])
-        check(up_weight.shape[0] == rows, f"up_weight: expected {rows} rows as gate_weight, got {up_weight.shape[0]}")
+        if up_weight.shape[0] != rows:
+            raise BadArgument(f"up_weight: expected {rows} rows as gate_weight, got {up_weight.shape[0]}")
     _check_matrix("down_weight", down_weight, rows)
     check_same_device(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     _check_activation(activation)
@@ -129,8 +132,8 @@ def gated_feed_forward(
 
 
 def _check_matrix(name: str, weight: Tensor, columns: int) -> None:
-    fits = weight.dim() == 2 and weight.shape[1] == columns
-    check(fits, f"{name}: expected [rows, {columns}], got shape {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != columns:
+        raise BadArgument(f"{name}: expected [rows, {columns}], got shape {tuple(weight.shape)}")
 
 
 def _without_elements(x: Tensor, first: Tensor, second: Tensor) -> str:
@@ -139,4 +142,5 @@ def _without_elements(x: Tensor, first: Tensor, second: Tensor) -> str:
 
 
 def _check_activation(activation: str) -> None:
-    check(activation in ACTIVATIONS, f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

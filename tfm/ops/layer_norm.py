@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.errors import BadArgument
 from tfm.operators import norm
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_same_device, check_vector
@@ -117,19 +118,19 @@ def residual_layer_norm(
 def check_norm(x: Tensor, out_dtype: torch.dtype | None, **parameters: Tensor | None) -> None:
     """The checks that every norm shares."""
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected at least one column, got shape {tuple(x.shape)}")
+        raise BadArgument(f"x: expected at least one column, got shape {tuple(x.shape)}")
     check_floating(x=x, **parameters)
     for name, parameter in parameters.items():
         check_vector(name, parameter, x.shape[-1])
     check_same_device(x=x, **parameters)
     if out_dtype is not None and out_dtype not in OUT_DTYPES:
-        raise ValueError(f"out_dtype: expected a floating-point dtype, got {out_dtype}")
+        raise BadArgument(f"out_dtype: expected a floating-point dtype, got {out_dtype}")
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:
     """`residual` fits `x`."""
     if residual.shape != x.shape:
-        raise ValueError(f"residual: expected shape {tuple(x.shape)} as x, got {tuple(residual.shape)}")
+        raise BadArgument(f"residual: expected shape {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     check_floating(residual=residual)
     check_same_device(x=x, residual=residual)
 

@@ -7,11 +7,12 @@ import os
 import torch
 from torch import Tensor
 
+from tfm.errors import BadArgument
 from tfm.native import linear_cross_entropy as native
 from tfm.operators import linear_cross_entropy as operators
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
-from tfm.ops.checks import check, check_floating, check_same_device, check_vector
+from tfm.ops.checks import check_floating, check_same_device, check_softcap, check_vector
 from tfm.reference import linear_cross_entropy as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -59,24 +60,30 @@ def linear_cross_entropy(
             under CUDA_LAUNCH_BLOCKING=1. Without it the kernels make that row's loss NaN, and read nothing for it.
     """
     check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
-    matrix = linear_weight.dim() == 2 and input.dim() > 0 and linear_weight.shape[1] == input.shape[-1]
-    came = tuple(linear_weight.shape)
-    check(matrix, f"linear_weight: expected [classes, {input.shape[-1] if input.dim() else 'dim'}], got shape {came}")
+    if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
+        wanted, came = input.shape[-1] if input.dim() else "dim", tuple(linear_weight.shape)
+        raise BadArgument(f"linear_weight: expected [classes, {wanted}], got shape {came}")
     classes = linear_weight.shape[0]
     check_vector("linear_bias", linear_bias, classes)
     check_vector("weight", weight, classes)
-    check(classes > 0, f"linear_weight: expected at least one class, got shape {came}")
-    check(reduction in REDUCTIONS, f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    check(0.0 <= label_smoothing <= 1.0, f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    check(softcap is None or softcap > 0, f"softcap: expected a positive number, got {softcap}")
+    if classes == 0:
+        raise ValueError(f"linear_weight: expected at least one class, got shape {tuple(linear_weight.shape)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise BadArgument(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    check_softcap(softcap)
     check_same_device(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
-    rows = tuple(input.shape[:-1])
+    rows = input.shape[:-1]
     expected = (*rows, classes) if target.is_floating_point() else rows
-    check(tuple(target.shape) == expected, f"target: expected shape {expected}, got {tuple(target.shape)}")
+    if target.shape != expected:
+        raise BadArgument(f"target: expected shape {tuple(expected)}, got {tuple(target.shape)}")
     if not target.is_floating_point():
-        check(target.dtype == torch.int64, f"target: expected int64 classes or probabilities, got {target.dtype}")
+        if target.dtype != torch.int64:
+            raise BadArgument(f"target: expected int64 classes or probabilities, got {target.dtype}")
         _check_range(target, classes, ignore_index)
-    check(not target.requires_grad, "target: expected no gradient, got a target that requires one: detach it")
+    if target.requires_grad:
+        raise BadArgument("target: expected no gradient, got a target that requires one: detach it")
     special = weight is not None or target.is_floating_point()
     reason = "class weights and probability targets run on the reference alone" if special else ""
     backend = choose("linear_cross_entropy", impl, input, reason)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.errors import BadArgument
 from tfm.operators import rotary as operators
 from tfm.ops.backends import choose
-from tfm.ops.checks import check_floating, check_integers, check_same_device
+from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
 from tfm.reference import rotary as reference
 
 
@@ -51,7 +52,7 @@ def rotary(
     if key is not None:
         alike = query.dim() == key.dim() and query.shape[-1] == key.shape[-1] and query.dtype == key.dtype
         if not alike or _tokens(query) != _tokens(key):
-            raise ValueError(
+            raise BadArgument(
                 f"key: expected {query.dtype} of query's shape {tuple(query.shape)}, heads apart,"
                 f" got {key.dtype} of {tuple(key.shape)}"
             )
@@ -99,7 +100,7 @@ def rotary_(
     _check("x", x, cos, sin, positions)
     _check_in_place(x)
     if not 0 <= heads <= x.shape[1]:
-        raise ValueError(f"heads: expected at most the {x.shape[1]} of x, got {heads}")
+        raise BadArgument(f"heads: expected at most the {x.shape[1]} of x, got {heads}")
     backend = choose("rotary_", impl, x, "", cos.dtype)
     if backend == "reference":
         part = x.narrow(1, 0, heads)
@@ -116,11 +117,11 @@ def rotary_(
 
 def _check_in_place(x: Tensor) -> None:
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"x: expected elements with addresses of their own, got strides {x.stride()}: clone it")
+        raise BadArgument(f"x: expected elements with addresses of their own, got strides {x.stride()}: clone it")
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
-        raise ValueError("x: expected the result of an operation, got a leaf that needs a gradient: take `rotary`")
+        raise BadArgument("x: expected the result of an operation, got a leaf that needs a gradient: take `rotary`")
 
 
 def rotary_table(
@@ -146,7 +147,7 @@ def rotary_table(
         ValueError: an odd `dim`.
     """
     if dim % 2:
-        raise ValueError(f"dim: expected an even number of columns, got {dim}")
+        raise BadArgument(f"dim: expected an even number of columns, got {dim}")
     return reference.rotary_table(length, dim, theta, device, dtype)
 
 
@@ -157,25 +158,24 @@ def _tokens(x: Tensor) -> tuple[int, ...]:
 
 def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     if x.dim() not in (3, 4):
-        raise ValueError(f"{name}: expected [B, H, S, D] or packed [N, H, D], got shape {tuple(x.shape)}")
+        raise BadArgument(f"{name}: expected [B, H, S, D] or packed [N, H, D], got shape {tuple(x.shape)}")
     check_floating(**{name: x}, cos=cos, sin=sin)
     check_integers(positions=positions)
     check_same_device(**{name: x}, cos=cos, sin=sin, positions=positions)
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
-        raise ValueError(
+        raise BadArgument(
             f"sin: expected {cos.dtype} of shape {tuple(cos.shape)} as cos, got {sin.dtype} of {tuple(sin.shape)}"
         )
     if cos.requires_grad or sin.requires_grad:
-        raise ValueError("cos, sin: expected tables without gradient, got one that requires it: detach it")
+        raise BadArgument("cos, sin: expected tables without gradient, got one that requires it: detach it")
     tokens, columns = _tokens(x), x.shape[-1]
     if cos.dim() == 0 or 2 * cos.shape[-1] > columns:
-        raise ValueError(f"cos: expected at most {columns // 2} columns for dim {columns}, got {tuple(cos.shape)}")
+        raise BadArgument(f"cos: expected at most {columns // 2} columns for dim {columns}, got {tuple(cos.shape)}")
     if positions is None:
         leading, what = tuple(cos.shape[:-1]), f"cos: expected [*tokens, {cos.shape[-1]}]"
     elif cos.dim() != 2:
-        raise ValueError(f"cos: expected a table [positions, columns], got shape {tuple(cos.shape)}")
+        raise BadArgument(f"cos: expected a table [positions, columns], got shape {tuple(cos.shape)}")
     else:
         leading, what = tuple(positions.shape), "positions: expected a shape"
-    pairs = zip(reversed(leading), reversed(tokens), strict=False)
-    if len(leading) > len(tokens) or any(have not in (1, want) for have, want in pairs):
-        raise ValueError(f"{what} that broadcasts to the tokens {tokens}, got {leading}")
+    if not broadcasts(leading, tokens):
+        raise BadArgument(f"{what} that broadcasts to the tokens {tokens}, got {leading}")

@@ -28,6 +28,13 @@ for package in (tfm, tfm.kernels):
 
 # No settings but those a test gives; and as if a package were not installed.
 WITHOUT = {"TFM_NATIVE_BUILD": "", "CXX": "", "CUDA_HOME": "", "CUDA_PATH": "", "TFM_NATIVE": "", "TFM_BUILD_CUDA": ""}
+# A user id that no account has, as containers give one.
+HOMELESS = """
+import os
+for name in ("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+os.getuid = lambda: 2**31 - 7
+"""
 BLOCKED = """
 import sys
 from importlib.machinery import PathFinder
@@ -227,8 +234,11 @@ exec(open("setup.py").read(), {{"__file__": "setup.py"}})
     assert all(line.startswith("tfm: a pure wheel, without native operators: ") and reason in line for line in said)
 
 
+NO_HOME = "no folder to keep builds in: user 2147483641 has no home folder (set HOME or XDG_CACHE_HOME)"
+
+
 @pytest.mark.parametrize(
-    ("environment", "blocked", "rows"),
+    ("environment", "before", "rows"),
     [
         (
             {"PATH": "/nowhere", "XDG_CACHE_HOME": "/nowhere"}, "",
@@ -239,12 +249,13 @@ exec(open("setup.py").read(), {{"__file__": "setup.py"}})
                 "native on cpu": "not here: tfm_native is not built: `tfm build` compiles it",
             },
         ),
-        ({}, "triton", {"triton on cpu": "not here: triton is not installed"}),
+        ({}, BLOCKED.format(package="triton"), {"triton on cpu": "not here: triton is not installed"}),
+        ({}, HOMELESS, {"native on cpu": f"not here: tfm_native cannot be looked for: {NO_HOME}"}),
     ],
-    ids=["no compiler, no nvcc", "no triton"],
+    ids=["no compiler, no nvcc", "no triton", "no account and no HOME"],
 )  # fmt: skip
-def test_a_machine_that_lacks_something_works_and_says_so(environment, blocked, rows):
-    program = f"""{BLOCKED.format(package=blocked)}
+def test_a_machine_that_lacks_something_works_and_says_so(environment, before, rows):
+    program = f"""{before}
 import torch
 from tfm import ops
 x = torch.randn(3, 8)
@@ -257,3 +268,9 @@ doctor()
     assert found["reference on cpu"].startswith("works (greatest error ")
     for name, words in rows.items():
         assert found[name].startswith(words), found[name]
+
+
+def test_a_build_without_a_home_is_one_line():
+    command = [sys.executable, "-c", f"{HOMELESS}from tfm.cli import main\nmain()", "build"]
+    finished = subprocess.run(command, cwd=ROOT, env=os.environ | WITHOUT, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (2, f"tfm: error: {NO_HOME}\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -251,6 +255,17 @@ def test_translate_of_little(trained: tuple[Path, str], stdin: bytes, lines: int
     result = tfm("translate", trained[0], "--threads", "1", stdin=stdin)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.count("\n") == lines
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_translate_reads_compressed_lines(trained: tuple[Path, str], pack: Callable[[bytes], bytes]) -> None:
+    lines = "".join(f"{line}\n" for line in pairs()[0][:3]).encode()
+    plain, packed = (tfm("translate", trained[0], "--threads", "1", stdin=stdin) for stdin in (lines, pack(lines)))
+    assert packed.exit_code == 0
+    assert packed.stdout == plain.stdout
+    broken = tfm("translate", trained[0], "--threads", "1", stdin=pack(lines)[:-9])
+    assert broken.exit_code == 2
+    assert broken.stderr.startswith("tfm: error: <stdin>: truncated or damaged ")
 
 
 def test_a_closed_pipe_ends_quietly(trained: tuple[Path, str], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ TEXT, MODEL, RECIPE, RUN = "Text", "Model", "Recipe", "Run"
 def train(
     out: Annotated[Path, typer.Option(help="The run's folder; new or empty, unless --resume is given.")],
     source: Annotated[
-        Path | None, typer.Option(help="Text to translate from, one sentence a line; UTF-8, plain or gzip.")
+        Path | None, typer.Option(help="Text to translate from, one sentence a line; UTF-8, plain, gzip, bzip2 or xz.")
     ] = None,
     target: Annotated[Path | None, typer.Option(help="Its translation, line by line.")] = None,
     valid_source: Annotated[Path | None, typer.Option(help="Text for validation.", rich_help_panel=TEXT)] = None,

@@ -97,7 +97,7 @@ def attention(
     refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
     backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(dim) if scale is None else scale
+    scale = 1 / math.sqrt(dim or 1) if scale is None else scale
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
@@ -176,7 +176,7 @@ def varlen_attention(
     refused = cuda_obstacle(query, value, None, max_q, max_k, False)
     backend = choose("varlen_attention", impl, _widest(query, value), native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[2] or 1) if scale is None else scale
     packed = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):

@@ -297,6 +297,22 @@ def test_evaluate_is_what_sacrebleu_says(talkative: Path, tmp_path: Path) -> Non
     assert chrf_score > 0
 
 
+def test_bleu_that_cannot_work_is_told(trained: tuple[Path, str], tmp_path: Path) -> None:
+    source, reference = tmp_path / "source", tmp_path / "reference"
+    source.write_text("".join(f"{line}\n" for line in pairs()[0][:2]), "utf-8")
+    reference.write_text("我喜欢你的猫。\n两个男人站在花园里。\n", "utf-8")
+    texts = ["--source", source, "--reference", reference, "--threads", "1"]
+    warning = "tfm: warning: the references are Chinese, which tokenizer 13a does not cut into words"
+    assert tfm("evaluate", trained[0], *texts).stderr.startswith(warning)
+    fitting = tfm("evaluate", trained[0], *texts, "--tokenize", "zh")
+    assert (fitting.exit_code, fitting.stderr) == (0, "")
+    assert "|tok:zh|" in fitting.stdout
+    validation = ["--valid-source", source, "--valid-target", reference, "--max-steps", "1"]
+    trained_on = tfm("train", *write_text(tmp_path), *FLAGS, *validation, "--out", tmp_path / "run")
+    assert trained_on.stderr.startswith(warning)
+    assert trained_on.exit_code == 0
+
+
 # Pictures, demo, doctor, and the command itself
 
 

@@ -42,7 +42,7 @@ CONTRACT = {
     "checkpoint": May("config errors files model tokenizer", "torch safetensors"),
     "attend": May("errors model tokenizer", "torch"),
     "generate": May("checkpoint config data errors model ops sequences tokenizer", "torch"),
-    "evaluate": May(outside="sacrebleu"),
+    "evaluate": May("errors", "sacrebleu"),
     "graphs": May("data", "torch"),
     "precision": May("model", "torch"),
     "train": May(

@@ -13,7 +13,9 @@ from tfm.errors import UserError
 
 PresetName = Literal["demo", "tiny", "base", "big"]
 Dtype = Literal["float32", "bfloat16"]
-BleuTokenizer = Literal["13a", "none", "intl", "char"]
+BleuTokenizer = Literal[
+    "13a", "none", "intl", "char", "zh", "ja-mecab", "ko-mecab", "spm", "flores101", "flores200", "spBLEU-1K"
+]
 TEXT, MODEL, RECIPE, RUN = "Text", "Model", "Recipe", "Run"
 
 

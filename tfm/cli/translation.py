@@ -80,7 +80,7 @@ def evaluate(
     """Translate a text and compare with its reference: BLEU and chrF, with sacrebleu's signatures."""
     from tfm.checkpoint import load_model
     from tfm.data import read_lines
-    from tfm.evaluate import score
+    from tfm.evaluate import misfit, score
     from tfm.files import write_atomically
     from tfm.generate import Search
     from tfm.generate import translate as translate_lines
@@ -88,6 +88,8 @@ def evaluate(
     lines, references = read_lines(source), read_lines(reference)
     if len(lines) != len(references):
         raise UserError(f"{source} has {len(lines)} lines but {reference} has {len(references)}: expected as many")
+    if warning := misfit(tokenize, references):
+        typer.echo(f"tfm: warning: {warning}", err=True)
     model, tokenizer = load_model(run, prepare(device, threads))
 
     def warn(index: int, tokens: int) -> None:

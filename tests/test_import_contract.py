@@ -52,7 +52,7 @@ CONTRACT = {
     "demo": May(),
 }
 # On top of all, by any names from the house.
-TOP = {"cli": May(" ".join(CONTRACT), "torch rich typer"), "__main__": May("cli")}
+TOP = {"cli": May(" ".join(CONTRACT), "torch rich typer"), "__main__": May("errors cli")}
 ROWS = CONTRACT | TOP
 
 

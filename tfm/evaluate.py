@@ -6,9 +6,10 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
-import sacrebleu
+from tfm.errors import UserError, extra
 
-from tfm.errors import UserError
+with extra("translate"):
+    import sacrebleu
 
 
 @dataclass(frozen=True)

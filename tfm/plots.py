@@ -7,13 +7,16 @@ import warnings
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from tfm import ops
 from tfm.attend import AttentionMaps
+from tfm.errors import extra
+
+with extra("translate"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # Beyond this many tokens their labels would be a grey bar.
 MOST_LABELS = 40

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-
-from tfm.errors import UserError
+from tfm.errors import UserError, extra
 from tfm.files import write_atomically
+
+with extra("translate"):
+    import tokenizers
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 PAD, BOS, EOS = 0, 1, 2
 

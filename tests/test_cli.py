@@ -28,6 +28,7 @@ from tfm.cli.progress import TrainingProgress, clock
 from tfm.cli.training import BleuTokenizer, Dtype, PresetName
 from tfm.config import PRESETS
 from tfm.evaluate import TOKENIZERS
+from tfm.fonts import fonts_for
 from tfm.generate import Search, translate
 from tfm.native import plan, toolchain
 from tfm.tokenizer import EOS
@@ -339,6 +340,24 @@ def test_attend_draws_the_models_own_translation(trained: tuple[Path, str], tmp_
     result = tfm("attend", trained[0], sentence, "--out", out)
     assert result.stdout == f"{sentence} -> {translate(model, tokenizer, [sentence])[0]}\nwrote {out}\n"
     assert out.read_bytes().startswith(PNG)
+
+
+def test_attend_names_the_font_that_is_missing(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
+    fonts_for.cache_clear()
+    unknown = "\U0001e900"  # Adlam
+    result = tfm("attend", trained[0], f"oui {unknown}", "--translation", "yes", "--out", tmp_path / "a.svg")
+    assert result.stderr == (
+        "tfm: warning: no installed font has every character, boxes stand for the others: install Noto Sans Adlam for "
+        f"{unknown} (on Debian: fonts-noto-core)\n"
+    )
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+    refused = tfm("attend", trained[0], "oui", "--out", tmp_path / "a.jpg")
+    assert refused.exit_code == 2
+    assert refused.stderr == f"tfm: error: {tmp_path / 'a.jpg'}: expected a name that ends in .png, .pdf, .svg\n"
+    assert not (tmp_path / "a.jpg").exists()
 
 
 def test_plot_positions(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ CONTRACT = {
     "train": May(
         "checkpoint config data errors evaluate files generate graphs model ops precision sequences tokenizer", "torch"
     ),
-    "plots": May("attend errors model ops", "torch matplotlib"),
+    "fonts": May("errors", "matplotlib"),
+    "plots": May("attend errors fonts model ops", "torch matplotlib"),
     "demo": May(),
 }
 # On top of all, by any names from the house.

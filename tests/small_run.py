@@ -55,6 +55,11 @@ def start_tfm(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]
     )
 
 
+def complaints(stderr: bytes) -> list[str]:
+    """The lines of stderr but for the note of a machine without native kernels."""
+    return [line for line in stderr.decode().splitlines() if not line.startswith("tfm: note: ")]
+
+
 def log_of(run: Path) -> list[dict[str, Any]]:
     """The run's log without what a clock says."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import FLAGS, log_of, pairs, start_tfm, tfm, write_text
+from small_run import FLAGS, complaints, log_of, pairs, start_tfm, tfm, write_text
 
 from tfm import generate
 from tfm.checkpoint import Run, load_model
@@ -169,7 +169,7 @@ def test_a_full_disk(trained: Path) -> None:
         process = start_tfm("translate", trained, stdin=subprocess.PIPE, stdout=full)
         _, stderr = process.communicate(b"oui\n")
     assert process.returncode == 2
-    assert stderr.decode().splitlines()[0] == "tfm: error: No space left on device"
+    assert complaints(stderr)[0] == "tfm: error: No space left on device"
 
 
 def test_an_unknown_preset_is_told_which_there_are() -> None:

@@ -42,17 +42,18 @@ CONTRACT = {
     "checkpoint": May("config errors files model tokenizer", "torch safetensors"),
     "attend": May("errors model tokenizer", "torch"),
     "generate": May("checkpoint config data errors model ops sequences tokenizer", "torch"),
-    "evaluate": May(outside="sacrebleu"),
+    "evaluate": May("errors", "sacrebleu"),
     "graphs": May("data", "torch"),
     "precision": May("model", "torch"),
     "train": May(
         "checkpoint config data errors evaluate files generate graphs model ops precision sequences tokenizer", "torch"
     ),
-    "plots": May("attend errors model ops", "torch matplotlib"),
+    "fonts": May("errors", "matplotlib"),
+    "plots": May("attend errors fonts model ops", "torch matplotlib"),
     "demo": May(),
 }
 # On top of all, by any names from the house.
-TOP = {"cli": May(" ".join(CONTRACT), "torch rich typer"), "__main__": May("cli")}
+TOP = {"cli": May(" ".join(CONTRACT), "torch rich typer"), "__main__": May("errors cli")}
 ROWS = CONTRACT | TOP
 
 

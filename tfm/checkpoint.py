@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from tfm.config import Recipe, TransformerConfig, from_dict, to_dict
-from tfm.errors import UserError
+from tfm.errors import UserError, extra
 from tfm.files import write_atomically
 from tfm.model import Transformer
 from tfm.tokenizer import Tokenizer
+
+with extra("translate"):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
 
 
 @dataclass(frozen=True)

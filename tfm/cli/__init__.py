@@ -9,11 +9,13 @@ import sys
 from io import TextIOWrapper
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+from tfm.errors import MissingExtra, UserError, extra
 
-from tfm.cli import build, demo, doctor, pictures, training, translation
-from tfm.errors import UserError
+with extra("build"):
+    import typer
+    from typer.core import TyperGroup
+
+    from tfm.cli import build, demo, doctor, pictures, training, translation
 
 
 class Commands(TyperGroup):
@@ -22,7 +24,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, MissingExtra) as error:
             message = str(error)
         except BrokenPipeError:
             raise  # typer ends quietly

@@ -23,6 +23,7 @@ from tfm.cli.progress import TrainingProgress, say
 from tfm.config import PRESETS, Recipe, TransformerConfig
 from tfm.data import EncodedPairs, ParallelText, batches, encode_parallel, read_parallel
 from tfm.errors import UserError
+from tfm.evaluate import misfit
 from tfm.files import write_atomically
 from tfm.model import Transformer
 from tfm.tokenizer import Tokenizer
@@ -231,6 +232,8 @@ def _build(
     options: Options,
     device: torch.device,
 ) -> Training:
+    if validation is not None and (warning := misfit(options.tokenize, validation.target)):
+        typer.echo(f"tfm: warning: {warning}", err=True)
     updates = len(batches(pairs, recipe.batch_tokens))
     torch.manual_seed(options.seed)
     model = Transformer(config).to(device)

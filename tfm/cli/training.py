@@ -13,14 +13,16 @@ from tfm.errors import UserError
 
 PresetName = Literal["demo", "tiny", "base", "big"]
 Dtype = Literal["float32", "bfloat16"]
-BleuTokenizer = Literal["13a", "none", "intl", "char"]
+BleuTokenizer = Literal[
+    "13a", "none", "intl", "char", "zh", "ja-mecab", "ko-mecab", "spm", "flores101", "flores200", "spBLEU-1K"
+]
 TEXT, MODEL, RECIPE, RUN = "Text", "Model", "Recipe", "Run"
 
 
 def train(
     out: Annotated[Path, typer.Option(help="The run's folder; new or empty, unless --resume is given.")],
     source: Annotated[
-        Path | None, typer.Option(help="Text to translate from, one sentence a line; UTF-8, plain or gzip.")
+        Path | None, typer.Option(help="Text to translate from, one sentence a line; UTF-8, plain, gzip, bzip2 or xz.")
     ] = None,
     target: Annotated[Path | None, typer.Option(help="Its translation, line by line.")] = None,
     valid_source: Annotated[Path | None, typer.Option(help="Text for validation.", rich_help_panel=TEXT)] = None,

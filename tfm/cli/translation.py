@@ -37,7 +37,7 @@ def translate(
     Blank lines stay blank. A line longer than the model takes is cut, with a warning on stderr.
     """
     from tfm.checkpoint import load_model
-    from tfm.data import split_lines
+    from tfm.data import opened, split_lines
     from tfm.generate import Search
     from tfm.generate import translate as translate_lines
 
@@ -49,7 +49,9 @@ def translate(
         _warn_truncated("<stdin>", done + index + 1, tokens, model.config.max_length)
 
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
-    window = 1 if sys.stdin.isatty() else WINDOW
+    window = 1
+    if not sys.stdin.isatty():
+        stdin, window = opened(stdin, "<stdin>"), WINDOW
     while read := list(islice(stdin, window)):
         lines = split_lines(b"".join(read), "<stdin>", first_line=done + 1)
         translations = translate_lines(model, tokenizer, lines, search, warn)
@@ -60,7 +62,9 @@ def translate(
 
 def evaluate(
     run: Folder,
-    source: Annotated[Path, typer.Option(help="Text to translate, one sentence a line; UTF-8, plain or gzip.")],
+    source: Annotated[
+        Path, typer.Option(help="Text to translate, one sentence a line; UTF-8, plain, gzip, bzip2 or xz.")
+    ],
     reference: Annotated[Path, typer.Option(help="Its right translation, line by line.")],
     beam: Beam = 1,
     length_penalty: LengthPenalty = 1.0,
@@ -76,7 +80,7 @@ def evaluate(
     """Translate a text and compare with its reference: BLEU and chrF, with sacrebleu's signatures."""
     from tfm.checkpoint import load_model
     from tfm.data import read_lines
-    from tfm.evaluate import score
+    from tfm.evaluate import misfit, score
     from tfm.files import write_atomically
     from tfm.generate import Search
     from tfm.generate import translate as translate_lines
@@ -84,6 +88,8 @@ def evaluate(
     lines, references = read_lines(source), read_lines(reference)
     if len(lines) != len(references):
         raise UserError(f"{source} has {len(lines)} lines but {reference} has {len(references)}: expected as many")
+    if warning := misfit(tokenize, references):
+        typer.echo(f"tfm: warning: {warning}", err=True)
     model, tokenizer = load_model(run, prepare(device, threads))
 
     def warn(index: int, tokens: int) -> None:

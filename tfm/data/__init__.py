@@ -1,6 +1,10 @@
-"""From parallel text to batches: text.py reads it, plan.py encodes and cuts it, batch.py is what is trained on."""
+"""From parallel text to batches.
+
+text.py reads it, compressed.py what of it is compressed, plan.py encodes and cuts it, batch.py is what is trained on.
+"""
 
 from tfm.data.batch import IGNORED, Batch, PaddedBatch
+from tfm.data.compressed import opened
 from tfm.data.plan import BatchPlan, EncodedPairs, batches, encode_parallel
 from tfm.data.text import ParallelText, read_lines, read_parallel, split_lines
 
@@ -13,6 +17,7 @@ __all__ = [
     "ParallelText",
     "batches",
     "encode_parallel",
+    "opened",
     "read_lines",
     "read_parallel",
     "split_lines",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from tfm.data.compressed import opened
 from tfm.errors import UserError
 
 
@@ -25,22 +24,19 @@ class ParallelText:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 file, plain or gzip (told by its first bytes, whatever its name).
+    """The lines of a UTF-8 file, plain or compressed (tfm.data.compressed).
 
     Raises:
         UserError: the file is missing, empty, unreadable, damaged, or not UTF-8.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
+        with path.open("rb") as file:
+            data = opened(file, str(path)).read()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a directory, expected a text file") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: truncated or damaged gzip file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     lines = split_lines(data, str(path))
@@ -52,7 +48,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
     r"""The lines of UTF-8 bytes, split at "\n" only; a "\r" before it and a byte order mark are dropped.
 
-    Other characters that Unicode calls line breaks are text: splitting at them would shift one side against the other.
+    Where a text has no "\n" at all, it is split at "\r", as the first Macintosh wrote lines. Other characters that
+    Unicode calls line breaks are text: splitting at them would shift one side against the other.
     `first_line` is the number of the first, where `data` is a piece of a text.
 
     Raises:
@@ -60,6 +57,7 @@ def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
     """
     if first_line == 1:
         data = data.removeprefix(codecs.BOM_UTF8)
+        data = data if b"\n" in data else data.replace(b"\r", b"\n")
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,46 @@ from tfm.ops.dropout import seed_for
 from tfm.reference import attention as reference
 
 
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[False] = ..., return_weights: Literal[False] = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[True], return_weights: Literal[False] = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[False] = ..., return_weights: Literal[True],
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[True], return_weights: Literal[True],
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: bool = ..., return_weights: bool = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,
@@ -47,7 +87,7 @@ def attention(
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(scale · query keyᵀ + mask) value ("Attention Is All You Need", section 3.2.1, equation 1).
 
     The contract of `torch.nn.functional.scaled_dot_product_attention`, and more: a query whose keys are all masked
@@ -107,7 +147,7 @@ def attention(
     refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
     backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(dim) if scale is None else scale
+    scale = 1 / math.sqrt(dim or 1) if scale is None else scale
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
@@ -129,6 +169,27 @@ def attention(
     return results[0] if len(results) == 1 else results
 
 
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[True], seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: bool = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -149,7 +210,7 @@ def varlen_attention(
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences laid end to end, without padding. Names as in `torch.nn.attention.varlen`.
 
     Args:
@@ -187,7 +248,7 @@ def varlen_attention(
     refused = cuda_obstacle(query, value, None, max_q, max_k, False)
     backend = choose("varlen_attention", impl, _widest(query, value), native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[2] or 1) if scale is None else scale
     packed = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):

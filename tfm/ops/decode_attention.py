@@ -68,7 +68,7 @@ def decode_attention(
         query, key, value = under_autocast(query, key, value)
     _check(query, key_cache, value_cache, lengths, parents, key, value)
     backend = choose("decode_attention", impl, value_cache if value_cache.shape[3] > query.shape[2] else query)
-    scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[2] or 1) if scale is None else scale
     arguments = query, key_cache, value_cache, lengths, parents, key, value, scale
     if backend == "reference":
         with without_autocast(query.device):

@@ -1,6 +1,6 @@
 """Does tfm learn as well as plain torch, update for update? The bundled corpus, with dropout, several seeds of each.
 
-    python -m benchmarks.learning --seeds 1,2,3,4,5 --updates 600 --processes 2
+    python -m benchmarks.learning --seeds 1,2,3,4,5 --updates 500 --processes 2
 
 Under one seed both sides start from the same weights and take the same batches by the same recipe; what differs is
 which elements dropout drops, and rounding. With dropout one run says little: a model leaves its first plateau, where it
@@ -91,12 +91,12 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=seeds, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--updates", type=int, default=600, help=f"of each run, a multiple of {UPDATES_PER_POINT}")
+    parser.add_argument("--updates", type=int, default=500, help=f"of each run, a multiple of {UPDATES_PER_POINT}")
     parser.add_argument("--dropout", type=float, default=0.3)
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=0.002)
-    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--learning-rate", type=float, default=0.004)
+    parser.add_argument("--warmup", type=int, default=300)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "learning.json")
     arguments = parser.parse_args(command_line)

@@ -54,7 +54,8 @@ class TimedTraining(Training):
         is_peer = self.contender.torch_model
         options = Options(seed=seed, dtype=self.contender.dtype, tokenize="none", graphs=not is_peer)
         nowhere = Run(Path(tempfile.gettempdir()))
-        super().__init__(nowhere, model, task.tokenizer, task.recipe, task.pairs, None, options)
+        validation = task.validation if task.validation.source else None
+        super().__init__(nowhere, model, task.tokenizer, task.recipe, task.pairs, validation, options)
         self.points: list[dict[str, float]] = []
         self.clock = 0.0
 

@@ -224,6 +224,22 @@ class Training:
     def validate(self) -> dict[str, Any]:
         """Loss per token without smoothing, BLEU of greedy translations, and the first few of them."""
         assert self.validation is not None
+        loss = self.validation_loss()
+        self.model.eval()
+        translations = translate(self.model, self.tokenizer, self.validation.source, Search())
+        scores = score(translations, self.validation.target, self.options.tokenize)
+        self.model.train()
+        samples = list(zip(self.validation.source, self.validation.target, translations, strict=True))[:SAMPLES]
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bleu": scores.bleu,
+            "signature": scores.bleu_signature,
+            "samples": [{"source": s, "reference": r, "translation": t} for s, r, t in samples],
+        }
+
+    def validation_loss(self) -> float:
+        """Loss per token of the validation text, without dropout and smoothing."""
         self.model.eval()
         total, count = 0.0, 0
         with torch.inference_mode():
@@ -231,17 +247,8 @@ class Training:
             for batch in batches(self.validation_pairs, budget, shuffle=False):
                 loss = batch_loss(self.model, batch.to(self.device), 0.0, self.options.dtype)
                 total, count = total + loss.item() * len(batch.target_output), count + len(batch.target_output)
-        translations = translate(self.model, self.tokenizer, self.validation.source, Search())
-        scores = score(translations, self.validation.target, self.options.tokenize)
         self.model.train()
-        samples = list(zip(self.validation.source, self.validation.target, translations, strict=True))[:SAMPLES]
-        return {
-            "loss": total / count,
-            "perplexity": math.exp(min(total / count, 700.0)),
-            "bleu": scores.bleu,
-            "signature": scores.bleu_signature,
-            "samples": [{"source": s, "reference": r, "translation": t} for s, r, t in samples],
-        }
+        return total / count
 
     def save(self) -> None:
         """Everything that `resume` needs, and the weights that translate."""

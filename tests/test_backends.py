@@ -217,5 +217,5 @@ def test_functorch_transforms_run_on_the_reference():
     leaf = X.clone().requires_grad_()
     (expected,) = torch.autograd.grad(ops.layer_norm(leaf, impl="reference").square().sum(), leaf)
     assert torch.equal(gradient, expected)
-    with pytest.raises(ValueError, match=r"torch\.func's transforms need operations of torch's own|not built"):
+    with pytest.raises(ValueError, match=r"transforms and .+ need operations of torch's own"):
         torch.func.grad(lambda x: ops.layer_norm(x, impl="native").sum())(X)

@@ -25,12 +25,13 @@ class May(NamedTuple):
 # Each row may name rows above it only: nothing imports upward.
 CONTRACT = {
     "errors": May(),
-    "operators": May(outside="torch"),
+    "transforms": May(outside="torch"),
+    "sequences": May("transforms", "torch"),
+    "reference": May("sequences transforms", "torch"),
+    "operators": May("reference transforms", outside="torch"),
     "kernels": May("operators", "torch triton"),
     "native": May("errors operators", "torch tfm", lazily="ninja rich"),
-    "sequences": May(outside="torch"),
-    "reference": May("sequences", "torch"),
-    "ops": May("errors reference operators native sequences", "torch", lazily="kernels"),
+    "ops": May("errors reference operators native sequences transforms", "torch", lazily="kernels"),
     "nn": May("errors ops sequences", "torch"),
     "patching": May("ops nn", "torch", lazily="transformers"),
     "tfm": May("ops nn patching"),

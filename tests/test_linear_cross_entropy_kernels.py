@@ -164,8 +164,6 @@ def test_what_no_kernel_does_is_said(kernel_device):
         kernel(input, weight, target, weight=torch.ones(17, device=kernel_device))
     with pytest.raises(ValueError, match=alone):
         kernel(input, weight, torch.ones(3, 17, device=kernel_device) / 17)
-    with pytest.raises(RuntimeError, match=r"^linear_cross_entropy: expected .+, got create_graph=True"):
-        torch.autograd.grad(kernel(input, weight, target), input, create_graph=True)
 
 
 @given(rows=st.integers(1, 10**8), classes=st.integers(1, 10**6), itemsize=st.sampled_from([2, 4]))

@@ -248,7 +248,7 @@ def test_dropped_infinities_are_gone(kernel_device):
     assert torch.equal(h, residual)
 
 
-def test_refuses_what_it_cannot_differentiate(kernel_device):
+def test_the_function_itself_is_for_one_backward_alone(kernel_device):
     x = torch.randn(3, 17, device=kernel_device, requires_grad=True)
     for function in (
         lambda x: operators.norm("tfm", x, None, None, 1e-5, centred=True),
@@ -260,6 +260,3 @@ def test_refuses_what_it_cannot_differentiate(kernel_device):
             torch.func.jvp(function, (x.detach(),), (x.detach(),))
         with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="forward mode AD"):
             function(forward_ad.make_dual(x.detach(), x.detach()))
-        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tfm.transforms import transforming
+
 
 def offsets(lengths: Tensor) -> Tensor:
     """Lengths [B] of any integer dtype to offsets [B + 1] int32: 0, then the running sum."""
@@ -29,9 +31,7 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, layout):
         ctx.layout = layout
-        if rows.shape[0] == 0:
-            return rows.new_zeros((layout.to_padded.shape[0], *rows.shape[1:]))
-        return rows.index_select(0, layout.to_padded).index_fill_(0, layout.padding, 0)
+        return _unpacked(rows, layout)
 
     @staticmethod
     def backward(ctx, grad):
@@ -49,6 +49,12 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _Unpack.apply(grad, ctx.layout), None
+
+
+def _unpacked(rows: Tensor, layout: Layout) -> Tensor:
+    if rows.shape[0] == 0:
+        return rows.new_zeros((layout.to_padded.shape[0], *rows.shape[1:]))
+    return rows.index_select(0, layout.to_padded).index_fill_(0, layout.padding, 0)
 
 
 @dataclass(frozen=True)
@@ -93,14 +99,16 @@ class Layout:
         shape = (self.cu_seq.shape[0] - 1, self.max_length, *packed.shape[1:])
         if self.is_rectangular:
             return packed.reshape(shape)
-        return _Unpack.apply(packed, self).view(shape)
+        # Transforms take no such Function.
+        padded = _unpacked(packed, self) if transforming() else _Unpack.apply(packed, self)
+        return padded.view(shape)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, S, ...] to [N, ...]; what lies at padding is left behind."""
         rows = padded.flatten(0, 1)
         if self.is_rectangular:
             return rows
-        return _Pack.apply(rows, self)
+        return rows.index_select(0, self.to_packed) if transforming() else _Pack.apply(rows, self)
 
 
 def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:

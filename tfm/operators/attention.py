@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.operators.heads import joined_parts
-from tfm.operators.mask_bits import MASK_BITS, mask_to_bits
+from tfm.operators.mask_bits import MASK_BITS, mask_of_bits, mask_to_bits
 from tfm.operators.operator import Operator
+from tfm.reference import attention as reference
+from tfm.transforms import Recomputed, differentiable_by
 
 # Call's attributes, in its order.
 ARGUMENTS = (
@@ -159,6 +160,29 @@ ATTENTION_WEIGHTS = Operator(
 OPERATORS = (ATTENTION, ATTENTION_BACKWARD, ATTENTION_WEIGHTS, MASK_BITS)
 
 
+def _recompute(ctx, *grads: Tensor | None) -> Recomputed:
+    def outputs(_, __, *arguments):
+        output, lse = in_torch(Call(*arguments))
+        return output, None, lse
+
+    return outputs, (None, None, *ctx.saved_tensors[:TENSORS], *ctx.rules)
+
+
+def in_torch(call: Call) -> tuple[Tensor, Tensor]:
+    """(output, lse) in torch's own operations; lse is the natural one, of the sink alone for a query without keys."""
+    window = tuple(-1 if side is None else side for side in (call.left, call.right))
+    start = call.start if call.starts is None else call.starts
+    tensors = (call.query, call.key, call.value)
+    rules = (call.dropout_p, False, call.scale, start, window, call.softcap, call.sinks)
+    arguments: list[Any]
+    if call.is_packed:
+        arguments = [*tensors, call.cu_seq_q, call.cu_seq_k, call.max_q, call.max_k, *rules, True, call.seed, call.site]
+        return reference.varlen_attention(*arguments)
+    mask = mask_of_bits(call.bias, call.words, call.reach, call.max_k)
+    arguments = [*tensors, mask, *rules, call.key_lengths, True, False, call.seed, call.site]
+    return reference.attention(*arguments)
+
+
 class Attention(torch.autograd.Function):
     """Autograd of the operator: output, and its lse twice: for the backward, and, where asked for, as natural log."""
 
@@ -173,7 +197,7 @@ class Attention(torch.autograd.Function):
         return output, lse, lse * math.log(2) if with_natural else None
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute)
     def backward(ctx, dout, _, dlse):
         *tensors, output, lse = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[2 + place] for place in LEARNABLE]

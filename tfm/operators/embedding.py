@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.operators.operator import Operator
+from tfm.reference import embedding as reference
+from tfm.transforms import Recomputed, differentiable_by
 
 
 def forward_output(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -41,6 +42,22 @@ EMBEDDING_BACKWARD = Operator(
 OPERATORS = (EMBEDDING, EMBEDDING_BACKWARD)
 
 
+def _recompute(ctx, dy: Tensor) -> Recomputed:
+    tokens, positions, seed = ctx.saved_tensors
+    scale, padding_idx, sparse = ctx.options
+
+    def output(_, tokens, weight, positions, position_weight, *rest):
+        places = positions.expand(tokens.shape)
+        options = (scale, ctx.dropout[0], padding_idx, sparse, seed, ctx.dropout[1])
+        return (reference.embedding(tokens, weight, places, position_weight, *options),)
+
+    tables = (
+        None if rows is None else torch.zeros((), dtype=dtype, device=dy.device).expand(rows, dy.shape[-1])
+        for rows, dtype in ctx.tables
+    )
+    return output, (None, tokens, next(tables), positions, next(tables), *[None] * 6)
+
+
 class Embedding(torch.autograd.Function):
     """Autograd of the two operators: one backward for the tokens' table, one for the positions'."""
 
@@ -57,7 +74,7 @@ class Embedding(torch.autograd.Function):
         return operator(tokens, weight, positions, position_weight, seed, scale, dropout_p, site)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute)
     def backward(ctx, dy):
         tokens, positions, seed = ctx.saved_tensors
         scale, padding_idx, sparse = ctx.options

@@ -8,7 +8,7 @@ Backward, with the gradient dpre of the pre-activation that the second matmul's 
 
     dx = dpre w1    dw1 = dpreᵀ x    db1 = sum over rows of dpre    dw2 = dyᵀ hidden    db2 = sum over rows of dy
 
-Saved: x, the weights, the pre-activation (ReLU's hidden instead) and the seed. Triton: forward 2 launches, 3 where
+Saved: x, the weights, b1, the pre-activation (ReLU's hidden instead) and the seed. Triton: forward 2 launches, 3 where
 cuBLAS and an element-wise kernel are faster. Backward: dpre with hidden and db1's partial sums, their sum, dx, dw1 and
 dw2 are 5 launches, 6 by cuBLAS, one more for db2; a gate and up with weights of their own take one more for dx.
 """
@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.operators.operator import Operator
+from tfm.reference import feed_forward as reference
+from tfm.transforms import Recomputed, differentiable_by
 
 
 def keeps_hidden(gated: bool, activation: str) -> bool:
@@ -71,6 +72,20 @@ LINEAR_ACTIVATION_BACKWARD = Operator(
 OPERATORS = (ACTIVATION_DROPOUT, LINEAR_ACTIVATION, LINEAR_ACTIVATION_BACKWARD)
 
 
+def _recompute(ctx, dy: Tensor) -> Recomputed:
+    x, weight, up_weight, b1, w2, _, seed = ctx.saved_tensors
+    settings = ctx.activation, ctx.dropout_p, seed, ctx.site
+
+    def output(_, x, weight, up_weight, b1, w2, b2, *rest):
+        if ctx.gated:
+            return (reference.gated_feed_forward(x, weight, up_weight, w2, *settings),)
+        return (reference.feed_forward(x, weight, b1, w2, b2, *settings),)
+
+    dtype = ctx.bias_dtypes[1]
+    b2 = None if dtype is None else torch.zeros(w2.shape[:1], dtype=dtype, device=x.device)
+    return output, (None, x, weight, up_weight, b1, w2, b2, *[None] * 6)
+
+
 class FeedForward(torch.autograd.Function):
     """Autograd of the operators; the pre-activation is kept where `save`."""
 
@@ -80,18 +95,20 @@ class FeedForward(torch.autograd.Function):
         hidden, pre = getattr(torch.ops, namespace).linear_activation.default(
             rows, weight, up_weight, b1, gated, activation, dropout_p, seed, site, save
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, up_weight, w2, hidden if keeps_hidden(gated, activation) else pre, seed)
+        saved = hidden if keeps_hidden(gated, activation) else pre
+        ctx.save_for_backward(x, weight, up_weight, b1, w2, saved, seed)
         ctx.namespace, ctx.gated, ctx.activation, ctx.dropout_p, ctx.site = (
             namespace, gated, activation, dropout_p, site
         )  # fmt: skip
         ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in (b1, b2))
         y = hidden @ w2.t() if b2 is None else torch.addmm(b2.to(x.dtype), hidden, w2.t())
-        return y.view(*x.shape[:-1], w2.shape[0])
+        # To autograd a view made in here could not be changed in place.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w2.shape[0]))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute)
     def backward(ctx, dy):
-        x, weight, up_weight, w2, saved, seed = ctx.saved_tensors
+        x, weight, up_weight, _, w2, saved, seed = ctx.saved_tensors
         needs_x, needs_weight, needs_up, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[1:7]
         hidden_settings = ctx.gated, ctx.activation, ctx.dropout_p, seed, ctx.site
         operators = getattr(torch.ops, ctx.namespace)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.transforms import beyond_one_backward, transforming
+
 
 class SplitHeads(torch.autograd.Function):
     """Views of a projection. Gradients that lie in one tensor as the views do are that tensor; others are stacked."""
@@ -16,17 +18,21 @@ class SplitHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         whole = None
-        if are_side_by_side(gradients):
+        # Second derivatives and batches have to see every part, not the memory of the first.
+        if not beyond_one_backward(*gradients) and are_side_by_side(gradients):
             first = gradients[0]
             outer, width = first.shape[:-2], len(gradients) * first.shape[-2:].numel()
             whole = first.as_strided((*outer, width), (*first.stride()[:-2], 1))
-        return torch.stack(gradients, -3).flatten(-3) if whole is None else whole, None, None
+        if whole is None:
+            whole = torch.stack(gradients, -3)
+            whole = whole.reshape(*whole.shape[:-3], -1)
+        return whole, None, None
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """A projection [..., parts · heads · D] to `parts` views [..., heads, D], say of query, key and value."""
-    # Dynamo and Inductor fuse what autograd would copy, and functorch takes no such Function.
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # Dynamo and Inductor fuse what autograd would copy, and transforms take no such Function.
+    plain = torch.compiler.is_compiling() or transforming()
     if plain or not (x.requires_grad and torch.is_grad_enabled()):
         return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
     return SplitHeads.apply(x, parts, heads)

@@ -8,7 +8,8 @@ With X [N, D], W [V, D], loss and dz of kernels/cross_entropy.py, for a chunk of
     dW += dzᵀ X            one product, summed in fp32 where it is stored; dbias += sum over rows of dz
 
 "mean" and "sum" know every row's factor but for the incoming gradient, one scalar: the gradients are formed in the
-forward, 6 N D V flops in all, and the backward multiplies them by that scalar. "none" meets a factor for each row, and
+forward, 6 N D V flops in all, and the backward multiplies them by that scalar: X, W and the targets are saved for
+second derivatives alone. "none" meets a factor for each row, and
 dW cannot be rescaled by rows: its backward forms the chunks again, 8 N D V flops in all, and their softmax too: one
 saved from other roundings of the logits would leave an error in p - 1 where p is near 1.
 
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfm.operators.operator import Operator
+from tfm.reference import linear_cross_entropy as reference
+from tfm.transforms import Recomputed, differentiable_by, is_readable
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -165,7 +168,17 @@ def times(unscaled: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_one(factor: Tensor) -> bool:
     """Whether there is nothing to multiply by: most losses are called with 1. Only a CPU knows it without waiting."""
-    return factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor.item() == 1.0
+    return is_readable(factor) and factor.item() == 1.0
+
+
+def _recompute(ctx, grad: Tensor) -> Recomputed:
+    input, linear_weight, linear_bias, target = ctx.saved_tensors[:4]
+
+    def loss(_, input, linear_weight, linear_bias, *rest):
+        options = reference.Options(*ctx.options[:-1])
+        return (reference.whole(input, linear_weight, target, linear_bias, None, ctx.reduction, options),)
+
+    return loss, (None, input, linear_weight, linear_bias, *[None] * 7)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -177,29 +190,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss, scale, *grads = operator(input, linear_weight, linear_bias, target, reduction, *options)
         ctx.namespace, ctx.reduction, ctx.options = namespace, reduction, options
         given = (input, linear_weight, linear_bias)
-        if reduction == "none":
-            ctx.save_for_backward(*given, target)
-        else:
-            ctx.save_for_backward(scale, *grads)
-            ctx.dtypes = tuple(None if x is None else x.dtype for x in given)
+        ctx.save_for_backward(*given, target, scale, *grads)
         return loss
 
     @staticmethod
+    @differentiable_by(_recompute)
     def backward(ctx, grad):
-        # once_differentiable would let a second one pass where the first was of the loss itself, and count it as 0.
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
+        *given, target, scale, d_input, d_weight, d_bias = ctx.saved_tensors
         nothing = (None,) * 7  # of target, reduction and options
         if ctx.reduction == "none":
             operator = getattr(torch.ops, ctx.namespace).linear_cross_entropy_backward.default
-            return None, *operator(grad, *ctx.saved_tensors, *ctx.options), *nothing
-        scale, *grads = ctx.saved_tensors
+            return None, *operator(grad, *given, target, *ctx.options), *nothing
         factor = grad * scale
         # What is handed on as it is may become a parameter's gradient, and change: only where no backward follows.
         is_done = _is_one(factor) and not torch._C._autograd._get_current_graph_task_keep_graph()
         scaled = (
-            g if g is None or (is_done and g.dtype == dtype) else times(g, factor, dtype)
-            for g, dtype in zip(grads, ctx.dtypes, strict=True)
+            g if g is None or (is_done and g.dtype == x.dtype) else times(g, factor, x.dtype)
+            for g, x in zip((d_input, d_weight, d_bias), given, strict=True)
         )
         return None, *scaled, *nothing
 

@@ -34,6 +34,18 @@ def mask_to_bits(
     return None, words if mask.shape[2] != 1 else None, reach
 
 
+def mask_of_bits(bias: Tensor | None, words: Tensor | None, reach: Tensor | None, keys: int) -> Tensor | None:
+    """A mask of which these are the bits."""
+    bits = words
+    if bits is None and bias is None and reach is not None:
+        bits = reach[:, :, None]
+    if bits is None:
+        return bias
+    place = torch.arange(keys, device=bits.device)
+    allowed = (bits[..., place // 32] >> (place % 32).int()) & 1 == 1
+    return allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
+
+
 def whole_rows(mask: Tensor, keys: int) -> Tensor:
     """`mask` as [B|1, Hq|1, Sq|1, keys]."""
     return mask.view(*[1] * (4 - mask.dim()), *mask.shape).expand(-1, -1, -1, keys)

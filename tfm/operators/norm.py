@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.operators.operator import Operator
+from tfm.reference.layer_norm import add_residual, layer_norm
+from tfm.reference.rms_norm import rms_norm
+from tfm.transforms import Recomputed, differentiable_by
 
 
 def forward_outputs(
@@ -57,6 +59,26 @@ RESIDUAL_NORM_BACKWARD = Operator(
 OPERATORS = (RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD)
 
 
+def _recompute(ctx, dy: Tensor | None, dh: Tensor | None) -> Recomputed:
+    h, _, weight, seed = ctx.saved_tensors
+    eps, dropout_p, site, centred, weight_offset, round_first, out_dtype = ctx.options
+    has_residual = ctx.dtypes[2] is not None
+
+    def outputs(_, x, x_bias, residual, weight, bias, *rest):
+        # h is sum and result at once, and autograd knows it as such: what is added to it here is 0.
+        total = h + add_residual(x, residual, x_bias, dropout_p, seed, site) if has_residual else x
+        if centred:
+            return layer_norm(total, weight, bias, eps, out_dtype), total
+        return rms_norm(total, weight, eps, weight_offset, round_first, out_dtype), total
+
+    shapes = (h.shape, h.shape[-1:], h.shape, h.shape[-1:], h.shape[-1:])
+    x, x_bias, residual, _, bias = (
+        None if dtype is None else torch.zeros(shape, dtype=dtype, device=h.device)
+        for shape, dtype in zip(shapes, ctx.dtypes, strict=True)
+    )
+    return outputs, (None, x if has_residual else h, x_bias, residual, weight, bias, None, None)
+
+
 class ResidualNorm(torch.autograd.Function):
     """Autograd of the two operators; h is None where there is no residual."""
 
@@ -72,7 +94,7 @@ class ResidualNorm(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute)
     def backward(ctx, dy, dh):
         h, statistics, weight, seed = ctx.saved_tensors
         _, dropout_p, site, _, weight_offset, *_ = ctx.options

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from tfm.operators.operator import Operator
+from tfm.reference import rotary as reference
+from tfm.transforms import Recomputed, differentiable_by, is_differentiated
 
 
 def forward_output(x: Tensor) -> Tensor:
@@ -31,6 +31,26 @@ ROTARY_IN_PLACE = Operator(
 OPERATORS = (ROTARY, ROTARY_IN_PLACE)
 
 
+def _recompute(ctx, *grads: Tensor | None) -> Recomputed:
+    cos, sin, positions = ctx.saved_tensors
+
+    def turned(_, *parts):
+        return [None if x is None else reference.rotary(x, cos, sin, positions, ctx.interleaved) for x in parts[:2]]
+
+    return turned, (None, *(None if d is None else torch.zeros_like(d) for d in grads), *[None] * 4)
+
+
+def _recompute_in_place(ctx, dx: Tensor) -> Recomputed:
+    heads, interleaved = ctx.options
+    cos, sin, positions = ctx.saved_tensors
+
+    def turned(_, x, *rest):
+        first, others = x.split((heads, x.shape[1] - heads), dim=1)
+        return (torch.cat((reference.rotary(first, cos, sin, positions, interleaved), others), dim=1),)
+
+    return turned, (None, torch.zeros_like(dx), *[None] * 5)
+
+
 class Rotary(torch.autograd.Function):
     """Autograd of the operator out of place; `key` may be None."""
 
@@ -46,7 +66,7 @@ class Rotary(torch.autograd.Function):
         return turned
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute)
     def backward(ctx, dquery, dkey):
         wanted = [d if needed else None for d, needed in zip((dquery, dkey), ctx.needs_input_grad[1:3], strict=True)]
         given = [d for d in wanted if d is not None]
@@ -71,7 +91,7 @@ class RotaryInPlace(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute_in_place)
     def backward(ctx, dx):
         heads, interleaved = ctx.options
         operator = getattr(torch.ops, ctx.namespace).rotary.default
@@ -83,7 +103,7 @@ def rotary(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """See tfm.ops.rotary."""
-    if not _is_differentiated(query, key):
+    if not is_differentiated(query, key):
         # The Function takes longer than a decoding step's few tokens.
         operator = getattr(torch.ops, namespace).rotary.default
         return operator(query, key, cos, sin, positions, query.shape[1], interleaved, False)
@@ -94,18 +114,10 @@ def rotary_(
     namespace: str, x: Tensor, heads: int, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> Tensor:
     """See tfm.ops.rotary_."""
-    if not _is_differentiated(x):
+    if not is_differentiated(x):
         # Dynamo does not trace a Function that changes what needs no gradient.
         getattr(torch.ops, namespace).rotary_.default(x, cos, sin, positions, heads, interleaved)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(x)  # what autograd kept of it is no more
         return x
     return RotaryInPlace.apply(namespace, x, heads, cos, sin, positions, interleaved)
-
-
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    """In forward mode too, which the Functions refuse and an operator alone would not see."""
-    given = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return True
-    return not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in given)

@@ -9,7 +9,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tfm.errors import BadArgument
 from tfm.native.attention import cuda_obstacle
@@ -25,6 +24,7 @@ from tfm.ops.checks import (
 )
 from tfm.ops.dropout import seed_for
 from tfm.reference import attention as reference
+from tfm.transforms import gradients, is_readable
 
 
 @overload
@@ -101,7 +101,7 @@ def attention(
             latter gets its gradient. Causality, mask, lengths and window combine by AND.
         dropout_p: dropout of the softmax weights, in [0, 1]. Always applied: pass 0 in eval.
         is_causal: a query attends to keys up to its own position, key <= query + query_start.
-        scale: of the scores; None is 1/sqrt(D).
+        scale: of the scores; None is 1/sqrt(D). A scalar tensor may learn: the query is multiplied by it beforehand.
         enable_gqa: accepted for torch's sake; the ratio of heads is read from the shapes.
         query_start: position of the first query among the keys, an int or integer tensor [B]; 0 = top-left as in torch,
             Sk - Sq = bottom-right.
@@ -126,7 +126,7 @@ def attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise BadArgument(f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
-    batch, query_heads, query_length, dim = query.shape
+    batch, query_heads, query_length, _ = query.shape
     _check_heads(query, key, value, heads=1, dim=3)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[0] != batch:
@@ -147,7 +147,7 @@ def attention(
     refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
     backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(dim or 1) if scale is None else scale
+    query, scale = scaled(query, scale)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
@@ -248,7 +248,7 @@ def varlen_attention(
     refused = cuda_obstacle(query, value, None, max_q, max_k, False)
     backend = choose("varlen_attention", impl, _widest(query, value), native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    scale = 1 / math.sqrt(query.shape[2] or 1) if scale is None else scale
+    query, scale = scaled(query, scale)
     packed = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
@@ -256,6 +256,15 @@ def varlen_attention(
             return reference.varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
         output, lse = _entry(backend).varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
         return (output, lse) if return_lse else output
+
+
+def scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
+    """The query and the number that its scores are scaled by: a tensor is multiplied in, so that it may learn."""
+    if not isinstance(scale, Tensor):
+        return query, 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
+    if scale.dim() != 0:
+        raise BadArgument(f"scale: expected a number or a scalar tensor, got shape {tuple(scale.shape)}")
+    return query * scale, 1.0
 
 
 def _entry(backend: str) -> Any:
@@ -279,18 +288,9 @@ class _Weights(torch.autograd.Function):
         return weights.view_as(weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        carriers = [
-            None if x is None else x.detach().requires_grad_(wanted)
-            for x, wanted in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        with torch.enable_grad(), without_autocast(dweights.device):
-            weights = ctx.recompute(*carriers)
-        wanted = [x for x in carriers if x is not None and x.requires_grad]
-        gradients = iter(torch.autograd.grad(weights, wanted, dweights))
-        return None, None, *(next(gradients) if wanted else None for wanted in needed)
+        carriers, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        return None, None, *gradients(lambda *given: (ctx.recompute(*given),), carriers, needed, (dweights,))
 
 
 def _widest(query: Tensor, value: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ def _check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_leng
     if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
         raise BadArgument(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
     check_integers(**{name: cu_seq})
-    if cu_seq.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(cu_seq):
         return
     values = cu_seq.tolist()
     lengths = [end - start for start, end in pairwise(values)]

@@ -5,6 +5,8 @@ A backend chooses its own precisions: what it keeps in fp32 must stay so.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,12 @@ from torch import Tensor
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on for their device; float64 stays float64."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
-    """The context in which backends run."""
-    return torch.autocast(device.type, enabled=False)
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The context in which backends run. Torch has no autocast for tensors without values."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.transforms import transforming
 
 BACKENDS = ("reference", "triton", "native")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,6 +125,8 @@ def choose(
     _check_name(impl)
     if impl == "reference":
         return impl
+    if transforming():
+        reference_only = "transforms and forward-mode differentiation need operations of torch's own"
     rows = [row for row in TABLE if row.operation == operation and impl in ("auto", row.backend)]
     reason = "" if rows else f"{operation} has no backend of that name"
     for row in rows:
@@ -149,8 +152,6 @@ def obstacle(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automa
         return f"expected at most {row.max_columns} columns, got {x.shape[-1]}"
     if row.backend == "triton":
         return triton_obstacle(x.device, automatic)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func's transforms need operations of torch's own"
     return native.obstacle(x.device)
 
 

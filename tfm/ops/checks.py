@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from tfm.errors import BadArgument
+from tfm.transforms import is_differentiated
 
 
 def check_dropout(p: float) -> None:
+    check_numbers(dropout_p=p)
     if not 0.0 <= p <= 1.0:
         raise BadArgument(f"dropout_p: expected a probability in [0, 1], got {p}")
+
+
+def check_numbers(**numbers: float | Tensor | None) -> None:
+    """None of them is a tensor with a gradient, which an operation of numbers would lose without a word."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) and is_differentiated(number):
+            raise BadArgument(f"{name}: expected a number, got a tensor that needs a gradient")
 
 
 def check_columns(x: Tensor) -> None:
@@ -51,6 +60,7 @@ def check_integers(**tensors: Tensor | None) -> None:
 
 
 def check_softcap(softcap: float | None) -> None:
+    check_numbers(softcap=softcap)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number, got {softcap}")
 

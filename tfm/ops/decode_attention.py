@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from tfm import native
 from tfm.errors import BadArgument
+from tfm.ops.attention import scaled
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
+from tfm.ops.checks import check_numbers
 from tfm.reference import decode_attention as reference
 
 
@@ -67,8 +67,9 @@ def decode_attention(
     else:
         query, key, value = under_autocast(query, key, value)
     _check(query, key_cache, value_cache, lengths, parents, key, value)
+    check_numbers(scale=scale)
     backend = choose("decode_attention", impl, value_cache if value_cache.shape[3] > query.shape[2] else query)
-    scale = 1 / math.sqrt(query.shape[2] or 1) if scale is None else scale
+    query, scale = scaled(query, scale)
     arguments = query, key_cache, value_cache, lengths, parents, key, value, scale
     if backend == "reference":
         with without_autocast(query.device):

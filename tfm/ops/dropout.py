@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tfm.ops.checks import check_columns, check_dropout, check_floating
 from tfm.reference import dropout as reference
+from tfm.transforms import transforming
 
 _library = torch.library.Library("tfm", "FRAGMENT")
 _library.define("draw_seed(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
@@ -27,7 +28,8 @@ def draw_seed(device: torch.device | str) -> Tensor:
 
     Ruled by `torch.manual_seed`; replayed by CUDA graphs, repeated by checkpoint recomputation.
     """
-    return torch.ops.tfm.draw_seed(torch.device(device))
+    # An operator without tensors is not asked which randomness vmap was given.
+    return _draw_seed(torch.device(device)) if transforming() else torch.ops.tfm.draw_seed(torch.device(device))
 
 
 def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:

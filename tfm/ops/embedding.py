@@ -9,7 +9,7 @@ from tfm import native
 from tfm.errors import BadArgument
 from tfm.operators import embedding as operators
 from tfm.ops.backends import choose
-from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
+from tfm.ops.checks import broadcasts, check_floating, check_integers, check_numbers, check_same_device
 from tfm.ops.dropout import seed_for
 from tfm.reference import embedding as reference
 
@@ -59,6 +59,7 @@ def embedding(
         raise BadArgument(f"weight: expected [vocabulary, dim], got shape {tuple(weight.shape)}")
     check_floating(weight=weight, position_weight=position_weight)
     check_integers(tokens=tokens, positions=positions)
+    check_numbers(scale=scale)
     check_same_device(tokens=tokens, weight=weight, positions=positions, position_weight=position_weight)
     if position_weight is not None and (position_weight.dim() != 2 or position_weight.shape[1] != weight.shape[1]):
         came = tuple(position_weight.shape)

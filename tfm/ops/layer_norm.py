@@ -9,7 +9,7 @@ from tfm import native
 from tfm.errors import BadArgument
 from tfm.operators import norm
 from tfm.ops.backends import choose
-from tfm.ops.checks import check_floating, check_same_device, check_vector
+from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
 from tfm.reference import layer_norm as reference
 
@@ -43,6 +43,7 @@ def layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight, bias=bias)
+    check_numbers(eps=eps)
     reason = reference_only(x.dtype, out_dtype)
     backend = choose("layer_norm", impl, x, reason, out_dtype, *dtypes_of(weight, bias))
     if backend == "reference":
@@ -96,6 +97,7 @@ def residual_layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight, bias=bias, x_bias=x_bias)
+    check_numbers(eps=eps)
     check_residual(x, residual)
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
     others = (out_dtype, *dtypes_of(x, residual, weight, bias, x_bias))

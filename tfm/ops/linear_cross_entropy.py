@@ -13,8 +13,9 @@ from tfm.native import linear_cross_entropy as native
 from tfm.operators import linear_cross_entropy as operators
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
-from tfm.ops.checks import check_floating, check_same_device, check_softcap, check_vector
+from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_softcap, check_vector
 from tfm.reference import linear_cross_entropy as reference
+from tfm.transforms import is_differentiated, is_readable
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -71,6 +72,7 @@ def linear_cross_entropy(
         raise ValueError(f"linear_weight: expected at least one class, got shape {tuple(linear_weight.shape)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_numbers(label_smoothing=label_smoothing, z_loss=z_loss)
     if not 0.0 <= label_smoothing <= 1.0:
         raise BadArgument(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     check_softcap(softcap)
@@ -83,8 +85,9 @@ def linear_cross_entropy(
         if target.dtype != torch.int64:
             raise BadArgument(f"target: expected int64 classes or probabilities, got {target.dtype}")
         _check_range(target, classes, ignore_index)
-    if target.requires_grad:
-        raise BadArgument("target: expected no gradient, got a target that requires one: detach it")
+    for name, tensor in (("target", target), ("weight", weight)):
+        if is_differentiated(tensor):
+            raise BadArgument(f"{name}: expected no gradient, got a {name} that requires one: detach it")
     special = weight is not None or target.is_floating_point()
     reason = "class weights and probability targets run on the reference alone" if special else ""
     backend = choose("linear_cross_entropy", impl, input, reason)
@@ -112,10 +115,8 @@ def linear_cross_entropy(
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
     """Where reading the target costs nothing: on CPUs, and where the user already waits for every kernel."""
     waiting = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
-    readable = target.device.type == "cpu" or (
-        target.is_cuda and waiting and not torch.cuda.is_current_stream_capturing()
-    )
-    if not readable or torch.compiler.is_compiling():
+    waited = target.is_cuda and waiting and not torch.cuda.is_current_stream_capturing()
+    if not (is_readable(target) or (waited and not torch.compiler.is_compiling())):
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():

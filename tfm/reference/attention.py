@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tfm.reference.dropout import keep_mask, keep_scale
 from tfm.sequences import Layout
+from tfm.transforms import transforming
 
 
 def attention(
@@ -115,7 +116,8 @@ def _attend(
     )
     # torch's CPU kernel gives 0 and finite gradients for fully masked rows; other devices' kernels need not.
     safe = query.device.type == "cpu" or allowed is None
-    if plain and safe and query.dtype != torch.float64:
+    # Those kernels have no second derivatives and no tangents.
+    if plain and safe and query.dtype != torch.float64 and not transforming():
         return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped)
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):

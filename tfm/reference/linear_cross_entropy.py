@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from tfm.transforms import Recomputed, differentiable_by, transforming
 
 # A chunk of logits should fit the caches of a CPU; on other devices it should feed a large matmul.
 CHUNK_BYTES = {"cpu": 4 << 20}
@@ -41,7 +44,36 @@ def linear_cross_entropy(
         input, linear_weight = input.detach(), linear_weight.detach()
         linear_bias = None if linear_bias is None else linear_bias.detach()
     class_weight = None if weight is None else weight.to(torch.promote_types(input.dtype, torch.float32))
+    if transforming():
+        return whole(input, linear_weight, target, linear_bias, class_weight, reduction, options)
     return _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, class_weight, reduction, options)
+
+
+def whole(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, class_weight: Tensor | None,
+    reduction: str, options: Options,
+) -> Tensor:  # fmt: skip
+    """The same from all the logits at once, in operations that torch can differentiate as often as it likes."""
+    wide = torch.promote_types(input.dtype, torch.float32)
+    kept = _kept(target, options.ignore_index)
+    logits = F.linear(input.masked_fill(~kept, 0), linear_weight.to(input.dtype)).to(wide)
+    if linear_bias is not None:
+        logits = logits + linear_bias.to(wide)
+    floor = _floor(class_weight, len(linear_weight), options.label_smoothing, logits)
+    q = _smoothed(target, kept, class_weight, floor, 1 - options.label_smoothing, wide)
+    losses = _rows(logits, q, options, needs_grad=False)[0].masked_fill(~kept[:, 0], 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() * _share(losses, target, class_weight, reduction, options.ignore_index)
+
+
+def _recompute(ctx, grad: Tensor) -> Recomputed:
+    input, linear_weight, linear_bias, target, class_weight = ctx.saved_tensors[:5]
+
+    def loss(input, linear_weight, linear_bias, *rest):
+        return (whole(input, linear_weight, target, linear_bias, class_weight, ctx.reduction, ctx.options),)
+
+    return loss, (input, linear_weight, linear_bias, *[None] * 4)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,18 +86,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(*tensors)
             return losses
         losses, grads = _chunks(*tensors, None, ctx.needs, options)
-        scale = losses.new_ones(())
-        if reduction == "mean":
-            divisor = _divisor(target, class_weight, options.ignore_index).to(losses.dtype)
-            # Nothing to average is no loss, and no gradient: 0, where torch has NaN.
-            scale = torch.where(divisor > 0, 1 / divisor, 0.0)
-        ctx.save_for_backward(scale, *grads)
+        scale = _share(losses, target, class_weight, reduction, options.ignore_index)
+        ctx.save_for_backward(*tensors, scale, *grads)
         return losses.sum() * scale
 
     @staticmethod
+    @differentiable_by(_recompute)
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
         # Autograd rounds each gradient to the dtype of its input.
         if ctx.reduction == "none":
             input, linear_weight, linear_bias, target, class_weight = ctx.saved_tensors
@@ -75,16 +102,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
         else:
             # Scaled only now, so that the gradients of half precision do not underflow.
-            scale, *unscaled = ctx.saved_tensors
+            scale, *unscaled = ctx.saved_tensors[5:]
             grads = [None if g is None else g.to(scale.dtype) * (grad * scale) for g in unscaled]
         return (*grads, None, None, None, None)
 
 
-def _divisor(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+def _share(losses: Tensor, target: Tensor, class_weight: Tensor | None, reduction: str, ignore_index: int) -> Tensor:
+    """What the sum of the losses is multiplied by."""
+    if reduction == "sum":
+        return losses.new_ones(())
     kept = _kept(target, ignore_index)[:, 0]
     if class_weight is None or target.is_floating_point():
-        return kept.sum()
-    return (class_weight[target.masked_fill(~kept, 0)] * kept).sum()
+        divisor = kept.sum().to(losses.dtype)
+    else:
+        divisor = (class_weight[target.masked_fill(~kept, 0)] * kept).sum().to(losses.dtype)
+    # Nothing to average is no loss, and no gradient: 0, where torch has NaN.
+    return torch.where(divisor > 0, 1 / divisor, 0.0)
 
 
 def _kept(target: Tensor, ignore_index: int) -> Tensor:
@@ -191,7 +224,8 @@ def _rows(logits: Tensor, q: _Target, options: Options, needs_grad: bool) -> tup
     if options.softcap is not None:
         logits = logits.div_(options.softcap).tanh_()
         slope = 1 - logits.square() if needs_grad else None
-        logits = logits.mul_(options.softcap)
+        # Not in place: autograd keeps the tangent where it follows.
+        logits = logits * options.softcap
     log_p = logits.log_softmax(dim=-1)
     loss, mass = log_p.new_zeros(len(log_p)), q.mass
     if q.base is not None:

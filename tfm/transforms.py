@@ -1,0 +1,93 @@
+"""Where torch's transforms are at work: what they differentiate or batch has to be made of torch's own operations.
+
+Kernels know one thing, the gradient of one call. Second derivatives, batched gradients, torch.func and forward-mode
+differentiation come from the reference, which torch can differentiate as often as it likes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Outputs of a Function as its inputs give them: a function of all its arguments, and those arguments.
+Recomputed = tuple[Callable[..., Sequence[Tensor | None]], Sequence[Any]]
+
+
+def transforming() -> bool:
+    """Whether one of torch.func's transforms, or forward-mode differentiation, is at work: Dynamo guards on both."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether the host may read values of `x` without waiting: on a CPU, where they are values and not a trace's."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling() and not transforming()
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of any of them is recorded, or its tangent carried on."""
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def gradients(
+    compute: Callable[..., Sequence[Tensor | None]], arguments: Sequence[Any], needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of the `arguments` that are needed, from those of `compute(*arguments)`: torch's own, of any order.
+
+    They are partial ones, as a backward gives them, whatever else connects the arguments. An argument that is not a
+    tensor has none.
+    """
+    places = [place for place, x in enumerate(arguments) if needed[place] and isinstance(x, Tensor)]
+    given = [place for place, grad in enumerate(grads) if grad is not None]
+
+    def of_places(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+        filled = list(arguments)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        outputs = compute(*filled)
+        return tuple(outputs[place] for place in given)
+
+    if not places or not given:
+        return (None,) * len(arguments)
+    device = arguments[places[0]].device.type
+    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+        pull_back = torch.func.vjp(of_places, *(arguments[place] for place in places))[1]
+        found = dict(zip(places, pull_back(tuple(grads[place] for place in given)), strict=True))
+    return tuple(found.get(place) for place in range(len(arguments)))
+
+
+def beyond_one_backward(*grads: Tensor | None) -> bool:
+    """Within a backward: whether what it gives is differentiated again, or comes in batches."""
+    # A backward runs with gradients enabled only under create_graph=True; a graph that is compiled has none of this.
+    if torch.compiler.is_compiling():
+        return False
+    # is_grads_batched=True has a vmap of its own.
+    batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    return batched or torch.is_grad_enabled() or transforming()
+
+
+def differentiable_by(recompute: Callable[..., Recomputed]) -> Callable[[Callable], Callable]:
+    """Of a Function's backward by kernels: its gradients may be differentiated again, and may come in batches.
+
+    Then, and only then, they are those of `recompute(ctx, *grads)`, in the order of the Function's arguments. Where an
+    output is linear in an argument that was not saved, zeros may stand for that argument.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def either(ctx: Any, *grads: Tensor | None) -> Any:
+            if beyond_one_backward(*grads):
+                return gradients(*recompute(ctx, *grads), ctx.needs_input_grad, grads)
+            return backward(ctx, *grads)
+
+        return either
+
+    return decorate

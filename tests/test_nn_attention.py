@@ -261,6 +261,18 @@ def test_autocast_and_half_precision() -> None:
     assert half[0].dtype == half[1].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", [{}, {"kdim": DIM + 1, "vdim": DIM - 1}], ids=["", "kdim"])
+def test_a_bias_may_have_another_dtype_than_its_weight(kind: dict[str, int]) -> None:
+    theirs, ours = pair("MultiheadAttention", DIM, HEADS, **kind)
+    for module in (theirs, ours):
+        module.in_proj_bias = torch.nn.Parameter(module.in_proj_bias.half())
+    query, key, value = (torch.randn(5, 3, size, dtype=torch.float64) for size in (DIM, ours.kdim, ours.vdim))
+    # transposed, as torch's matmul of rows side by side refuses such a bias
+    call = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value)]
+    torch.testing.assert_close(ours(*call), theirs(*call), rtol=0, atol=1e-10)
+    ours(query, key, value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -11,7 +11,7 @@ from torch import Tensor, bool, float64, int32, int64, uint8, zeros
 
 import tfm.nn
 from tfm import ops
-from tfm.errors import BadArgument
+from tfm.errors import AssertedArgument, BadArgument
 
 # As many heads as samples: [4, 5, 5] might be a mask for each of either.
 BATCH, HEADS, LENGTH, DIM = 4, 4, 5, 8
@@ -63,12 +63,10 @@ MODULES = {
 def assert_refused_alike(theirs: Callable[[], object], ours: Callable[[], object]) -> None:
     with pytest.raises((RuntimeError, AssertionError)) as refused:
         theirs()
-    with pytest.raises(BadArgument) as refused_here:
+    with pytest.raises(ValueError, match=": ") as refused_here:
         ours()
-    assert isinstance(refused_here.value, ValueError)
     # For integers torch has a NotImplementedError, which is a RuntimeError.
-    kind = RuntimeError if isinstance(refused.value, RuntimeError) else AssertionError
-    assert isinstance(refused_here.value, kind)
+    assert refused_here.type is (BadArgument if isinstance(refused.value, RuntimeError) else AssertedArgument)
 
 
 def assert_modules_refuse(kind: str, changes: dict[str, Tensor], *, train: bool = True, **options: object) -> None:
@@ -86,7 +84,9 @@ def assert_modules_refuse(kind: str, changes: dict[str, Tensor], *, train: bool 
 )
 def test_attention_masks(kind: str, name: str, train: bool) -> None:
     for mask in MASKS.values():
-        assert_modules_refuse(kind, {name: mask}, train=train)
+        # torch's decoder stumbles over integers before it comes to look at them.
+        if (kind, name) != ("Transformer", "tgt_mask") or mask.dtype == bool or mask.is_floating_point():
+            assert_modules_refuse(kind, {name: mask}, train=train)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "with padding"])
@@ -120,7 +120,7 @@ def test_masks_under_the_hint(kind: str, within: str) -> None:
 def test_masks_beside_lengths() -> None:
     encoder = tfm.nn.TransformerEncoder(tfm.nn.TransformerEncoderLayer(DIM, HEADS, 12, batch_first=True), 2)
     for name in ("int32", "uint8", "a vector"):
-        with pytest.raises(BadArgument, match="mask: expected"):
+        with pytest.raises(AssertedArgument, match="mask: expected"):
             encoder(X, MASKS[name], is_causal=True, lengths=[5, 3, 4, 1])
 
 

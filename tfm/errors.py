@@ -1,4 +1,8 @@
-"""What goes wrong by the caller's doing, or for want of a package."""
+"""What goes wrong by the caller's doing, or for want of a package.
+
+An argument that does not fit is a ValueError, and also what torch raises for the same mistake, so that code which was
+written for torch catches it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,12 @@ class UserError(Exception):
     """A mistake in what the user gave. The CLI prints its message as one line and exits with status 2."""
 
 
-class BadArgument(ValueError, RuntimeError, AssertionError):
-    """An argument that does not fit a call.
+class BadArgument(ValueError, RuntimeError):
+    """An argument that does not fit, where torch's functions would raise RuntimeError."""
 
-    A ValueError, and also what torch raises for the same mistake, so that code that was written for torch catches it:
-    its functions raise RuntimeError, its Transformer modules AssertionError or RuntimeError, depending on the path.
-    """
+
+class AssertedArgument(ValueError, AssertionError):
+    """An argument that does not fit, where torch asserts that it does, as its Transformer modules mostly do."""
 
 
 class MissingExtra(ModuleNotFoundError):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfm import ops
-from tfm.errors import BadArgument
+from tfm.errors import AssertedArgument, BadArgument
 from tfm.nn.padding import Side, check_same_batch, padded_scope
 from tfm.nn.scope import Packed, Padded, merge_masks
 
@@ -59,7 +59,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         keys = Side.of("key", key, self.batch_first, key_padding_mask)
         check_same_batch(query=queries, key=keys)
         if key.shape[:-1] != value.shape[:-1]:
-            raise BadArgument(f"value: expected {tuple(key.shape[:-1])} rows as key, got shape {tuple(value.shape)}")
+            raise AssertedArgument(
+                f"value: expected {tuple(key.shape[:-1])} rows as key, got shape {tuple(value.shape)}"
+            )
         q, k, v = project(self, query, key, value)
         if not queries.batched:
             q, k, v = q[None], k[None], v[None]
@@ -99,7 +101,11 @@ def project(module: torch.nn.MultiheadAttention, query: Tensor, key: Tensor, val
     """[..., E] to heads [..., H, D] each; inputs that are the same tensor are projected by one matmul."""
     for name, x, dim in (("query", query, module.embed_dim), ("key", key, module.kdim), ("value", value, module.vdim)):
         if x.shape[-1] != dim:
-            raise BadArgument(f"{name}: expected [..., {dim}], got shape {tuple(x.shape)}")
+            # torch asserts that key and value are alike, and leaves it to the matmul whether they fit the weight.
+            alike = name == "key" and module._qkv_same_embed_dim and key.shape == value.shape
+            raise (BadArgument if alike else AssertedArgument)(
+                f"{name}: expected [..., {dim}], got shape {tuple(x.shape)}"
+            )
     heads = (module.num_heads, module.head_dim)
     # Torch's layers take a bias of another dtype than their weights.
     bias = None if module.in_proj_bias is None else module.in_proj_bias.to(module.out_proj.weight.dtype)
@@ -147,7 +153,7 @@ def _check_dimensions(query: Tensor, key: Tensor, value: Tensor) -> None:
     wanted, came = query.dim(), (key.dim(), value.dim())
     if came != (wanted, wanted):
         words = f"{wanted}-D but found {came[0]}-D and {came[1]}-D tensors respectively"
-        raise BadArgument(f"key, value: for {wanted}-D `query`, expected `key` and `value` to be {words}")
+        raise AssertedArgument(f"key, value: for {wanted}-D `query`, expected `key` and `value` to be {words}")
 
 
 def _seeing_extra_keys(
@@ -159,7 +165,7 @@ def _seeing_extra_keys(
         shape = (queries.shape[0], module.num_heads, queries.shape[1], keys.shape[1])
         if attn_mask is None:
             attn_mask = torch.ones(shape[2:], dtype=torch.bool, device=queries.x.device).triu(1)
-        mask = merge_masks(attn_mask, keys.padding_mask, shape)
+        mask = merge_masks(attn_mask, keys.padding_mask, shape, queries.batched)
     if mask is not None:
         extra = (module.bias_k is not None) + module.add_zero_attn
         mask = F.pad(mask, (0, extra), value=mask.dtype == torch.bool)

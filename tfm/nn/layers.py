@@ -20,6 +20,8 @@ from tfm.nn.scope import Packed, Padded, as_added
 
 SELF_WEIGHTS, SELF_RESIDUAL, CROSS_WEIGHTS, CROSS_RESIDUAL, HIDDEN, LAST_RESIDUAL = range(6)
 
+# Torch's classes as they are now: another library may put its own under their names.
+ADOPTED = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: LayerNorm}
 FUSED_FUNCTIONS: dict[Callable[..., Tensor], str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 
 
@@ -198,9 +200,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
 def rate(module: torch.nn.Dropout | torch.nn.MultiheadAttention) -> float:
     """The probability with which a dropout or an attention drops now: each obeys its own training flag."""
-    if isinstance(module, torch.nn.MultiheadAttention):
-        return attention_dropout(module)
-    return module.p if module.training else 0.0
+    if isinstance(module, torch.nn.Dropout):
+        return module.p if module.training else 0.0
+    return attention_dropout(module)
 
 
 def fused_activation(activation: Callable[[Tensor], Tensor]) -> str:
@@ -215,9 +217,8 @@ def fused_activation(activation: Callable[[Tensor], Tensor]) -> str:
 
 
 def _adopt_children(layer: torch.nn.Module) -> None:
-    classes = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: LayerNorm}
     for child in layer.children():
-        child.__class__ = classes.get(type(child), type(child))
+        child.__class__ = ADOPTED.get(type(child), type(child))
 
 
 def _draw_seed(*modules: torch.nn.Dropout | torch.nn.MultiheadAttention, device: torch.device) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tfm.errors import BadArgument
+from tfm.errors import AssertedArgument, BadArgument
 from tfm.nn.scope import Padded, check_attention_mask, check_mask_dtype, merge_masks
 from tfm.ops.checks import check_integers
 from tfm.sequences import Layout, offsets, valid_positions
@@ -46,12 +46,12 @@ class Side:
             ValueError: shapes or dtypes that do not fit, lengths outside [0, S] (on CPU), both a mask and lengths.
         """
         if x.dim() not in (2, 3):
-            raise BadArgument(f"{name}: expected [length, dim] or a batch of three dimensions, got {x.dim()}")
+            raise AssertedArgument(f"{name}: expected [length, dim] or a batch of three dimensions, got {x.dim()}")
         if padding_mask is not None and lengths is not None:
             raise ValueError(f"{name}: expected a padding mask or lengths, got both")
         if padding_mask is not None and padding_mask.dim() != x.dim() - 1:
             found = f"{x.dim() - 1}-D but found {padding_mask.dim()}-D tensor instead"
-            raise BadArgument(f"{name}: expected `key_padding_mask` to be `None` or {found}")
+            raise AssertedArgument(f"{name}: expected `key_padding_mask` to be `None` or {found}")
         batched = x.dim() == 3
         if not batched:
             x, batch_first = x[None], True
@@ -60,7 +60,7 @@ class Side:
         if padding_mask is not None:
             if padding_mask.shape != (batch, length):
                 came = tuple(padding_mask.shape)
-                raise BadArgument(f"{name}: expected a padding mask of ({batch}, {length}), got shape {came}")
+                raise AssertedArgument(f"{name}: expected a padding mask of ({batch}, {length}), got shape {came}")
             check_mask_dtype(padding_mask)
         if lengths is None:
             return cls(x, batch_first, batched, padding_mask)
@@ -154,7 +154,9 @@ def check_same_batch(**sides: Side) -> None:
     (first, queries), (name, keys) = sides.items()
     if queries.batched != keys.batched:
         expected = "a batch" if queries.batched else "a sequence without a batch"
-        raise BadArgument(f"{name}: expected {expected} as {first}, got {keys.x.dim() - (not keys.batched)} dimensions")
+        raise AssertedArgument(
+            f"{name}: expected {expected} as {first}, got {keys.x.dim() - (not keys.batched)} dimensions"
+        )
     if queries.shape[0] != keys.shape[0]:
         raise BadArgument(f"{name}: expected batch {queries.shape[0]} as {first}, got {keys.shape[0]}")
 
@@ -167,7 +169,7 @@ def padded_scope(queries: Side, keys: Side, heads: int, attn_mask: Tensor | None
     check_attention_mask(attn_mask)
     causal = is_causal and (attn_mask is None or keys.padding_mask is None)
     shape = (queries.shape[0], heads, queries.shape[1], keys.shape[1])
-    mask = merge_masks(None if causal else attn_mask, keys.padding_mask, shape)
+    mask = merge_masks(None if causal else attn_mask, keys.padding_mask, shape, queries.batched)
     return Padded(queries.batch_first, mask, causal, keys.lengths)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tfm import ops
-from tfm.errors import BadArgument
+from tfm.errors import AssertedArgument, BadArgument
 from tfm.sequences import Layout
 
 
@@ -84,7 +84,7 @@ class Packed:
 
 
 def merge_masks(
-    attn_mask: Tensor | None, padding_mask: Tensor | None, shape: tuple[int, int, int, int]
+    attn_mask: Tensor | None, padding_mask: Tensor | None, shape: tuple[int, int, int, int], batched: bool
 ) -> Tensor | None:
     """torch's two masks as one for tfm.ops.attention.
 
@@ -92,13 +92,14 @@ def merge_masks(
         attn_mask: [Sq, Sk] or [B · H, Sq, Sk]: bool (True = masked) or floating point, added to the scores.
         padding_mask: [B, Sk], likewise.
         shape: [B, H, Sq, Sk]; nothing is broadcast to it, as [4, 5, 5] might be a mask a sample or one a head.
+        batched: whether the caller's tensors have a batch.
 
     Returns:
         Broadcastable to [B, H, Sq, Sk]: bool (True = attend) where both are bool, else floating point, added; None
         where there is neither.
 
     Raises:
-        BadArgument: a shape or dtype that torch does not take.
+        ValueError: a shape or dtype that torch does not take.
     """
     masks = []
     if attn_mask is not None:
@@ -107,7 +108,8 @@ def merge_masks(
         if attn_mask.shape != expected:
             words = "(queries, keys)" if attn_mask.dim() == 2 else f"({batch} batch · {heads} heads, queries, keys)"
             came = tuple(attn_mask.shape)
-            raise BadArgument(f"attn_mask: Expected `attn_mask` shape to be {expected}, {words}, got {came}")
+            error = BadArgument if batched or attn_mask.dim() == 2 else AssertedArgument
+            raise error(f"attn_mask: Expected `attn_mask` shape to be {expected}, {words}, got {came}")
         masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.view(shape))
     if padding_mask is not None:
         masks.append(padding_mask[:, None, None, :])
@@ -127,12 +129,12 @@ def check_attention_mask(mask: Tensor | None) -> None:
     check_mask_dtype(mask)
     if mask.dim() not in (2, 3):
         found = f"but found {mask.dim()}-D tensor instead"
-        raise BadArgument(f"attn_mask: expected `attn_mask` to be `None`, 2-D or 3-D {found}")
+        raise AssertedArgument(f"attn_mask: expected `attn_mask` to be `None`, 2-D or 3-D {found}")
 
 
 def check_mask_dtype(mask: Tensor) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise BadArgument(f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
+        raise AssertedArgument(f"mask: expected bool (True = masked) or floating point (added), got {mask.dtype}")
 
 
 @overload

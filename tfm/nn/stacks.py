@@ -232,6 +232,9 @@ class Transformer(torch.nn.Transformer):
             ValueError: shapes or dtypes that do not fit, lengths beside a padding mask, or given to a custom encoder or
                 decoder that does not know them.
         """
+        side = 0 if self.batch_first else 1
+        if src.dim() == 3 and src.shape[side] != tgt.shape[side]:
+            raise BadArgument(f"tgt: expected batch {src.shape[side]} as src, got shape {tuple(tgt.shape)}")
         for name, x in (("src", src), ("tgt", tgt)):
             if x.shape[-1] != self.d_model:
                 raise BadArgument(f"{name}: expected [..., {self.d_model}], got shape {tuple(x.shape)}")

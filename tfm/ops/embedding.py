@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfm import native
-from tfm.errors import BadArgument
+from tfm.errors import AssertedArgument, BadArgument
 from tfm.operators import embedding as operators
 from tfm.ops.backends import choose
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_numbers, check_same_device
@@ -69,7 +69,7 @@ def embedding(
         raise BadArgument(f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
     vocabulary = weight.shape[0]
     if padding_idx is not None and not -vocabulary <= padding_idx < vocabulary:
-        raise BadArgument(f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
+        raise AssertedArgument(f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")
     if sparse and torch.compiler.is_compiling():
         raise BadArgument("sparse: expected False under torch.compile, which has no sparse gradients, got True")
     backend = choose("embedding", impl, weight)

@@ -21,14 +21,16 @@ MARKS = [pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE), pytest.mark.usefix
 
 
 class Called(TorchDispatchMode):
-    """Within the block, the names of the operators that are called."""
+    """Within the block, the names of the operators that are called, and each call with its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.calls: list[tuple[str, tuple[object, ...]]] = []
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         self.names.add(function._schema.name)
+        self.calls.append((function._schema.name, arguments))
         return function(*arguments, **(options or {}))
 
 

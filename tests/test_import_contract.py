@@ -25,13 +25,14 @@ class May(NamedTuple):
 # Each row may name rows above it only: nothing imports upward.
 CONTRACT = {
     "errors": May(),
-    "transforms": May(outside="torch"),
+    "autocast": May(outside="torch"),
+    "transforms": May("autocast", "torch"),
     "sequences": May("transforms", "torch"),
-    "reference": May("sequences transforms", "torch"),
-    "operators": May("reference transforms", outside="torch"),
+    "reference": May("autocast sequences transforms", "torch"),
+    "operators": May("autocast reference transforms", "torch"),
     "kernels": May("operators", "torch triton"),
     "native": May("errors operators", "torch tfm", lazily="ninja rich"),
-    "ops": May("errors reference operators native sequences transforms", "torch", lazily="kernels"),
+    "ops": May("autocast errors reference operators native sequences transforms", "torch", lazily="kernels"),
     "nn": May("errors ops sequences", "torch"),
     "patching": May("ops nn", "torch", lazily="transformers"),
     "tfm": May("ops nn patching"),

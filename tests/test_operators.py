@@ -5,10 +5,12 @@ from __future__ import annotations
 import native
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tfm import ops
 from tfm.kernels import library
 from tfm.native import NAMESPACE
-from tfm.operators import TWINS
+from tfm.operators import NATIVE, TWINS
 
 
 def arguments(schema: torch._C.FunctionSchema) -> str:
@@ -17,8 +19,8 @@ def arguments(schema: torch._C.FunctionSchema) -> str:
 
 
 @pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
-@pytest.mark.parametrize("operator", TWINS, ids=lambda operator: operator.name)
-def test_twins_have_one_schema(operator):
+@pytest.mark.parametrize("operator", NATIVE, ids=lambda operator: operator.name)
+def test_csrc_declares_the_same_schema(operator):
     declared = getattr(getattr(torch.ops, NAMESPACE), operator.name).default._schema
     assert arguments(declared) == arguments(torch._C.parse_schema(f"{library.NAMESPACE}::{operator.schema}"))
 
@@ -29,3 +31,48 @@ def test_every_twin_is_a_kernel_of_triton_too():
 
     for operator in TWINS:
         assert hasattr(getattr(torch.ops, library.NAMESPACE), operator.name)
+
+
+@pytest.mark.parametrize("namespace", [library.NAMESPACE, NAMESPACE])
+def test_every_operator_on_tensors_has_a_fake(namespace):
+    from tfm.kernels import decode_attention, embedding, linear_activation, linear_cross_entropy, norm, rotary  # noqa: F401
+    from tfm.kernels.attention import operators  # noqa: F401
+
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::")]
+    for name in names:
+        schema = getattr(getattr(torch.ops, namespace), name.split("::")[1]).default._schema
+        if any("Tensor" in str(argument.type) for argument in schema.arguments):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), name
+
+
+@pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
+@pytest.mark.parametrize(("parts", "packed"), [(3, False), (2, False), (3, True)])
+def test_gradients_side_by_side_obey_torch(parts, packed):
+    """The operator as a backward calls it; with its fakes that backward runs on fake tensors too."""
+    fused = torch.randn((5, 18) if packed else (2, 5, 18), requires_grad=True)
+
+    def gradient(fused):
+        heads = ops.split_heads(fused, 3, 2)
+        query, key, value = heads if parts == 3 else (heads[0] * 2.0, *heads[1:])
+        if packed:
+            cu_seq = torch.tensor([0, 2, 5], dtype=torch.int32)
+            output = ops.varlen_attention(query, key, value, cu_seq, cu_seq, 3, 3, impl="native")
+        else:
+            output = ops.attention(*(x.transpose(1, 2) for x in (query, key, value)), impl="native")
+        return torch.autograd.grad(output.square().sum(), fused)[0]
+
+    with native.Called() as called:
+        expected = gradient(fused)
+    (arguments,) = (call for name, call in called.calls if name == "tfm_native::attention_backward_joined")
+    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    torch.library.opcheck(torch.ops.tfm_native.attention_backward_joined.default, detached)
+    with FakeTensorMode() as mode:
+        found = gradient(mode.from_tensor(fused))
+    assert (found.shape, found.stride()) == (expected.shape, expected.stride())
+
+
+@pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
+def test_cross_entropy_in_place_obeys_torch():
+    logits, target, losses = torch.randn(3, 16), torch.tensor([4, 0, -100]), torch.empty(3)
+    options = (-100, 0.1, 0.01, 2.0, True, torch.ones(3), torch.tensor(2.0))
+    torch.library.opcheck(torch.ops.tfm_native.cross_entropy_.default, (logits, None, target, losses, *options))

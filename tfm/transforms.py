@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tfm.autocast import without_autocast
+
 # Outputs of a Function as its inputs give them: a function of all its arguments, and those arguments.
 Recomputed = tuple[Callable[..., Sequence[Tensor | None]], Sequence[Any]]
 
@@ -57,8 +59,7 @@ def gradients(
 
     if not places or not given:
         return (None,) * len(arguments)
-    device = arguments[places[0]].device.type
-    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+    with without_autocast(arguments[places[0]].device):
         pull_back = torch.func.vjp(of_places, *(arguments[place] for place in places))[1]
         found = dict(zip(places, pull_back(tuple(grads[place] for place in given)), strict=True))
     return tuple(found.get(place) for place in range(len(arguments)))

@@ -6,10 +6,10 @@ operators: an autograd.Function around them costs half of what torch's register_
 
 import torch
 
-from tfm.operators import attention, decode_attention, embedding, feed_forward, norm, rotary
+from tfm.operators import attention, decode_attention, embedding, feed_forward, linear_cross_entropy, norm, rotary
 from tfm.operators.operator import Operator
 
-__all__ = ["TWINS", "Operator", "register_fakes"]
+__all__ = ["NATIVE", "TWINS", "Operator", "register_fakes"]
 
 # Of Triton and of csrc, whose csrc/schemas.cpp declares them once more.
 TWINS = (
@@ -20,9 +20,11 @@ TWINS = (
     *norm.OPERATORS,
     *rotary.OPERATORS,
 )
+# Of csrc: the twins, and what it alone has.
+NATIVE = (*TWINS, attention.ATTENTION_BACKWARD_JOINED, linear_cross_entropy.CROSS_ENTROPY_IN_PLACE)
 
 
 def register_fakes(namespace: str) -> None:
-    """Gives the operators of `namespace`, which are defined already, their fakes."""
-    for operator in TWINS:
+    """Gives the native operators, which `namespace` defines already, their fakes."""
+    for operator in NATIVE:
         torch.library.register_fake(f"{namespace}::{operator.name}", operator.fake)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.autocast import without_autocast
 from tfm.operators.operator import Operator
 from tfm.reference import feed_forward as reference
 from tfm.transforms import Recomputed, differentiable_by
@@ -114,7 +115,7 @@ class FeedForward(torch.autograd.Function):
         operators = getattr(torch.ops, ctx.namespace)
         dx = dweight = dup = db1 = dw2 = db2 = None
         # The gradients have the dtypes of their operands, whatever autocast says of this moment.
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             dy = dy.reshape(-1, dy.shape[-1])
             hidden = saved if keeps_hidden(ctx.gated, ctx.activation) else None
             recompute = needs_w2 and hidden is None

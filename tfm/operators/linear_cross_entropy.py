@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfm.autocast import without_autocast
 from tfm.operators.operator import Operator
 from tfm.reference import linear_cross_entropy as reference
 from tfm.transforms import Recomputed, differentiable_by, is_readable
@@ -68,6 +69,13 @@ LINEAR_CROSS_ENTROPY_BACKWARD = Operator(
     "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     f" Tensor target, {_OPTIONS}) -> (Tensor? d_input, Tensor? d_weight, Tensor? d_bias)",
     _fake_backward,
+)
+
+# Of csrc alone: what its loop calls for each chunk, as Chunks says.
+CROSS_ENTROPY_IN_PLACE = Operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor(b!)? losses, int ignore_index,"
+    " float label_smoothing, float z_loss, float? softcap, bool want_gradient, Tensor? grad, Tensor? divisor) -> ()",
+    fake=lambda *_: None,
 )
 
 
@@ -115,7 +123,7 @@ class Chunks:
             buffer[:, classes:] = 0.0
         bias = self.padded(bias)
         # A backward may be called under autocast, and what is fp32 here must stay so.
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             for start in range(0, len(input), step):
                 part = slice(start, start + step)
                 x = input[part]

@@ -10,9 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
 from tfm.native.attention import cuda_obstacle
-from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import (
     broadcasts,
@@ -164,7 +164,7 @@ def attention(
                     query, key, value.detach(), attn_mask, *rules, sinks, key_lengths, False, True, drawn, site,
                 )[1]  # fmt: skip
 
-            weights = _Weights.apply(weights, recompute, *carriers)
+            weights = _Weights.apply((weights,), recompute, *carriers)
     results = (output, *[lse] * return_lse, *[weights] * return_weights)
     return results[0] if len(results) == 1 else results
 
@@ -282,10 +282,13 @@ class _Weights(torch.autograd.Function):
     """The kernel's softmax weights; the reference computes them again where someone wants their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, recompute: Callable[..., Tensor], *carriers: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, computed: tuple[Tensor], recompute: Callable[..., Tensor], *carriers: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(*carriers)
         ctx.recompute = recompute
-        return weights.view_as(weights)
+        # As part of a tuple it is a result to autograd, not a view of an argument: it can be changed in place.
+        return computed[0]
 
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from tfm import native
+from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
 from tfm.operators import feed_forward as operators
-from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_columns, check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for

@@ -8,10 +8,10 @@ import os
 import torch
 from torch import Tensor
 
+from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
 from tfm.native import linear_cross_entropy as native
 from tfm.operators import linear_cross_entropy as operators
-from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_softcap, check_vector
 from tfm.reference import linear_cross_entropy as reference

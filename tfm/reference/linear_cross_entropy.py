@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfm.autocast import without_autocast
 from tfm.transforms import Recomputed, differentiable_by, transforming
 
 # A chunk of logits should fit the caches of a CPU; on other devices it should feed a large matmul.
@@ -96,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Autograd rounds each gradient to the dtype of its input.
         if ctx.reduction == "none":
             input, linear_weight, linear_bias, target, class_weight = ctx.saved_tensors
-            with torch.autocast(grad.device.type, enabled=False):
+            with without_autocast(grad.device):
                 _, grads = _chunks(
                     input, linear_weight, linear_bias, target, class_weight, grad, ctx.needs, ctx.options
                 )

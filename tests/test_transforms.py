@@ -8,12 +8,16 @@ import oracle
 import pytest
 import torch
 from operation_samples import DIFFERENTIABLE, NAMED, SAMPLES, curved, on_backends, weights_of
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 
+import tfm.nn
 from tfm import ops
 
 # Where an order of derivatives loses a digit, and other roundings stand at the start.
 TOLERANCE = 1e-3
+# By torch.nn.LayerNorm in float64.
+MAML = 0.0564619
 
 
 def test_every_operation_has_a_sample():
@@ -100,3 +104,97 @@ def test_compiled_gradients_of_torch_func():
         torch.testing.assert_close(
             found[sample.name], list(expected), msg=lambda text, sample=sample: sample.name + text
         )
+
+
+def random_calls():
+    """Functions of one example that draw seeds of their own."""
+    layer = tfm.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+    weight = torch.eye(8)
+    return {
+        "dropout": lambda x: ops.dropout(x, 0.5),
+        "attention": lambda x: ops.attention(*[x[None, None]] * 3, dropout_p=0.5),
+        "residual_layer_norm": lambda x: ops.residual_layer_norm(x, x, dropout_p=0.5)[1],
+        "feed_forward": lambda x: ops.feed_forward(x, weight, None, weight, None, "gelu", 0.5),
+        "embedding": lambda x: ops.embedding(torch.arange(5), x, torch.arange(5), dropout_p=0.5),
+        "layer": lambda x: layer(x[None]),
+    }
+
+
+@pytest.mark.parametrize("name", random_calls())
+def test_randomness_under_vmap(name):
+    call, x = random_calls()[name], torch.ones(2, 5, 8)
+    different = torch.vmap(call, randomness="different")(x)
+    assert not torch.equal(different[0], different[1])
+    same = torch.vmap(call, randomness="same")(x)
+    assert torch.equal(same[0], same[1])
+    with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
+        torch.vmap(call)(x)
+
+
+def test_seeds_of_each_example():
+    x, seeds = torch.randn(3, 2, 9), torch.tensor([5, -6, 7])
+    found = torch.vmap(lambda x, seed: ops.dropout(x, 0.4, seed=seed))(x, seeds)
+    expected = [ops.dropout(x[place], 0.4, seed=seeds[place]) for place in range(3)]
+    assert torch.equal(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("library", [torch.nn, tfm.nn], ids=["torch", "tfm"])
+def test_a_step_through_a_layer_norm(library):
+    """The loss after an inner step, differentiated by the weights before it, as in MAML."""
+    torch.manual_seed(3)
+    norm, linear = library.LayerNorm(6), torch.nn.Linear(6, 6)
+    x = torch.randn(4, 6)
+    inner = (linear(norm(x)) - x.cos()).square().mean()
+    given = [*norm.parameters(), *linear.parameters()]
+    steps = torch.autograd.grad(inner, given, create_graph=True)
+    weight, bias, *matrix = (p - 0.5 * step for p, step in zip(given, steps, strict=True))
+    layer_norm = ops.layer_norm if library is tfm.nn else lambda x, w, b: torch.nn.functional.layer_norm(x, (6,), w, b)
+    outer = torch.nn.functional.linear(layer_norm(x, weight, bias), *matrix).square().mean()
+    torch.testing.assert_close(torch.autograd.grad(outer, norm.weight)[0].norm(), torch.tensor(MAML))
+
+
+def encoder_layer():
+    torch.manual_seed(3)
+    layer = tfm.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return layer, torch.randn(2, 5, 8)
+
+
+def test_a_layers_gradients_of_each_example():
+    layer, x = encoder_layer()
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    gradient = torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x[None],)).sin().sum())
+    found = torch.vmap(gradient, in_dims=(None, 0))(parameters, x)
+    for name, parameter in layer.named_parameters():
+        expected = [torch.autograd.grad(layer(x[place : place + 1]).sin().sum(), parameter)[0] for place in range(2)]
+        torch.testing.assert_close(found[name], torch.stack(expected), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_layers_jacobian_in_one_batch():
+    layer, x = encoder_layer()
+    found, expected = (
+        torch.autograd.functional.jacobian(lambda x: layer(x).sum(dim=(0, 1)), x, vectorize=together)
+        for together in (True, False)
+    )
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_layers_backward_as_compiled_autograd_has_it():
+    layer, x = encoder_layer()
+    expected = torch.autograd.grad(layer(x).sin().sum(), list(layer.parameters()))
+    root = layer(x).sin().sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        root.backward()
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "MultiheadAttention", "LayerNorm"])
+def test_modules_without_values(kind):
+    arguments = {"MultiheadAttention": (8, 2), "LayerNorm": (8,), "TransformerEncoderLayer": (8, 2, 16)}[kind]
+    module = getattr(tfm.nn, kind)(*arguments, device="meta")
+    x = torch.empty(5, 3, 8, device="meta", requires_grad=True)
+    output = module(x, x, x)[0] if kind == "MultiheadAttention" else module(x)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    assert output.is_meta
+    assert gradient.is_meta
+    assert output.shape == gradient.shape == x.shape

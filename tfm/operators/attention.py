@@ -108,10 +108,10 @@ def rows_like(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tens
 
     So a [B, S, H, D] projection seen as [B, H, S, D] has an output whose heads lie side by side again.
     """
-    leading = range(x.dim() - 1)
-    order = sorted(leading, key=lambda dim: (x.stride(dim), -dim), reverse=True)
-    dense = torch.empty([x.shape[dim] for dim in order] + [columns], dtype=dtype or x.dtype, device=x.device)
-    return dense.permute([order.index(dim) for dim in leading] + [x.dim() - 1])
+    order = sorted(range(x.dim() - 1), key=lambda dim: (x.stride(dim), -dim), reverse=True)
+    # No view of another tensor, which autograd would not let anyone change in place.
+    shape, layout = (*x.shape[:-1], columns), (*order, x.dim() - 1)
+    return torch.empty_permuted(shape, layout, dtype=dtype or x.dtype, device=x.device)
 
 
 def row_statistics(query: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ class SplitHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         whole = None
-        # Second derivatives and batches have to see every part, not the memory of the first.
-        if not beyond_one_backward(*gradients) and are_side_by_side(gradients):
+        # Second derivatives, batches and compiled autograd have to see every part, not the memory of the first.
+        plain = torch.compiler.is_compiling() or beyond_one_backward(*gradients)
+        if not plain and are_side_by_side(gradients):
             first = gradients[0]
             outer, width = first.shape[:-2], len(gradients) * first.shape[-2:].numel()
             whole = first.as_strided((*outer, width), (*first.stride()[:-2], 1))

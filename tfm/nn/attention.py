@@ -107,17 +107,20 @@ def project(module: torch.nn.MultiheadAttention, query: Tensor, key: Tensor, val
                 f"{name}: expected [..., {dim}], got shape {tuple(x.shape)}"
             )
     heads = (module.num_heads, module.head_dim)
-    # Torch's layers take a bias of another dtype than their weights.
-    bias = None if module.in_proj_bias is None else module.in_proj_bias.to(module.out_proj.weight.dtype)
-    if module.in_proj_weight is None:
+    weight = module.in_proj_weight
+    bias: Tensor | None = module.in_proj_bias
+    if bias is not None:
+        # torch's layers take a bias of another dtype than their weights.
+        bias = bias.to(module.q_proj_weight.dtype if weight is None else weight.dtype)
+    if weight is None:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         inputs = zip((query, key, value), weights, biases, strict=True)
         return tuple(F.linear(x, w, b).unflatten(-1, heads) for x, w, b in inputs)
     if query is key and key is value:
-        return ops.split_heads(F.linear(query, module.in_proj_weight, bias), 3, module.num_heads)
+        return ops.split_heads(F.linear(query, weight, bias), 3, module.num_heads)
     sizes = (module.embed_dim, 2 * module.embed_dim)
-    query_weight, other_weight = module.in_proj_weight.split(sizes)
+    query_weight, other_weight = weight.split(sizes)
     query_bias, other_bias = (None, None) if bias is None else bias.split(sizes)
     q = F.linear(query, query_weight, query_bias).unflatten(-1, heads)
     if key is value:

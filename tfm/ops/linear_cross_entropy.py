@@ -69,7 +69,7 @@ def linear_cross_entropy(
     check_vector("linear_bias", linear_bias, classes)
     check_vector("weight", weight, classes)
     if classes == 0:
-        raise ValueError(f"linear_weight: expected at least one class, got shape {tuple(linear_weight.shape)}")
+        raise BadArgument(f"linear_weight: expected at least one class, got shape {tuple(linear_weight.shape)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check_numbers(label_smoothing=label_smoothing, z_loss=z_loss)

@@ -95,11 +95,13 @@ def normal(x):
 
 @triton.jit
 def tanh(x):
-    """tanh of fp32 to a few units in the last place, near 0 too: Triton's interpreter has no libdevice."""
+    """Within about an ulp of fp32 (Moshier, Cephes, tanhf.c); libdevice's is missing in the interpreter."""
     square = x * x
-    # Its Taylor series up to x¹¹, right to 2e-9 of the value where |x| < 0.3.
-    series = -0.05396825396825397 + square * (0.021869488536155203 - 0.008863235529902197 * square)
-    series = x + x * square * (-0.3333333333333333 + square * (0.13333333333333333 + square * series))
-    decay = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -size, size))
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    near = series * square * x + x
+    # exp2 overflows to infinity, and the quotient to 0, as it should.
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.8853900817779268) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))

@@ -48,7 +48,7 @@ def rereads(ttir: str, apart: Collection[str] = ()) -> list[str]:
     """
     events = list(_events(ttir))
     barriers = [event for event in events if event.kind == "barrier"]
-    found = set()
+    found: set[str] = set()
     for store in (event for event in events if event.kind == "store"):
         for load in (event for event in events if event.kind == "load"):
             if (shared := store.origins & load.origins) and _may_meet(store, load, barriers):

@@ -167,3 +167,21 @@ def test_sources_follow_imports_and_names(tmp_path):
     package.write_text(f"from tfm.kernels.launch.scaled import scaled_tiles\n{package.read_text()}")
     expected = ["kernels/launch/scaled.py", "kernels/philox.py", "kernels/scaled.py"]
     assert sources_of("scaled", tmp_path) == expected
+
+
+def test_losses_at_equal_updates_are_told(tmp_path):
+    side = [{"mean": 6.0, "deviation": 0.5}, {"mean": 5.25, "deviation": 0.125}]
+    apart = [{"mean": 0.0, "standard_error": 1.0, "p": 1.0}, {"mean": -0.25, "standard_error": 0.5, "p": 0.625}]
+    losses = {"tfm": side, "eager": side, "difference": apart}
+    data = {
+        "benchmark": "learning",
+        "environment": {"date": "2026-01-02T00:00:00+00:00", "gpu": None, "cpu": "a CPU"},
+        "corpus": "bundled",
+        "arguments": {"preset": "demo", "dropout": 0.3, "batch_tokens": 1024},
+        "points": [50, 100],
+        "summary": {"seeds": [1, 2], "train_loss": losses, "validation_loss": losses},
+    }
+    (tmp_path / "learning.json").write_text(json.dumps(data))
+    text = tables.markdown(load(tmp_path), tmp_path)
+    assert "2 seeds of each from the same weights on the same batches (`learning.json`, 2026-01-02)" in text
+    assert "| 100 | 5.250 ± 0.125 | 5.250 ± 0.125 | -0.250 ± 0.500 | 62% |" in text

@@ -32,6 +32,7 @@ def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
     # Of several that measured the same the newest speaks of speed; an older one only of what was learnt.
     fastest = {_task(record): record for record in of_training if record.data.get("throughput")}
     parts = [training(record, fastest.get(_task(record), record) is record) for record in reversed(of_training)]
+    parts += [learning(record) for record in reversed(records) if record.data.get("benchmark") == "learning"]
     parts += [device(record, root) for record in newest(records)]
     parts.append(missing(records, root))
     return "\n\n".join(parts)
@@ -128,6 +129,28 @@ def training(record: Record, with_speed: bool = True) -> str:
     if record.data.get("quality"):
         lines += ["", *_learnt(record.data)]
     return "\n".join(lines)
+
+
+def learning(record: Record) -> str:
+    """A record of the learning benchmark: losses of both sides at equal updates, and whether they differ."""
+    arguments, points, found = record.data["arguments"], record.data["points"], record.data["summary"]
+    lines = [
+        f"At equal updates: preset `{arguments['preset']}` on {CORPORA[record.data['corpus']]} with dropout "
+        f"{arguments['dropout']}, batches of {arguments['batch_tokens']:,} tokens, {len(found['seeds'])} seeds of each "
+        f"from the same weights on the same batches (`{record.path.name}`, {record.environment['date'][:10]}). Mean "
+        "and standard deviation of the validation loss over the seeds, the mean of the paired differences with its "
+        "standard error, and how many sign patterns of them lie as far from 0:",
+        "",
+    ]
+    losses = found["validation_loss"]
+    rows = []
+    for place, update in enumerate(points):
+        if update % 100 == 0:
+            ours, theirs, apart = (losses[name][place] for name in ("tfm", "eager", "difference"))
+            moments = [f"{side['mean']:.3f} ± {side['deviation']:.3f}" for side in (ours, theirs)]
+            difference = f"{apart['mean']:+.3f} ± {apart['standard_error']:.3f}"
+            rows.append([f"{update:,}", *moments, difference, f"{apart['p']:.0%}"])
+    return "\n".join(lines + _table(["updates", NAMES["tfm"], NAMES["eager"], "difference", "as far"], rows))
 
 
 def _task(record: Record) -> tuple[str, str, str]:

@@ -21,6 +21,7 @@ import math
 import triton
 import triton.language as tl
 
+from tfm.kernels.activations import tanh
 from tfm.operators import attention as operators
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -152,20 +153,6 @@ def mask_tile(words, row, row_stride, inside, first_column, BLOCK_COLUMNS: tl.co
     bit = first_column % 32 + tl.arange(0, BLOCK_COLUMNS // WORDS)
     tile = (bits[:, :, None] >> bit[None, None, :]) & 1
     return tl.reshape(tile != 0, [row.shape[0], BLOCK_COLUMNS])
-
-
-@triton.jit
-def tanh(x):
-    """Within about an ulp of fp32 (Moshier, Cephes, tanhf.c); libdevice's is missing in the interpreter."""
-    square = x * x
-    series = -5.70498872745e-3 * square + 2.06390887954e-2
-    series = series * square - 5.37397155531e-2
-    series = series * square + 1.33314422036e-1
-    series = series * square - 3.33332819422e-1
-    near = series * square * x + x
-    # exp2 overflows to infinity, and the quotient to 0, as it should.
-    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit

@@ -27,6 +27,12 @@ def test_readme_matches_the_records(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().err
 
 
+def test_readme_says_first_whether_anything_has_run_on_a_gpu():
+    head, _, _ = (ROOT / "README.md").read_text(encoding="utf-8").partition("## ")
+    has_run = any(record.environment["gpu"] for record in load(ROOT / "benchmarks" / "results"))
+    assert ("**Nothing of it has run on a GPU yet.**" in head) != has_run
+
+
 def test_every_picture_in_readme_is_there():
     for record in newest(load(ROOT / "benchmarks" / "results")):
         assert len(tables.charts_of(record)) == 2, record.path

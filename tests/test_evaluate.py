@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 
 import pytest
 import sacrebleu
@@ -41,6 +42,14 @@ def test_scores_and_signatures_are_sacrebleu_s(tokenize, lowercase):
     )
     assert f"case:{case}" in found.chrf_signature
     assert sacrebleu.__version__ in found.chrf_signature
+
+
+def test_how_an_accent_is_composed_matters_not():
+    composed = ["un étudiant lit un très vieux livre"]
+    decomposed = [unicodedata.normalize("NFD", line) for line in composed]
+    assert decomposed != composed
+    found = score(composed, decomposed), score(decomposed, composed)
+    assert all((scores.bleu, scores.chrf) == (pytest.approx(100), pytest.approx(100)) for scores in found)
 
 
 def test_tokenizer_and_case_matter():

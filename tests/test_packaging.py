@@ -258,7 +258,7 @@ def test_an_installation_finds_the_sources_to_compile(installed, tmp_path):
 OF_TRANSLATION = "tokenizers safetensors sacrebleu matplotlib pydantic typer rich numpy"
 
 
-def test_operations_layers_and_the_model_need_torch_alone():
+def test_operations_and_layers_need_torch_alone():
     program = f"""{BLOCKED.format(package=OF_TRANSLATION)}
 import torch, tfm, tfm.native.build
 from tfm import nn, ops

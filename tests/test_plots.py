@@ -145,6 +145,7 @@ def test_attention_maps_of_a_long_sentence_stay_a_picture(figures: list[Figure])
     square, text = torch.rand(1, 2, 300, 300), " ".join(tokens)
     height, width, _ = pixels(plots.attention_maps(AttentionMaps(text, text, tokens, tokens, square, square, square)))
     assert max(height, width) < 2000
+    assert figures[0].get_suptitle().replace("\n", " ").endswith(f"→ {text[:198]} …")
     axes = figures[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == tokens[::8]
     assert axes.get_yticks().tolist() == list(range(0, 300, 8))
@@ -202,6 +203,11 @@ def test_a_font_that_is_missing_is_named(installed_fonts: list[str]) -> None:
         "no installed font has every character, boxes stand for the others: install Noto Sans Thai for ไ (on Debian: "
         "fonts-noto-core), Noto Sans CJK for 日가 (on Debian: fonts-noto-cjk)"
     )
+
+
+def test_of_many_missing_characters_a_few_are_named(installed_fonts: list[str]) -> None:
+    many = "".join(map(chr, range(0x4E00, 0x4E20)))
+    assert fonts_for(many).advice.endswith(f"Noto Sans CJK for {many[:8]} … (on Debian: fonts-noto-cjk)")
 
 
 def test_installed_fonts_serve_what_matplotlibs_lacks(

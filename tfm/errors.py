@@ -32,7 +32,8 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "tfm":
+        # Of tfm itself it is a fault of ours, and another extra has spoken already.
+        if isinstance(error, MissingExtra) or error.name is None or error.name.partition(".")[0] == "tfm":
             raise
         message = f"{error.name} is not installed: pip install 'tfm[{name}]' brings it ('.[{name}]' in a checkout)"
         raise MissingExtra(message, name=error.name) from None

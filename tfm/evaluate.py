@@ -58,7 +58,7 @@ WRITINGS = (
 
 
 def score(translations: list[str], references: list[str], tokenize: str = "13a", lowercase: bool = False) -> Scores:
-    """Compare translations with one reference each.
+    """Compare translations with one reference each, both in NFC: what looks the same is the same.
 
     Args:
         translations, references: as many lines of each.
@@ -70,6 +70,7 @@ def score(translations: list[str], references: list[str], tokenize: str = "13a",
     """
     bleu = _bleu(tokenize, lowercase)
     chrf = sacrebleu.CHRF(lowercase=lowercase)
+    translations, references = map(_composed, (translations, references))
     return Scores(
         bleu.corpus_score(translations, [references]).score,
         chrf.corpus_score(translations, [references]).score,
@@ -106,6 +107,10 @@ def _writing(lines: list[str]) -> Writing | None:
         if own > total / 2 and telling >= total / 10:
             return writing if own > writing.longest * words else None
     return None
+
+
+def _composed(lines: list[str]) -> list[str]:
+    return [unicodedata.normalize("NFC", line) for line in lines]
 
 
 def _bleu(tokenize: str, lowercase: bool) -> sacrebleu.BLEU:

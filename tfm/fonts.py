@@ -16,8 +16,12 @@ with extra("translate"):
 # It has a box for every character there is.
 LAST_RESORT = "Last Resort"
 # By the first word of Unicode's names of their characters: a font that has them, and its package in Debian.
-CJK = "Noto Sans CJK", "fonts-noto-cjk"
-KNOWN = dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH", "FULLWIDTH", "IDEOGRAPHIC", "HANGUL"), CJK)
+CJK, NOTO = ("Noto Sans CJK", "fonts-noto-cjk"), ("Noto Sans", "fonts-noto-core")
+KNOWN = {
+    **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH", "FULLWIDTH", "IDEOGRAPHIC", "HANGUL"), CJK),
+    **dict.fromkeys(("LATIN", "GREEK", "CYRILLIC", "COMBINING", "MODIFIER"), NOTO),
+}
+MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,10 @@ class Fonts:
         for character in self.missing:
             font = _font_of(character)
             wanted[font] = wanted.get(font, "") + character
-        fonts = ", ".join(f"{name} for {text} (on Debian: {package})" for (name, package), text in wanted.items())
+        fonts = ", ".join(
+            f"{name} for {text[:MOST_SHOWN]}{' …' * (len(text) > MOST_SHOWN)} (on Debian: {package})"
+            for (name, package), text in wanted.items()
+        )
         return f"no installed font has every character, boxes stand for the others: install {fonts}"
 
 

@@ -6,7 +6,7 @@ import io
 import math
 import warnings
 from pathlib import Path
-from textwrap import fill, shorten
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -69,8 +69,7 @@ def attention_maps(maps: AttentionMaps, kind: str = "png") -> bytes:
     width = side * heads + 2.0
     families = fonts_for(text_of(maps)).families
     figure = Figure(figsize=(width, (side + 0.3) * rows + 1.8), layout="constrained")
-    titles = (shorten(text, MOST_OF_A_SENTENCE) for text in (maps.sentence, f"→ {maps.translation}"))
-    title = "\n".join(fill(text, int(10 * width)) for text in titles)
+    title = "\n".join(fill(_cut(text), int(10 * width)) for text in (maps.sentence, f"→ {maps.translation}"))
     figure.suptitle(title, fontsize=9, fontfamily=families, parse_math=False)
     figure.supylabel("token that looks (query)", fontsize=8)
     figure.supxlabel("token that is looked at (key)", fontsize=8)
@@ -116,6 +115,10 @@ def positional_encoding(length: int, dim: int, kind: str = "png") -> bytes:
 
 def _series(records: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record[field] for record in records]
+
+
+def _cut(sentence: str) -> str:
+    return sentence if len(sentence) <= MOST_OF_A_SENTENCE else f"{sentence[:MOST_OF_A_SENTENCE]} …"
 
 
 def _labels(tokens: list[str]) -> tuple[list[int], list[str]]:

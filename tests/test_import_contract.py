@@ -46,7 +46,7 @@ CONTRACT = {
     "generate": May("checkpoint config data errors model ops sequences tokenizer", "torch"),
     "evaluate": May("errors", "sacrebleu"),
     "graphs": May("data", "torch"),
-    "precision": May("model", "torch"),
+    "precision": May("model transforms", "torch"),
     "train": May(
         "checkpoint config data errors evaluate files generate graphs model ops precision sequences tokenizer", "torch"
     ),

@@ -185,3 +185,12 @@ def test_autocast_and_half_precision() -> None:
         assert found.dtype == expected.dtype == torch.float32
         assert_matches(found, truth, expected)
         assert ours.bfloat16()(source.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0), (0, 0)])
+def test_nothing_gives_nothing(kind: str, batch: int, length: int) -> None:
+    theirs, ours = make(kind, batch_first=True)
+    names = ("src",) if kind == "Encoder" else ("tgt", "memory")
+    inputs = {name: torch.zeros(batch, length, DIM, dtype=torch.float64) for name in names}
+    assert_equal_results(results(ours, inputs, {}), results(theirs, inputs, {}))

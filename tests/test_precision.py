@@ -71,3 +71,14 @@ def test_any_other_module_is_left_to_autocast():
     linear, x = nn.Linear(4, 3), torch.randn(2, 4)
     assert torch.equal(precision.call(linear, x), autocast(linear, x))
     assert precision.call(linear, x).dtype == torch.bfloat16
+
+
+def test_rounded_weights_have_second_derivatives():
+    weights = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
+    results = []
+    for rounded in (precision.Rounded.apply(*weights), [weight.bfloat16() for weight in weights]):
+        root = sum(x.float().sin().sum() for x in rounded)
+        first = torch.autograd.grad(root, weights, create_graph=True)
+        results.append(torch.autograd.grad(sum(x.square().sum() for x in first), weights))
+    assert all(x.abs().max() > 0.1 for x in results[1])
+    torch.testing.assert_close(*results, rtol=0, atol=0)

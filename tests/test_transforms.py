@@ -9,6 +9,7 @@ import pytest
 import torch
 from operation_samples import DIFFERENTIABLE, NAMED, SAMPLES, curved, on_backends, weights_of
 from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tfm.nn
@@ -198,3 +199,16 @@ def test_modules_without_values(kind):
     assert output.is_meta
     assert gradient.is_meta
     assert output.shape == gradient.shape == x.shape
+
+
+def test_a_model_of_fake_tensors():
+    model = tfm.nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+    with FakeTensorMode() as mode:
+        parameters = {name: mode.from_tensor(parameter) for name, parameter in model.named_parameters()}
+        padding = torch.zeros(3, 5, dtype=torch.bool)
+        masks = {"src_key_padding_mask": padding, "tgt_mask": torch.ones(4, 4, dtype=torch.bool).triu(1)}
+        given = torch.randn(3, 5, 8), torch.randn(3, 4, 8)
+        output = torch.func.functional_call(model, parameters, given, masks)
+        gradients = torch.autograd.grad(output.sum(), list(parameters.values()))
+    assert output.shape == (3, 4, 8)
+    assert [x.shape for x in gradients] == [x.shape for x in model.parameters()]

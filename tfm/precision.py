@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from tfm.model import Transformer
+from tfm.transforms import Recomputed, differentiable_by
+
+
+def _recompute(ctx: Any, *gradients: Tensor) -> Recomputed:
+    return lambda *weights: [weight.bfloat16() for weight in weights], [
+        torch.zeros_like(gradient, dtype=torch.float32) for gradient in gradients
+    ]
 
 
 class Rounded(torch.autograd.Function):
@@ -24,7 +30,7 @@ class Rounded(torch.autograd.Function):
         return tuple(_copies(weights, torch.bfloat16))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_recompute)
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(_copies(gradients, torch.float32))
 

@@ -51,7 +51,7 @@ def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]
         reason = _obstacle(child, types)
         if reason:
             return f"{name} {reason}"
-        if types is NORM and len(child.normalized_shape) > 1:
+        if types is NORM and len(child.normalized_shape) != 1:
             return f"{name} normalises over several dimensions"
         if types is ATTENTION:
             plain = child._qkv_same_embed_dim and child.bias_k is None and not child.add_zero_attn
@@ -68,7 +68,7 @@ def stack_obstacle(layers: torch.nn.ModuleList, norm: Any, layer_type: type) -> 
         if reason:
             return f"layers.{index} {reason}"
     reason = _obstacle(norm, TOKEN_WISE_NORM) if norm is not None else ""
-    if not reason and norm is not None and len(norm.normalized_shape) > 1:
+    if not reason and norm is not None and len(norm.normalized_shape) != 1:
         reason = "normalises over several dimensions"
     return f"norm {reason}" if reason else ""
 

@@ -12,7 +12,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` (Ba et al. 2016, equation 4); over more than one dimension it runs torch's own."""
+    """`torch.nn.LayerNorm` (Ba et al. 2016, equation 4); over several dimensions, or none, it runs torch's own."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., C] to [..., C].
@@ -20,14 +20,14 @@ class LayerNorm(torch.nn.LayerNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if input.is_nested or len(self.normalized_shape) > 1:
+        if input.is_nested or len(self.normalized_shape) != 1 or answers_itself(self.weight):
             return super().forward(input)
         _check_columns(input, self.normalized_shape)
         return ops.layer_norm(widened(input), self.weight, self.bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` (Zhang and Sennrich 2019, equation 4); over more than one dimension it runs torch's own."""
+    """`torch.nn.RMSNorm` (Zhang and Sennrich 2019, equation 4); over several dimensions, or none, torch's own runs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., C].
@@ -35,12 +35,19 @@ class RMSNorm(torch.nn.RMSNorm):
         Raises:
             ValueError: a last dimension other than the one normalised.
         """
-        if x.is_nested or len(self.normalized_shape) > 1:
+        if x.is_nested or len(self.normalized_shape) != 1 or answers_itself(self.weight):
             return super().forward(x)
         _check_columns(x, self.normalized_shape)
         computed = torch.promote_types(x.dtype, torch.float32)
         eps = torch.finfo(computed).eps if self.eps is None else self.eps
         return ops.rms_norm(widened(x), self.weight, eps)
+
+
+def answers_itself(parameter: Tensor | None) -> bool:
+    """Whether a class of its own answers torch's functions for `parameter`, as those of per-sample gradients do."""
+    if parameter is None or type(parameter) in (torch.nn.Parameter, Tensor):
+        return False
+    return type(parameter).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def widened(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tfm.errors import AssertedArgument, BadArgument
 from tfm.nn.scope import Padded, check_attention_mask, check_mask_dtype, merge_masks
@@ -220,7 +221,7 @@ def survey(
 
 def may_read(x: Tensor) -> bool:
     """Whether values may be read from the device here: not while a graph is being traced or captured."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or isinstance(x, FakeTensor):
         return False
     if torch._C._are_functorch_transforms_active():
         return False

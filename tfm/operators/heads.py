@@ -26,7 +26,8 @@ class SplitHeads(torch.autograd.Function):
             whole = first.as_strided((*outer, width), (*first.stride()[:-2], 1))
         if whole is None:
             whole = torch.stack(gradients, -3)
-            whole = whole.reshape(*whole.shape[:-3], -1)
+            # Not -1, which says nothing where there are no rows.
+            whole = whole.reshape(*whole.shape[:-3], whole.shape[-3:].numel())
         return whole, None, None
 
 

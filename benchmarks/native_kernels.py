@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int
     """The kernels of one file on one chip, from the cache where nothing changed."""
     headers = sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
     read = b"".join(path.read_bytes() for path in (Path(__file__), source, *headers))
-    options = repr((version, plan.DEVICE_FLAGS, source.name, capability))
+    columns = [field.name for field in fields(Compiled)]
+    options = repr((version, plan.DEVICE_FLAGS, source.name, capability, columns))
     stored = plan.cache() / "checks" / f"{hashlib.sha256(options.encode() + read).hexdigest()[:20]}.json"
     if stored.is_file():
         return [Compiled(**row) for row in json.loads(stored.read_text())]

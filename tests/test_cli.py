@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import lzma
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,14 +19,12 @@ from small_run import FLAGS, STEPS, complaints, log_of, pairs, start_tfm, tfm, w
 
 from tfm import native
 from tfm.checkpoint import Run, load_model, load_tensors, save_tensors
-from tfm.cli import devices, translation
+from tfm.cli import translation
 from tfm.cli.progress import TrainingProgress, clock
 from tfm.cli.training import BleuTokenizer, Dtype, PresetName
 from tfm.config import PRESETS
 from tfm.evaluate import TOKENIZERS
-from tfm.fonts import fonts_for
 from tfm.generate import Search, translate
-from tfm.native import plan, toolchain
 from tfm.tokenizer import EOS
 from tfm.train import Training
 
@@ -259,33 +253,6 @@ def test_translate_of_little(trained: tuple[Path, str], stdin: bytes, lines: int
     assert result.stdout.count("\n") == lines
 
 
-def test_missing_kernels_are_told_once(trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "obstacle", lambda device: "tfm_native is not built: `tfm build` compiles it")
-    monkeypatch.setattr(toolchain, "ninja", raise_no_ninja)
-    devices.say_what_is_missing.cache_clear()
-    first, second = (tfm("translate", trained[0], "--threads", "1", stdin=b"oui\n") for _ in range(2))
-    assert first.stderr == (
-        "tfm: note: slower than it could be, on the reference in plain torch: tfm_native is not built: `tfm build` "
-        "compiles it, which needs more first: no ninja\n"
-    )
-    assert (first.stdout, second.stderr) == (second.stdout, "")
-
-
-def raise_no_ninja() -> str:
-    raise plan.BuildError("no ninja")
-
-
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_translate_reads_compressed_lines(trained: tuple[Path, str], pack: Callable[[bytes], bytes]) -> None:
-    lines = "".join(f"{line}\n" for line in pairs()[0][:3]).encode()
-    plain, packed = (tfm("translate", trained[0], "--threads", "1", stdin=stdin) for stdin in (lines, pack(lines)))
-    assert packed.exit_code == 0
-    assert packed.stdout == plain.stdout
-    broken = tfm("translate", trained[0], "--threads", "1", stdin=pack(lines)[:-9])
-    assert broken.exit_code == 2
-    assert broken.stderr.startswith("tfm: error: <stdin>: truncated or damaged ")
-
-
 def test_a_closed_pipe_ends_quietly(trained: tuple[Path, str], tmp_path: Path) -> None:
     source = tmp_path / "many"
     source.write_text("oui\n" * 3 * translation.WINDOW, encoding="utf-8")
@@ -315,22 +282,6 @@ def test_evaluate_is_what_sacrebleu_says(talkative: Path, tmp_path: Path) -> Non
     assert chrf_score > 0
 
 
-def test_bleu_that_cannot_work_is_told(trained: tuple[Path, str], tmp_path: Path) -> None:
-    source, reference = tmp_path / "source", tmp_path / "reference"
-    source.write_text("".join(f"{line}\n" for line in pairs()[0][:2]), "utf-8")
-    reference.write_text("我喜欢你的猫。\n两个男人站在花园里。\n", "utf-8")
-    texts = ["--source", source, "--reference", reference, "--threads", "1"]
-    warning = "tfm: warning: the references are Chinese, which tokenizer 13a does not cut into words"
-    assert tfm("evaluate", trained[0], *texts).stderr.startswith(warning)
-    fitting = tfm("evaluate", trained[0], *texts, "--tokenize", "zh")
-    assert (fitting.exit_code, fitting.stderr) == (0, "")
-    assert "|tok:zh|" in fitting.stdout
-    validation = ["--valid-source", source, "--valid-target", reference, "--max-steps", "1"]
-    trained_on = tfm("train", *write_text(tmp_path), *FLAGS, *validation, "--out", tmp_path / "run")
-    assert trained_on.stderr.startswith(warning)
-    assert trained_on.exit_code == 0
-
-
 # Pictures, demo, doctor, and the command itself
 
 
@@ -340,24 +291,6 @@ def test_attend_draws_the_models_own_translation(trained: tuple[Path, str], tmp_
     result = tfm("attend", trained[0], sentence, "--out", out)
     assert result.stdout == f"{sentence} -> {translate(model, tokenizer, [sentence])[0]}\nwrote {out}\n"
     assert out.read_bytes().startswith(PNG)
-
-
-def test_attend_names_the_font_that_is_missing(
-    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
-    fonts_for.cache_clear()
-    unknown = "\U0001e900"  # Adlam
-    result = tfm("attend", trained[0], f"oui {unknown}", "--translation", "yes", "--out", tmp_path / "a.svg")
-    assert result.stderr == (
-        "tfm: warning: no installed font has every character, boxes stand for the others: install Noto Sans Adlam for "
-        f"{unknown} (on Debian: fonts-noto-core)\n"
-    )
-    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
-    refused = tfm("attend", trained[0], "oui", "--out", tmp_path / "a.jpg")
-    assert refused.exit_code == 2
-    assert refused.stderr == f"tfm: error: {tmp_path / 'a.jpg'}: expected a name that ends in .png, .pdf, .svg\n"
-    assert not (tmp_path / "a.jpg").exists()
 
 
 def test_plot_positions(tmp_path: Path) -> None:

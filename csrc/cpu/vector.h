@@ -139,6 +139,16 @@ TFM_INLINE void zip(Vector a, Vector b, Vector& first, Vector& second) {
 
 TFM_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
+// The same number, which no operation after it is fused with: what two kernels compute is the same to the last bit.
+TFM_INLINE Floats unfused(Floats x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#else
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 // Lane 0 meets the lane `half` behind it, then the half of that, and so on.
 TFM_INLINE float sum(Floats value) {
 #pragma GCC unroll 4

@@ -25,9 +25,10 @@ class May(NamedTuple):
 # Each row may name rows above it only: nothing imports upward.
 CONTRACT = {
     "errors": May(),
+    "files": May("errors"),
     "operators": May(outside="torch"),
     "kernels": May("operators", "torch triton"),
-    "native": May("errors operators", "torch tfm", lazily="ninja rich"),
+    "native": May("errors files operators", "torch tfm", lazily="ninja rich"),
     "sequences": May(outside="torch"),
     "reference": May("sequences", "torch"),
     "ops": May("reference operators native sequences", "torch", lazily="kernels"),
@@ -35,7 +36,6 @@ CONTRACT = {
     "patching": May("ops nn", "torch", lazily="transformers"),
     "tfm": May("ops nn patching"),
     "config": May("errors ops"),
-    "files": May("errors"),
     "tokenizer": May("errors files", "tokenizers"),
     "data": May("errors sequences tokenizer", "torch"),
     "model": May("config nn ops sequences", "torch"),

@@ -25,17 +25,18 @@ def attend(
     """Draw where every head looks: encoder, decoder, and cross-attention, layer by layer."""
     from tfm.attend import attend as attend_sentence
     from tfm.checkpoint import load_model
-    from tfm.files import write_atomically
+    from tfm.files import check_writable, is_printed_to, write_atomically
     from tfm.generate import translate
     from tfm.plots import attention_maps
 
+    check_writable(out)
     model, tokenizer = load_model(run, prepare(device, None))
     if translation is None:
         translation = translate(model, tokenizer, [sentence])[0]
     maps = attend_sentence(model, tokenizer, sentence, translation)
     write_atomically(out, attention_maps(maps))
-    typer.echo(f"{sentence} -> {translation}")
-    typer.echo(f"wrote {out}")
+    typer.echo(f"{sentence} -> {translation}", err=is_printed_to(out))
+    typer.echo(f"wrote {out}", err=is_printed_to(out))
 
 
 @plot.command()
@@ -45,11 +46,12 @@ def positions(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("positions.png"),
 ) -> None:
     """Draw the sinusoidal positional encoding ("Attention Is All You Need", section 3.5)."""
-    from tfm.files import write_atomically
+    from tfm.files import check_writable, is_printed_to, write_atomically
     from tfm.plots import positional_encoding
 
+    check_writable(out)
     write_atomically(out, positional_encoding(length, dim))
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {out}", err=is_printed_to(out))
 
 
 @plot.callback()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tfm.cli.devices import Device, Threads, prepare
+from tfm.cli.streams import standard_input, standard_output
 from tfm.cli.training import BleuTokenizer
 from tfm.errors import UserError
 
@@ -36,8 +36,10 @@ def translate(
 
     Blank lines stay blank. A line longer than the model takes is cut, with a warning on stderr.
     """
+    # Before what is slow to import.
+    stdin, stdout = standard_input(), standard_output()
     from tfm.checkpoint import load_model
-    from tfm.data import split_lines
+    from tfm.data import lines_of, split_lines
     from tfm.generate import Search
     from tfm.generate import translate as translate_lines
 
@@ -48,9 +50,9 @@ def translate(
     def warn(index: int, tokens: int) -> None:
         _warn_truncated("<stdin>", done + index + 1, tokens, model.config.max_length)
 
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
-    window = 1 if sys.stdin.isatty() else WINDOW
-    while read := list(islice(stdin, window)):
+    given = lines_of(stdin, "<stdin>")
+    window = 1 if stdin.isatty() else WINDOW
+    while read := list(islice(given, window)):
         lines = split_lines(b"".join(read), "<stdin>", first_line=done + 1)
         translations = translate_lines(model, tokenizer, lines, search, warn)
         stdout.write("".join(f"{line}\n" for line in translations).encode())
@@ -74,13 +76,17 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Translate a text and compare with its reference: BLEU and chrF, with sacrebleu's signatures."""
+    # Before what is slow to import.
+    standard_output()
     from tfm.checkpoint import load_model
     from tfm.data import read_lines
     from tfm.evaluate import score
-    from tfm.files import write_atomically
+    from tfm.files import check_writable, write_atomically
     from tfm.generate import Search
     from tfm.generate import translate as translate_lines
 
+    if translations is not None:
+        check_writable(translations)
     lines, references = read_lines(source), read_lines(reference)
     if len(lines) != len(references):
         raise UserError(f"{source} has {len(lines)} lines but {reference} has {len(references)}: expected as many")
@@ -90,11 +96,12 @@ def evaluate(
         _warn_truncated(str(source), index + 1, tokens, model.config.max_length)
 
     found = translate_lines(model, tokenizer, lines, Search(beam, length_penalty, batch_tokens), warn)
-    if translations is not None:
-        write_atomically(translations, "".join(f"{line}\n" for line in found).encode())
     scores = score(found, references, tokenize, lowercase)
     typer.echo(f"BLEU {scores.bleu:.2f}  {scores.bleu_signature}")
     typer.echo(f"chrF {scores.chrf:.2f}  {scores.chrf_signature}")
+    # Last, so that a full disk does not take the scores along.
+    if translations is not None:
+        write_atomically(translations, "".join(f"{line}\n" for line in found).encode())
 
 
 def _warn_truncated(name: str, line: int, tokens: int, max_length: int) -> None:

@@ -2,7 +2,7 @@
 
 from tfm.data.batch import IGNORED, Batch, PaddedBatch
 from tfm.data.plan import BatchPlan, EncodedPairs, batches, encode_parallel
-from tfm.data.text import ParallelText, read_lines, read_parallel, split_lines
+from tfm.data.text import ParallelText, lines_of, read_lines, read_parallel, split_lines
 
 __all__ = [
     "IGNORED",
@@ -13,6 +13,7 @@ __all__ = [
     "ParallelText",
     "batches",
     "encode_parallel",
+    "lines_of",
     "read_lines",
     "read_parallel",
     "split_lines",

@@ -31,8 +31,9 @@ def test_translate_gives_a_line_for_each_line(talkative: Path, monkeypatch: pyte
     lines = [source[0], "", " \t", source[1], "chat " * 70 + "\u2028x", source[2]]
     model, tokenizer = load_model(talkative)
     expected = translate(model, tokenizer, lines, Search(beam=2))
-    for window in (2, translation.WINDOW):
+    for window, size in ((2, 10**9), (translation.WINDOW, 10**9), (translation.WINDOW, 300)):
         monkeypatch.setattr(translation, "WINDOW", window)
+        monkeypatch.setattr(translation, "WINDOW_BYTES", size)
         result = tfm("translate", talkative, "--beam", "2", "--threads", "1", stdin=stdin)
         assert result.exit_code == 0
         assert result.stdout_bytes.decode().split("\n") == [*expected, ""]

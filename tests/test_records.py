@@ -1,4 +1,4 @@
-"""A run's JSON files, whatever stands in them: what is valid loads as it is, all else is one line."""
+"""config.json, paths.json and a state's metadata: what is valid loads as it is, all else is one line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from altered_json import altered, check_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import small_config
 
-from tfm import plots
 from tfm.checkpoint import Run
-from tfm.cli.runs import Texts, read_started
+from tfm.cli.runs import read_started
+from tfm.cli.texts import Texts
 from tfm.config import PRESETS, Recipe, TransformerConfig, to_dict
 from tfm.errors import UserError
-from tfm.records import Place, check, parse_log
+from tfm.records import Place, check
 from tfm.train import Options
 
 RECIPE = PRESETS["tiny"].recipe
@@ -38,49 +38,7 @@ CONFIG = {
     },
 }
 PATHS = {"source": "file:///a%20b/caf%E9.fr", "target": "file:///a.en", "valid_source": None, "valid_target": None}
-LOG = [
-    {"event": "train", "step": 20, "epoch": 0, "loss": 5.5, "gradient_norm": 1.0, "learning_rate": 1e-3, "seconds": 9},
-    {"event": "checkpoint", "step": 20, "path": "checkpoints/step-00000020.safetensors"},
-    {"event": "validation", "step": 20, "loss": 5.0, "bleu": 1.5, "samples": [{"source": "a\u2028b"}]},
-]
 PLACE = {"step": 20, "epoch": 1, "batch": 3, "loss_steps": 0}
-
-odd_numbers = st.sampled_from([0, -1, 1.5, True, 10**30, 10**400, 2**63, 1e308, math.inf, math.nan, -0.0])
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | odd_numbers
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
-deep = st.integers(1, 3).map(lambda power: json.loads("[" * 50 * power + "]" * 50 * power))
-anything = st.one_of(values, deep)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in nested JSON."""
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [path, *(place for key in keys for place in places(value[key], (*path, key)))]
-
-
-@st.composite
-def altered(draw: st.DrawFn, whole: Any) -> bytes:
-    """JSON with one thing in it replaced, left out, added or torn."""
-    whole = json.loads(json.dumps(whole))
-    path = draw(st.sampled_from(places(whole)))
-    if path:
-        *before, last = path
-        holder = whole
-        for key in before:
-            holder = holder[key]
-        if draw(st.booleans()):
-            holder[last] = draw(anything)
-        else:
-            del holder[last]
-        if isinstance(holder, dict) and draw(st.booleans()):
-            holder[draw(st.text(max_size=3))] = draw(anything)
-    else:
-        whole = draw(anything)
-    data = json.dumps(whole, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
-    if draw(st.integers(0, 3)) == 0:
-        place = draw(st.integers(0, len(data)))
-        data = data[:place] + draw(st.binary(max_size=2)) + data[place + draw(st.integers(0, 3)) :]
-    return data
 
 
 def read(folder: Path) -> tuple[TransformerConfig, Recipe, Options, Texts]:
@@ -94,12 +52,6 @@ def written(folder: Path, config: bytes | None = None, paths: bytes | None = Non
     (folder / "config.json").write_bytes(json.dumps(CONFIG).encode() if config is None else config)
     (folder / "paths.json").write_bytes(json.dumps(PATHS).encode() if paths is None else paths)
     return folder
-
-
-def check_line(refusal: UserError, path: Path) -> None:
-    """One line that names its file."""
-    assert str(refusal).startswith(str(path))
-    assert len(str(refusal).splitlines()) == 1
 
 
 # What is valid
@@ -163,22 +115,6 @@ def test_every_valid_config_loads(tmp_path_factory, config, recipe, options):
     run = Run(tmp_path_factory.mktemp("run"))
     run.write_config(config, recipe, CONFIG["training"] | {"options": asdict(options)})
     assert read(run.folder)[:3] == (config, recipe, options)
-
-
-@given(st.dictionaries(st.text(max_size=9), values, max_size=4))
-@settings(deadline=None, max_examples=40)
-def test_what_a_record_tells_beside_is_kept(more):
-    more = {name: value for name, value in more.items() if json.dumps(value) == json.dumps(value).replace("NaN", "")}
-    lines = [more | record for record in LOG]
-    try:
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    except UnicodeEncodeError:
-        return
-    assert parse_log(data, "log") == json.loads(json.dumps(lines))
-
-
-def test_events_of_tomorrow_are_records():
-    assert parse_log(b'{"event": "pause", "step": 3}\n', "log") == [{"event": "pause", "step": 3}]
 
 
 # What is not
@@ -296,57 +232,3 @@ def test_any_place_is_read_or_refused(data):
         return
     assert all(type(number) is int for number in vars(place).values())
     assert max(place.epoch, place.batch, place.loss_steps) <= place.step
-
-
-# The log
-
-
-@pytest.mark.parametrize("line", ["{}", "[]", "1", '{"event": "train", "step": 1}', '{"event": "train", "step": -1}'])
-def test_a_line_that_is_no_record(tmp_path, line):
-    run = Run(tmp_path)
-    run.log.write_text(json.dumps(LOG[0]) + "\n" + line + "\n")
-    with pytest.raises(UserError) as raised:
-        run.read_log()
-    assert str(raised.value).startswith(f"{run.log}:2: ")
-
-
-@pytest.mark.parametrize(
-    "damage", [b'{"event": "tr', b"\0\0\n", b"\xff\n", b"{\n"], ids=["torn", "zeros", "bytes", "JSON"]
-)
-def test_what_a_crash_tore_off_is_left_out(tmp_path, damage):
-    run = Run(tmp_path)
-    assert run.read_log() == []
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in LOG).encode()
-    run.log.write_bytes(lines + damage)
-    assert run.read_log() == LOG
-    if damage.endswith(b"\n"):
-        # Whole lines after it: no crash wrote that, and they may record a checkpoint.
-        run.log.write_bytes(damage + lines)
-        with pytest.raises(UserError, match=r"log\.jsonl:1: not JSON"):
-            run.read_log()
-
-
-@given(data=st.lists(st.sampled_from(LOG).flatmap(altered), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=150)
-def test_any_log_is_read_or_refused(data):
-    try:
-        records = parse_log(b"".join(line + b"\n" for line in data), "log")
-    except UserError as refusal:
-        check_line(refusal, Path("log"))
-        return
-    for record in records:
-        assert isinstance(record["event"], str)
-        assert type(record["step"]) is int
-        json.dumps(record)
-
-
-@pytest.mark.parametrize("loss", [1e308, 10**400], ids=["float", "int"])
-def test_no_loss_is_that_large(loss):
-    with pytest.raises(UserError, match=r"log:1: loss: expected a (loss|valid number), got 1"):
-        parse_log(json.dumps(LOG[0] | {"loss": loss}).encode() + b"\n", "log")
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, 3e38, 0])
-def test_what_is_read_can_be_drawn(loss):
-    lines = [json.dumps(record | ({"loss": loss} if "loss" in record else {})) + "\n" for record in LOG]
-    assert plots.loss_curve(parse_log("".join(lines).encode(), "log")).startswith(b"\x89PNG")

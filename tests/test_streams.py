@@ -58,6 +58,13 @@ def test_help_on_a_full_disk(flag: str) -> None:
     assert (process.returncode, stderr) == (2, b"tfm: error: No space left on device\n")
 
 
+def test_two_streams_that_are_lost_leave_the_status() -> None:
+    """As `2>&1 | head -0`: Python would end with 120 for what it cannot flush."""
+    process = start_tfm("train", "--resume", "--out", "nowhere", stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait() == 2
+
+
 class Full(io.StringIO):
     def write(self, text: str) -> int:
         raise OSError(28, "No space left on device")

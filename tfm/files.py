@@ -29,7 +29,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         before = _status(path)
         printed_to = _printed_to(before)
         if printed_to is not None:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             _write(printed_to, data)
         elif before is not None and not stat.S_ISREG(before.st_mode):
             descriptor = os.open(path, os.O_WRONLY)

@@ -6,7 +6,6 @@ What is slow to import (torch, matplotlib, sacrebleu) is imported inside the com
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -38,9 +37,9 @@ class Commands(TyperGroup):
             advice = LESS_MEMORY.get(ctx.invoked_subcommand, "what was asked for does not fit")
             message = f"out of memory: {advice}"
         except KeyboardInterrupt:
-            typer.echo("tfm: interrupted", err=True)
+            streams.complain("interrupted")
             raise typer.Exit(130) from None
-        typer.echo("tfm: error: " + " ".join(message.splitlines()), err=True)
+        streams.complain("error: " + " ".join(message.splitlines()))
         raise typer.Exit(2)
 
 
@@ -102,8 +101,7 @@ def main() -> None:
 
 
 def _refused(error: OSError) -> int:
-    with suppress(OSError):
-        typer.echo(f"tfm: error: {_described(error)}", err=True)
+    streams.complain(f"error: {_described(error)}")
     return 2
 
 

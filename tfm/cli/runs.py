@@ -3,55 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import torch
 
 from tfm import plots, state
-from tfm.checkpoint import Run, contents
+from tfm.checkpoint import Run
 from tfm.cli.devices import prepare
 from tfm.cli.progress import TrainingProgress, say
 from tfm.cli.stopping import OUTPUT, end, pasted, stopped_by_signals
 from tfm.cli.streams import Lines
+from tfm.cli.texts import Texts
 from tfm.config import PRESETS, Recipe, TransformerConfig
 from tfm.data import EncodedPairs, ParallelText, batches, encode_parallel, read_parallel
 from tfm.errors import UserError
 from tfm.files import write_atomically
 from tfm.model import Transformer
-from tfm.records import Started, check, parse
+from tfm.records import Started, check
 from tfm.tokenizer import Tokenizer
 from tfm.train import Options, Training
 
 RENAMED_FLAGS = {"interval": "every", "keep": "average"}
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Where the parallel text lies; None = not given."""
-
-    source: Path | None = None
-    target: Path | None = None
-    valid_source: Path | None = None
-    valid_target: Path | None = None
-
-    def write(self, run: Run) -> None:
-        """To paths.json, so that the run may be resumed from another folder: URIs, which hold a path of any bytes."""
-        known = {name: None if path is None else path.resolve().as_uri() for name, path in vars(self).items()}
-        write_atomically(run.paths, (json.dumps(known, indent=2) + "\n").encode())
-
-    @classmethod
-    def read(cls, run: Run, started: Started) -> Texts:
-        """What `write` wrote; of a run older than paths.json, what its config.json tells."""
-        if not run.paths.is_file():
-            return cls(**{name: _path(getattr(started, name), run.config) for name in vars(cls())})
-        known = parse(dict[str, str | None], contents(run.paths), run.paths)
-        return cls(**{name: _path(_from_uri(known.get(name), run.paths), run.paths) for name in vars(cls())})
 
 
 @dataclass(frozen=True)
@@ -66,7 +41,7 @@ class Given:
     model: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    texts: Texts = Texts()
+    texts: Texts = field(default_factory=Texts)
     max_steps: int | None = None
     minutes: float | None = None
     device: str | None = None
@@ -139,8 +114,8 @@ def resume(console: Lines, out: Path, given: Given) -> Training:
     tokenizer = run.read_tokenizer(config, described)
     found = state.read(run.state, config) if run.is_begun() else None
     changed = replace(recipe, **_said({"max_steps": given.max_steps}))
-    if found is not None and changed != recipe:
-        _say_end(console, out, recipe, changed, found.place.step)
+    if changed != recipe:
+        _say_end(console, out, recipe, changed, 0 if found is None else found.place.step)
     text, validation = _read(console, texts)
     pairs = _encode(console, text, tokenizer, config)
     if fingerprint(pairs) != started.text_sha256:
@@ -288,16 +263,3 @@ def _train(console: Lines, training: Training, minutes: float | None) -> None:
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _path(text: str | None, place: Path) -> Path | None:
-    if text is not None and "\0" in text:
-        raise UserError(f"{place}: {text!r}: no path")
-    return None if text is None else Path(text)
-
-
-def _from_uri(uri: str | None, place: Path) -> str | None:
-    try:
-        return None if uri is None else os.fsdecode(unquote_to_bytes(urlsplit(uri).path))
-    except ValueError as error:
-        raise UserError(f"{place}: {uri!r}: no URI ({error})") from None

@@ -14,7 +14,7 @@ from types import FrameType
 
 import typer
 
-from tfm.cli.streams import Lines
+from tfm.cli.streams import Lines, complain
 from tfm.errors import UserError
 from tfm.files import LEFT_BEHIND, check_writable
 from tfm.train import Training
@@ -61,12 +61,7 @@ def end(console: Lines, training: Training, reason: str) -> None:
     else:
         what, status = reason, 128 + signal.Signals[reason]
     saved = f"step {training.step}, saved" if training.step else "step 0, nothing is lost"
-    # The terminal may be gone, too.
-    with suppress(OSError):
-        typer.echo(
-            f"tfm: stopped by {what} at {saved}; continue with: tfm train --resume --out {pasted(training.run.folder)}",
-            err=True,
-        )
+    complain(f"stopped by {what} at {saved}; continue with: tfm train --resume --out {pasted(training.run.folder)}")
     raise typer.Exit(status)
 
 
@@ -125,4 +120,4 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise UserError(f"--out {folder}: another tfm is training in this folder") from None
     except OSError as error:
         # Some network file systems have no locks.
-        typer.echo(f"tfm: warning: {folder}: cannot be locked ({error.strerror}); train there once at a time", err=True)
+        complain(f"warning: {folder}: cannot be locked ({error.strerror}); train there once at a time")

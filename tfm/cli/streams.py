@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from typing import IO, BinaryIO, TextIO, cast
 
+import typer
 from rich.console import Console
 
 from tfm.errors import UserError
@@ -48,6 +49,14 @@ def discard(stream: IO[str] | None) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, cast(IO[str], stream).fileno())
         os.close(null)
+
+
+def complain(text: str) -> None:
+    """A line on stderr, which may be gone, too."""
+    try:
+        typer.echo(f"tfm: {text}", err=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 class Watched(io.TextIOBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,8 @@ from tfm.errors import UserError
 
 # Lines sorted by length and translated together; the output of each window is flushed.
 WINDOW = 2000
+# Bytes of lines after which a window is full, however few they are.
+WINDOW_BYTES = 2**22
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.")]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept for each sentence; 1 is greedy.")]
@@ -52,12 +54,22 @@ def translate(
 
     given = lines_of(stdin, "<stdin>")
     window = 1 if stdin.isatty() else WINDOW
-    while read := list(islice(given, window)):
+    while read := _window(given, window):
         lines = split_lines(b"".join(read), "<stdin>", first_line=done + 1)
         translations = translate_lines(model, tokenizer, lines, search, warn)
         stdout.write("".join(f"{line}\n" for line in translations).encode())
         stdout.flush()
         done += len(read)
+
+
+def _window(lines: Iterator[bytes], most: int) -> list[bytes]:
+    read, size = [], 0
+    for line in lines:
+        read.append(line)
+        size += len(line)
+        if len(read) == most or size >= WINDOW_BYTES:
+            break
+    return read
 
 
 def evaluate(

@@ -104,7 +104,7 @@ class Run:
             raise UserError(f"{self.folder}: no such run folder")
         if not self.config.is_file():
             raise UserError(f"{self.folder}: not a run folder, config.json is missing")
-        values = records.parse(records.ConfigFile, contents(self.config), self.config)
+        values = records.parse_config(contents(self.config), self.config)
         return values.model, values.recipe, values.training
 
     def is_begun(self) -> bool:

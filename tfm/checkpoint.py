@@ -90,7 +90,7 @@ class Run:
         return self.folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
     def write_config(self, model: TransformerConfig, recipe: Recipe, training: dict[str, Any]) -> None:
-        """`training` is what the trainer wants back on resume: paths, seed and the like."""
+        """`training` is what the trainer wants back on resume: its options, the text's checksum and the like."""
         values = {"model": to_dict(model), "recipe": to_dict(recipe), "training": training}
         write_atomically(self.config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 

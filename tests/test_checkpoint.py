@@ -119,11 +119,19 @@ def test_average_is_the_mean(tmp_path):
     paths = [tmp_path / str(k) for k in range(5)]
     for path, tensors in zip(paths, sets, strict=True):
         save_tensors(path, tensors, {})
-    mean = average(iter(paths))
+    mean = average(iter(paths), sets[0])
     for name in ("a", "b"):
         exact = torch.stack([tensors[name].double() for tensors in sets]).mean(0).float()
         assert_close(mean[name], exact, rtol=0, atol=0)
-    assert_close(average(paths[:1]), sets[0], rtol=0, atol=0)
+    assert_close(average(paths[:1], sets[0]), sets[0], rtol=0, atol=0)
+
+
+def test_only_checkpoints_of_one_model_are_averaged(tmp_path):
+    """A shape of (1,) would be added to every element."""
+    for name, weights in (("one", torch.ones(3)), ("other", torch.ones(1))):
+        save_tensors(tmp_path / name, {"a": weights}, {})
+    with pytest.raises(UserError, match=r"other: a: expected shape \(3,\), got \(1,\)"):
+        average([tmp_path / "one", tmp_path / "other"], {"a": torch.zeros(3)})
 
 
 # A run's folder
@@ -139,10 +147,13 @@ def test_config_comes_back(tmp_path):
 def test_checkpoints_are_listed_oldest_first(tmp_path):
     run = Run(tmp_path)
     assert run.checkpoints() == []
-    for step in (900, 20, 12_000_000, 1000):
+    for step in (900, 20, 200_000_000, 12_000_000, 1000):
         write_atomically(run.checkpoint(step), b"")
     (tmp_path / "checkpoints" / LEFT_BEHIND.replace("*", "0")).touch()
-    assert run.checkpoints() == [run.checkpoint(step) for step in (20, 900, 1000, 12_000_000)]
+    for name in ("step-best.safetensors", "step-00000001.safetensors.old", "best.safetensors"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert run.checkpoints() == [run.checkpoint(step) for step in (20, 900, 1000, 12_000_000, 200_000_000)]
+    assert run.checkpoints(after=1000) == [run.checkpoint(12_000_000), run.checkpoint(200_000_000)]
 
 
 def test_load_model_gives_what_was_saved(tmp_path):

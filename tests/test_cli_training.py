@@ -160,7 +160,8 @@ def test_a_killed_run_resumes_to_the_same_bits(trained: tuple[Path, str], tmp_pa
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    # While it is at work nobody else is, and it leaves no lock behind.
+    # As long as it lives nobody else trains there; then it leaves no lock behind.
+    process.send_signal(signal.SIGSTOP)
     assert refusal("train", "--resume", "--out", run) == f"--out {run}: another tfm is training in this folder"
     process.kill()
     assert process.wait() == -signal.SIGKILL

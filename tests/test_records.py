@@ -13,6 +13,7 @@ import pytest
 from altered_json import altered, check_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import from_json
 from samples import small_config
 
 from tfm.checkpoint import Run
@@ -154,6 +155,15 @@ def test_config_by_hand(tmp_path, part, field, value, message):
     check_line(raised.value, tmp_path)
 
 
+@pytest.mark.parametrize(("part", "field"), [(part, field) for part in ("model", "recipe") for field in CONFIG[part]])
+def test_no_field_has_a_default_in_a_file(tmp_path, part, field):
+    """A gelu model whose config.json has lost its activation would translate as a relu one."""
+    config = copy.deepcopy(CONFIG)
+    del config[part][field]
+    with pytest.raises(UserError, match=rf"config\.json: {part}\.{field}: missing$"):
+        read(written(tmp_path, json.dumps(config).encode()))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -197,7 +207,10 @@ def test_any_config_loads_or_is_refused(tmp_path_factory, data):
     except UserError as refusal:
         check_line(refusal, folder)
         return
-    # What was taken can be worked with, and written again.
+    # What was taken is what stands there, can be worked with, and written again.
+    raw = from_json(data)
+    assert to_dict(config) == raw["model"]
+    assert to_dict(recipe) == raw["recipe"] | {"betas": tuple(raw["recipe"]["betas"])}
     assert config.dim % config.heads == 0
     assert all(math.isfinite(recipe.learning_rate_at(step)) for step in (1, recipe.warmup, recipe.max_steps))
     run = Run(folder)

@@ -147,6 +147,22 @@ def test_a_state_older_than_the_log_is_refused(saved, tmp_path):
     assert contents(tmp_path) == files
 
 
+def test_other_weights_beside_the_checkpoints_stay_as_they_are(saved, tmp_path):
+    run = put(tmp_path, contents(saved) | {"checkpoints/step-best.safetensors": b"mine"})
+    resumed_in(tmp_path).train()
+    assert (tmp_path / "checkpoints" / "step-best.safetensors").read_bytes() == b"mine"
+    assert run.checkpoints() == [run.checkpoint(12)]
+
+
+def test_a_checkpoint_of_another_model_is_found_before_training(saved, tmp_path):
+    run = put(tmp_path, contents(saved))
+    save_tensors(run.checkpoint(1), {"embedding": torch.ones(1)}, {})
+    files = contents(tmp_path)
+    with pytest.raises(UserError, match=r"step-00000001\.safetensors: decoder\..* is missing: another model's weights"):
+        resumed_in(tmp_path, keep=3)
+    assert contents(tmp_path) == files
+
+
 def test_a_run_without_a_log_goes_on(saved, tmp_path):
     files = {name: data for name, data in contents(saved).items() if name != "log.jsonl"}
     put(tmp_path, files)

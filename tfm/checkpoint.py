@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from tfm.tokenizer import Tokenizer
 with extra("translate"):
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
+
+CHECKPOINT = re.compile(r"step-([0-9]{8,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,17 @@ class Run:
         """
         return records.parse_log(contents(self.log) if self.log.is_file() else b"", self.log)
 
-    def checkpoints(self) -> list[Path]:
-        """The weights kept, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*.safetensors"))
+    def checkpoints(self, after: int = -1) -> list[Path]:
+        """The weights kept of the steps after that one, oldest first; files under any other name are not the run's."""
+        found = {path: CHECKPOINT.fullmatch(path.name) for path in (self.folder / "checkpoints").glob("*")}
+        steps = {path: int(match[1]) for path, match in found.items() if match and int(match[1]) > after}
+        return sorted(steps, key=lambda path: steps[path])
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
     def write_config(self, model: TransformerConfig, recipe: Recipe, training: dict[str, Any]) -> None:
-        """`training` is what the trainer wants back on resume: paths, seed and the like."""
+        """`training` is what the trainer wants back on resume: its options, the text's checksum and the like."""
         values = {"model": to_dict(model), "recipe": to_dict(recipe), "training": training}
         write_atomically(self.config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -101,7 +106,7 @@ class Run:
             raise UserError(f"{self.folder}: no such run folder")
         if not self.config.is_file():
             raise UserError(f"{self.folder}: not a run folder, config.json is missing")
-        values = records.parse(records.ConfigFile, contents(self.config), self.config)
+        values = records.parse_config(contents(self.config), self.config)
         return values.model, values.recipe, values.training
 
     def is_begun(self) -> bool:
@@ -194,12 +199,18 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str
                 raise UserError(f"{path}: {name}: expected {kind} {words[0]}, got {words[1]}")
 
 
-def average(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """The arithmetic mean of several checkpoints' weights, summed in float64."""
+def average(paths: Iterable[Path], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arithmetic mean of several checkpoints of a model with such `weights`, summed in float64.
+
+    Raises:
+        UserError: a file is damaged, or another model's.
+    """
     files = list(paths)
     total: dict[str, Tensor] = {}
     for path in files:
-        for name, tensor in load_tensors(path)[0].items():
+        found, _ = load_tensors(path)
+        check_tensors(path, found, weights)
+        for name, tensor in found.items():
             total[name] = total[name] + tensor.double() if name in total else tensor.double()
     return {name: (tensor / len(files)).float() for name, tensor in total.items()}
 

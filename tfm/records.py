@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from tfm.config import AS_WRITTEN, LARGEST_COUNT, Recipe, TransformerConfig, shortened
@@ -106,6 +106,21 @@ def parse(kind: type[T], data: bytes | str, place: object) -> T:
     """
     with _told(place):
         return TypeAdapter(kind).validate_json(data, strict=True)
+
+
+def parse_config(data: bytes, place: object) -> ConfigFile:
+    """A config.json whose model and recipe are whole: a default in a field's place would be another model's.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    config = parse(ConfigFile, data, place)
+    written = from_json(data)
+    for part, value in (("model", config.model), ("recipe", config.recipe)):
+        for field in fields(value):
+            if field.name not in written[part]:
+                raise UserError(f"{place}: {part}.{field.name}: missing")
+    return config
 
 
 def check(kind: type[T], values: object, place: object) -> T:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tfm import precision, state
-from tfm.checkpoint import Run, average, save_tensors
+from tfm.checkpoint import Run, average, check_tensors, load_tensors, save_tensors
 from tfm.config import AS_WRITTEN, Recipe, check_counts, shortened
 from tfm.data import Batch, BatchPlan, EncodedPairs, ParallelText, batches, encode_parallel
 from tfm.errors import UserError
@@ -252,7 +252,7 @@ class Training:
         weights = self.model.state_dict()
         save_tensors(self.run.checkpoint(self.step), weights, {"step": self.step})
         checkpoints = self.run.checkpoints()
-        save_tensors(self.run.model, average(checkpoints[-self.options.keep :]), {"step": self.step})
+        save_tensors(self.run.model, average(checkpoints[-self.options.keep :], weights), {"step": self.step})
         place = Place(self.step, self.epoch, self.batch, self.loss_steps)
         # Last, so that a run that dies before resumes at the checkpoint before, and writes the files above again.
         state.write(self.run.state, self.model, self.optimizer, self.loss_sum, place)
@@ -280,14 +280,17 @@ class Training:
             )
         if place.batch > len(batches(self.pairs, self.recipe.batch_tokens, self.options.seed, place.epoch)):
             raise UserError(f"{self.run.state}: batch {place.batch}: epoch {place.epoch} has fewer")
+        newer = self.run.checkpoints(after=place.step)
+        for path in self.run.checkpoints()[: -len(newer) or None]:
+            # Else the next save would find it, and there would be none.
+            check_tensors(path, load_tensors(path)[0], self.model.state_dict())
         found.restore(self.model, self.optimizer)
         self.loss_sum.copy_(found.tensors["loss_sum"])
         self.step, self.epoch, self.batch, self.loss_steps = place.step, place.epoch, place.batch, place.loss_steps
         self.saved_step = self.step
         self.updates.fill_(self.step)
-        for path in self.run.checkpoints():
-            if path > self.run.checkpoint(self.step):
-                path.unlink()
+        for path in newer:
+            path.unlink()
         # What was logged after the checkpoint will be logged again, and what was not validated then will be now.
         records = [record for record in records if record["step"] <= self.step]
         write_atomically(self.run.log, "".join(map(_line, records)).encode())

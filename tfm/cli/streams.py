@@ -46,8 +46,9 @@ def discard(stream: IO[str] | None) -> None:
     """What is still printed there goes nowhere, even what Python flushes as it ends."""
     # Tests print to streams in memory, which have no descriptor.
     with suppress(OSError, AttributeError, ValueError):
+        descriptor = cast(IO[str], stream).fileno()
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, cast(IO[str], stream).fileno())
+        os.dup2(null, descriptor)
         os.close(null)
 
 

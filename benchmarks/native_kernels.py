@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.allowed import Allowed
 from benchmarks.compiled import Compiled
 from benchmarks.sass import disassemble
+from tfm.files import write_atomically
 from tfm.native import plan, toolchain
 
 # sm_90's instructions for tensor cores exist under this name only.
@@ -86,10 +87,7 @@ def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int
     start = time.perf_counter()
     rows = _compile_anew(nvcc, csrc, source, capability, lambda: time.perf_counter() - start)
     if not any(row.error for row in rows):
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        part = stored.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps([asdict(row) | {"seconds": 0.0} for row in rows]))
-        part.replace(stored)
+        write_atomically(stored, json.dumps([asdict(row) | {"seconds": 0.0} for row in rows]).encode())
     return rows
 
 

@@ -102,3 +102,14 @@ def cuda_device(kernel_device: torch.device) -> torch.device:
     if reason:
         pytest.skip(reason)
     return kernel_device
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run, and what training it printed; do not change it. Its text and validation lie beside it."""
+    from small_run import FLAGS, tfm, validation_flags, write_text
+
+    folder = tmp_path_factory.mktemp("trained")
+    result = tfm("train", *write_text(folder), *validation_flags(folder), *FLAGS, "--out", folder / "run")
+    assert result.exit_code == 0, result.stderr
+    return folder / "run", result.stdout

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tfm.cli.streams import complain
 from tfm.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,4 +48,4 @@ def say_what_is_missing() -> None:
     if reason := native.obstacle(torch.device("cpu")):
         needed = toolchain.missing()
         first = f", which needs more first: {needed}" if needed and "`tfm build`" in reason else ""
-        typer.echo(f"tfm: note: slower than it could be, on the reference in plain torch: {reason}{first}", err=True)
+        complain(f"note: slower than it could be, on the reference in plain torch: {reason}{first}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tfm.cli.devices import Device, prepare
+from tfm.cli.streams import complain
 from tfm.cli.translation import Folder
 
 Out = Annotated[Path, typer.Option(help="The picture to write: .png, .pdf or .svg.")]
@@ -27,21 +28,22 @@ def attend(
     """Draw where every head looks: encoder, decoder, and cross-attention, layer by layer."""
     from tfm.attend import attend as attend_sentence
     from tfm.checkpoint import load_model
-    from tfm.files import write_atomically
+    from tfm.files import check_writable, is_printed_to, write_atomically
     from tfm.fonts import fonts_for
     from tfm.generate import translate
     from tfm.plots import attention_maps, format_of, text_of
 
     kind = format_of(out)
+    check_writable(out)
     model, tokenizer = load_model(run, prepare(device, None))
     if translation is None:
         translation = translate(model, tokenizer, [sentence])[0]
     maps = attend_sentence(model, tokenizer, sentence, translation)
     if advice := fonts_for(text_of(maps)).advice:
-        typer.echo(f"tfm: warning: {advice}", err=True)
+        complain(f"warning: {advice}")
     write_atomically(out, attention_maps(maps, kind))
-    typer.echo(f"{sentence} -> {translation}")
-    typer.echo(f"wrote {out}")
+    typer.echo(f"{sentence} -> {translation}", err=is_printed_to(out))
+    typer.echo(f"wrote {out}", err=is_printed_to(out))
 
 
 @plot.command()
@@ -51,11 +53,13 @@ def positions(
     out: Out = Path("positions.png"),
 ) -> None:
     """Draw the sinusoidal positional encoding ("Attention Is All You Need", section 3.5)."""
-    from tfm.files import write_atomically
+    from tfm.files import check_writable, is_printed_to, write_atomically
     from tfm.plots import format_of, positional_encoding
 
-    write_atomically(out, positional_encoding(length, dim, format_of(out)))
-    typer.echo(f"wrote {out}")
+    kind = format_of(out)
+    check_writable(out)
+    write_atomically(out, positional_encoding(length, dim, kind))
+    typer.echo(f"wrote {out}", err=is_printed_to(out))
 
 
 @plot.callback()

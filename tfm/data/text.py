@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import codecs
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from tfm import memory
 from tfm.data.compressed import opened
 from tfm.errors import UserError
+
+# Bytes without a line break that are no sentence any more: tokenizing takes hundreds of times their memory.
+LONGEST_LINE = 2**20
+PIECE = 2**24
+# A text is held as bytes, as characters and as lines at once.
+COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -32,17 +41,50 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            data = opened(file, str(path)).read()
+            data = _contents(opened(file, str(path)), str(path))
+        lines = split_lines(data, str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a directory, expected a text file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = split_lines(data, str(path))
+    except MemoryError:
+        raise UserError(f"{path}: too large for the memory of this machine") from None
     if not lines:
         raise UserError(f"{path}: empty, expected at least one line")
     return lines
+
+
+def _contents(stream: BinaryIO, name: str) -> bytes:
+    """All that a stream gives; UserError as soon as it is more than memory holds."""
+    room, pieces, size = memory.available() // COPIES, [], 0
+    while piece := stream.read(PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > room:
+            raise UserError(f"{name}: more than {memory.readable(room)} of text: too large for this machine's memory")
+    return b"".join(pieces)
+
+
+def lines_of(stream: BinaryIO, name: str) -> Iterator[bytes]:
+    """The lines of a stream, as soon as each is there.
+
+    Raises:
+        UserError: a line is so long that it is no text.
+    """
+    number = 1
+    while line := stream.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise _too_long(name, number)
+        yield line
+        number += 1
+
+
+def _too_long(name: str, line: int) -> UserError:
+    return UserError(
+        f"{name}:{line}: more than {LONGEST_LINE:,} bytes without a line break, expected one sentence a line"
+    )
 
 
 def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
@@ -53,7 +95,8 @@ def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
     `first_line` is the number of the first, where `data` is a piece of a text.
 
     Raises:
-        UserError: a byte that is not UTF-8, with `name`, its line and its column in characters, both from 1.
+        UserError: a byte that is not UTF-8, with `name`, its line and its column in characters, both from 1; or a line
+            so long that it is no text.
     """
     if first_line == 1:
         data = data.removeprefix(codecs.BOM_UTF8)
@@ -67,6 +110,10 @@ def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
         raise UserError(f"{name}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x} at column {column})") from None
     if lines[-1] == "":
         lines.pop()
+    for number, text in enumerate(lines, first_line):
+        # No character has more than four bytes.
+        if len(text) > LONGEST_LINE // 4 and len(text.encode()) > LONGEST_LINE:
+            raise _too_long(name, number)
     return [line.removesuffix("\r") for line in lines]
 
 

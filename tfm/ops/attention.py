@@ -139,6 +139,7 @@ def attention(
     check_integers(key_lengths=key_lengths)
     check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, key_lengths=key_lengths)
     _check_common(query, query_start, batch, window_size, softcap, sinks, query_heads)
+    query, scale = scaled(query, scale)
     carriers = (query, key, attn_mask, sinks)
     carry = return_weights and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in carriers)
     reason = ""
@@ -147,7 +148,6 @@ def attention(
     refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
     backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    query, scale = scaled(query, scale)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":

@@ -57,7 +57,7 @@ def _arguments(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, 
             found[name] = "*i32:16"
         elif name in VARYING:
             found[name] = "i32"
-        elif name == "factor":
+        elif name == "scale":
             found[name] = "fp32"
         elif name == "parents_place":
             found[name] = 1

@@ -150,10 +150,18 @@ def _attend(
         probabilities = torch.where(keep, probabilities * keep_scale(dropout_p), 0)
     results = [(probabilities @ value).to(dtype)]
     if return_lse:
-        results.append(scores.logsumexp(dim=-1).to(torch.promote_types(dtype, torch.float32)))
+        results.append(_logsumexp(scores).to(torch.promote_types(dtype, torch.float32)))
     if return_weights:
         results.append(probabilities.to(dtype))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """Over the last dimension. Its gradient is a softmax; that of torch's own is exp(s - lse) of the lse as rounded."""
+    near = scores.detach().logsumexp(dim=-1, keepdim=True)
+    is_empty = near == float("-inf")
+    total = (scores - near.masked_fill(is_empty, 0.0)).exp().sum(dim=-1, keepdim=True)
+    return (near + total.masked_fill(is_empty, 1.0).log()).squeeze(-1)
 
 
 def varlen_attention(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from tfm.kernels.activations import tanh
-from tfm.kernels.softmax import LOG2E, fma
+from tfm.kernels.softmax import fma
 from tfm.operators import attention as operators
 
 FAR = tl.constexpr(operators.FAR)

@@ -25,12 +25,13 @@ class May(NamedTuple):
 # Each row may name rows above it only: nothing imports upward.
 CONTRACT = {
     "errors": May(),
-    "operators": May(outside="torch"),
+    "tracing": May(outside="torch"),
+    "operators": May("tracing", "torch"),
     "kernels": May("operators", "torch triton"),
     "native": May("errors operators", "torch tfm", lazily="ninja rich"),
     "sequences": May(outside="torch"),
-    "reference": May("sequences", "torch"),
-    "ops": May("reference operators native sequences", "torch", lazily="kernels"),
+    "reference": May("sequences tracing", "torch"),
+    "ops": May("reference operators native sequences tracing", "torch", lazily="kernels"),
     "nn": May("ops sequences", "torch"),
     "patching": May("ops nn", "torch", lazily="transformers"),
     "tfm": May("ops nn patching"),

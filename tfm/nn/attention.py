@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfm import ops
+from tfm.nn.leaf import leaf
 from tfm.nn.padding import Side, padded_scope
 from tfm.nn.scope import Packed, Padded, merge_masks
 
 
+@leaf
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: concat(head_1, ..., head_h) W^O, head_i = attention(Q W_i^Q, K W_i^K, V W_i^V).
 

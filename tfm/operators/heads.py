@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.tracing import tracing
+
 
 class SplitHeads(torch.autograd.Function):
     """Views of a projection. Gradients that lie in one tensor as the views do are that tensor; others are stacked."""
@@ -25,8 +27,8 @@ class SplitHeads(torch.autograd.Function):
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """A projection [..., parts · heads · D] to `parts` views [..., heads, D], say of query, key and value."""
-    # Dynamo and Inductor fuse what autograd would copy, and functorch takes no such Function.
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # Dynamo and Inductor fuse what autograd would copy; functorch and traces take no such Function.
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tracing()
     if plain or not (x.requires_grad and torch.is_grad_enabled()):
         return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
     return SplitHeads.apply(x, parts, heads)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.tracing import tracing
 
 BACKENDS = ("reference", "triton", "native")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,6 +103,11 @@ def use(impl: str) -> Iterator[None]:
         _forced = before
 
 
+def exports_plainly() -> bool:
+    """Whether torch's own operations alone are recorded: in traces, and where `use("reference")` asks it of export."""
+    return tracing() or (_forced == "reference" and torch.compiler.is_exporting())
+
+
 def choose(
     operation: str,
     impl: str,
@@ -124,6 +130,8 @@ def choose(
     _check_name(impl)
     if impl == "reference":
         return impl
+    if tracing():
+        reference_only = "a trace holds torch's own operations alone"
     rows = [row for row in TABLE if row.operation == operation and impl in ("auto", row.backend)]
     reason = "" if rows else f"{operation} has no backend of that name"
     for row in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.ops.backends import exports_plainly
 from tfm.ops.checks import check_columns, check_dropout, check_floating
 from tfm.reference import dropout as reference
 
@@ -27,7 +28,8 @@ def draw_seed(device: torch.device | str) -> Tensor:
 
     Ruled by `torch.manual_seed`; replayed by CUDA graphs, repeated by checkpoint recomputation.
     """
-    return torch.ops.tfm.draw_seed(torch.device(device))
+    device = torch.device(device)
+    return _draw_seed(device) if exports_plainly() else torch.ops.tfm.draw_seed(device)
 
 
 def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:

@@ -16,6 +16,13 @@ def check_dropout(p: float) -> None:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {p}")
 
 
+def check_numbers(**numbers: float) -> None:
+    """None of them is NaN. Dynamo has met them then: one that it met inside a Function first, it would not let out."""
+    for name, number in numbers.items():
+        if number != number:
+            raise ValueError(f"{name}: expected a number, got nan")
+
+
 def check_columns(x: Tensor) -> None:
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")

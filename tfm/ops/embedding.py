@@ -8,7 +8,7 @@ from torch import Tensor
 from tfm import native
 from tfm.operators import embedding as operators
 from tfm.ops.backends import choose
-from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
+from tfm.ops.checks import broadcasts, check_floating, check_integers, check_numbers, check_same_device
 from tfm.ops.dropout import seed_for
 from tfm.reference import embedding as reference
 
@@ -65,6 +65,7 @@ def embedding(
     if not broadcasts(positions.shape, tokens.shape):
         came = tuple(positions.shape)
         raise ValueError(f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
+    check_numbers(scale=scale)
     vocabulary = weight.shape[0]
     if padding_idx is not None and not -vocabulary <= padding_idx < vocabulary:
         raise ValueError(f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")

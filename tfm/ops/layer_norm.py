@@ -8,7 +8,7 @@ from torch import Tensor
 from tfm import native
 from tfm.operators import norm
 from tfm.ops.backends import choose
-from tfm.ops.checks import check_floating, check_same_device, check_vector
+from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
 from tfm.reference import layer_norm as reference
 
@@ -42,6 +42,7 @@ def layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight, bias=bias)
+    check_numbers(eps=eps)
     reason = reference_only(x.dtype, out_dtype)
     backend = choose("layer_norm", impl, x, reason, out_dtype, *dtypes_of(weight, bias))
     if backend == "reference":
@@ -52,7 +53,10 @@ def layer_norm(
 
         namespace = kernels.NAMESPACE
 
-    return norm.norm(namespace, x, weight, bias, eps, centred=True, out_dtype=out_dtype)
+    return norm.norm(
+        namespace, x, weight, bias, eps,
+        centred=True, weight_offset=0.0, round_first=False, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def residual_layer_norm(
@@ -95,6 +99,7 @@ def residual_layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight, bias=bias, x_bias=x_bias)
+    check_numbers(eps=eps)
     check_residual(x, residual)
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
     others = (out_dtype, *dtypes_of(x, residual, weight, bias, x_bias))
@@ -110,7 +115,7 @@ def residual_layer_norm(
 
     return norm.residual_norm(
         namespace, x, x_bias, residual, weight, bias, eps, dropout_p, drawn, site,
-        centred=True, out_dtype=out_dtype,
+        centred=True, weight_offset=0.0, round_first=False, out_dtype=out_dtype,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from tfm.native import linear_cross_entropy as native
 from tfm.operators import linear_cross_entropy as operators
 from tfm.ops.autocast import under_autocast, without_autocast
 from tfm.ops.backends import choose
-from tfm.ops.checks import check_floating, check_same_device, check_softcap, check_vector
+from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_softcap, check_vector
 from tfm.reference import linear_cross_entropy as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -72,6 +72,7 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     check_softcap(softcap)
+    check_numbers(z_loss=z_loss)
     check_same_device(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     rows = input.shape[:-1]
     expected = (*rows, classes) if target.is_floating_point() else rows

@@ -8,6 +8,7 @@ from torch import Tensor
 from tfm import native
 from tfm.operators import norm
 from tfm.ops.backends import choose
+from tfm.ops.checks import check_numbers
 from tfm.ops.dropout import seed_for
 from tfm.ops.layer_norm import check_norm, check_residual, dtypes_of, reference_only
 from tfm.reference import rms_norm as reference
@@ -51,6 +52,7 @@ def rms_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight)
+    check_numbers(eps=eps, weight_offset=weight_offset)
     backend = choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype), out_dtype, *dtypes_of(weight))
     if backend == "reference":
         return reference.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
@@ -90,6 +92,7 @@ def residual_rms_norm(
         ValueError: shapes, dtypes or devices that do not fit, a probability outside [0, 1], a backend that cannot run.
     """
     check_norm(x, out_dtype, weight=weight, x_bias=x_bias)
+    check_numbers(eps=eps, weight_offset=weight_offset)
     check_residual(x, residual)
     wider = residual if residual.dtype.itemsize > x.dtype.itemsize else x
     others = (out_dtype, *dtypes_of(x, residual, weight, x_bias))

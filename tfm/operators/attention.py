@@ -166,21 +166,27 @@ OPERATORS = (ATTENTION, ATTENTION_BACKWARD, ATTENTION_WEIGHTS, MASK_BITS)
 
 
 def _empty_joined_gradients(
-    dout: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, wanted: list[bool], parts: int, *arguments: Any
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    dout: Tensor,
+    dlse: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    wanted: list[bool],
+    parts: int,
+    *arguments: Any,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     key = Call(*arguments).key
     # As key's tokens lie in memory, in each of them the parts side by side.
     tokens = sorted(range(0, key.dim() - 1, 2), key=lambda dim: (key.stride(dim), -dim), reverse=True)
     joined = key.new_empty([key.shape[dim] for dim in tokens] + [parts, key.shape[1], key.shape[-1]])
     places = [tokens.index(dim) if dim in tokens else len(tokens) + 1 for dim in range(key.dim() - 1)]
     separate = [wanted[0] and parts == 2, False, False, *wanted[3:]]
-    dquery, _, _, dbias, dsinks = _empty_gradients(dout, dlse, output, lse, separate, *arguments)
+    dquery, _, _, dbias, dsinks = _empty_gradients(dout, dlse, output, statistics, separate, *arguments)
     return dquery, joined.permute(len(tokens), *places, -1), dbias, dsinks
 
 
 # Of csrc alone: attention_backward, of two or three views of one projection, whose gradients lie as they do.
 ATTENTION_BACKWARD_JOINED = Operator(
-    "attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, int parts,"
+    "attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor statistics, bool[] wanted, int parts,"
     f" {ARGUMENTS}) -> (Tensor? dquery, Tensor joined, Tensor? dbias, Tensor? dsinks)",
     fake=_empty_joined_gradients,
 )

@@ -65,7 +65,7 @@ tune:
 $(INSTALLED): constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[translate,build,test]'
 	touch $(INSTALLED)
 
 clean:

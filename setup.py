@@ -10,8 +10,10 @@ never compiles: the sources change, and `tfm build` follows them.
 """
 
 import os
+import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -28,13 +30,26 @@ def native() -> Path | None:
     try:
         from tfm.native.build import BuildError, Listener, build
     except ImportError as error:
-        print(f"tfm: a pure wheel, without native operators: {error}")
+        say(f"tfm: a pure wheel, without native operators: {error} (pip's --no-build-isolation shows it torch)")
         return None
     try:
         return build(listener=Listener(say=print)).library
     except (BuildError, OSError) as error:
-        print(f"tfm: a pure wheel, without native operators: {error}")
+        say(f"tfm: a pure wheel, without native operators: {error}")
         return None
+
+
+def say(line: str) -> None:
+    """Prints a line, on the terminal too where there is one: pip shows what a build prints only with --verbose."""
+    print(line)
+    with suppress(OSError), open("/dev/tty", "w") as terminal:
+        terminal.write(f"\n{line}\n")
+
+
+def description() -> str:
+    """README for an index of packages: a picture there is its name."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"!\[([^]]*)\]\(([^)]*)\)", r"(Picture of the repository: \1, `\2`.)", readme)
 
 
 class Copy(build_ext):
@@ -49,6 +64,8 @@ class Copy(build_ext):
 LIBRARY = native()
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     packages=[
         *find_packages(include=["tfm", "tfm.*"]),
         "tfm.kernels",

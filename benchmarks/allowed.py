@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Allowed:
     """Each of these kernels, by its case's name, has this fault on each of these chips.
 
-    `fault` is a key of benchmarks.compiled.Compiled.faults: "error", "spill", "shared" or "tensor".
+    `fault` is a key of benchmarks.compiled.Compiled.faults: "error", "spill", "shared", "tensor" or "barrier".
     """
 
     kernels: tuple[str, ...]

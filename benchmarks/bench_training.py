@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.device import AS_GPU, CUDA, DEVICE, REHEARSAL
+from benchmarks.progress import say
 from benchmarks.record import environment, write
 from benchmarks.suite import OURS
 from benchmarks.timed_training import TimedTraining, learns, load, synthetic_task
@@ -50,6 +51,7 @@ def measure_throughput(arguments: argparse.Namespace, record: dict[str, Any]) ->
     record["throughput"] = results
     running: dict[str, TimedTraining] = {}
     for name in arguments.contenders:
+        say(f"{name}: warming up")
         try:
             training = TimedTraining(name, task, device, seed=1)
             start_loss = training.start_loss()
@@ -59,9 +61,11 @@ def measure_throughput(arguments: argparse.Namespace, record: dict[str, Any]) ->
         # Whatever it is: a peer that cannot run here is a result, not the end of the benchmark.
         except Exception as error:
             results[name] = {"failed": _reason(error)}
+            say(f"{name} failed: {_reason(error)}")
     for repeat in range(arguments.repeats):
         for name, training in list(running.items()):
             training.epoch, training.batch = repeat, 0
+            say(f"{name}: speed, round {repeat + 1} of {arguments.repeats}, {arguments.throughput_seconds:g} seconds")
             try:
                 results[name]["repeats"].append(training.run_for(arguments.throughput_seconds))
             except Exception as error:
@@ -96,6 +100,7 @@ def measure_quality(arguments: argparse.Namespace, record: dict[str, Any]) -> No
     record["quality"] = []
     for seed in arguments.train_seeds:
         for name in arguments.train_contenders:
+            say(f"{name}, seed {seed}: training to translate, until {_limit(arguments)}")
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 try:
                     result = process.submit(train, arguments, name, seed).result()
@@ -103,6 +108,11 @@ def measure_quality(arguments: argparse.Namespace, record: dict[str, Any]) -> No
                     result = {"failed": _reason(error)}
             record["quality"].append({"contender": name, "seed": seed} | result)
             write(arguments.out, record)
+
+
+def _limit(arguments: argparse.Namespace) -> str:
+    limits = ((arguments.minutes, "minutes"), (arguments.updates, "updates"))
+    return " or ".join(f"{limit:g} {unit}" for limit, unit in limits if limit is not None)
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
@@ -121,6 +131,7 @@ def train(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]
     if isinstance(model, TorchTranslator):
         model = Transformer(task.config).to(device)
         copy_back(cast(TorchTranslator, training.model), model)
+    say(f"{name}, seed {seed}: translating")
     for part, text in (("validation", task.validation), ("test", task.test)):
         options = replace(training.options, dtype="float32")
         judge = Training(training.run, model, task.tokenizer, task.recipe, task.pairs, text, options)

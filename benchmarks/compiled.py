@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import sass
 from benchmarks.chips import CHIPS, TENSOR_MEMORY, resident_blocks
+from benchmarks.rereads import rereads
 
 if TYPE_CHECKING:
     from benchmarks.kernel_cases.case import Case
@@ -38,8 +39,9 @@ Job = tuple[str, bool, int, str, int]
 class Compiled:
     """What one kernel takes on one chip: registers and bytes of stack a thread, bytes of shared memory a block.
 
-    `tensor_memory` counts columns; `instructions` are those that benchmarks.sass counts; `seconds` of one core went by,
-    few where the cache had it. A kernel that does not compile has an `error` and no numbers.
+    `tensor_memory` counts columns; `instructions` are those that benchmarks.sass counts, `rereads` what
+    benchmarks.rereads finds; `seconds` of one core went by, few where the cache had it. A kernel that does not compile
+    has an `error` and no numbers.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Compiled:
     shared: int = 0
     tensor_memory: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
+    rereads: list[str] = field(default_factory=list)
     error: str = ""
     seconds: float = 0.0
 
@@ -68,7 +71,7 @@ class Compiled:
 
     @property
     def faults(self) -> dict[str, str]:
-        """Why this kernel must not ship: kind ("error", "spill", "shared", "tensor") and explanation."""
+        """Why this kernel must not ship: kind ("error", "spill", "shared", "tensor", "barrier") and explanation."""
         if self.error:
             return {"error": f"does not compile: {self.error}"}
         found = {}
@@ -82,6 +85,8 @@ class Compiled:
             found["shared"] = f"expected at most {TENSOR_MEMORY} columns of tensor memory, got {self.tensor_memory}"
         if self.matrix and self.capability == 90 and "HGMMA" not in self.instructions:
             found["tensor"] = "multiplies matrices, but without HGMMA"
+        if self.rereads:
+            found["barrier"] = f"loads what it stored without a barrier between: {', '.join(self.rereads)}"
         return found
 
     def record(self) -> dict[str, Any]:
@@ -215,7 +220,8 @@ def compile_case(case: Case, capability: int) -> Compiled:
     code, metadata = _read_cubin(compiled.asm["cubin"]), compiled.metadata
     return Compiled(
         case.name, capability, case.matrix, metadata.num_warps, code.registers, code.stack, metadata.shared,
-        metadata.tmem_size or 0, code.instructions, seconds=sum(os.times()[:4]) - start,
+        metadata.tmem_size or 0, code.instructions, rereads(compiled.asm["ttir"], case.apart),
+        seconds=sum(os.times()[:4]) - start,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu --out benchmarks/results/cpu.json
 
-The ceilings come first: a copy of memory that no cache holds, and torch's product of fp32 matrices. Then every
+The ceilings come first: a copy of memory that no cache holds, copies of what caches hold, by their size, and torch's
+product of fp32 matrices. A case that moves no more than such a copy is held against it. Then every
 benchmark of benchmarks/bench_*.py but the training step's, which benchmarks.bench_training measures on real text. A
 quiet machine is the measurer's duty; the record keeps its load.
 """
@@ -16,45 +17,65 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.ceilings import Work, copy_rates, matmul_rates
+from benchmarks.progress import say
 from benchmarks.record import ROOT, environment, sources, write
 
 FORMAT = 1
 CPU = torch.device("cpu")
+# A copy in a cache is measured for this part of the time.
+CACHE_SHARE = 8
 WORK = Work(copied=1 << 30, side=1024, samples=9, steps=4)
+# Bytes read and written by copies that a cache may hold, up to the last level of today's processors for one core.
+CACHED = tuple(1 << power for power in range(18, 25))
 BENCHMARKS = "not training"
 
 
 def ceilings(work: Work = WORK) -> dict[str, Any]:
-    """Rates of one core: GB/s read and written, and TFLOP/s of sgemm, each sample."""
+    """Rates of one core: GB/s read and written, in memory and in caches, and TFLOP/s of sgemm, each sample."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
+    say("measuring the ceilings")
     copies = copy_rates(CPU, work)
+    caches = [(size, copy_rates(CPU, of_cache(work, size))) for size in CACHED if size < work.copied]
     left, right = torch.randn(2, work.side, work.side)
     products = matmul_rates(left, right, torch.empty_like(left), work)
     return {
         "copy": {"GB/s": statistics.median(copies), "samples": copies},
+        "caches": [{"bytes": size, "GB/s": statistics.median(rates), "samples": rates} for size, rates in caches],
         "matmul": {"TFLOP/s": statistics.median(products), "samples": products, "dtype": "float32"},
     }
+
+
+def of_cache(work: Work, size: int) -> Work:
+    """As long a copy of `size` bytes again and again as `work` is of memory that no cache holds."""
+    return replace(work, copied=size // 2, steps=max(1, 2 * work.copied * work.steps // size // CACHE_SHARE))
 
 
 def run_suites(measured: dict[str, Any], chosen: str) -> list[dict[str, Any]]:
     """The entries of pytest-benchmark for the suites that `chosen` names, as pytest's -k."""
     with tempfile.TemporaryDirectory() as folder:
         rates, entries = Path(folder) / "ceilings.json", Path(folder) / "entries.json"
-        units = {"copy": "GB/s", "matmul": "TFLOP/s"}
-        rates.write_text(json.dumps({name: measured[name][unit] for name, unit in units.items()}))
-        command = [sys.executable, "-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-q", "-k", chosen]
+        rates.write_text(json.dumps(known(measured)))
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-v", "-k", chosen]
         command += ["--benchmark-enable", f"--benchmark-json={entries}", "--disable-warnings"]
-        status = subprocess.run(command, cwd=ROOT, env=os.environ | {"TFM_CEILINGS": str(rates)}, check=False)
+        given = os.environ | {"TFM_CEILINGS": str(rates)}
+        status = subprocess.run(command, cwd=ROOT, env=given, stdout=sys.stderr, check=False)
         if not entries.exists():
             raise SystemExit(f"benchmarks.cpu: nothing was measured, pytest ended with {status.returncode}")
         return json.loads(entries.read_text())["benchmarks"]
+
+
+def known(measured: dict[str, Any]) -> dict[str, Any]:
+    """Of measured ceilings what benchmarks.measure reads."""
+    caches = [(level["bytes"], level["GB/s"]) for level in measured["caches"]]
+    return {"copy": measured["copy"]["GB/s"], "caches": caches, "matmul": measured["matmul"]["TFLOP/s"]}
 
 
 def main() -> None:

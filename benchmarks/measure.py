@@ -204,8 +204,8 @@ def achieved(case: Case, seconds: float) -> dict[str, Any]:
 
 
 @cache
-def ceilings() -> dict[str, float]:
-    """{"copy": GB/s, "matmul": TFLOP/s} from the file that TFM_CEILINGS names; empty where it names none."""
+def ceilings() -> dict[str, Any]:
+    """{"copy": GB/s, "matmul": TFLOP/s, "caches": ...} from the file that TFM_CEILINGS names; empty without one."""
     path = os.environ.get("TFM_CEILINGS")
     return json.loads(Path(path).read_text()) if path else {}
 

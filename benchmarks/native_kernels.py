@@ -15,13 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.allowed import Allowed
 from benchmarks.compiled import Compiled
 from benchmarks.sass import disassemble
+from tfm.files import write_atomically
 from tfm.native import plan, toolchain
 
 # sm_90's instructions for tensor cores exist under this name only.
@@ -78,17 +79,15 @@ def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int
     """The kernels of one file on one chip, from the cache where nothing changed."""
     headers = sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
     read = b"".join(path.read_bytes() for path in (Path(__file__), source, *headers))
-    options = repr((version, plan.DEVICE_FLAGS, source.name, capability))
+    columns = [field.name for field in fields(Compiled)]
+    options = repr((version, plan.DEVICE_FLAGS, source.name, capability, columns))
     stored = plan.cache() / "checks" / f"{hashlib.sha256(options.encode() + read).hexdigest()[:20]}.json"
     if stored.is_file():
         return [Compiled(**row) for row in json.loads(stored.read_text())]
     start = time.perf_counter()
     rows = _compile_anew(nvcc, csrc, source, capability, lambda: time.perf_counter() - start)
     if not any(row.error for row in rows):
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        part = stored.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps([asdict(row) | {"seconds": 0.0} for row in rows]))
-        part.replace(stored)
+        write_atomically(stored, json.dumps([asdict(row) | {"seconds": 0.0} for row in rows]).encode())
     return rows
 
 

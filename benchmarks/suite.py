@@ -26,11 +26,18 @@ class Work:
     bytes: int = 0
     flops: int = 0
 
-    def seconds(self, ceilings: dict[str, float]) -> dict[str, float]:
-        """The least time under each ceiling: "copy" in GB/s, "matmul" in TFLOP/s."""
-        return {"copy": self.bytes / (1e9 * ceilings["copy"]), "matmul": self.flops / (1e12 * ceilings["matmul"])}
+    def seconds(self, ceilings: dict[str, Any]) -> dict[str, float]:
+        """The least time under each ceiling: "copy" in GB/s, "matmul" in TFLOP/s.
 
-    def ceiling(self, ceilings: dict[str, float]) -> str:
+        Instead of "copy" it is "cache" where ceilings["caches"], (bytes, GB/s) by size, holds as many bytes.
+        """
+        name, rate = "copy", ceilings["copy"]
+        for size, cached in reversed(ceilings.get("caches", ())):
+            if self.bytes <= size:
+                name, rate = "cache", cached
+        return {name: self.bytes / (1e9 * rate), "matmul": self.flops / (1e12 * ceilings["matmul"])}
+
+    def ceiling(self, ceilings: dict[str, Any]) -> str:
         """The ceiling that bounds it."""
         seconds = self.seconds(ceilings)
         return max(seconds, key=lambda name: seconds[name])

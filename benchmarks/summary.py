@@ -73,7 +73,7 @@ def _ours(entry: Entry | None) -> tuple[str, str]:
 
 def _rate(info: dict[str, Any]) -> str:
     """By what bounds the case."""
-    if info.get("ceiling") == "copy":
+    if info.get("ceiling") in ("copy", "cache"):
         return f"{info['GB/s']:,.1f} GB/s"
     rate = info.get("TFLOP/s")
     return "" if rate is None else f"{rate:,.0f} TFLOP/s" if rate > 10 else f"{1e3 * rate:,.0f} GFLOP/s"

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from benchmarks.device import REHEARSAL
+from benchmarks.progress import say
 from benchmarks.shapes import draw_lengths
 from benchmarks.torch_translator import CONTENDERS
 from tfm import demo
@@ -26,6 +27,8 @@ from tfm.train import Options, Training, batch_loss
 
 WARM_UP_BATCHES = 12
 UPDATES_PER_POINT = 50
+# What a reader of stderr waits for the next line.
+SECONDS_PER_LINE = 30.0
 # Of the presets whose texts are small; Multi30k fills no more.
 VOCABULARIES = {"demo": 2000, "tiny": 9712}
 
@@ -54,7 +57,8 @@ class TimedTraining(Training):
         is_peer = self.contender.torch_model
         options = Options(seed=seed, dtype=self.contender.dtype, tokenize="none", graphs=not is_peer)
         nowhere = Run(Path(tempfile.gettempdir()))
-        super().__init__(nowhere, model, task.tokenizer, task.recipe, task.pairs, None, options)
+        validation = task.validation if task.validation.source else None
+        super().__init__(nowhere, model, task.tokenizer, task.recipe, task.pairs, validation, options)
         self.points: list[dict[str, float]] = []
         self.clock = 0.0
 
@@ -105,7 +109,7 @@ class TimedTraining(Training):
         """Train for so long, or so many updates where they take less; what was done, and how fast."""
         tokens, first, plan = 0, self.step, self._plan()
         self._synchronize()
-        started, elapsed = time.perf_counter(), 0.0
+        started, elapsed, said = time.perf_counter(), 0.0, 0.0
         while elapsed < seconds and self.step - first < updates:
             if self.batch == len(plan):
                 self.epoch, self.batch = self.epoch + 1, 0
@@ -116,6 +120,9 @@ class TimedTraining(Training):
             if self.step % UPDATES_PER_POINT == 0:
                 self._point(self.clock + elapsed)
             elapsed = time.perf_counter() - started
+            if elapsed - said >= SECONDS_PER_LINE:
+                said = elapsed
+                say(f"  {elapsed:,.0f} s: {self.step - first:,} updates, {tokens / elapsed:,.0f} tokens/s")
         self._synchronize()
         elapsed = time.perf_counter() - started
         self._check_finite()

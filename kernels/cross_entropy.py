@@ -96,7 +96,6 @@ def cross_entropy_kernel(
         is_class = (given >= 0) & (given < classes)
         label = tl.where(is_class, given, -1).to(tl.int32)
         z = tl.zeros([BLOCK // GROUP, GROUP], tl.float32)
-        # Before any thread overwrites it: the sums below end in a barrier.
         peak = tl.load(logits_row + label, mask=is_class, other=float("nan")).to(tl.float32)
         if bias is not None:
             peak += tl.load(bias + label, mask=is_class, other=0.0)
@@ -123,6 +122,7 @@ def cross_entropy_kernel(
             tl.store(losses + row, loss_of_row(top, logarithm, peak, tl.sum(total), classes, smoothing, z_loss))
 
         if GRADIENT:
+            tl.debug_barrier()  # Every thread has read the target's logit and this row, before any overwrites them.
             mass = tl.where(is_class, 1.0, float("nan"))
             share = 1.0
             floor = 0.0

@@ -2,13 +2,14 @@
 
 For a query head of row r, over the places t below the row's length,
 
-    s_t = scale · log2(e) · q·k_t      k_t = key_cache[parents[r, t], t]      v_t alike
-    out = Σ exp2(s_t - top) v_t / Σ exp2(s_t - top)                           top = max(s)
+    s_t = scale · q·k_t      k_t = key_cache[parents[r, t], t]      v_t alike
+    out = Σ exp(s_t - top) v_t / Σ exp(s_t - top)                   top = max(s)
 
-with the running maximum of FlashAttention (tfm.kernels.attention.forward). The latest token's key and value, where they
-are given, are where the sums begin: they are stored into the row's own place and never read from there. A longer
-cache is cut into pieces, a program each, which leave their top, Σ exp2 and Σ exp2 v to a second launch; that adds them
-up in their order ("Flash-Decoding", Dao et al. 2023), so that the bits are the same on every run.
+by the powers of tfm.kernels.softmax, with the running maximum of FlashAttention (tfm.kernels.attention.forward). The
+latest token's key and value, where they are given, are where the sums begin: they are stored into the row's own place
+and never read from there. A longer cache is cut into pieces, a program each, which leave their top in base 2, Σ exp and
+Σ exp v to a second launch; that adds them up in their order ("Flash-Decoding", Dao et al. 2023), so that the bits are
+the same on every run.
 
 Read: q, the row's part of `parents`, and each place's key and value once for all query heads that share them; written:
 out and the latest key and value. Nothing is gathered beforehand, and no cache is copied when a beam is reordered, which
@@ -20,8 +21,6 @@ and 4,000 keys read 1.05 GB, 244 µs (FlashAttention-3 reaches 1.85 TB/s there o
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +29,7 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.call import precision
 from tfm.kernels.library import NAMESPACE, register
+from tfm.kernels.softmax import binary, fma, power, shrinkage
 from tfm.operators.decode_attention import DECODE_ATTENTION, output_like
 
 __all__ = ["NAMESPACE"]
@@ -48,7 +48,7 @@ def decode_attention_kernel(
     q, k, v, k_cache, v_cache, lengths, parents, out, partials, statistics,
     q_row, q_head, k_row, k_head, v_row, v_head, k_cache_row, k_cache_place, k_cache_head,
     v_cache_row, v_cache_place, v_cache_head, length_step, parents_row, parents_place,
-    key_heads, group, tiles, splits, capacity, cache_rows, factor,
+    key_heads, group, tiles, splits, capacity, cache_rows, scale,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, SPLIT_KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -72,6 +72,10 @@ def decode_attention_kernel(
     is_head = member < group
     head = key_head * group + member
     query = tl.load(q + row * q_row + head * q_head + column, mask=is_head & (column < DIM), other=0.0)
+    # So that the largest product has the largest score.
+    scale = tl.cast(scale, tl.float32)
+    query = tl.where(scale < 0, -query, query)
+    unit = binary(tl.abs(scale))
 
     top = tl.full([BLOCK_HEADS, 1], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_HEADS, 1], tl.float32)
@@ -82,9 +86,12 @@ def decode_attention_kernel(
         if (split == 0) & has_latest:
             key = tl.load(k + column, mask=column < DIM, other=0.0)
             value = tl.load(v + value_column, mask=value_column < VALUE_DIM, other=0.0)
-            top = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1, keep_dims=True) * factor
-            total = tl.full([BLOCK_HEADS, 1], 1.0, tl.float32)
-            acc += value.to(tl.float32)
+            top = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1, keep_dims=True)
+            # The top is rounded, its power is of what the rounding left.
+            product = top
+            top = fma(product, unit, 0.0)
+            total = power(product, top, unit, IS_FORMED=False)
+            acc += total * value.to(tl.float32)
             if tile == 0:
                 k_latest = k_cache + row * k_cache_row + length.to(tl.int64) * k_cache_place + key_head * k_cache_head
                 v_latest = v_cache + row * v_cache_row + length.to(tl.int64) * v_cache_place + key_head * v_cache_head
@@ -110,11 +117,11 @@ def decode_attention_kernel(
         else:
             scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         # An ancestor that there is not gives NaN.
-        scores = tl.where(tl.trans(known), scores * factor, float("nan"))
+        scores = tl.where(tl.trans(known), scores, float("nan"))
         scores = tl.where(tl.trans(inside), scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True))
-        shrink = tl.exp2(top - higher)
-        weights = tl.exp2(scores - higher)
+        higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True) * unit)
+        shrink = shrinkage(top, higher, IS_FORMED=False)
+        weights = power(scores, higher, unit, IS_FORMED=False)
         top, total = higher, total * shrink + tl.sum(weights, axis=1, keep_dims=True)
         if BLOCK_HEADS == 1:
             acc = acc * shrink + tl.sum(tl.trans(weights) * values.to(tl.float32), axis=0)[None, :]
@@ -192,7 +199,7 @@ def decode_attention(
             parents_row=0 if parents is None else parents.stride(0),
             parents_place=0 if parents is None else parents.stride(1),
             key_heads=key_heads, group=group, tiles=tiles, splits=splits, capacity=capacity, cache_rows=cache_rows,
-            factor=scale / math.log(2), DIM=dim, VALUE_DIM=value_dim, PRECISION=precision(query.dtype),
+            scale=scale, DIM=dim, VALUE_DIM=value_dim, PRECISION=precision(query.dtype),
             BLOCK_DIM=max(16, triton.next_power_of_2(dim)), BLOCK_VALUE_DIM=block_value_dim,
             BLOCK_HEADS=settings.block_heads, BLOCK_KEYS=settings.block_keys, SPLIT_KEYS=settings.split_keys,
             STAGES=settings.stages, num_warps=settings.num_warps, maxnreg=settings.max_registers,

@@ -74,6 +74,8 @@ def norm_forward_kernel(
             value = stored.to(tl.float32)
         total += tl.sum(value if CENTRED else value * value, axis=1, keep_dims=True)
 
+    if CHUNKS > 1 and residual is not None:
+        tl.debug_barrier()  # What one thread stored of h another may read below.
     h_row = x + row * x_stride if residual is None else h + row * columns
     average = tl.zeros([BLOCK_ROWS, 1], tl.float32)
     squares = total
@@ -82,7 +84,7 @@ def norm_forward_kernel(
         squares = tl.zeros([BLOCK_ROWS, 1], tl.float32)
         for chunk in range(CHUNKS):
             column, inside = cover(row, rows, chunk, columns, BLOCK_COLUMNS)
-            if CHUNKS > 1:  # The sums above end in a barrier, so that every thread sees h as stored.
+            if CHUNKS > 1:
                 value = load(h_row + column, inside)
             centred = tl.where(inside, value - average, 0.0)
             squares += tl.sum(centred * centred, axis=1, keep_dims=True)
@@ -125,7 +127,7 @@ def load_gradient(dy_row, h_row, average, inverse, column, inside, CENTRED: tl.c
 
 @triton.jit
 def add_to(partial, value, inside):
-    """Adds to partial sums that this program alone owns."""
+    """Adds to partial sums that this program alone owns; a barrier stands between two additions to one of them."""
     tl.store(partial, load(partial, inside) + value, mask=inside)
 
 
@@ -177,6 +179,8 @@ def norm_backward_kernel(
                 g_sum += tl.sum(d_y * w, axis=1, keep_dims=True)
             gz_sum += tl.sum(d_y * w * z, axis=1, keep_dims=True)
 
+        if CHUNKS > 1 and parts > 0:
+            tl.debug_barrier()  # What one thread added to a partial sum another may read below.
         for chunk in range(CHUNKS):
             column, inside = cover(row, rows, chunk, columns, BLOCK_COLUMNS)
             if CHUNKS > 1:

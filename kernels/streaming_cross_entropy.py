@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tfm.kernels import launch
 from tfm.kernels.cross_entropy import LN_2, LOG2_E, LOWEST, loss_of_row, softcapped
+from tfm.kernels.softmax import natural_top, power
 
 
 @triton.jit(do_not_specialize=["rows", "classes"])
@@ -61,7 +62,7 @@ def streaming_statistics_kernel(
             z = tl.where(column[None, :] < classes, z, float("-inf"))
         higher = tl.maximum(top, tl.max(z, axis=1) * LOG2_E)
         exponential *= tl.exp2(top - higher)
-        exponential += tl.sum(tl.exp2(z * LOG2_E - higher[:, None]), axis=1)
+        exponential += tl.sum(power(z, higher[:, None], LOG2_E, IS_FORMED=False), axis=1)
         top = higher
     row = row_start + tl.arange(0, BLOCK_ROWS)
     place = share.to(tl.int64) * rows + row
@@ -108,8 +109,8 @@ def streaming_losses_kernel(
         top = higher
         if sums is not None:
             total += tl.load(sums + place, mask=inside, other=0.0)
-    top *= LN_2
-    logarithm = tl.log2(exponential) * LN_2
+    top, excess = natural_top(top, 1.0, IS_FORMED=False)
+    logarithm = (tl.log2(exponential) + excess) * LN_2
     loss = loss_of_row(top, logarithm, peak, total, classes, smoothing, z_loss)
     loss = tl.where(is_class, loss, float("nan"))
     tl.store(losses + row, tl.where(kept, loss, 0.0), mask=inside)

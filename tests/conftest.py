@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.abc import MetaPathFinder
@@ -27,6 +28,11 @@ if torch.cuda.is_available():
 else:
     # Must be set before anything imports triton; cross-compilation therefore runs in processes of its own.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache does not ask for which vectors its C++ was written, and what it holds may not compile for others.
+    folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 class SkipsWithoutTriton(MetaPathFinder):
@@ -96,3 +102,14 @@ def cuda_device(kernel_device: torch.device) -> torch.device:
     if reason:
         pytest.skip(reason)
     return kernel_device
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run, and what training it printed; do not change it. Its text and validation lie beside it."""
+    from small_run import FLAGS, tfm, validation_flags, write_text
+
+    folder = tmp_path_factory.mktemp("trained")
+    result = tfm("train", *write_text(folder), *validation_flags(folder), *FLAGS, "--out", folder / "run")
+    assert result.exit_code == 0, result.stderr
+    return folder / "run", result.stdout

@@ -16,8 +16,8 @@ ONE_LAUNCH = {"add_", "addmm", "cat", "copy_", "fill_", "mm", "sum"}
 # Those that launch nothing by themselves: views, allocations, questions, names for others.
 NO_LAUNCH = {
     *("as_strided", "expand", "flatten", "permute", "reshape", "select", "t", "transpose", "unbind", "view"),
-    "unflatten",
-    *("empty", "empty_like", "empty_strided", "new_empty", "ones_like"),
+    *("unflatten", "_unsafe_view"),
+    *("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "ones_like"),
     *("promote_types", "resolve_conj", "resolve_neg"),
     *("linear", "matmul", "stack", "to"),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+from tfm.checkpoint import load_tensors
 from tfm.cli import app
 from tfm.demo import corpus
 
@@ -40,9 +41,27 @@ def write_text(folder: Path) -> list[str]:
     return flags
 
 
+def validation_flags(folder: Path) -> list[str]:
+    flags = []
+    for name, lines in zip(("source", "target"), pairs(), strict=True):
+        path = folder / f"valid-{name}.txt"
+        path.write_text("".join(f"{line}\n" for line in lines[:4]), encoding="utf-8")
+        flags += [f"--valid-{name}", str(path)]
+    return flags
+
+
 def tfm(*arguments: str | Path, stdin: bytes = b"") -> Any:
     """The command in this process: exit_code, stdout, stderr. A bug raises what it raised."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, catch_exceptions=False)
+
+
+def refusal(*arguments: str | Path, stdin: bytes = b"") -> str:
+    """What the command says as it refuses: one line."""
+    result = tfm(*arguments, stdin=stdin)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("tfm: error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("tfm: error: ").rstrip("\n")
 
 
 def start_tfm(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
@@ -55,7 +74,22 @@ def start_tfm(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]
     )
 
 
+def complaints(stderr: bytes) -> list[str]:
+    """The lines of stderr but for the note of a machine without native kernels."""
+    return [line for line in stderr.decode().splitlines() if not line.startswith("tfm: note: ")]
+
+
 def log_of(run: Path) -> list[dict[str, Any]]:
     """The run's log without what a clock says."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "path")} for r in records]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of the log's training records."""
+    return [(record["step"], record["loss"]) for record in log_of(run) if record["event"] == "train"]
+
+
+def weights_of(run: Path) -> dict[str, bytes]:
+    """Of the model that translates, by name."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_tensors(run / "model.safetensors")[0].items()}

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tfm.kernels.activations import activate, activate_with_derivative
+from tfm.kernels.activations import activate, activate_with_derivative, exp, logistic, normal, tanh
 from tfm.reference.feed_forward import ACTIVATIONS
 
 SIZE = 4096
@@ -67,4 +67,60 @@ def test_tails_keep_their_digits(activation, kernel_device):
     x = torch.linspace(-5.0, -1.0, SIZE, device=kernel_device)
     value, _ = kernel(activation, x)
     truth = torch.special.ndtr(x.double()) * x.double() if activation == "gelu" else plain(activation, x.double())[0]
-    assert ((value - truth) / truth).abs().max() < 1e-4
+    assert ((value - truth) / truth).abs().max() < 3e-6
+
+
+@triton.jit
+def functions_kernel(x, results, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    given = tl.load(x + place)
+    tl.store(results + place, tanh(given))
+    tl.store(results + SIZE + place, exp(-tl.abs(given), 0.0))
+    tl.store(results + 2 * SIZE + place, logistic(given)[0])
+    below, density = normal(given)
+    tl.store(results + 3 * SIZE + place, below)
+    tl.store(results + 4 * SIZE + place, density)
+    tl.store(results + 5 * SIZE + place, tl.exp2(given))
+    tl.store(results + 6 * SIZE + place, tl.log2(tl.abs(given)))
+
+
+def distribution(x):
+    """The standard normal one, whose tail torch.special.ndtr rounds to 0 in double precision."""
+    tail = torch.special.erfcx(x.abs() * 0.5**0.5) / 2 * (-x * x / 2).exp()
+    return torch.where(x < 0, tail, 1 - tail)
+
+
+# How far each may be from the truth, in units of fp32's last place; on a GPU exp2 and division err 2 themselves.
+FUNCTIONS = {
+    "tanh": (torch.tanh, 2),
+    "exp": (lambda x: (-x.abs()).exp(), 1),
+    "logistic": (torch.sigmoid, 3),
+    "normal distribution": (distribution, 7),
+    "normal density": (lambda x: (-x * x / 2).exp() * (2 * torch.pi) ** -0.5, 2),
+    "exp2": (torch.exp2, 2),
+    "log2": (lambda x: x.abs().log2(), 2),
+}
+# Normal numbers of fp32 come out: the tail of the normal distribution ends at -12.8.
+FUNCTION_RANGES = [1e-6, 0.1, 0.4, 0.7, 1.0, 3.0, 12.8]
+
+
+@pytest.mark.parametrize("largest", FUNCTION_RANGES)
+def test_functions_are_right_to_a_few_ulps(largest, kernel_device):
+    x = torch.linspace(-largest, largest, SIZE, device=kernel_device)
+    results = torch.full((len(FUNCTIONS), SIZE), torch.nan, device=kernel_device)
+    functions_kernel[(1,)](x, results, SIZE=SIZE)
+    hardware = 4 if kernel_device.type == "cuda" else 0
+    for (name, (function, allowed)), found in zip(FUNCTIONS.items(), results.cpu().double(), strict=True):
+        truth = function(x.cpu().double())
+        ulp = torch.finfo(torch.float32).eps * torch.exp2(truth.abs().clamp(min=1e-45).log2().floor())
+        worst = ((found - truth).abs() / ulp).max().item()
+        assert worst <= allowed + hardware, f"{name}: {worst:.2f} ulps"
+
+
+def test_exponentials_keep_their_digits_far_out(kernel_device):
+    x = torch.linspace(-87.0, 87.0, SIZE, device=kernel_device)
+    results = torch.full((len(FUNCTIONS), SIZE), torch.nan, device=kernel_device)
+    functions_kernel[(1,)](x, results, SIZE=SIZE)
+    for row, function in ((1, FUNCTIONS["exp"][0]), (2, torch.sigmoid)):
+        truth = function(x.double())
+        assert ((results[row] - truth) / truth).abs().max() <= 3 * torch.finfo(torch.float32).eps

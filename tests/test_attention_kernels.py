@@ -35,7 +35,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
 from tfm.kernels import launch
-from tfm.kernels.launch import AttentionTiles
+from tfm.kernels.attention import call, operators
+from tfm.kernels.attention.mask_bits import aligned
+from tfm.kernels.launch import AttentionTiles, short_attention
 from tfm.kernels.launch import attention as attention_tables
 from tfm.operators.attention import Attention
 from tfm.operators.mask_bits import KEYS_OF_A_ROW
@@ -189,6 +191,63 @@ def test_packed_rows_do_not_see_the_maxima(kernel_device):
     expected = run([*inputs, cu_seq, cu_seq, longest, longest], {"is_causal": True}, ops.varlen_attention)
     actual = run([*inputs, cu_seq, cu_seq, longest + 70, longest + 99], {"is_causal": True}, ops.varlen_attention)
     equal(actual, expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(2, 1, 33, 40), (1, 2, 1, 40)], ids=str)
+@pytest.mark.parametrize("is_short", [False, True], ids=["long", "short"])
+def test_a_bias_and_a_mask_as_bits_together(is_short, shape, dropout_p, kernel_device, monkeypatch):
+    """What the operator takes, whatever ops.attention makes of its one mask; a mask of one row has words, too."""
+    if is_short:
+        monkeypatch.setattr(launch, "short_attention_forward", short_attention.short_attention_forward)
+        monkeypatch.setattr(launch, "short_attention_backward", short_attention.short_attention_backward)
+    mask = torch.rand(shape, device=kernel_device) < 0.7
+    bias = torch.randn(1, 2, 33, 40, device=kernel_device)
+    bias[..., 7], mask[0, ..., 9] = float("-inf"), False
+    inputs = [x.detach() for x in qkv(kernel_device, (2, 2, 1, 33, 40, 16, 16))]
+    namespace = operators.NAMESPACE
+    bits = getattr(torch.ops, namespace).attention_mask_bits
+    words, reach = bits(mask.expand(-1, -1, 33, -1).contiguous(), None, 0, None, None)
+    reach = reach & bits(bias, None, 0, None, None)[1]
+    words = words[:, :, : shape[2]]
+    cotangent = torch.randn(2, 2, 33, 16, device=kernel_device)
+    rules = {"dropout_p": dropout_p, "seed": SEED} if dropout_p else {}
+    found = []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        learnt = [x.to(dtype).requires_grad_() for x in (*inputs, aligned(bias, 40))]
+        if impl == "triton":
+            seed = torch.tensor(SEED, device=kernel_device) if dropout_p else None
+            rest = 33, 40, 0, None, None, 0.25, None, dropout_p, 0
+            output, statistics, _ = Attention.apply(
+                namespace, False, *learnt, words, reach, None, None, None, None, None, seed, *rest
+            )
+            arguments = [x.detach() for x in learnt]
+            weights = torch.ops.tfm.attention_weights(
+                statistics, *arguments, words, reach, None, None, None, None, None, seed, *rest
+            )
+        else:
+            masked = learnt[3].masked_fill(~mask, float("-inf"))
+            output, weights = ops.attention(
+                *learnt[:3], masked, scale=0.25, return_weights=True, impl="reference", **rules
+            )
+        loss = (output * cotangent.to(dtype)).sum()
+        found.append([output.detach(), weights.detach(), *torch.autograd.grad(loss, learnt)])
+    oracle.assert_all_match(*found, ("output", "weights", "query", "key", "value", "bias"))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
+def test_products_of_fp32_are_what_torch_is_told(precision, kernel_device):
+    """Through the setting of which torch's older one, allow_tf32, cannot be read beside it."""
+    inputs, matmul = qkv(kernel_device), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        assert call.precision(torch.float32) == ("tf32" if precision == "tf32" else "ieee")
+        assert call.precision(torch.float16) == "ieee"
+        for result in run(inputs, {}):
+            assert result.isfinite().all()
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_same_inputs_same_bits(kernel_device):
@@ -348,11 +407,11 @@ def test_operators_obey_torch(kernel_device):
         Attention.apply = original
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in seen[0][2:]]
     torch.library.opcheck(torch.ops.tfm.attention.default, tuple(arguments))
-    output, lse = torch.ops.tfm.attention(*arguments)
+    output, statistics = torch.ops.tfm.attention(*arguments)
     for wanted in ([True] * 5, [False, True, False, False, True]):
-        backward = (output, lse, output, lse, wanted, *arguments)
+        backward = (output, statistics[0], output, statistics, wanted, *arguments)
         torch.library.opcheck(torch.ops.tfm.attention_backward.default, backward)
-    torch.library.opcheck(torch.ops.tfm.attention_weights.default, (lse, *arguments))
+    torch.library.opcheck(torch.ops.tfm.attention_weights.default, (statistics, *arguments))
     mask = torch.rand(1, 2, 5, 7, device=kernel_device) < 0.5
     starts = arguments[10]
     torch.library.opcheck(torch.ops.tfm.attention_mask_bits.default, (mask, starts, 0, 3, None))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import FLAGS, log_of, pairs, start_tfm, tfm, write_text
+from small_run import FLAGS, complaints, log_of, pairs, refusal, start_tfm, tfm, write_text
 
 from tfm import generate
 from tfm.checkpoint import Run, load_model
@@ -32,15 +32,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, to be damaged."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def refusal(*arguments: Any, stdin: bytes = b"") -> str:
-    """What the command says as it refuses: one line."""
-    result = tfm(*arguments, stdin=stdin)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("tfm: error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr.removeprefix("tfm: error: ").rstrip("\n")
 
 
 def usage_error(*arguments: Any) -> str:
@@ -157,10 +148,46 @@ def test_an_out_that_cannot_be_written(tmp_path: Path) -> None:
     assert message == f"{closed / 'run'}: Permission denied"
 
 
-def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    out = tmp_path / "file" / "p.png"
-    assert refusal("plot", "positions", "--out", out).startswith(f"{out}: cannot be written (")
+    out, missing = tmp_path / "file" / "p.png", tmp_path / "missing"
+    for command in (
+        ["plot", "positions", "--length", "9" * 12, "--out", out],
+        ["attend", missing, "oui", "--out", out],
+        ["evaluate", missing, "--source", missing, "--reference", missing, "--translations", out],
+    ):
+        assert refusal(*command) == f"{out}: cannot be written (Not a directory)"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that root cannot write into")
+def test_a_run_that_cannot_be_written_is_found_before_any_work(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    for command in (["train", "--source", missing, "--target", missing], ["demo"]):
+        assert refusal(*command, "--out", "/proc/run") == "/proc/run: No such file or directory"
+
+
+def test_a_full_disk_leaves_the_score(trained: Path, tmp_path: Path) -> None:
+    _, source, _, target = write_text(tmp_path)
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    texts = ["--source", source, "--reference", target, "--threads", "1"]
+    result = tfm("evaluate", trained, *texts, "--translations", full)
+    assert result.exit_code == 2
+    assert result.stdout.startswith("BLEU ")
+    assert result.stderr == f"tfm: error: {full}: cannot be written (No space left on device)\n"
+    assert full.is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("stdin", "beam", "expected"),
+    [
+        (b"oui\n", 10**12, "a beam of 1,000,000,000,000 for 1 sentences at once needs 2.8 PiB of memory, and "),
+        (b"oui\n" + b"a" * 2**20 + b"b\n", 1, "<stdin>:2: more than 1,048,576 bytes without a line break"),
+    ],
+    ids=["beam", "line"],
+)
+def test_what_no_memory_holds(trained: Path, stdin: bytes, beam: int, expected: str) -> None:
+    assert refusal("translate", trained, "--beam", str(beam), stdin=stdin).startswith(expected)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -169,7 +196,7 @@ def test_a_full_disk(trained: Path) -> None:
         process = start_tfm("translate", trained, stdin=subprocess.PIPE, stdout=full)
         _, stderr = process.communicate(b"oui\n")
     assert process.returncode == 2
-    assert stderr.decode().splitlines()[0] == "tfm: error: No space left on device"
+    assert complaints(stderr) == ["tfm: error: No space left on device"]
 
 
 def test_an_unknown_preset_is_told_which_there_are() -> None:
@@ -205,100 +232,6 @@ def test_wrong_flags(arguments: list[str], expected: str) -> None:
     assert expected in usage_error(*arguments)
 
 
-# Runs
-
-
-def test_what_is_no_run(tmp_path: Path) -> None:
-    missing = tmp_path / "missing"
-    for command in (["translate", missing], ["attend", missing, "oui"], ["train", "--resume", "--out", missing]):
-        assert refusal(*command) == f"{missing}: no such run folder"
-    assert refusal("translate", tmp_path) == f"{tmp_path}: not a run folder, config.json is missing"
-
-
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("model.safetensors", ["translate", "RUN"]),
-        ("state.safetensors", ["train", "--resume", "--max-steps", "12", "--out", "RUN"]),
-    ],
-)
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "altered"])
-def test_a_damaged_checkpoint(run: Path, name: str, command: list[str], damage: str) -> None:
-    path = run / name
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    if damage == "altered":
-        data[middle] ^= 1
-    path.write_bytes({"truncated": data[:middle], "emptied": b"", "altered": data}[damage])
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    message = refusal(*(str(run) if word == "RUN" else word for word in command))
-    assert message.startswith(f"{path}: ")
-    assert "damaged" in message
-    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-
-
-def test_a_run_without_a_checkpoint_does_not_translate(run: Path) -> None:
-    (run / "model.safetensors").unlink()
-    assert refusal("translate", run) == f"{run}: no checkpoint yet, model.safetensors is missing"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"[]", b"null", b"\xff", b'{"model": {}}', b'{"model": {}, "recipe": {}, "training": {}}'],
-)
-def test_config_garbage(run: Path, content: bytes) -> None:
-    path = run / "config.json"
-    path.write_bytes(content)
-    assert refusal("translate", run).startswith(f"{path}: ")
-    assert refusal("train", "--resume", "--out", run).startswith(f"{path}: ")
-
-
-@pytest.mark.parametrize(("name", "value"), [("heads", 3), ("heads", 0), ("dim", "wide"), ("dropout", None)])
-def test_config_values_that_no_model_has(run: Path, name: str, value: Any) -> None:
-    path = run / "config.json"
-    values = json.loads(path.read_text("utf-8"))
-    values["model"][name] = value
-    path.write_text(json.dumps(values), encoding="utf-8")
-    assert refusal("translate", run).startswith(f"{path}: ")
-
-
-def test_a_run_that_was_not_made_by_train(run: Path) -> None:
-    path = run / "config.json"
-    values = json.loads(path.read_text("utf-8"))
-    values["training"] = {}
-    path.write_text(json.dumps(values), encoding="utf-8")
-    assert refusal("train", "--resume", "--out", run).startswith(f"{path}: not written by `tfm train`")
-
-
-def test_the_tokenizer_of_another_run(run: Path, tmp_path: Path) -> None:
-    # As large as the right one, so that the model would take it, and translate into nonsense.
-    _, source, _, _ = write_text(tmp_path)
-    other = tmp_path / "other"
-    flags = [*FLAGS, "--max-steps", "1", "--out", other]
-    assert tfm("train", "--source", source, "--target", source, *flags).exit_code == 0
-    shutil.copy(other / "tokenizer.json", run)
-    message = f"{run / 'tokenizer.json'}: not the tokenizer that the model beside it was trained with"
-    assert refusal("translate", run) == message
-    assert refusal("train", "--resume", "--out", run) == message
-
-
-def test_resume_keeps_what_belongs_to_the_run(run: Path) -> None:
-    for flag, given, started in (("preset", "tiny", "demo"), ("seed", "2", "1"), ("every", "5", "10")):
-        message = refusal("train", "--resume", f"--{flag}", given, "--out", run)
-        assert message == f"--{flag} {given}: the run in {run} was started with {started}, and --resume keeps it"
-    assert tfm("train", "--resume", "--preset", "demo", "--seed", "1", "--out", run).exit_code == 0
-
-
-def test_resume_notices_another_text(run: Path, tmp_path: Path) -> None:
-    _, source, _, target = write_text(tmp_path)
-    lines = [*pairs()[0][:-1], "un autre"]
-    Path(source).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    flags = ["--source", source, "--target", target, "--max-steps", "12"]
-    message = refusal("train", "--resume", *flags, "--out", run)
-    assert message == f"{source} and {target}: not the text that the run in {run} was started with"
-    assert Run(run).read_config()[1].max_steps == 10
-
-
 # While it runs
 
 
@@ -329,16 +262,17 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint(tmp_path: Path) -> None
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
     ],
-    ids=["GPU", "CPU"],
+    ids=["GPU", "CPU", "Python"],
 )
-def test_out_of_memory_comes_with_advice(error: RuntimeError, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_comes_with_advice(error: Exception, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: Any) -> list[str]:
         raise error
 
     monkeypatch.setattr(generate, "translate", too_large)
     message = refusal("translate", trained, stdin=b"oui\n")
-    assert message == "out of memory: try a smaller model or, in a new run, a lower --batch-tokens"
+    assert message == "out of memory: try a lower --beam or --batch-tokens"
 
 
 def test_a_bug_keeps_its_traceback(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

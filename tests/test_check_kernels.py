@@ -15,7 +15,7 @@ from benchmarks.sass import count_instructions
 
 # What one process has run and these tests look at is not run by another.
 pytestmark = [pytest.mark.triton, pytest.mark.xdist_group("check_kernels")]
-# Each but the first and the last two is unfit for sm_90 in its own way. One warp holds 32 x 255 values; a 16-row tile
+# Most are unfit for sm_90, each in its own way. One warp holds 32 x 255 values; a 16-row tile
 # is too short for HGMMA; five stages of 64 KB are more than 227 KB; nothing is called tl.nothing.
 UNFIT = """
 import os
@@ -49,6 +49,27 @@ def broken(x):
     tl.store(x, tl.nothing(x))
 
 
+@triton.jit
+def reverse_in_place(x, BARRIER: tl.constexpr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(x + place, 2.0 * tl.load(x + place))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x + place, tl.load(x + SIZE - 1 - place))
+
+
+@triton.jit
+def add_up(x, sums, rows, BARRIER: tl.constexpr, CHUNKS: tl.constexpr, SIZE: tl.constexpr):
+    for row in range(rows):
+        if BARRIER:
+            tl.debug_barrier()
+        for chunk in range(CHUNKS):
+            place = chunk * SIZE + tl.arange(0, SIZE)
+            for part in tl.static_range(2):
+                sum = sums + part * CHUNKS * SIZE + place
+                tl.store(sum, tl.load(sum) + tl.load(x + row * CHUNKS * SIZE + place))
+
+
 class Fatal(dict):
     def __getitem__(self, name):
         os._exit(1)
@@ -66,6 +87,12 @@ def cases(every):
     for name, rows, inner, stages in (("fits", 64, 64, 3), ("short", 16, 32, 3), ("staged", 128, 128, 5)):
         yield Case(f"multiply {name}", multiply, product(rows, inner), 4, stages, matrix=True)
     yield Case("broken", broken, {"x": "*fp32"}, 4)
+    for barrier in (False, True):
+        name = "with" if barrier else "without"
+        settings = {"BARRIER": barrier, "SIZE": 256}
+        yield Case(f"reverse {name} barrier", reverse_in_place, {"x": "*fp32:16", **settings}, 4)
+        sums = {"x": "*fp32:16", "sums": "*fp32:16", "rows": "i32", "CHUNKS": 8}
+        yield Case(f"add {name} barrier", add_up, {**sums, **settings}, 4)
     yield Case("fatal", broken, Fatal(x="*fp32"), 4)
     yield Case("after fatal", normalise, {"x": "*fp32", "y": "*fp32", "COLUMNS": 1024, "POWER_OF": "two"}, 4)
 
@@ -79,6 +106,8 @@ FAULTS = [
     ("multiply short", "tensor", "multiplies matrices, but without HGMMA"),
     ("multiply staged", "shared", SHARED),
     ("broken", "error", "does not compile: CompilationError"),
+    ("reverse without barrier", "barrier", "loads what it stored without a barrier between: x"),
+    ("add without barrier", "barrier", "loads what it stored without a barrier between: sums"),
     ("fatal", "error", "does not compile: the compiler ended its process"),
 ]
 
@@ -102,7 +131,8 @@ def rows(unfit):
 
 def test_every_unfit_kernel_is_found(rows):
     names = ("normalise fits", "normalise spills", "multiply fits", "multiply short", "multiply staged")
-    assert [row.name for row in rows] == [*names, "broken", "fatal", "after fatal"]
+    barriers = (f"{name} {kind} barrier" for kind in ("without", "with") for name in ("reverse", "add"))
+    assert [row.name for row in rows] == [*names, "broken", *barriers, "fatal", "after fatal"]
     found = [(row.name, *fault) for row in rows for fault in row.faults.items()]
     assert [fault[:2] for fault in found] == [fault[:2] for fault in FAULTS]
     for (_, _, text), (_, _, start) in zip(found, FAULTS, strict=True):

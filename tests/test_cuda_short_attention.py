@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import emulated
 import oracle
 import pytest
+import rounded_scores
 import torch
 import torch.nn.functional as F
 from attention_cases import SEED, SITE, Packing, Problem, assert_matches, make, results
 
 from tfm import ops
 from tfm.native import attention as native
+from tfm.operators.attention import Attention
 
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
 
@@ -132,6 +136,60 @@ def test_packed_equals_padded_and_the_reference(cuda_device, rules):
     equal(actual, padded("native", HALF))
     truth, plain = padded("reference", torch.float64), padded("reference", HALF)
     oracle.assert_all_match(actual, truth, plain, ("output", "dquery", "dkey", "dvalue"))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
+@pytest.mark.parametrize("keys", [40, 70])
+@pytest.mark.parametrize("rules", [{}, {"softcap": 3.0, "dropout_p": 0.3, "seed": 5}, {"is_causal": True}], ids=str)
+def test_huge_scores_give_what_fp32_gives(cuda_device, rules, keys, dtype):
+    query, key = rounded_scores.halves(1, 2, 20, 16), rounded_scores.halves(1, 1, keys, 16)
+    inputs = [x.to(cuda_device, dtype) for x in (query, key, torch.randn(1, 1, keys, 16))]
+    mask = torch.zeros(20, keys, device=cuda_device)
+    mask[1], mask[2], mask[3] = rounded_scores.LOWEST, -1e9, float("-inf")
+    mask[4:9, 3:6], mask[9:, :32] = 1e30, rounded_scores.LOWEST
+    dout = torch.randn(1, 2, 20, 16, device=cuda_device).to(dtype)
+
+    def expected(kind, *inputs):
+        return rounded_scores.attention(*inputs, mask, scale=0.25, dtype=kind, **rules).to(inputs[0].dtype)
+
+    found = []
+    for call, kind in (
+        (partial(ops.attention, attn_mask=mask, scale=0.25, impl="native", **rules), dtype),
+        (partial(expected, torch.float64), torch.float64),
+        (partial(expected, torch.float32), dtype),
+    ):
+        some = [x.to(kind).requires_grad_() for x in inputs]
+        output = call(*some)
+        found.append([output.detach(), *torch.autograd.grad(output, some, dout.to(kind))])
+    for result, truth, plain in zip(*found, strict=True):
+        oracle.assert_matches(result, truth, plain, inherent=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("softcap", [None, 5e4])
+def test_rows_of_weights_formed_again_sum_to_one(cuda_device, softcap):
+    query, key, value = qkv(cuda_device, (1, 2, 2, 16, 40, 16, 16))
+    value.requires_grad_()
+    output = ops.attention(query * 300, key * 300, value, softcap=softcap, impl="native")
+    (gradient,) = torch.autograd.grad(output.sum(), value)
+    torch.testing.assert_close(
+        gradient[..., 0].float().sum(-1), torch.full((1, 2), 16.0).to(gradient.device), rtol=2e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("rows", [17, 1])
+def test_a_bias_and_the_bits_of_a_mask_together(cuda_device, rows):
+    inputs = qkv(cuda_device)
+    allowed = torch.rand(2, 1, rows, 33, device=cuda_device) < 0.7
+    bias = torch.randn(1, 2, 17, 33, device=cuda_device)
+    words, reach = getattr(torch.ops, native.NAMESPACE).attention_mask_bits(allowed, None, 0, None, None)
+    bits = (words if rows > 1 else None), reach
+    rest = (None, None, None, None, None, None, 17, 33, 0, None, None, 0.25, None, 0.0, 0)
+
+    def together(*inputs, impl):
+        return Attention.apply(native.NAMESPACE, False, *inputs, bias, *bits, *rest)[0]
+
+    as_one = {"attn_mask": bias.masked_fill(~allowed, float("-inf")), "scale": 0.25}
+    equal(run(inputs, together), run(inputs, **as_one))
 
 
 # From one warp a pair to several; from one launch of the backward to two.

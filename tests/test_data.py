@@ -1,7 +1,10 @@
 """Reading with every error text, and batches: each pair once, within the budget, the same whenever asked."""
 
+import bz2
 import gzip
+import lzma
 import random
+import sys
 
 import pytest
 import torch
@@ -52,8 +55,10 @@ def rows_of(flat, offsets):
 
 # Reading
 
+PACKERS = {"plain": lambda data: data, "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
 
-@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress], ids=["plain", "gzip"])
+
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
 @pytest.mark.parametrize("name", ["a.txt", "a.gz"])
 @pytest.mark.parametrize(
     ("text", "lines"),
@@ -64,6 +69,9 @@ def rows_of(flat, offsets):
         ("a\r\nb\r\n", ["a", "b"]),
         ("two\r\r\n", ["two\r"]),
         ("a\x85b\u2028c\vd\re\x1cf\n", ["a\x85b\u2028c\vd\re\x1cf"]),
+        ("a\rb\r", ["a", "b"]),
+        ("a\r\rb", ["a", "", "b"]),
+        ("BZh1, a name\n", ["BZh1, a name"]),
         ("\ufeffmark\n\ufeffmark\n", ["mark", "\ufeffmark"]),
         ("  kept  \n\n", ["  kept  ", ""]),
     ],
@@ -72,8 +80,39 @@ def test_read_lines(tmp_path, name, pack, text, lines):
     assert read_lines(write(tmp_path / name, pack(text.encode()))) == lines
 
 
-def test_gzip_of_two_members(tmp_path):
-    assert read_lines(write(tmp_path / "a", gzip.compress(b"a\n") + gzip.compress(b"b\n"))) == ["a", "b"]
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
+def test_two_files_end_to_end(tmp_path, pack):
+    assert read_lines(write(tmp_path / "a", pack(b"a\n") + pack(b"b\n"))) == ["a", "b"]
+
+
+def test_a_piece_of_a_text_is_split_at_line_feeds_alone():
+    assert split_lines(b"a\rb", "a", first_line=2001) == ["a\rb"]
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        pytest.param(
+            b"\x28\xb5\x2f\xfd rest",
+            "zstd",
+            marks=pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python reads zstd"),
+        ),
+        (b"PK\x03\x04 rest", "zip"),
+    ],
+)
+def test_other_compressions_are_named(tmp_path, start, kind):
+    path = write(tmp_path / "a", start)
+    with pytest.raises(UserError) as caught:
+        read_lines(path)
+    message = f"{path}: {kind}, which this Python does not read: expected gzip, bzip2, xz or plain text"
+    assert str(caught.value) == message
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="Python 3.14 has zstd")
+def test_zstd_is_read(tmp_path):
+    from compression import zstd
+
+    assert read_lines(write(tmp_path / "a", zstd.compress(b"a\nb\n"))) == ["a", "b"]
 
 
 @settings(deadline=None)
@@ -99,6 +138,10 @@ def test_split_lines_undoes_joining(lines):
         (gzip.compress(b"a\n", mtime=0) + b"rest", "truncated or damaged gzip file (Not a gzipped file"),
         (gzip.compress(b"a\n", mtime=0)[:-8] + bytes(8), "truncated or damaged gzip file (CRC check failed"),
         (gzip.compress(b"a\n", mtime=0)[:10] + b"\xff" * 20, "truncated or damaged gzip file (Error -3"),
+        (bz2.compress(b"a\n")[:-4], "truncated or damaged bzip2 file (Compressed file ended before"),
+        (bz2.compress(b"a\n")[:10] + b"\xff" * 20, "truncated or damaged bzip2 file (Invalid data stream"),
+        (lzma.compress(b"a\n")[:-4], "truncated or damaged xz file (Compressed file ended before"),
+        (lzma.compress(b"a\n")[:6] + b"\xff" * 20, "truncated or damaged xz file (Corrupt input data"),
     ],
 )
 def test_damaged_files(tmp_path, content, message):
@@ -109,7 +152,7 @@ def test_damaged_files(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
 @pytest.mark.parametrize(
     ("content", "where"),
     [

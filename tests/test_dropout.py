@@ -67,6 +67,34 @@ def test_keeps_the_share_it_should(p):
         assert abs((one * other).mean().item() - (1 - p) ** 2) < 10 * deviation
 
 
+def test_masks_of_steps_sites_and_neighbours_are_independent():
+    """Correlations of n elements, times √n, are standard normal: as large as those of coins, and no larger."""
+    steps, sites, size, p = 4, 12, 128, 0.3
+    seeds = [ops.draw_seed("cpu") for _ in range(steps)]
+    rows, group = torch.arange(size), torch.tensor(0)
+    masks = [reference.keep_mask(rows, size, group, p, seed, site) for seed in seeds for site in range(sites)]
+    groups = torch.arange(16)[:, None]
+    heads = reference.keep_mask(torch.arange(32).expand(16, 32), 32, groups, p, seeds[0], sites).flatten(1)
+    share = 1 - round(65536 * p) / 65536
+    coins, heads = ((x.double() - share) / (share * (1 - share)) ** 0.5 for x in (torch.stack(masks), heads))
+    whole = coins.flatten(1)
+    found = {
+        "rate": whole.mean(1) * size,
+        "pairs of masks": (whole @ whole.t())[tuple(torch.triu_indices(len(whole), len(whole), 1))] / size,
+        "pairs of heads": (heads @ heads.t())[tuple(torch.triu_indices(len(heads), len(heads), 1))] / 32,
+        "columns": coins.mean((0, 1)) * (len(coins) * size) ** 0.5,
+        "rows": coins.mean((0, 2)) * (len(coins) * size) ** 0.5,
+        "one element over all masks": coins.mean(0).flatten() * len(coins) ** 0.5,
+    }
+    for lag in (1, 2, 4, 7, 8, 9, 16):
+        found[f"columns {lag} apart"] = (coins[:, :, lag:] * coins[:, :, :-lag]).mean((1, 2)) * size
+        found[f"rows {lag} apart"] = (coins[:, lag:] * coins[:, :-lag]).mean((1, 2)) * size
+    for name, normal in found.items():
+        size_of_all = normal.square().mean().sqrt().item()
+        assert abs(size_of_all - 1) < 5 / (2 * len(normal)) ** 0.5, f"{name}: {size_of_all:.3f}"
+        assert normal.abs().max() < 5.5, f"{name}: {normal.abs().max():.2f}"
+
+
 def test_probability_zero_returns_x_itself_and_draws_nothing():
     x, state = torch.randn(3, 5), torch.get_rng_state()
     assert ops.dropout(x, 0.0) is x

@@ -122,7 +122,14 @@ def test_a_token_outside_the_vocabulary():
         ops.embedding(torch.tensor([VOCABULARY]), torch.zeros(VOCABULARY, DIM), torch.tensor([0]))
 
 
-FORWARD, BACKWARD = ["embedding_forward_kernel"], ["embedding_chunks_kernel", "embedding_backward_kernel"]
+FORWARD = ["embedding_forward_kernel"]
+
+
+def backward(count):
+    """The launches of a table's gradient: 32 tokens make a chunk, and without one there is nothing to add up ahead."""
+    return ["embedding_chunks_kernel"] * (count >= 32) + ["embedding_backward_kernel"]
+
+
 # Triton's interpreter computes bf16 wrongly.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,8 +144,9 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("learned", [False, True], ids=["sinusoid", "learned"])
 def test_kernel_matches(tokens, dtype, learned, kernel_device, launched):
-    assert_kernel_matches(TOKENS[tokens]().to(kernel_device), 17, 11, dtype, learned, padding_idx=-2)
-    assert launched == FORWARD + BACKWARD * (2 if learned else 1)
+    given = TOKENS[tokens]().to(kernel_device)
+    assert_kernel_matches(given, 17, 11, dtype, learned, padding_idx=-2)
+    assert launched == FORWARD + backward(given.numel()) * (2 if learned else 1)
 
 
 @settings(deadline=None, max_examples=20)
@@ -247,7 +255,7 @@ def test_only_wanted_gradients_are_computed(wanted, kernel_device, launched):
     needed = (weight if wanted == "weight" else table).requires_grad_()
     ops.embedding(tokens, weight, tokens, position_weight=table, impl="triton").sum().backward()
     assert needed.grad is not None
-    assert launched == FORWARD + BACKWARD
+    assert launched == FORWARD + backward(20)
 
 
 def test_operators_obey_torch(kernel_device):

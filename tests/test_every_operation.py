@@ -79,13 +79,13 @@ def test_fake_tensors(sample, impl):
             assert [x.shape for x in torch.autograd.grad(curved(results), leaves)] == [x.shape for x in leaves]
 
 
-def with_scale(impl):
-    query = torch.arange(40.0).view(1, 2, 5, 4).sin()
-    scale = torch.tensor(0.3, requires_grad=True)
-    yield ops.attention(query, query, query, scale=scale, impl=impl), scale
+def scaled_calls(scale, dtype, impl):
+    """Scalars of attention with this scale: of the output, of the weights, and packed."""
+    query = torch.arange(40.0, dtype=dtype).view(1, 2, 5, 4).sin()
+    output, weights = ops.attention(query, query, query, scale=scale, return_weights=True, impl=impl)
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
-    packed = [query[0].transpose(0, 1)] * 3
-    yield ops.varlen_attention(*packed, offsets, offsets, 3, 3, scale=scale, impl=impl), scale
+    packed = ops.varlen_attention(*[query[0].transpose(0, 1)] * 3, offsets, offsets, 3, 3, scale=scale, impl=impl)
+    return [curved((x,)) for x in (output, weights, packed)]
 
 
 @pytest.mark.parametrize(
@@ -93,20 +93,11 @@ def with_scale(impl):
     ["reference", pytest.param("native", marks=native.MARKS[:1]), pytest.param("triton", marks=pytest.mark.triton)],
 )
 def test_a_scale_learns(impl):
-    found = [torch.autograd.grad(curved((output,)), scale)[0] for output, scale in with_scale(impl)]
-    for gradient, call in zip(found, range(2), strict=True):
-
-        def loss(number, call=call):
-            query = torch.arange(40.0, dtype=torch.float64).view(1, 2, 5, 4).sin()
-            if call == 0:
-                return curved((ops.attention(query, query, query, scale=number),))
-            offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
-            return curved(
-                (ops.varlen_attention(*[query[0].transpose(0, 1)] * 3, offsets, offsets, 3, 3, scale=number),)
-            )
-
-        slope = (loss(0.3 + 1e-4) - loss(0.3 - 1e-4)) / 2e-4
-        torch.testing.assert_close(gradient.double(), slope, rtol=1e-4, atol=1e-5)
+    scale, step = torch.tensor(0.3, requires_grad=True), 1e-4
+    above, below = (scaled_calls(0.3 + change, torch.float64, "reference") for change in (step, -step))
+    for result, high, low in zip(scaled_calls(scale, torch.float32, impl), above, below, strict=True):
+        (found,) = torch.autograd.grad(result, scale, retain_graph=True)
+        torch.testing.assert_close(found.double(), (high - low) / (2 * step), rtol=1e-4, atol=1e-5)
 
 
 REFUSED = [

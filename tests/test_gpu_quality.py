@@ -82,13 +82,19 @@ def test_what_does_not_fit_is_said(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("limits", "done"), [((0.0, 2), 0), ((1e9, 2), 2)])
-def test_a_training_ends_at_the_first_of_its_limits(limits, done):
+def test_a_training_ends_at_the_first_of_its_limits(limits, done, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.timed_training.SECONDS_PER_LINE", 0.0)
     text = ParallelText(*(lines[:SENTENCES] for lines in pairs()))
     tokenizer = Tokenizer.train(text.source + text.target, 300)
     config, recipe = PRESETS["tiny"].config(tokenizer.vocab_size, dim=16, heads=2, ffn_dim=16), PRESETS["tiny"].recipe
     task = Task(text, text, text, tokenizer, config, recipe, encode_parallel(text, tokenizer, config.max_length))
     training = TimedTraining("tfm", task, torch.device("cpu"), seed=1)
     assert training.run_for(*limits)["updates"] == done == training.step
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [line.partition(" s: ")[2].partition(",")[0] for line in said.err.splitlines()] == [
+        f"{update} updates" for update in range(1, done + 1)
+    ]
 
 
 def test_updates_alone_are_a_limit(capsys):

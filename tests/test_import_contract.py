@@ -25,36 +25,43 @@ class May(NamedTuple):
 # Each row may name rows above it only: nothing imports upward.
 CONTRACT = {
     "errors": May(),
+    "files": May("errors"),
     "autocast": May(outside="torch"),
+    "tracing": May(outside="torch"),
     "transforms": May("autocast", "torch"),
     "sequences": May("transforms", "torch"),
-    "reference": May("autocast sequences transforms", "torch"),
-    "operators": May("autocast reference transforms", "torch"),
+    "reference": May("autocast sequences tracing transforms", "torch"),
+    "operators": May("autocast reference tracing transforms", "torch"),
     "kernels": May("operators", "torch triton"),
-    "native": May("errors operators", "torch tfm", lazily="ninja rich"),
-    "ops": May("autocast errors reference operators native sequences transforms", "torch", lazily="kernels"),
+    "native": May("errors files operators", "torch tfm", lazily="ninja rich"),
+    "ops": May("autocast errors reference operators native sequences tracing transforms", "torch", lazily="kernels"),
     "nn": May("errors ops sequences", "torch"),
     "patching": May("ops nn", "torch", lazily="transformers"),
     "tfm": May("ops nn patching"),
     "config": May("errors ops"),
-    "files": May("errors"),
+    "memory": May(),
+    "records": May("config errors", "pydantic pydantic_core"),
     "tokenizer": May("errors files", "tokenizers"),
-    "data": May("errors sequences tokenizer", "torch"),
+    "data": May("errors memory sequences tokenizer", "torch"),
     "model": May("config nn ops sequences", "torch"),
-    "checkpoint": May("config errors files model tokenizer", "torch safetensors"),
+    "checkpoint": May("config errors files model records tokenizer", "torch safetensors"),
+    "state": May("checkpoint config errors model records", "torch"),
     "attend": May("errors model tokenizer", "torch"),
-    "generate": May("checkpoint config data errors model ops sequences tokenizer", "torch"),
-    "evaluate": May(outside="sacrebleu"),
+    "generate": May("checkpoint config data errors memory model ops sequences tokenizer", "torch"),
+    "evaluate": May("errors", "sacrebleu"),
     "graphs": May("data", "torch"),
     "precision": May("model transforms", "torch"),
     "train": May(
-        "checkpoint config data errors evaluate files generate graphs model ops precision sequences tokenizer", "torch"
+        "checkpoint config data errors evaluate files generate graphs model ops precision records sequences state "
+        "tokenizer",
+        "torch",
     ),
-    "plots": May("attend errors model ops", "torch matplotlib"),
+    "fonts": May("errors", "matplotlib"),
+    "plots": May("attend errors fonts model ops", "torch matplotlib"),
     "demo": May(),
 }
 # On top of all, by any names from the house.
-TOP = {"cli": May(" ".join(CONTRACT), "torch rich typer"), "__main__": May("cli")}
+TOP = {"cli": May(" ".join(CONTRACT), "torch rich typer"), "__main__": May("errors cli")}
 ROWS = CONTRACT | TOP
 
 

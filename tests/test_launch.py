@@ -91,12 +91,11 @@ def test_settings_at_8192_rows(columns, forward_settings, backward_settings):
 
 @given(rows=st.integers(0, 10**7), columns=st.integers(1, 10**5), chunk=st.sampled_from([16, 32]))
 def test_embedding_tiles_cover_tokens_and_rows(rows, columns, chunk):
-    first, second = launch.embedding_backward(rows + 1, chunk, rows, columns)
-    assert first.block_rows == chunk
-    # The place behind the last token, too: what begins there is noted there.
-    assert first.programs * chunk > rows
-    for tiles in (launch.embedding_forward(rows, columns), first, second):
-        assert tiles.programs * tiles.block_rows >= rows
+    chunks = rows // chunk
+    first, second = launch.embedding_backward(chunks, chunk, rows, columns)
+    assert (first.programs, first.block_rows) == (chunks, chunk)
+    for tiles, covered in ((launch.embedding_forward(rows, columns), rows), (first, chunks * chunk), (second, rows)):
+        assert tiles.programs * tiles.block_rows >= covered
         assert tiles.chunks * tiles.block_columns >= columns
         assert tiles.block_columns % 8 == 0
         assert tiles.block_rows * tiles.block_columns <= 16 * 32 * tiles.num_warps

@@ -277,10 +277,11 @@ def test_operators_obey_torch():
     arguments = seen[0][2:]
     operators = torch.ops.tfm_native
     torch.library.opcheck(operators.attention.default, arguments)
-    output, lse = operators.attention(*arguments)
+    output, statistics = operators.attention(*arguments)
+    given = output, statistics[0], output, statistics
     for wanted in ([True] * 5, [False, True, False, False, True]):
-        torch.library.opcheck(operators.attention_backward.default, (output, lse, output, lse, wanted, *arguments))
-    torch.library.opcheck(operators.attention_weights.default, (lse, *arguments))
+        torch.library.opcheck(operators.attention_backward.default, (*given, wanted, *arguments))
+    torch.library.opcheck(operators.attention_weights.default, (statistics, *arguments))
     mask = torch.rand(1, 2, 5, 7) < 0.5
     torch.library.opcheck(operators.attention_mask_bits.default, (mask, arguments[10], 0, 3, None))
 

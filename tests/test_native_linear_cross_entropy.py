@@ -56,6 +56,18 @@ def test_native_matches_in_every_option(name, reduction, dtype, instruction_set,
         assert_kernel_matches(inputs, target, "native", reduction=reduction, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_all_logits_share_costs_the_loss_no_digit(dtype):
+    # Multiples of 1/4 beside 2^17: fp32 holds each logit, but not their sum.
+    input, weight = (torch.randint(-4, 5, (rows, 8)) / 2 for rows in (9, 650))
+    target, offset = torch.randint(650, (9,)), torch.full((650,), 2.0**17)
+    logits = (input @ weight.T).double().requires_grad_()
+    expected = F.cross_entropy(logits, target, label_smoothing=0.3, reduction="none")
+    options = {"linear_bias": offset, "label_smoothing": 0.3, "reduction": "none"}
+    actual = fused("native")(input.to(dtype), weight.to(dtype), target, **options)
+    torch.testing.assert_close(actual, expected.float(), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
 # One class, vectors with a rest, four vectors at once with a rest, one column of input.
 @pytest.mark.parametrize("instruction_set", native.INSTRUCTION_SETS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 17), (4, 3, 1000), (70, 8, 9001), (2, 2, 20000)], ids=str)

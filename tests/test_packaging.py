@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import typing
 import zipfile
+from collections.abc import Callable
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -28,11 +32,18 @@ for package in (tfm, tfm.kernels):
 
 # No settings but those a test gives; and as if a package were not installed.
 WITHOUT = {"TFM_NATIVE_BUILD": "", "CXX": "", "CUDA_HOME": "", "CUDA_PATH": "", "TFM_NATIVE": "", "TFM_BUILD_CUDA": ""}
+# A user id that no account has, as containers give one.
+HOMELESS = """
+import os
+for name in ("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+os.getuid = lambda: 2**31 - 7
+"""
 BLOCKED = """
 import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] == {package!r} else find(name, *rest)
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {package!r}.split() else find(name, *rest)
 """
 
 
@@ -64,6 +75,47 @@ def test_public_names_resolve():
             assert getattr(module, name) is not None
     assert callable(tfm.accelerate)
     assert callable(tfm.restore)
+
+
+def test_public_names_are_shown_before_they_are_used():
+    """dir, help and the completion of a prompt, in a process that has imported nothing else."""
+    program = """
+import pydoc, rlcompleter, tfm
+print(*(name for name in dir(tfm) if not name.startswith("_")))
+shown = pydoc.render_doc(tfm, renderer=pydoc.plaintext)
+names = "accelerate(", "restore(", "use(", "class Report", "nn (package)", "ops (package)"
+print(*(name for name in names if name in shown))
+completer = rlcompleter.Completer({"tfm": tfm})
+print(completer.complete("tfm.acc", 0), completer.complete("tfm.op", 0))
+"""
+    listed, helped, completed = run(program)
+    assert listed.split() == [name for name in tfm.__all__ if not name.startswith("_")]
+    assert helped == "accelerate( restore( use( class Report nn (package) ops (package)"
+    assert [word.rstrip("(") for word in completed.split()] == ["tfm.accelerate", "tfm.ops"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 keeps overloads")
+def test_results_of_attention_have_types():
+    def results(function: Callable[..., object]) -> dict[tuple[str, ...], str]:
+        flags = ("return_lse", "return_weights")
+        return {
+            tuple(overload.__annotations__.get(flag, "") for flag in flags): overload.__annotations__["return"]
+            for overload in typing.get_overloads(function)
+        }
+
+    no, yes = "Literal[False]", "Literal[True]"
+    assert results(tfm.ops.attention) == {
+        (no, no): "Tensor",
+        (yes, no): "tuple[Tensor, Tensor]",
+        (no, yes): "tuple[Tensor, Tensor]",
+        (yes, yes): "tuple[Tensor, Tensor, Tensor]",
+        ("bool", "bool"): "Tensor | tuple[Tensor, ...]",
+    }
+    assert results(tfm.ops.varlen_attention) == {
+        (no, ""): "Tensor",
+        (yes, ""): "tuple[Tensor, Tensor]",
+        ("bool", ""): "Tensor | tuple[Tensor, Tensor]",
+    }
 
 
 def test_version_is_a_string():
@@ -176,12 +228,94 @@ def test_ships_what_it_needs_and_nothing_else(installed):
 
 
 @pytest.mark.xdist_group("installed")
+def test_metadata_says_what_each_part_needs(installed):
+    (folder,) = installed.glob("tfm-*.dist-info")
+    metadata = message_from_string((folder / "METADATA").read_text("utf-8"))
+    needs: dict[str, set[str]] = {}
+    for line in metadata.get_all("Requires-Dist", []):
+        package, marker = re.match(r"[\w-]+", line).group(), line.partition("extra == ")[2].strip("'\"")
+        needs.setdefault(marker, set()).add(package)
+    assert needs[""] == {"torch", "triton"}
+    assert needs["translate"] >= {"tokenizers", "safetensors", "sacrebleu", "matplotlib", "typer", "rich", "numpy"}
+    assert needs["build"] == {"ninja", "setuptools", "typer", "rich"}
+    assert needs.keys() == {"", "translate", "build", "test"}
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+    # An index of packages cannot show what lies in the repository.
+    described = metadata.get_payload()
+    assert "# tfm" in described
+    assert "`benchmarks/results/cpu_roofline.png`" in described
+    assert "](benchmarks/" not in described
+
+
+@pytest.mark.xdist_group("installed")
 def test_an_installation_finds_the_sources_to_compile(installed, tmp_path):
     program = f"import sys; sys.path.insert(0, {str(installed)!r})\nfrom tfm.native import plan; print(plan.sources())"
     assert run(program, cwd=tmp_path) == [str(installed / "tfm" / "csrc")]
 
 
 # Machines that lack something
+
+OF_TRANSLATION = "tokenizers safetensors sacrebleu matplotlib pydantic typer rich numpy"
+
+
+def test_operations_and_layers_need_torch_alone():
+    program = f"""{BLOCKED.format(package=OF_TRANSLATION)}
+import torch, tfm, tfm.native.build
+from tfm import nn, ops
+model = torch.nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+tfm.accelerate(model)
+print(*model(torch.ones(1, 3, 8), torch.ones(1, 2, 8)).shape)
+"""
+    assert run(program) == ["1 2 8"]
+
+
+def test_a_missing_package_names_the_extra():
+    packages = {"safetensors": "checkpoint", "sacrebleu": "evaluate", "matplotlib": "plots"}
+    program = f"""{BLOCKED.format(package=" ".join(packages))}
+from importlib import import_module
+for module in {list(packages.values())}:
+    try:
+        import_module(f"tfm.{{module}}")
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+"""
+    for package, said in zip(packages, run(program), strict=True):
+        assert said.startswith(f"{package} {package} is not installed: pip install 'tfm[translate]' brings it")
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "said"),
+    [
+        ("typer", "doctor", "typer is not installed: pip install 'tfm[build]' brings it"),
+        ("tokenizers", "translate", "tokenizers is not installed: pip install 'tfm[translate]' brings it"),
+    ],
+)
+def test_a_command_that_lacks_a_package_is_one_line(package, command, said, tmp_path):
+    program = f"{BLOCKED.format(package=package)}\nfrom tfm.__main__ import main\nmain()"
+    arguments = [sys.executable, "-c", program, command, *[str(tmp_path)] * (command == "translate")]
+    finished = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"tfm: error: {said}")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_a_pure_wheel_is_told_on_the_terminal():
+    """pip keeps what a build prints to itself."""
+    keyboard, terminal = os.openpty()
+    program = f"""
+import os, setuptools, sys
+os.close(os.open({os.ttyname(terminal)!r}, os.O_RDWR))
+setuptools.setup = lambda **options: None
+sys.argv = ["setup.py", "bdist_wheel"]
+exec(open("setup.py").read(), {{"__file__": "setup.py"}})
+"""
+    given = os.environ | WITHOUT | {"PATH": "/nowhere"}
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=ROOT, env=given, capture_output=True, start_new_session=True, check=True)
+    said = os.read(keyboard, 1000).decode()
+    for end in (keyboard, terminal):
+        os.close(end)
+    assert said.strip().startswith("tfm: a pure wheel, without native operators: no C++ compiler: looked for ")
 
 
 @pytest.mark.xdist_group("installed")
@@ -227,8 +361,11 @@ exec(open("setup.py").read(), {{"__file__": "setup.py"}})
     assert all(line.startswith("tfm: a pure wheel, without native operators: ") and reason in line for line in said)
 
 
+NO_HOME = "no folder to keep builds in: user 2147483641 has no home folder (set HOME or XDG_CACHE_HOME)"
+
+
 @pytest.mark.parametrize(
-    ("environment", "blocked", "rows"),
+    ("environment", "before", "rows"),
     [
         (
             {"PATH": "/nowhere", "XDG_CACHE_HOME": "/nowhere"}, "",
@@ -239,12 +376,13 @@ exec(open("setup.py").read(), {{"__file__": "setup.py"}})
                 "native on cpu": "not here: tfm_native is not built: `tfm build` compiles it",
             },
         ),
-        ({}, "triton", {"triton on cpu": "not here: triton is not installed"}),
+        ({}, BLOCKED.format(package="triton"), {"triton on cpu": "not here: triton is not installed"}),
+        ({}, HOMELESS, {"native on cpu": f"not here: tfm_native cannot be looked for: {NO_HOME}"}),
     ],
-    ids=["no compiler, no nvcc", "no triton"],
+    ids=["no compiler, no nvcc", "no triton", "no account and no HOME"],
 )  # fmt: skip
-def test_a_machine_that_lacks_something_works_and_says_so(environment, blocked, rows):
-    program = f"""{BLOCKED.format(package=blocked)}
+def test_a_machine_that_lacks_something_works_and_says_so(environment, before, rows):
+    program = f"""{before}
 import torch
 from tfm import ops
 x = torch.randn(3, 8)
@@ -257,3 +395,9 @@ doctor()
     assert found["reference on cpu"].startswith("works (greatest error ")
     for name, words in rows.items():
         assert found[name].startswith(words), found[name]
+
+
+def test_a_build_without_a_home_is_one_line():
+    command = [sys.executable, "-c", f"{HOMELESS}from tfm.cli import main\nmain()", "build"]
+    finished = subprocess.run(command, cwd=ROOT, env=os.environ | WITHOUT, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (2, f"tfm: error: {NO_HOME}\n")

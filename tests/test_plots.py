@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.ttLib.tables._g_l_y_f import Glyph
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from torch.testing import assert_close
 
@@ -14,6 +19,7 @@ from tfm import ops, plots
 from tfm.attend import AttentionMaps, attend, attention_weights
 from tfm.config import TransformerConfig
 from tfm.errors import UserError
+from tfm.fonts import fonts_for
 from tfm.model import CrossAttention, SelfAttention, Transformer
 from tfm.tokenizer import BOS, EOS, Tokenizer
 
@@ -115,22 +121,106 @@ def test_attention_maps_show_every_head(figures: list[Figure]) -> None:
     encoder = torch.rand(2, 3, 5, 5)
     decoder = torch.rand(1, 3, 2, 2)
     cross = torch.rand(1, 3, 2, 5)
-    png = plots.attention_maps(AttentionMaps(odd, ["⟨bos⟩", "a$"], encoder, decoder, cross))
+    png = plots.attention_maps(AttentionMaps("$x^ 日", "a$", odd, ["⟨bos⟩", "a$"], encoder, decoder, cross))
     assert pixels(png)[2] == 4
     (figure,) = figures
-    drawn = [axes.images[0].get_array() for axes in figure.axes]
+    *heat_maps, bar = figure.axes
+    drawn = [axes.images[0].get_array() for axes in heat_maps]
     expected = [*encoder.flatten(0, 1), *decoder.flatten(0, 1), *cross.flatten(0, 1)]
     assert all((array == weights.numpy()).all() for array, weights in zip(drawn, expected, strict=True))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == odd
     assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == odd
     assert figure.axes[9].get_title() == "cross, layer 1, head 1"
+    assert figure.get_suptitle() == "$x^ 日\n→ a$"
+    assert bar.get_ylabel() == "attention weight; each row of a map sums to 1"
+    assert bar.get_ylim() == (0, 1)
+    assert (figure.get_supylabel(), figure.get_supxlabel()) == (
+        "token that looks (query)",
+        "token that is looked at (key)",
+    )
 
 
-def test_attention_maps_of_a_long_sentence_stay_a_picture() -> None:
-    tokens = ["wort"] * 300
-    square = torch.rand(1, 2, 300, 300)
-    height, width, _ = pixels(plots.attention_maps(AttentionMaps(tokens, tokens, square, square, square)))
+def test_attention_maps_of_a_long_sentence_stay_a_picture(figures: list[Figure]) -> None:
+    tokens = [f"wort{place}" for place in range(300)]
+    square, text = torch.rand(1, 2, 300, 300), " ".join(tokens)
+    height, width, _ = pixels(plots.attention_maps(AttentionMaps(text, text, tokens, tokens, square, square, square)))
     assert max(height, width) < 2000
+    assert figures[0].get_suptitle().replace("\n", " ").endswith(f"→ {text[:198]} …")
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == tokens[::8]
+    assert axes.get_yticks().tolist() == list(range(0, 300, 8))
+    assert [label.get_text() for label in axes.get_xticklabels()] == tokens[::8]
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF"), ("a.b.svg", b"<?xml"), ("picture", b"\x89PNG")]
+)
+def test_the_ending_is_the_format(name: str, start: bytes) -> None:
+    assert plots.positional_encoding(3, 4, plots.format_of(Path(name))).startswith(start)
+
+
+def test_another_ending_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^x/a\.jpg: expected a name that ends in \.png, \.pdf, \.svg$"):
+        plots.format_of(Path("x/a.jpg"))
+
+
+# Fonts
+
+
+def font_of(characters: str, family: str, path: Path) -> str:
+    """A font of empty glyphs."""
+    builder = FontBuilder(1000)
+    names = [".notdef", *(f"u{ord(character):x}" for character in characters)]
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(character): f"u{ord(character):x}" for character in characters})
+    builder.setupGlyf({name: Glyph() for name in names})
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (600, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def installed_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """matplotlib's own and those that a test adds."""
+    found: list[str] = []
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: found)
+    bundled = [entry for entry in font_manager.fontManager.ttflist if "mpl-data" in entry.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", bundled)
+    fonts_for.cache_clear()
+    yield found
+    fonts_for.cache_clear()
+
+
+def test_a_font_that_is_missing_is_named(installed_fonts: list[str]) -> None:
+    assert fonts_for("étudiant ⟨eos⟩ да").advice == ""
+    fonts = fonts_for("日 é 가 ไ\n日")
+    assert fonts.missing == "ไ日가"
+    assert fonts.advice == (
+        "no installed font has every character, boxes stand for the others: install Noto Sans Thai for ไ (on Debian: "
+        "fonts-noto-core), Noto Sans CJK for 日가 (on Debian: fonts-noto-cjk)"
+    )
+
+
+def test_of_many_missing_characters_a_few_are_named(installed_fonts: list[str]) -> None:
+    many = "".join(map(chr, range(0x4E00, 0x4E20)))
+    assert fonts_for(many).advice.endswith(f"Noto Sans CJK for {many[:8]} … (on Debian: fonts-noto-cjk)")
+
+
+def test_installed_fonts_serve_what_matplotlibs_lacks(
+    installed_fonts: list[str], tmp_path: Path, figures: list[Figure]
+) -> None:
+    installed_fonts += [font_of("日", "One Character", tmp_path / "a.ttf"), str(tmp_path / "no font.ttf")]
+    installed_fonts += [font_of("日本", "Two Characters", tmp_path / "b.ttf")]
+    fonts = fonts_for("a日本")
+    assert (fonts.families[-1], fonts.missing, fonts.advice) == ("Two Characters", "", "")
+    square = torch.ones(1, 1, 1, 1)
+    plots.attention_maps(AttentionMaps("日本", "a", ["日本"], ["a"], square, square, square))
+    texts = [figures[0].axes[0].get_yticklabels()[0], figures[0].axes[2].get_xticklabels()[0]]
+    assert all(text.get_fontfamily()[-1] == "Two Characters" for text in texts)
 
 
 def test_positions_are_the_papers(figures: list[Figure]) -> None:

@@ -6,23 +6,31 @@ import json
 import shutil
 
 import pytest
+from matplotlib.figure import Figure
 from measured import entry, gpu_record
 
-from benchmarks.report import tables
-from benchmarks.report.__main__ import BEGIN, END, main
+from benchmarks.report import charts, presets, tables
+from benchmarks.report.__main__ import BEGIN, BEGIN_PRESETS, END, END_PRESETS, main
 from benchmarks.report.records import ROOT, load, newest, sha256
 from benchmarks.report.sources import sources_of
+from tfm.config import PRESETS
 
 
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    path.write_text(f"before\n\n{BEGIN_PRESETS}\n{END_PRESETS}\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     return path
 
 
 def test_readme_matches_the_records(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_readme_says_first_whether_anything_has_run_on_a_gpu():
+    head, _, _ = (ROOT / "README.md").read_text(encoding="utf-8").partition("## ")
+    has_run = any(record.environment["gpu"] for record in load(ROOT / "benchmarks" / "results"))
+    assert ("**Nothing of it has run on a GPU yet.**" in head) != has_run
 
 
 def test_every_picture_in_readme_is_there():
@@ -33,13 +41,88 @@ def test_every_picture_in_readme_is_there():
 def test_a_record_becomes_a_table(tmp_path):
     text = tables.device(gpu_record(tmp_path))
     assert "### NVIDIA H200" in text
-    assert "copy 4,300 GB/s, bf16 matmul 780 TFLOP/s" in text
+    assert "memory 4,300 GB/s (a copy that no cache holds), bf16 matmul 780 TFLOP/s" in text
     assert "1,200 passed, 1 failed, 3 skipped" in text
     head, _, eager, graph = (line for line in text.splitlines() if line.startswith("|"))
-    assert head == "| case | time | rate | of ceiling | eager / ours | compile / ours | liger / ours |"
-    assert eager == "| 4096x512, forward | 20.0 µs | 800 GB/s | 50% | 2.50 | 1.25 | failed |"
-    assert graph == "| 4096x512, forward, graph | 8.0 µs | 2,000 GB/s | 50% | 500.00 |  |  |"
+    assert head == "| case | time | rate | of what bounds it | eager / ours | compile / ours | liger / ours |"
+    assert eager == ("| 4,096 tokens of 512, forward | 20.0 µs | 800 GB/s | 50% of memory | 2.50 | 1.25 | failed |")
+    assert graph == ("| 4,096 tokens of 512, forward, one graph | 8.0 µs | 2,000 GB/s | 50% of memory | 500.00 |  |  |")
     assert tables.STALE not in text
+
+
+def test_presets_are_counted():
+    """Of tiny by hand: a layer's four projections, two matmuls and norms; a decoder's layer attends twice."""
+    width, inner, vocabulary, layers = 128, 256, 9712, 4
+    attention, norm = 4 * (width * width + width), 2 * width
+    feed_forward = 2 * width * inner + inner + width
+    encoder, decoder = attention + feed_forward + 2 * norm, 2 * attention + feed_forward + 3 * norm
+    assert presets.parameters("tiny") == vocabulary * width + layers * (encoder + decoder)
+    rows = presets.table().splitlines()
+    assert rows[3].startswith("| `tiny` | 4 + 4, 128, 4 | 9,712 | 2.6 M | 41 MB | 8,192 tokens | 8,000, 2,000 of them")
+    assert set(presets.SUITS) == set(PRESETS)
+    assert len(rows) == 2 + len(PRESETS)
+
+
+def test_faster_than_memory_is_from_caches(tmp_path):
+    rows = [entry("ours", 1e-6, share=1.414), entry("ours", 1e-6, share=0.8, ceiling="cache", suite="rms_norm")]
+    text = tables.device(gpu_record(tmp_path, benchmarks=rows))
+    assert "| in cache, 1.41 × memory |" in text
+    assert "| 80% of cache |" in text
+    assert "memory is no bound of it" in text
+    assert "memory is no bound of it" not in tables.device(gpu_record(tmp_path))
+
+
+def drawn(monkeypatch, chart, record):
+    """The axes of the one figure that `chart` saves, with their labels in order from the top."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    chart(record)
+    (figure,) = figures
+    (axes,) = figure.axes
+    lowest, highest = axes.get_ylim()
+    assert lowest > highest
+    return axes, [label.get_text() for label in axes.get_yticklabels()]
+
+
+MIXED = [
+    entry("ours", 1e-6, share=1.6),
+    entry("ours", 1e-6, suite="rotary", size="8x64 heads 8x64", share=0.3, ceiling="matmul"),
+    entry("eager", 2e-6),
+    entry("eager", 0.5e-6, suite="rotary", size="8x64 heads 8x64"),
+    entry("ours", 1e-6, size="512x512", share=0.5),
+    entry("eager", 32e-6, size="512x512"),
+]
+PLACES = [
+    "layer_norm",
+    "4,096 tokens of 512, forward",
+    "512 tokens of 512, forward",
+    "rotary",
+    "8 sentences of 64 tokens, 8 heads of 64, forward",
+]
+
+
+def test_the_roofline_has_one_place_a_subject_and_clips_nothing(tmp_path, monkeypatch):
+    axes, places = drawn(monkeypatch, charts.roofline, gpu_record(tmp_path, benchmarks=MIXED))
+    assert places == PLACES
+    bars = {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in axes.patches}
+    assert bars == {1: 1.6, 2: 0.5, 4: 0.3}
+    assert axes.get_xlim()[1] > 1.6
+    assert axes.get_legend_handles_labels()[1] == [
+        "faster than memory: its data lies in caches",
+        "of memory's rate",
+        "of the rate of matmuls",
+    ]
+
+
+def test_speed_ups_stand_beside_their_cases_on_plain_ticks(tmp_path, monkeypatch):
+    axes, places = drawn(monkeypatch, charts.speed_up, gpu_record(tmp_path, benchmarks=MIXED))
+    assert places == PLACES
+    (points,) = axes.collections
+    assert sorted((round(x, 6), y) for x, y in points.get_offsets().tolist()) == [(0.5, 4), (2, 1), (32, 2)]
+    left, right = axes.get_xlim()
+    assert left < 0.5 < 32 < right
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    assert [axes.xaxis.get_major_formatter()(tick) for tick in ticks] == ["0.5", "1", "2", "5", "10", "20"]
 
 
 def test_changed_sources_make_rows_stale(tmp_path):
@@ -53,7 +136,7 @@ def test_changed_sources_make_rows_stale(tmp_path):
 
 def test_ours_that_failed_says_why(tmp_path):
     text = tables.device(gpu_record(tmp_path, benchmarks=[entry("ours"), entry("eager", 5e-5)]))
-    assert "| 4096x512, forward | failed: out of memory |  |  |  |" in text
+    assert "| 4,096 tokens of 512, forward | failed: out of memory |  |  |  |" in text
 
 
 def test_training_steps_of_a_gpu_are_told(tmp_path):
@@ -167,3 +250,21 @@ def test_sources_follow_imports_and_names(tmp_path):
     package.write_text(f"from tfm.kernels.launch.scaled import scaled_tiles\n{package.read_text()}")
     expected = ["kernels/launch/scaled.py", "kernels/philox.py", "kernels/scaled.py"]
     assert sources_of("scaled", tmp_path) == expected
+
+
+def test_losses_at_equal_updates_are_told(tmp_path):
+    side = [{"mean": 6.0, "deviation": 0.5}, {"mean": 5.25, "deviation": 0.125}]
+    apart = [{"mean": 0.0, "standard_error": 1.0, "p": 1.0}, {"mean": -0.25, "standard_error": 0.5, "p": 0.625}]
+    losses = {"tfm": side, "eager": side, "difference": apart}
+    data = {
+        "benchmark": "learning",
+        "environment": {"date": "2026-01-02T00:00:00+00:00", "gpu": None, "cpu": "a CPU"},
+        "corpus": "bundled",
+        "arguments": {"preset": "demo", "dropout": 0.3, "batch_tokens": 1024},
+        "points": [50, 100],
+        "summary": {"seeds": [1, 2], "train_loss": losses, "validation_loss": losses},
+    }
+    (tmp_path / "learning.json").write_text(json.dumps(data))
+    text = tables.markdown(load(tmp_path), tmp_path)
+    assert "2 seeds of each from the same weights on the same batches (`learning.json`, 2026-01-02)" in text
+    assert "| 100 | 5.250 ± 0.125 | 5.250 ± 0.125 | -0.250 ± 0.500 | 62% |" in text

@@ -240,3 +240,17 @@ def test_bad_heads_and_dims():
         ops.rotary_table(3, 5)
     with pytest.raises(ValueError, match=r"^rotary cannot run with impl='triton': .*got float64$"):
         ops.rotary(X.double(), None, TABLE, TABLE, impl="triton")
+
+
+def test_tables_of_two_equal_halves_turn_neighbouring_columns_as_glm_does():
+    angles = torch.randn(5, 2, dtype=torch.float64)
+    cos, sin = (torch.cat((table, table), -1) for table in (angles.cos(), angles.sin()))  # as Hugging Face passes them
+    query = torch.randn(1, 3, 5, 6, dtype=torch.float64)
+    turned, kept = query[..., :4], query[..., 4:]
+    half_turn = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    wide_cos, wide_sin = (table[:, :2].repeat_interleave(2, -1) for table in (cos, sin))
+    expected = torch.cat((turned * wide_cos + half_turn * wide_sin, kept), -1)
+    found, _ = ops.rotary(query, None, cos[..., :2], sin[..., :2], interleaved=True)
+    torch.testing.assert_close(found, expected)
+    wrong, _ = ops.rotary(query, None, cos[..., ::2], sin[..., ::2], interleaved=True)
+    assert (wrong - expected).abs().max() > 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import cpu
+from benchmarks.report import tables
+from benchmarks.report.records import load
+from benchmarks.report.words import in_words
 from benchmarks.shapes import MULTI30K_LENGTHS, draw_lengths
+from benchmarks.suite import Work
 
 ROOT = Path(__file__).parent.parent
 # Suites are chosen when they are imported, so another process believes in a GPU; nothing is put on it.
@@ -160,3 +166,56 @@ def test_lengths_are_multi30ks() -> None:
     for length, share in MULTI30K_LENGTHS.items():
         assert drawn.count(length) / len(drawn) == pytest.approx(share / total, abs=0.01)
     assert drawn[:100] == draw_lengths(20_000, torch.Generator().manual_seed(3))[:100]
+
+
+def test_every_size_is_put_into_words(cases):
+    sizes = {(case.suite, case.size) for case in cases}
+    sizes |= {(row.suite, row.size) for record in load(ROOT / "benchmarks" / "results") for row in record.rows}
+    words = {in_words(*size) for size in sizes}
+    assert len(words) >= len({size for _, size in sizes})
+    assert not [text for text in words if re.search(r"\dx\d|\d{4}", text)]
+
+
+@pytest.mark.parametrize(
+    ("suite", "size", "words"),
+    [
+        ("attention", "8x128 heads 8x64 mask lengths", "8 sentences of 128 tokens, 8 heads of 64, padding masked"),
+        (
+            "attention",
+            "78 sentences of 8-30 heads 4x32 cross",
+            "78 sentences of 8 to 30 tokens, 4 heads of 32, cross-attention",
+        ),
+        (
+            "decode_attention",
+            "500x15 heads 8x32 of 2 beam 5",
+            "500 hypotheses at token 15, 8 heads of 32 over 2, beam 5",
+        ),
+        ("embedding", "1920x128 of 9712 dropout 0.3", "1,920 tokens of 128, from 9,712 rows, dropout 0.3"),
+        ("feed_forward", "512x512x1408 gated dropout 0.1", "512 tokens, 512 to 1,408 and back, gated, dropout 0.1"),
+        ("linear_cross_entropy", "512x128x9712 smoothing 0.1", "512 tokens of 128, 9,712 classes, label smoothing 0.1"),
+        ("layer_norm", "8192x1024", "8,192 tokens of 1,024"),
+        ("training", "tiny", "tiny"),
+    ],
+)
+def test_sizes_in_words(suite, size, words):
+    assert in_words(suite, size) == words
+
+
+def test_a_case_is_held_against_the_copy_that_moves_as_many_bytes():
+    ceilings = {"copy": 10.0, "caches": [(1000, 80.0), (4000, 40.0)], "matmul": 1.0}
+    for size, name, rate in ((0, "cache", 80.0), (1000, "cache", 80.0), (1001, "cache", 40.0), (4001, "copy", 10.0)):
+        assert Work(bytes=size).seconds(ceilings) == {name: size / (1e9 * rate), "matmul": 0.0}
+    assert Work(bytes=1000).seconds({"copy": 10.0, "matmul": 1.0}) == {"copy": 1e-7, "matmul": 0.0}
+    assert Work(bytes=1000, flops=1).ceiling(ceilings) == "cache"
+
+
+def test_a_processors_ceilings_name_its_caches(monkeypatch):
+    monkeypatch.setattr(cpu, "CACHED", (1 << 12, 1 << 14, 1 << 18))
+    found = cpu.ceilings(cpu.Work(copied=1 << 16, side=8, samples=2, steps=1))
+    assert [level["bytes"] for level in found["caches"]] == [1 << 12, 1 << 14]
+    assert all(len(level["samples"]) == 2 and level["GB/s"] > 0 for level in found["caches"])
+    given = cpu.known(found)
+    assert Work(bytes=1 << 13).ceiling(given) == "cache"
+    assert Work(bytes=1 << 15).ceiling(given) == "copy"
+    (line,) = [text for text in tables._ceilings(found) if "16 KiB" in text]
+    assert line.startswith("caches ")

@@ -52,6 +52,17 @@ def test_streamed_loss_matches(name, reduction, dtype, kernel_device, streamed, 
     assert launched == STREAM + ([MEAN] if reduction == "mean" else [])
 
 
+def test_a_loss_of_large_logits_is_not_rounded_as_they_are(kernel_device, streamed):
+    """Logits of 65536 and a few halves, which fp32 holds exactly: so does plain torch the small differences between."""
+    input, weight = (torch.randint(-2, 3, (rows, 8), device=kernel_device) / 2 for rows in (9, 131))
+    input[:, 0] = weight[:, 0] = 256.0
+    target = torch.randint(131, (9,), device=kernel_device)
+    with torch.no_grad():
+        loss = kernel(input, weight, target, reduction="none")
+    truth = oracle.linear_cross_entropy(input.double(), weight.double(), target, reduction="none")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+
+
 def test_the_launch_row_streams_and_stores_the_same_loss(kernel_device, monkeypatch, launched):
     if not streams(kernel_device, torch.float16):
         pytest.skip("this GPU stores the logits")

@@ -23,12 +23,12 @@ from training_runs import (
     training_in,
 )
 
-from tfm import train
+from tfm import checkpoint, state, train
 from tfm.checkpoint import Run, load_model, load_tensors
 from tfm.config import Recipe
 from tfm.data import ParallelText, batches, encode_parallel
 from tfm.errors import UserError
-from tfm.evaluate import score
+from tfm.evaluate import TOKENIZERS, score
 from tfm.generate import Search, translate
 from tfm.model import Transformer
 from tfm.sequences import Layout
@@ -108,14 +108,15 @@ def test_training_goes_on_after_its_time(tmp_path):
 def test_a_run_killed_while_it_saves_goes_on(tmp_path, monkeypatch, unwritten):
     whole = training_in(tmp_path / "whole", interval=5, keep=2)
     whole.train()
-    save = train.save_tensors
+    save = checkpoint.save_tensors
 
     def die(path, tensors, metadata):
         if path.name == unwritten and metadata["step"] == 10:
             raise KeyboardInterrupt
         save(path, tensors, metadata)
 
-    monkeypatch.setattr(train, "save_tensors", die)
+    for writer in (train, state):
+        monkeypatch.setattr(writer, "save_tensors", die)
     with pytest.raises(KeyboardInterrupt):
         training_in(tmp_path / "killed", interval=5, keep=2).train()
     monkeypatch.undo()
@@ -356,8 +357,9 @@ def test_twenty_pairs_are_learned_by_heart(tmp_path):
         ({"interval": 0}, "interval: expected at least 1, got 0"),
         ({"log_every": 0}, "log_every: expected at least 1, got 0"),
         ({"keep": 0}, "keep: expected at least 1, got 0"),
+        ({"seed": -1}, r"seed: expected a number from 0 to 2\*\*63 - 1, got -1"),
         ({"dtype": "float16"}, "dtype: expected one of float32, bfloat16, got 'float16'"),
-        ({"tokenize": "moses"}, "tokenize: expected one of 13a, none, intl, char, got 'moses'"),
+        ({"tokenize": "moses"}, f"tokenize: expected one of {', '.join(TOKENIZERS)}, got 'moses'"),
     ],
 )
 def test_options_are_checked(options, message):

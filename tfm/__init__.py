@@ -30,6 +30,11 @@ except PackageNotFoundError:  # a checkout that is not installed
 __all__ = ["Report", "__version__", "accelerate", "nn", "ops", "restore", "use"]
 
 
+def __dir__() -> list[str]:
+    """What users need, before it is imported as well."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+
+
 def __getattr__(name: str) -> Any:
     if name in ("nn", "ops"):
         return import_module(f"tfm.{name}")

@@ -1,6 +1,21 @@
-"""`python -m tfm` is `tfm`."""
+"""`tfm`, and `python -m tfm`: the command line, where what it needs is installed."""
 
-from tfm.cli import main
+from __future__ import annotations
+
+import sys
+
+from tfm.errors import MissingExtra
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        from tfm.cli import main as run
+    except MissingExtra as error:
+        print(f"tfm: error: {error}; tfm[translate] brings every command", file=sys.stderr)
+        sys.exit(2)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ class AttentionMaps:
     """Softmax weights, fp32 on the CPU; row i says where token i looks, and sums to 1.
 
     Attributes:
+        sentence, translation: what was given.
         source: the S tokens that the encoder reads, its end included.
         target: the T tokens that the decoder reads; its first is BOS.
         encoder: [layers, heads, S, S].
@@ -25,6 +26,8 @@ class AttentionMaps:
         cross: [layers, heads, T, S].
     """
 
+    sentence: str
+    translation: str
     source: list[str]
     target: list[str]
     encoder: Tensor
@@ -51,7 +54,8 @@ def attend(model: Transformer, tokenizer: Tokenizer, sentence: str, translation:
             raise UserError(f"the {name} has {len(tokens)} tokens, the model takes at most {limit}")
     source, target = [*source, EOS], [BOS, *target]
     encoder, decoder, cross = attention_weights(model, source, target)
-    return AttentionMaps(_labels(tokenizer, source), _labels(tokenizer, target), encoder, decoder, cross)
+    labels = _labels(tokenizer, source), _labels(tokenizer, target)
+    return AttentionMaps(sentence, translation, *labels, encoder, decoder, cross)
 
 
 @torch.inference_mode()

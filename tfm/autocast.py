@@ -22,4 +22,6 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The context in which backends run. Torch has no autocast for tensors without values."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -1,6 +1,7 @@
 """A run's folder: everything that a trained model needs, in files that are replaced whole or not at all.
 
     config.json                 the model, its recipe, and how it is being trained
+    paths.json                  where this machine keeps the training text; for --resume alone, and not to be shared
     tokenizer.json
     log.jsonl                   one JSON object a line: training, validation, checkpoints
     state.safetensors           where training stands: weights, optimizer, random state
@@ -16,21 +17,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from tfm.config import Recipe, TransformerConfig, from_dict, to_dict
-from tfm.errors import UserError
+from tfm import records
+from tfm.config import Recipe, TransformerConfig, to_dict
+from tfm.errors import UserError, extra
 from tfm.files import write_atomically
 from tfm.model import Transformer
 from tfm.tokenizer import Tokenizer
+
+with extra("translate"):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+CHECKPOINT = re.compile(r"step-([0-9]{8,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,10 @@ class Run:
     @property
     def config(self) -> Path:
         return self.folder / "config.json"
+
+    @property
+    def paths(self) -> Path:
+        return self.folder / "paths.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -64,24 +75,24 @@ class Run:
         return self.folder / "loss.png"
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The records of the log, up to the first line that is torn or damaged."""
-        records = []
-        for line in self.log.read_bytes().splitlines(keepends=True) if self.log.exists() else []:
-            try:
-                records.append(json.loads(line if line.endswith(b"\n") else b""))
-            except ValueError:
-                break
-        return records
+        """The records of the log, without what a crash tore off at its end.
 
-    def checkpoints(self) -> list[Path]:
-        """The weights kept, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*.safetensors"))
+        Raises:
+            UserError: a line is no record.
+        """
+        return records.parse_log(contents(self.log) if self.log.is_file() else b"", self.log)
+
+    def checkpoints(self, after: int = -1) -> list[Path]:
+        """The weights kept of the steps after that one, oldest first; files under any other name are not the run's."""
+        found = {path: CHECKPOINT.fullmatch(path.name) for path in (self.folder / "checkpoints").glob("*")}
+        steps = {path: int(match[1]) for path, match in found.items() if match and int(match[1]) > after}
+        return sorted(steps, key=lambda path: steps[path])
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
     def write_config(self, model: TransformerConfig, recipe: Recipe, training: dict[str, Any]) -> None:
-        """`training` is what the trainer wants back on resume: paths, seed and the like."""
+        """`training` is what the trainer wants back on resume: its options, the text's checksum and the like."""
         values = {"model": to_dict(model), "recipe": to_dict(recipe), "training": training}
         write_atomically(self.config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -95,14 +106,26 @@ class Run:
             raise UserError(f"{self.folder}: no such run folder")
         if not self.config.is_file():
             raise UserError(f"{self.folder}: not a run folder, config.json is missing")
-        try:
-            values = json.loads(self.config.read_text("utf-8"))
-            model, recipe, training = values["model"], values["recipe"], values["training"]
-            return from_dict(TransformerConfig, model), from_dict(Recipe, recipe), dict(training)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.config}: damaged ({error})") from None
-        except UserError as error:
-            raise UserError(f"{self.config}: {error}") from None
+        values = records.parse_config(contents(self.config), self.config)
+        return values.model, values.recipe, values.training
+
+    def is_begun(self) -> bool:
+        """Whether training has left a state to resume from.
+
+        Raises:
+            UserError: it has left weights or has logged a checkpoint, but the state is missing.
+        """
+        if self.state.is_file():
+            return True
+        steps = [record["step"] for record in self.read_log() if record["event"] == "checkpoint"]
+        trained = [f"the log records the checkpoint of step {step}" for step in steps[-1:]]
+        trained += [f"{path.name} is here" for path in (self.model, *self.checkpoints()) if path.exists()]
+        if trained:
+            raise UserError(
+                f"{self.state}: missing, though {trained[0]}: without it the run cannot go on, and starting again "
+                "would overwrite its weights; put it back, or train in another folder"
+            )
+        return False
 
     def read_tokenizer(self, model: TransformerConfig, training: dict[str, Any]) -> Tokenizer:
         """The tokenizer, checked against what `read_config` gave.
@@ -120,7 +143,15 @@ class Run:
 
     def tokenizer_sha256(self) -> str:
         """Of the tokenizer's file; the trainer stores it in config.json."""
-        return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+        return hashlib.sha256(contents(self.tokenizer)).hexdigest()
+
+
+def contents(path: Path) -> bytes:
+    """Of a small file of a run; UserError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
@@ -135,31 +166,51 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
     if not run.model.is_file():
         raise UserError(f"{run.folder}: no checkpoint yet, model.safetensors is missing")
     weights, _ = load_tensors(run.model)
+    # Before anything of the size that config.json asks for is allocated.
+    check_tensors(run.model, weights, layout(config).state_dict())
     model = Transformer(config)
-    load_weights(model, weights, run.model)
+    model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer
+
+
+def layout(config: TransformerConfig) -> Transformer:
+    """The model of `config` without its memory: its names, shapes and dtypes."""
+    with torch.device("meta"):
+        return Transformer(config)
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
     """Puts `weights`, read from `path`, into `model`; UserError where they are another model's."""
-    expected = model.state_dict()
-    for name in sorted(set(expected) | set(weights)):
-        if name not in weights or name not in expected:
-            raise UserError(
-                f"{path}: {name} is {'missing' if name in expected else 'unknown'}: another model's weights"
-            )
-        if expected[name].shape != weights[name].shape:
-            shapes = f"expected shape {tuple(expected[name].shape)}, got {tuple(weights[name].shape)}"
-            raise UserError(f"{path}: {name}: {shapes}")
+    check_tensors(path, weights, model.state_dict())
     model.load_state_dict(weights)
 
 
-def average(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """The arithmetic mean of several checkpoints' weights, summed in float64."""
+def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """UserError where the tensors of `path` differ from those expected in names, shapes or dtypes."""
+    for name in sorted({*expected, *found}):
+        if name not in found or name not in expected:
+            raise UserError(
+                f"{path}: {name} is {'missing' if name in expected else 'unknown'}: another model's weights"
+            )
+        for kind in ("shape", "dtype"):
+            one, other = getattr(expected[name], kind), getattr(found[name], kind)
+            if one != other:
+                words = (tuple(one), tuple(other)) if kind == "shape" else (one, other)
+                raise UserError(f"{path}: {name}: expected {kind} {words[0]}, got {words[1]}")
+
+
+def average(paths: Iterable[Path], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arithmetic mean of several checkpoints of a model with such `weights`, summed in float64.
+
+    Raises:
+        UserError: a file is damaged, or another model's.
+    """
     files = list(paths)
     total: dict[str, Tensor] = {}
     for path in files:
-        for name, tensor in load_tensors(path)[0].items():
+        found, _ = load_tensors(path)
+        check_tensors(path, found, weights)
+        for name, tensor in found.items():
             total[name] = total[name] + tensor.double() if name in total else tensor.double()
     return {name: (tensor / len(files)).float() for name, tensor in total.items()}
 
@@ -177,10 +228,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: the file is missing, truncated, altered, or was not written by tfm.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: truncated or damaged (not a file)")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        # By its descriptor: safetensors takes no path that is not UTF-8.
+        with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -189,7 +243,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: not written by tfm, its checksum is missing")
     if digest(tensors, metadata["tfm"]) != metadata["sha256"]:
         raise UserError(f"{path}: damaged, its contents do not match its checksum")
-    return tensors, json.loads(metadata["tfm"])
+    return tensors, records.parse_object(metadata["tfm"], path)
 
 
 def digest(tensors: dict[str, Tensor], metadata: str) -> str:

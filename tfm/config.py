@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar
 
 from tfm.errors import UserError
 from tfm.ops.feed_forward import ACTIVATIONS
 
-T = TypeVar("T", "TransformerConfig", "Recipe")
-
 SCHEDULES = ("inverse_sqrt", "linear")
 
+# How pydantic reads these classes from a file: no value is made to fit, and no field is ignored.
+AS_WRITTEN = {"extra": "forbid", "strict": True}
+# Counts beyond these are slips of the hand: no such model fits any memory, and no such run ends.
+LARGEST = {"vocab_size": 2**24, "dim": 2**16, "ffn_dim": 2**20, "encoder_layers": 1000, "decoder_layers": 1000}
+LARGEST_COUNT = 2**31 - 1
 
-def _check_positive(config: object, *names: str) -> None:
+
+def check_counts(config: object, *names: str) -> None:
+    """Raises UserError where a field of these names is no count from 1 up to what is sensible for it."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}: expected at least 1, got {getattr(config, name)}")
+        count, largest = getattr(config, name), LARGEST.get(name, LARGEST_COUNT)
+        if count < 1:
+            raise UserError(f"{name}: expected at least 1, got {count}")
+        if count > largest:
+            raise UserError(f"{name}: expected at most {largest:,}, got {shortened(count)}")
+
+
+def shortened(value: object) -> str:
+    """A value for a message of one line, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """The shape of an encoder-decoder Transformer; names as in "Attention Is All You Need", table 3."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = AS_WRITTEN
 
     vocab_size: int
     dim: int = 512  # d_model
@@ -39,12 +58,14 @@ class TransformerConfig:
     max_length: int = 512  # tokens in a sentence, its end included
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_size", "dim", "heads", "ffn_dim", "encoder_layers", "decoder_layers", "max_length")
+        check_counts(self, "vocab_size", "dim", "heads", "ffn_dim", "encoder_layers", "decoder_layers", "max_length")
         if self.dim % self.heads:
             raise UserError(f"dim: expected a multiple of the {self.heads} heads, got {self.dim}")
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: expected a probability in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise UserError(f"norm_eps: expected a finite number from 0, got {self.norm_eps}")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
@@ -52,6 +73,8 @@ class TransformerConfig:
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = AS_WRITTEN
 
     vocab_size: int  # of the tokenizer asked for; the corpus may not fill it
     batch_tokens: int  # sentences x longest sentence of a batch
@@ -65,10 +88,12 @@ class Recipe:
     schedule: str = "inverse_sqrt"  # of the learning rate after the warm-up; or "linear", to 0 at max_steps
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_size", "batch_tokens", "warmup", "max_steps")
+        check_counts(self, "vocab_size", "batch_tokens", "warmup", "max_steps")
         if not 0 <= self.label_smoothing <= 1:
             raise UserError(f"label_smoothing: expected a number in [0, 1], got {self.label_smoothing}")
-        for name in ("learning_rate", "clip_norm"):
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        for name in ("learning_rate", "adam_eps", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: expected a finite number from 0, got {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
@@ -137,22 +162,3 @@ PRESETS = {
 def to_dict(config: TransformerConfig | Recipe) -> dict[str, Any]:
     """Plain values, for JSON."""
     return asdict(config)
-
-
-def from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    """The inverse of `to_dict`.
-
-    Raises:
-        UserError: a field is missing, unknown, or of the wrong type.
-    """
-    known = get_type_hints(kind)
-    wrong = sorted(set(values) ^ set(known))
-    if wrong:
-        raise UserError(f"{kind.__name__}: unknown or missing field {wrong[0]!r}")
-    for name, value in values.items():
-        # JSON has no tuples, and writes 1.0 as 1 where people write it.
-        fits = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}.get(known[name], (list, tuple))
-        if type(value) not in fits:
-            raise UserError(f"{kind.__name__}: {name}: expected {fits[0].__name__}, got {value!r}")
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return kind(**plain)

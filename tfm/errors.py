@@ -1,8 +1,13 @@
-"""What goes wrong by the caller's doing.
+"""What goes wrong by the caller's doing, or for want of a package.
 
 An argument that does not fit is a ValueError, and also what torch raises for the same mistake, so that code which was
 written for torch catches it.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -15,3 +20,20 @@ class BadArgument(ValueError, RuntimeError):
 
 class AssertedArgument(ValueError, AssertionError):
     """An argument that does not fit, where torch asserts that it does, as its Transformer modules mostly do."""
+
+
+class MissingExtra(ModuleNotFoundError):
+    """A package that only a part of tfm needs is not installed; the message says what brings it."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around the imports that tfm's extra of this `name` brings: MissingExtra where one fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        # Of tfm itself it is a fault of ours, and another extra has spoken already.
+        if isinstance(error, MissingExtra) or error.name is None or error.name.partition(".")[0] == "tfm":
+            raise
+        message = f"{error.name} is not installed: pip install 'tfm[{name}]' brings it ('.[{name}]' in a checkout)"
+        raise MissingExtra(message, name=error.name) from None

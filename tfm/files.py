@@ -1,29 +1,144 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all; devices, pipes and the like are written straight into."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tfm.errors import UserError
 
+# What a writer that was killed leaves behind: nobody reads it.
+LEFT_BEHIND = ".tfm-*.part"
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds its old contents or all of `data`, whenever the machine stops.
+    """`path` holds its old contents or all of `data`, whenever the machine stops; its permissions stay.
+
+    A link is followed. A device, a pipe, and whatever this process prints to are no files to replace: they take the
+    bytes as they come.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    part = path.parent / f"{path.name}.part"
+    with _told(path):
+        before = _status(path)
+        printed_to = _printed_to(before)
+        if printed_to is not None:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            _write(printed_to, data)
+        elif before is not None and not stat.S_ISREG(before.st_mode):
+            descriptor = os.open(path, os.O_WRONLY)
+            try:
+                _write(descriptor, data)
+            finally:
+                os.close(descriptor)
+        else:
+            _replace(Path(os.path.realpath(path)), data, before)
+
+
+def check_writable(path: Path) -> None:
+    """Before any work, what `write_atomically` would say after it.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    with _told(path):
+        before = _status(path)
+        if before is not None and not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        if before is not None and not stat.S_ISREG(before.st_mode):
+            return
+        folder = Path(os.path.realpath(path)).parent
+        while not folder.exists():
+            folder = folder.parent
+        descriptor, part = _create(folder)
+        os.close(descriptor)
+        part.unlink()
+
+
+def is_printed_to(path: Path) -> bool:
+    """Whether what is written to `path` appears among what this process prints: /dev/stdout, or its own terminal."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        return _printed_to(_status(path)) == 1
+    except OSError:
+        return False
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Of what `path` leads to; None where there is nothing yet."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(21, "Is a directory")
+    return status
+
+
+def _printed_to(status: os.stat_result | None) -> int | None:
+    """The standard stream that is this very file: opened anew it would be written over from its start."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if status is not None and os.path.samestat(os.fstat(descriptor), status):
+                return descriptor
+    return None
+
+
+def _replace(path: Path, data: bytes, before: os.stat_result | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if before is not None and not os.access(path, os.W_OK):
+        raise PermissionError(13, "Permission denied")
+    mode = 0o666 if before is None else stat.S_IMODE(before.st_mode)
+    descriptor, part = _create(path.parent, mode)
+    try:
+        try:
+            if before is not None:
+                with suppress(PermissionError):
+                    os.fchown(descriptor, before.st_uid, before.st_gid)
+                os.fchmod(descriptor, mode)
+            _write(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        part.replace(path)
+        _keep_name(path.parent)
+    except BaseException:
         with suppress(OSError):
             part.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
+
+
+def _keep_name(folder: Path) -> None:
+    """A file's new name outlives a power cut, so that what is written after it is never older."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _create(folder: Path, mode: int = 0o666) -> tuple[int, Path]:
+    """A file that was not there before, under a name that nobody can foresee; the umask takes from its `mode`."""
+    part = folder / LEFT_BEHIND.replace("*", secrets.token_hex(8))
+    return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), part
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]

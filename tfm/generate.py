@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.errors import UserError
+from tfm.memory import available, readable
 from tfm.model import DecoderLayer, Sequences, State, Transformer
 from tfm.sequences import Layout, offsets
 from tfm.tokenizer import BOS, EOS, PAD, Tokenizer
@@ -57,6 +58,9 @@ def translate(
         lines: any text.
         search: how to look.
         on_truncated: told (index of the line, its tokens) of each line longer than the model takes, which is cut.
+
+    Raises:
+        UserError: the beam does not fit into memory.
     """
     limit = model.config.max_length - 1
     sources: dict[int, list[int]] = {}
@@ -68,6 +72,7 @@ def translate(
         sources[index] = [*tokens[:limit], EOS]
     translations = [""] * len(lines)
     for indices in _batches(sources, search.batch_tokens):
+        _check_memory(model, len(indices), search)
         found = beam_search(model, [sources[index] for index in indices], search)
         for index, text in zip(indices, tokenizer.decode_lines(found), strict=True):
             translations[index] = text
@@ -84,6 +89,19 @@ def _batches(sources: dict[int, list[int]], batch_tokens: int) -> list[list[int]
         else:
             batches.append([index])
     return batches
+
+
+def _check_memory(model: Transformer, sentences: int, search: Search) -> None:
+    """Raises UserError where a step's logits and their probabilities alone are more than is left.
+
+    A CPU's memory is promised before it is there: the system would end the process without a word.
+    """
+    needed = 2 * sentences * search.beam * model.config.vocab_size * model.embedding.element_size()
+    if model.embedding.device.type == "cpu" and needed > (room := available()):
+        raise UserError(
+            f"a beam of {search.beam:,} for {sentences:,} sentences at once needs {readable(needed)} of memory, "
+            f"and {readable(room)} are left: lower --beam or --batch-tokens"
+        )
 
 
 @torch.inference_mode()

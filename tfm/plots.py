@@ -1,22 +1,41 @@
-"""Pictures as PNG bytes: the loss of a run, the attention of every head, the positional encoding."""
+"""Pictures as the bytes of a file: the loss of a run, the attention of every head, the positional encoding."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from tfm import ops
 from tfm.attend import AttentionMaps
+from tfm.errors import UserError, extra
+from tfm.fonts import fonts_for
 
-# Beyond this many tokens their labels would be a grey bar.
+with extra("translate"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+# Of more tokens every second, third, ... has its label.
 MOST_LABELS = 40
+MOST_OF_A_SENTENCE = 200
+FORMATS = ("png", "pdf", "svg")
+
+
+def format_of(path: Path) -> str:
+    """The format that the ending of a picture's name stands for; PNG where it has none.
+
+    Raises:
+        UserError: an ending of another kind.
+    """
+    ending = path.suffix.lower().removeprefix(".") or "png"
+    if ending not in FORMATS:
+        raise UserError(f"{path}: expected a name that ends in {', '.join(f'.{name}' for name in FORMATS)}")
+    return ending
 
 
 def loss_curve(records: list[dict[str, Any]]) -> bytes:
@@ -34,10 +53,10 @@ def loss_curve(records: list[dict[str, Any]]) -> bytes:
         right.set_ylim(0, max(10.0, 1.1 * max(record["bleu"] for record in validation)))
         right.plot(*_series(validation, "bleu"), "s--", color="tab:green", label="validation BLEU")
     figure.legend(loc="outside upper center", ncols=3)
-    return _png(figure)
+    return _drawn(figure, "png")
 
 
-def attention_maps(maps: AttentionMaps) -> bytes:
+def attention_maps(maps: AttentionMaps, kind: str = "png") -> bytes:
     """One small heat map for each head: encoder, decoder and cross-attention above each other, a row for each layer."""
     parts = (
         ("encoder", maps.encoder, maps.source, maps.source),
@@ -47,7 +66,13 @@ def attention_maps(maps: AttentionMaps) -> bytes:
     heads = maps.encoder.shape[1]
     rows = sum(len(weights) for _, weights, _, _ in parts)
     side = min(max(1.6, 0.13 * max(len(maps.source), len(maps.target))), 3.0)
-    figure = Figure(figsize=(side * heads + 1.2, (side + 0.3) * rows + 1.2), layout="constrained")
+    width = side * heads + 2.0
+    families = fonts_for(text_of(maps)).families
+    figure = Figure(figsize=(width, (side + 0.3) * rows + 1.8), layout="constrained")
+    title = "\n".join(fill(_cut(text), int(10 * width)) for text in (maps.sentence, f"→ {maps.translation}"))
+    figure.suptitle(title, fontsize=9, fontfamily=families, parse_math=False)
+    figure.supylabel("token that looks (query)", fontsize=8)
+    figure.supxlabel("token that is looked at (key)", fontsize=8)
     grid = figure.subplots(rows, heads, squeeze=False)
     row = 0
     for name, weights, looking, looked_at in parts:
@@ -55,38 +80,57 @@ def attention_maps(maps: AttentionMaps) -> bytes:
             for head, head_weights in enumerate(layer_weights):
                 axes = grid[row, head]
                 axes.set_title(f"{name}, layer {layer}, head {head + 1}", fontsize=7)
-                _heat_map(axes, head_weights, looking if head == 0 else [], looked_at if layer == len(weights) else [])
+                image = axes.imshow(
+                    head_weights.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+                )
+                axes.tick_params(length=0)
+                axes.set_yticks(
+                    *_labels(looking if head == 0 else []), fontsize=6, fontfamily=families, parse_math=False
+                )
+                axes.set_xticks(
+                    *_labels(looked_at if layer == len(weights) else []),
+                    fontsize=6, fontfamily=families, parse_math=False, rotation=90,
+                )  # fmt: skip
             row += 1
-    return _png(figure)
+    bar = figure.colorbar(image, ax=grid, location="right", aspect=40, shrink=0.6)
+    bar.set_label("attention weight; each row of a map sums to 1", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    return _drawn(figure, kind)
 
 
-def positional_encoding(length: int, dim: int) -> bytes:
+def text_of(maps: AttentionMaps) -> str:
+    """All text of the picture that comes from outside."""
+    return "".join((maps.sentence, maps.translation, *maps.source, *maps.target))
+
+
+def positional_encoding(length: int, dim: int, kind: str = "png") -> bytes:
     """The sinusoidal encoding of positions 0 to length - 1 ("Attention Is All You Need", section 3.5)."""
     encoding = ops.sinusoid(torch.arange(length), dim)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="dimension", ylabel="position", title="Sinusoidal positional encoding")
     image = axes.imshow(encoding.numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
-    figure.colorbar(image)
-    return _png(figure)
+    figure.colorbar(image, label="value")
+    return _drawn(figure, kind)
 
 
 def _series(records: list[dict[str, Any]], field: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record[field] for record in records]
 
 
-def _heat_map(axes: Axes, weights: Tensor, rows: list[str], columns: list[str]) -> None:
-    """[N, M] with labels where there is room for them; text is never read as a formula."""
-    axes.imshow(weights.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-    rows, columns = (labels if len(labels) <= MOST_LABELS else [] for labels in (rows, columns))
-    axes.set_yticks(range(len(rows)), rows, fontsize=6, parse_math=False)
-    axes.set_xticks(range(len(columns)), columns, fontsize=6, rotation=90, parse_math=False)
-    axes.tick_params(length=0)
+def _cut(sentence: str) -> str:
+    return sentence if len(sentence) <= MOST_OF_A_SENTENCE else f"{sentence[:MOST_OF_A_SENTENCE]} …"
 
 
-def _png(figure: Figure) -> bytes:
+def _labels(tokens: list[str]) -> tuple[list[int], list[str]]:
+    """Places and texts of as many as there is room for, the first among them."""
+    step = math.ceil(len(tokens) / MOST_LABELS) or 1
+    return list(range(0, len(tokens), step)), tokens[::step]
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
     image = io.BytesIO()
     with warnings.catch_warnings():
-        # A script that the font lacks shows as boxes.
+        # A character that no font has shows as a box: tfm.fonts tells what to install.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(image, format="png", dpi=110)
+        figure.savefig(image, format=kind, dpi=110)
     return image.getvalue()

@@ -54,7 +54,11 @@ class _Pack(torch.autograd.Function):
 def _unpacked(rows: Tensor, layout: Layout) -> Tensor:
     if rows.shape[0] == 0:
         return rows.new_zeros((layout.to_padded.shape[0], *rows.shape[1:]))
-    return rows.index_select(0, layout.to_padded).index_fill_(0, layout.padding, 0)
+    padded = rows.index_select(0, layout.to_padded)
+    if layout.padding is not None:
+        return padded.index_fill_(0, layout.padding, 0)
+    padding = ~valid_positions(layout.cu_seq.diff(), layout.max_length).flatten()
+    return padded.masked_fill(padding.view(-1, *[1] * (rows.dim() - 1)), 0)
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,15 @@ class Layout:
         max_length: S, the padded length.
         to_packed: [N] int64, for each packed row its row in the padded tensor [B * S].
         to_padded: [B * S] int64, for each padded row its packed row, 0 for padding.
-        padding: [B * S - N] int64, the padded rows that are padding.
+        padding: [B * S - N] int64, the padded rows that are padding; None under torch.compile, which would make graphs
+            of their own for none and for one.
     """
 
     cu_seq: Tensor
     max_length: int
     to_packed: Tensor
     to_padded: Tensor
-    padding: Tensor
+    padding: Tensor | None
 
     @classmethod
     def of(cls, cu_seq: Tensor, max_length: int, tokens: int) -> Layout:
@@ -82,8 +87,10 @@ class Layout:
         position = torch.arange(max_length, device=cu_seq.device)
         valid = position < cu_seq.diff()[:, None]
         to_padded = torch.where(valid, starts[:, None] + position, 0).flatten()
-        # Sorting puts padding first; unlike nonzero it needs no read of the device.
-        padding = valid.flatten().byte().argsort(stable=True)[: to_padded.shape[0] - tokens]
+        padding = None
+        if not torch.compiler.is_compiling():
+            # Sorting puts padding first; unlike nonzero it needs no read of the device.
+            padding = valid.flatten().byte().argsort(stable=True)[: to_padded.shape[0] - tokens]
         token = torch.arange(tokens, device=cu_seq.device)
         sequence = torch.searchsorted(cu_seq[1:].contiguous(), token, right=True)
         to_packed = sequence * max_length + token - starts[sequence]
@@ -91,8 +98,8 @@ class Layout:
 
     @property
     def is_rectangular(self) -> bool:
-        """All sequences have the padded length: both forms are then one piece of memory."""
-        return self.to_packed.shape[0] == self.to_padded.shape[0]
+        """All sequences are known to have the padded length: both forms are then one piece of memory."""
+        return self.padding is not None and self.padding.shape[0] == 0
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[N, ...] to [B, S, ...] with zeros at padding."""

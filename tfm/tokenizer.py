@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from tfm.errors import UserError
+from tfm.errors import UserError, extra
 from tfm.files import write_atomically
+
+with extra("translate"):
+    import tokenizers
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -24,19 +25,32 @@ SPECIAL_TOKENS = ["⟨pad⟩", "⟨bos⟩", "⟨eos⟩"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
+# What str.split breaks at.
+SPACES = "[\\t-\\r\\x1c- \\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}]+"
+# NFC, white space as one space, none at the end; one space at the front is the added one.
+NORMALIZER = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Replace(Regex(SPACES), " "), normalizers.Replace(Regex("(?<=[^ ]) \\z"), "")]
+)
+
 # Everything str.splitlines breaks at.
 LINE_BREAKS = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 
 
 class Tokenizer:
-    """Lines of text to lists of token ids and back, exactly: `decode(encode(lines)) == lines` for any Unicode text.
+    """Lines of text to lists of token ids and back: all of any Unicode text, but for how it is composed and spaced.
 
-    Made by `Tokenizer.train` or `Tokenizer.load`. No text, "<pad>" or "</s>" included, ever becomes `PAD`, `BOS` or
+    What comes back from `decode(encode([line]))` is `" ".join(unicodedata.normalize("NFC", line).split())`: two
+    spellings that look the same are the same tokens, in training and in translation.
+
+    Made by `Tokenizer.train` or `Tokenizer.load`. A file without a normalizer, as older ones are, gives a tokenizer
+    that keeps every space and character as it is. No text, "<pad>" or "</s>" included, ever becomes `PAD`, `BOS` or
     `EOS`. A line is encoded behind one added space, so that its first word has the tokens it has inside a line.
     """
 
-    def __init__(self, model: models.BPE) -> None:
+    def __init__(self, model: models.BPE, normalizes: bool = True) -> None:
         self._tokenizer = tokenizers.Tokenizer(model)
+        if normalizes:
+            self._tokenizer.normalizer = NORMALIZER
         self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._tokenizer.decoder = decoders.ByteLevel()
         # The special tokens' own spelling, met in a text, is text.
@@ -115,12 +129,14 @@ class Tokenizer:
         except UnicodeDecodeError:
             raise UserError(f"{path}: not a tokenizer file (not valid UTF-8)") from None
         try:
-            parts = json.loads(text)["model"]
-            vocabulary, merges = parts["vocab"], [(left, right) for left, right in parts["merges"]]
+            file = json.loads(text)
+            vocabulary, merges = file["model"]["vocab"], [(left, right) for left, right in file["model"]["merges"]]
+            normalizer = file.get("normalizer")
             missing = [token for token in SPECIAL_TOKENS + ALPHABET if token not in vocabulary]
             numbered = sorted(vocabulary.values()) == list(range(len(vocabulary)))
             special = [vocabulary.get(token) for token in SPECIAL_TOKENS] == [PAD, BOS, EOS]
-            loaded = cls(models.BPE(vocab=vocabulary, merges=merges))
+            loaded = cls(models.BPE(vocab=vocabulary, merges=merges), normalizes=normalizer is not None)
+            ours = normalizer in (None, json.loads(loaded._tokenizer.to_str())["normalizer"])
         # tokenizers raises bare Exception.
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -131,6 +147,8 @@ class Tokenizer:
             raise UserError(
                 f"{path}: not a tokenizer file (its ids are not 0 to {len(vocabulary) - 1}, specials first)"
             )
+        if not ours:
+            raise UserError(f"{path}: not a tokenizer file (its normalizer is another program's or version's)")
         loaded._tokenizer.add_special_tokens(SPECIAL_TOKENS)
         return loaded
 

@@ -7,14 +7,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tfm import precision
-from tfm.checkpoint import Run, average, load_tensors, load_weights, save_tensors
-from tfm.config import Recipe
+from tfm import precision, state
+from tfm.checkpoint import Run, average, check_tensors, load_tensors, save_tensors
+from tfm.config import AS_WRITTEN, Recipe, check_counts, shortened
 from tfm.data import Batch, BatchPlan, EncodedPairs, ParallelText, batches, encode_parallel
 from tfm.errors import UserError
 from tfm.evaluate import TOKENIZERS, score
@@ -22,6 +22,8 @@ from tfm.files import write_atomically
 from tfm.generate import Search, translate
 from tfm.graphs import CudaGraphs, GraphedSteps
 from tfm.model import Sequences, Transformer
+from tfm.records import Place
+from tfm.state import State
 from tfm.tokenizer import Tokenizer
 
 SAMPLES = 3
@@ -45,6 +47,8 @@ class Options:
         graphs: on a GPU, an update is one CUDA graph for each shape of batch; they take as much memory again.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = AS_WRITTEN
+
     seed: int = 1
     dtype: str = "float32"
     interval: int | None = None
@@ -54,10 +58,9 @@ class Options:
     graphs: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("interval", "log_every", "keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}: expected at least 1, got {value}")
+        check_counts(self, "log_every", "keep", *(["interval"] if self.interval is not None else []))
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: expected a number from 0 to 2**63 - 1, got {shortened(self.seed)}")
         for name, known in (("dtype", DTYPES), ("tokenize", TOKENIZERS)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -212,7 +215,8 @@ class Training:
         self._check_finite()
         self.save()
         self.saved_step = self.step
-        self._record({"event": "checkpoint", "step": self.step, "path": str(self.run.checkpoint(self.step))}, report)
+        path = self.run.checkpoint(self.step).relative_to(self.run.folder)
+        self._record({"event": "checkpoint", "step": self.step, "path": str(path)}, report)
         if self.stop_reason in (None, "time"):
             self._validate(report)
 
@@ -224,6 +228,22 @@ class Training:
     def validate(self) -> dict[str, Any]:
         """Loss per token without smoothing, BLEU of greedy translations, and the first few of them."""
         assert self.validation is not None
+        loss = self.validation_loss()
+        self.model.eval()
+        translations = translate(self.model, self.tokenizer, self.validation.source, Search())
+        scores = score(translations, self.validation.target, self.options.tokenize)
+        self.model.train()
+        samples = list(zip(self.validation.source, self.validation.target, translations, strict=True))[:SAMPLES]
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bleu": scores.bleu,
+            "signature": scores.bleu_signature,
+            "samples": [{"source": s, "reference": r, "translation": t} for s, r, t in samples],
+        }
+
+    def validation_loss(self) -> float:
+        """Loss per token of the validation text, without dropout and smoothing."""
         self.model.eval()
         total, count = 0.0, 0
         with torch.inference_mode():
@@ -231,67 +251,55 @@ class Training:
             for batch in batches(self.validation_pairs, budget, shuffle=False):
                 loss = batch_loss(self.model, batch.to(self.device), 0.0, self.options.dtype)
                 total, count = total + loss.item() * len(batch.target_output), count + len(batch.target_output)
-        translations = translate(self.model, self.tokenizer, self.validation.source, Search())
-        scores = score(translations, self.validation.target, self.options.tokenize)
         self.model.train()
-        samples = list(zip(self.validation.source, self.validation.target, translations, strict=True))[:SAMPLES]
-        return {
-            "loss": total / count,
-            "perplexity": math.exp(min(total / count, 700.0)),
-            "bleu": scores.bleu,
-            "signature": scores.bleu_signature,
-            "samples": [{"source": s, "reference": r, "translation": t} for s, r, t in samples],
-        }
+        return total / count
 
     def save(self) -> None:
         """Everything that `resume` needs, and the weights that translate."""
         weights = self.model.state_dict()
         save_tensors(self.run.checkpoint(self.step), weights, {"step": self.step})
         checkpoints = self.run.checkpoints()
-        save_tensors(self.run.model, average(checkpoints[-self.options.keep :]), {"step": self.step})
-        state = {f"model.{name}": tensor for name, tensor in weights.items()}
-        for name, parameter in self.model.named_parameters():
-            for key, tensor in self.optimizer.state[parameter].items():
-                state[f"optimizer.{name}.{key}"] = tensor
-        state["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        state["loss_sum"] = self.loss_sum
-        place = {name: getattr(self, name) for name in ("step", "epoch", "batch", "loss_steps")}
+        save_tensors(self.run.model, average(checkpoints[-self.options.keep :], weights), {"step": self.step})
+        place = Place(self.step, self.epoch, self.batch, self.loss_steps)
         # Last, so that a run that dies before resumes at the checkpoint before, and writes the files above again.
-        save_tensors(self.run.state, state, place)
+        state.write(self.run.state, self.model, self.optimizer, self.loss_sum, place)
         for old in checkpoints[: -self.options.keep]:
             old.unlink()
 
-    def resume(self) -> None:
+    def resume(self, found: State | None = None) -> None:
         """Takes up where the last `save` stood: the same weights, random numbers, batches and losses.
+
+        Args:
+            found: the state, where the caller has read it.
 
         Raises:
             UserError: there is no checkpoint, or it is damaged.
         """
-        if not self.run.state.is_file():
+        if not self.run.is_begun():
             raise UserError(f"{self.run.folder}: nothing to resume, no checkpoint was written yet")
-        state, place = load_tensors(self.run.state)
-        prefix = "model."
-        weights = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        load_weights(self.model, weights, self.run.state)
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: state[f"optimizer.{name}.{key}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        torch.set_rng_state(state["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in state:
-            torch.cuda.set_rng_state(state["random.cuda"], self.device)
-        self.loss_sum.copy_(state["loss_sum"])
-        for name in ("step", "epoch", "batch", "loss_steps"):
-            setattr(self, name, place[name])
+        found = state.read(self.run.state, self.model.config) if found is None else found
+        place, records = found.place, self.run.read_log()
+        logged = max((record["step"] for record in records if record["event"] == "checkpoint"), default=0)
+        if logged > place.step:
+            raise UserError(
+                f"{self.run.state}: stands at step {place.step}, though the log records the checkpoint of step "
+                f"{logged}: going on from here would overwrite newer weights"
+            )
+        if place.batch > len(batches(self.pairs, self.recipe.batch_tokens, self.options.seed, place.epoch)):
+            raise UserError(f"{self.run.state}: batch {place.batch}: epoch {place.epoch} has fewer")
+        newer = self.run.checkpoints(after=place.step)
+        for path in self.run.checkpoints()[: -len(newer) or None]:
+            # Else the next save would find it, and there would be none.
+            check_tensors(path, load_tensors(path)[0], self.model.state_dict())
+        found.restore(self.model, self.optimizer)
+        self.loss_sum.copy_(found.tensors["loss_sum"])
+        self.step, self.epoch, self.batch, self.loss_steps = place.step, place.epoch, place.batch, place.loss_steps
         self.saved_step = self.step
         self.updates.fill_(self.step)
-        for path in self.run.checkpoints():
-            if path > self.run.checkpoint(self.step):
-                path.unlink()
+        for path in newer:
+            path.unlink()
         # What was logged after the checkpoint will be logged again, and what was not validated then will be now.
-        records = [record for record in self.run.read_log() if record["step"] <= self.step]
+        records = [record for record in records if record["step"] <= self.step]
         write_atomically(self.run.log, "".join(map(_line, records)).encode())
         self.validated_step = max((r["step"] for r in records if r["event"] == "validation"), default=0)
 

@@ -59,10 +59,13 @@ def attention_cases(every: bool) -> Iterator[Case]:
                 for (tiles, kind), pair, dtype in product(_calls(rows, every), dims, dtypes):
                     blocks = {"BLOCK_QUERIES": tiles.block_queries, "BLOCK_KEYS": tiles.block_keys}
                     arguments = _arguments(kernel, dtype, pair, kind) | blocks
-                    for absent in ({},) if tiles.passes == 1 else ({"dk": None}, {"dv": None}):
-                        without = "".join(f" no {gradient}" for gradient in absent)
+                    if "TILE" in kernel.arg_names:
+                        arguments["TILE"] = _row(family.tables[1][width], kind).block_queries
+                    passes = ({},) if tiles.passes == 1 else ({"dk": None}, {"dv": None})
+                    for absent, cap in product(passes, _caps(kernel, arguments)):
+                        without = "".join(f" no {gradient}" for gradient in absent) + " uncapped" * bool(cap)
                         yield Case(
-                            f"{name} {pair[0]} {kind}{without} {dtype} {family.name}", kernel, arguments | absent,
+                            f"{name} {pair[0]} {kind}{without} {dtype} {family.name}", kernel, arguments | absent | cap,
                             tiles.num_warps, tiles.num_stages, matrix=family.wide,
                             max_registers=tiles.max_registers, capabilities=family.capabilities,
                         )  # fmt: skip
@@ -90,6 +93,18 @@ def _calls(rows: tuple[tables.AttentionTiles, ...], every: bool) -> list[tuple[t
     return found
 
 
+def _caps(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """With a softcap, and where a tile's scores may be large without one, that, too."""
+    branches = "ARE_LARGE" in kernel.arg_names and not arguments["ARE_LARGE"]
+    return ({}, {"outer": None, "ARE_LARGE": None}) if branches else ({},)
+
+
+def _row(rows: tuple[tables.AttentionTiles, ...], kind: str) -> tables.AttentionTiles:
+    """The row that serves this kind of call."""
+    extras = next(extras for extras, kinds in enumerate(KINDS) if kind in kinds)
+    return rows[min(extras, len(rows) - 1)]
+
+
 def _arguments(kernel: JITFunction, dtype: str, dims: tuple[int, int], kind: str) -> dict[str, Any]:
     """Of `kernel`, tiles apart; heads lie side by side in their rows, as projections have them."""
     data = "*fp32:16" if dtype == "tf32" else f"*{dtype}:16"
@@ -100,6 +115,7 @@ def _arguments(kernel: JITFunction, dtype: str, dims: tuple[int, int], kind: str
         "DIM": dim, "DIM_FIRST": first, "DIM_REST": rest,
         "VALUE_DIM": value_dim, "VALUE_FIRST": value_first, "VALUE_REST": value_rest,
         "PRECISION": "tf32" if dtype == "tf32" else "ieee", "IS_WIDE": forward.is_wide(dim), "IS_GROUPED": True,
+        "ARE_LARGE": data == "*fp32:16" or "bias" in kind,
     }  # fmt: skip
     is_packed = kind == "packed"
     absent = {
@@ -112,13 +128,13 @@ def _arguments(kernel: JITFunction, dtype: str, dims: tuple[int, int], kind: str
         "cu_seq_k": not is_packed,
     }
     for name in kernel.arg_names:
-        if name in found:
+        if name in found or name == "TILE":
             continue
         if absent.get(name):
             found[name] = None
         elif name in ("q", "k", "v", "bias", "out", "dout", "dq", "dk", "dv"):
             found[name] = data
-        elif name in ("lse", "dlse", "delta", "sinks", "sink_partials"):
+        elif name in ("statistics", "dlse", "delta", "sinks", "sink_partials"):
             found[name] = "*fp32:16"
         elif name == "seed":
             found[name] = "*i64:16"
@@ -132,4 +148,4 @@ def _arguments(kernel: JITFunction, dtype: str, dims: tuple[int, int], kind: str
             found[name] = "i32:16"
         else:
             found[name] = "i32"
-    return {name: found[name] for name in kernel.arg_names if not name.startswith("BLOCK_")}
+    return {name: found[name] for name in kernel.arg_names if not name.startswith(("BLOCK_", "TILE"))}

@@ -35,6 +35,8 @@ class Case:
     max_registers: int | None = None
     # The chips that the launch gives these settings; None for all.
     capabilities: tuple[int, ...] | None = None
+    # Tensors that it loads from and stores to, at places that never meet.
+    apart: tuple[str, ...] = ()
 
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:

@@ -18,7 +18,7 @@ def embedding_cases(every: bool) -> Iterator[Case]:
     for dtype in ("bf16", "fp16", "fp32"):
         for columns in (16, 63, 512, 1000, 1024, 4096) if every else (512, 1000):
             data, size = f"*{dtype}:16", "i32" if columns % 16 else "i32:16"
-            numbers = {"count": "i32", "columns": size, "threshold": "i32", "site": "i32", "seed": "*i64:16"}
+            numbers = {"columns": size, "threshold": "i32", "site": "i32", "seed": "*i64:16"}
 
             for learned in (False, True) if every else (False,):
                 tiles = launch.embedding_forward(TOKENS, columns)
@@ -27,6 +27,7 @@ def embedding_cases(every: bool) -> Iterator[Case]:
                     "weight": data,
                     "positions": "*i64:16",
                     "y": data,
+                    "count": "i32",
                     "period": "i32",
                 }
                 forward |= {"vocabulary": "i32", "places": "i32", "position_weight": data if learned else None}
@@ -36,8 +37,8 @@ def embedding_cases(every: bool) -> Iterator[Case]:
                 arguments = {**numbers, **forward}
                 yield _case(name, embedding.embedding_forward_kernel, arguments, tiles)
 
-            first, second = launch.embedding_backward(TOKENS + 1, embedding.CHUNK, VOCABULARY, columns)
-            sorted_tokens = {"tokens": "*i32:16", "order": "*i64:16", "starts": "*i32:16", "chunks": "*fp32:16"}
+            first, second = launch.embedding_backward(TOKENS // embedding.CHUNK, embedding.CHUNK, VOCABULARY, columns)
+            sorted_tokens = {"tokens": "*i32:16", "order": "*i64:16", "chunks": "*fp32:16"}
             shared = numbers | sorted_tokens | {"dy": data, "rows": "i32", "dy_stride": size, "padding": "i32"}
             shared["CHUNK"] = embedding.CHUNK
             arguments = {**shared, "BLOCK_COLUMNS": first.block_columns}
@@ -45,6 +46,7 @@ def embedding_cases(every: bool) -> Iterator[Case]:
             for sparse in (False, True):
                 blocks = {"BLOCK_ROWS": second.block_rows, "BLOCK_COLUMNS": second.block_columns, "SPARSE": sparse}
                 outputs = {"dweight": data, "indices": "*i64:16" if sparse else None, "scale": "fp32"}
+                outputs |= {"count": "i32", "bits": "i32"}
                 name = f"embedding_backward{' sparse' * sparse} {columns} {dtype}"
                 arguments = {**shared, **outputs, **blocks}
                 yield _case(name, embedding.embedding_backward_kernel, arguments, second)

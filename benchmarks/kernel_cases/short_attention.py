@@ -129,7 +129,7 @@ def _arguments(kernel: Any, dtype: str, dim: int, kind: str) -> dict[str, Any]:
             found[name] = constants[name]
         elif name in (*MATRICES, "bias"):
             found[name] = f"*{dtype}:16"
-        elif name in ("lse", "dlse", "delta", "sinks", "sink_partials"):
+        elif name in ("statistics", "dlse", "delta", "sinks", "sink_partials"):
             found[name] = "*fp32:16"
         elif name == "seed":
             found[name] = "*i64:16"

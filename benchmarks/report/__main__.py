@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import __doc__ as description
-from benchmarks.report import charts, tables
+from benchmarks.report import charts, presets, tables
 from benchmarks.report.records import ROOT, load, newest
 from tfm.files import write_atomically
 
 BEGIN = "<!-- written by python -m benchmarks.report, from benchmarks/results/ -->"
 END = "<!-- end of what is written -->"
+BEGIN_PRESETS = "<!-- written by python -m benchmarks.report, from tfm/config.py -->"
+END_PRESETS = "<!-- end of the presets -->"
 
 
 def main(command_line: list[str] | None = None) -> int:
@@ -29,7 +31,8 @@ def main(command_line: list[str] | None = None) -> int:
                     if picture := draw(record):
                         write_atomically(record.path.with_name(f"{record.path.stem}_{kind}.png"), picture)
         before = arguments.readme.read_text()
-        after = replaced(before, tables.markdown(records))
+        after = replaced(before, tables.markdown(records), BEGIN, END)
+        after = replaced(after, presets.table(), BEGIN_PRESETS, END_PRESETS)
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
@@ -45,17 +48,17 @@ def main(command_line: list[str] | None = None) -> int:
     return 0
 
 
-def replaced(readme: str, text: str) -> str:
+def replaced(readme: str, text: str, begin_marker: str, end_marker: str) -> str:
     """`readme` with `text` between the markers.
 
     Raises:
         ValueError: a marker is missing.
     """
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = readme.partition(begin_marker)
+    _, end, tail = rest.partition(end_marker)
     if not begin or not end:
-        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
+        raise ValueError(f"README.md: expected the lines {begin_marker!r} and {end_marker!r}")
+    return f"{head}{begin}\n\n{text}\n\n{end}{tail}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from benchmarks.report.sources import sources_of
 
 ROOT = Path(__file__).parent.parent.parent
 FORMAT = 1
+# Benchmarks of whole models, whose records say so.
+NAMED = ("training", "learning")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def load(folder: Path) -> list[Record]:
             data = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: expected a record in JSON, got {error}") from None
-        known = isinstance(data, dict) and (data.get("benchmark") == "training" or data.get("format") == FORMAT)
+        known = isinstance(data, dict) and (data.get("benchmark") in NAMED or data.get("format") == FORMAT)
         if not known or "environment" not in data:
-            raise ValueError(f"{path}: expected a record of format {FORMAT} or of the training benchmark")
+            raise ValueError(f"{path}: expected a record of format {FORMAT} or of {' or '.join(NAMED)}")
         records.append(Record(path, data))
     return sorted(records, key=lambda record: record.environment["date"])
 

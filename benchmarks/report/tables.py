@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.report.charts import label
 from benchmarks.report.records import ROOT, Record, Row, newest
 from benchmarks.report.sources import operations
 
@@ -24,6 +25,7 @@ CORPORA = {
     "synthetic": "random tokens in sentences of Multi30k's lengths",
 }
 STALE = "stale"
+BOUNDS = {"copy": "memory", "cache": "cache", "matmul": "matmul"}
 
 
 def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
@@ -32,6 +34,7 @@ def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
     # Of several that measured the same the newest speaks of speed; an older one only of what was learnt.
     fastest = {_task(record): record for record in of_training if record.data.get("throughput")}
     parts = [training(record, fastest.get(_task(record), record) is record) for record in reversed(of_training)]
+    parts += [learning(record) for record in reversed(records) if record.data.get("benchmark") == "learning"]
     parts += [device(record, root) for record in newest(records)]
     parts.append(missing(records, root))
     return "\n\n".join(parts)
@@ -47,11 +50,9 @@ def device(record: Record, root: Path = ROOT) -> str:
         versions += f", {environment['threads']} thread" + "s" * (environment["threads"] > 1)
     lines = [f"### {record.device}", "", f"{versions}; `{_shown(record.path, root)}`, {environment['date'][:10]}."]
     if ceilings := record.data.get("ceilings"):
-        copy, matmul = ceilings.get("copy", {}).get("GB/s"), ceilings.get("matmul", {}).get("TFLOP/s")
-        kind = {"float32": "fp32"}.get(ceilings.get("matmul", {}).get("dtype"), "bf16")
-        measured = [f"copy {copy:,.0f} GB/s"] if copy else []
-        measured += [f"{kind} matmul {_flops(matmul)}"] if matmul else []
-        lines.append(f"Ceilings measured in the same run: {', '.join(measured) or 'none'}.")
+        lines.append(f"Measured in the same run: {', '.join(_ceilings(ceilings)) or 'no ceilings'}.")
+    if any(_is_cached(row) for row in record.rows):
+        lines.append("What is faster than memory moved data that caches hold: memory is no bound of it.")
     if tests := record.data.get("tests"):
         lines.append(
             f"Tests there: {tests['passed']:,} passed, {tests['failed']:,} failed, {tests['skipped']:,} skipped."
@@ -78,12 +79,38 @@ def _suite(record: Record, suite: str, stale: bool) -> list[str]:
     table = []
     for ours in (row for row in rows if row.is_ours):
         speed = {row.peer: _ratio(ours, row) for row in rows if row.case == ours.case}
-        name = ours.peer.removeprefix("ours").strip(", ")
-        case = f"{ours.size}, {ours.direction}" + f", {name}" * bool(name) + ", graph" * (ours.mode == "graph")
-        share = f"{ours.share:.0%}" if ours.share is not None else ""
         time = f"failed: {ours.failed}" if ours.failed else _time(ours.seconds)
-        table.append([case, time + f" ({STALE})" * stale, _rate(ours), share, *(speed.get(peer, "") for peer in peers)])
-    return _table(["case", "time", "rate", "of ceiling", *(f"{peer} / ours" for peer in peers)], table)
+        ratios = (speed.get(peer, "") for peer in peers)
+        table.append([label(ours), time + f" ({STALE})" * stale, _rate(ours), _share(ours), *ratios])
+    return _table(["case", "time", "rate", "of what bounds it", *(f"{peer} / ours" for peer in peers)], table)
+
+
+def _ceilings(measured: dict[str, Any]) -> list[str]:
+    """Each with its name, its rate, and by what it was measured."""
+    found = []
+    if copy := measured.get("copy", {}).get("GB/s"):
+        found.append(f"memory {copy:,.0f} GB/s (a copy that no cache holds)")
+    for level in measured.get("caches", []):
+        size = level["bytes"] >> 10
+        shown = f"{size >> 10} MiB" if size >= 1 << 10 else f"{size} KiB"
+        found.append(f"caches {level['GB/s']:,.0f} GB/s (a copy that moves {shown})")
+    if rate := measured.get("matmul", {}).get("TFLOP/s"):
+        kind = {"float32": "fp32"}.get(measured["matmul"].get("dtype"), "bf16")
+        found.append(f"{kind} matmul {_flops(rate)}")
+    return found
+
+
+def _share(row: Row) -> str:
+    if row.share is None:
+        return ""
+    if _is_cached(row):
+        return f"in cache, {row.share:.2f} × memory"
+    return f"{row.share:.0%} of {BOUNDS[row.ceiling]}"
+
+
+def _is_cached(row: Row) -> bool:
+    """Faster than memory, as records say it that know no ceiling of the caches."""
+    return row.is_ours and row.ceiling == "copy" and (row.share or 0.0) > 1
 
 
 def _ratio(ours: Row, peer: Row) -> str:
@@ -128,6 +155,28 @@ def training(record: Record, with_speed: bool = True) -> str:
     if record.data.get("quality"):
         lines += ["", *_learnt(record.data)]
     return "\n".join(lines)
+
+
+def learning(record: Record) -> str:
+    """A record of the learning benchmark: losses of both sides at equal updates, and whether they differ."""
+    arguments, points, found = record.data["arguments"], record.data["points"], record.data["summary"]
+    lines = [
+        f"At equal updates: preset `{arguments['preset']}` on {CORPORA[record.data['corpus']]} with dropout "
+        f"{arguments['dropout']}, batches of {arguments['batch_tokens']:,} tokens, {len(found['seeds'])} seeds of each "
+        f"from the same weights on the same batches (`{record.path.name}`, {record.environment['date'][:10]}). Mean "
+        "and standard deviation of the validation loss over the seeds, the mean of the paired differences with its "
+        "standard error, and how many sign patterns of them lie as far from 0:",
+        "",
+    ]
+    losses = found["validation_loss"]
+    rows = []
+    for place, update in enumerate(points):
+        if update % 100 == 0:
+            ours, theirs, apart = (losses[name][place] for name in ("tfm", "eager", "difference"))
+            moments = [f"{side['mean']:.3f} ± {side['deviation']:.3f}" for side in (ours, theirs)]
+            difference = f"{apart['mean']:+.3f} ± {apart['standard_error']:.3f}"
+            rows.append([f"{update:,}", *moments, difference, f"{apart['p']:.0%}"])
+    return "\n".join(lines + _table(["updates", NAMES["tfm"], NAMES["eager"], "difference", "as far"], rows))
 
 
 def _task(record: Record) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-// Activations and their derivatives in vectors, by the formulas and constants of kernels/activations.py.
+// Activations and their derivatives in vectors, by the formulas that kernels/activations.py lists.
 #pragma once
 
 #include "common/activation.h"
@@ -14,20 +14,58 @@ struct Activated {
     Floats value, derivative;
 };
 
-// The logistic function s and s (1 - s): from exp(-|x|), which cannot overflow, and without 1 - s, which loses digits.
+// The logistic function s, within 2 ulp, and s (1 - s): from exp(-|x|), which cannot overflow, and without 1 - s, which
+// loses digits.
 TFM_INLINE Activated logistic(Floats x) {
-    const Floats decay = exp(x < 0.0f ? x : -x), larger = 1.0f / (1.0f + decay), smaller = decay * larger;
-    return {x < 0.0f ? smaller : larger, smaller * larger};
+    const Floats decay = exp(-absolute(x));
+    const Floats total = 1.0f + decay, lost = decay - (total - 1.0f), inverse = 1.0f / total;
+    // What the sum and the quotient lose, too.
+    const Floats part = x < 0.0f ? decay : broadcast(1.0f), share = part * inverse;
+    const Floats rest = fused(-share, total, part) - share * lost;
+    return {share + rest * inverse, decay * inverse * inverse};
 }
 
-// The standard normal distribution, to 1e-7, and its density: both from one exponential.
+// The standard normal distribution, within 2 ulp in its tail, too, and its density.
+//
+// The tail is exp(-x² / 2) · t Q(t) with t = 1 / (1 + c |x|), in the manner of Abramowitz and Stegun 7.1.26. What x²
+// loses by its rounding goes into the exponent, and so does what t loses, times the tail's sensitivity to it; what the
+// products lose is added in the end. Q is right to 2^-30 of itself. Near 0, where t matters most, powers of x serve.
 TFM_INLINE Activated normal(Floats x) {
-    const Floats decay = exp(-0.5f * x * x), t = 1.0f / (1.0f + 0.24748737341529164f * (x < 0.0f ? -x : x));
-    Floats tail = 0.3814527054725581f - 0.09806015622971824f * t;
-    tail = 0.33113558681972226f + t * (-0.33034976063448375f + t * tail);
-    tail = 0.11560290067252812f + t * (0.0027282065141966105f + t * tail);
-    tail = t * (0.09749051541147176f + t * tail) * decay;
-    return {x < 0.0f ? tail : 1.0f - tail, 0.3989422804014327f * decay};
+    constexpr float FARTHEST = 12.9f, C = 0.24748737341529164f;
+    const Floats size = absolute(x), near = size > FARTHEST ? broadcast(FARTHEST) : size;
+    const Floats square = near * near, square_lost = fused(near, near, -square);
+    const Floats divisor = 1.0f + C * near, t = 1.0f / divisor;
+    const Floats t_lost = fused(-t, divisor, broadcast(1.0f)) - t * fused(broadcast(C), near, 1.0f - divisor);
+    Floats q = broadcast(2.4561498925e-02f);
+    q = q * t - 1.0620048546e-01f;
+    q = q * t + 1.4856513201e-01f;
+    q = q * t - 8.4955684438e-02f;
+    q = q * t + 9.8173459817e-02f;
+    q = q * t + 4.5808365379e-02f;
+    q = q * t + 8.4353468150e-02f;
+    q = q * t + 9.2194464699e-02f;
+    q = q * t + 9.8768169051e-02f;
+    const Floats last = q * t, sum = last + 9.8732190532e-02f, sum_lost = last - (sum - 9.8732190532e-02f);
+    const Floats factor = t * sum, factor_lost = fused(t, sum, -factor) + t * (sum_lost + fused(q, t, -last));
+
+    const Power density = exp_in_parts(-0.5f * square, -0.5f * square_lost);
+    const Floats low = density.low + density.high * ((0.59f + 2.6f * t) * t_lost);
+    const Floats product = density.high * factor, lost = fused(density.high, factor, -product);
+    const Floats sum_of_all = product + (lost + (density.high * factor_lost + low * factor));
+    // Beyond it the tail is no normal number.
+    const Floats tail = size > FARTHEST ? Floats{} : times_power(sum_of_all, density.n);
+    const Floats whole = size > FARTHEST ? Floats{} : density.high + density.low;
+
+    Floats odd = broadcast(-7.9013280837e-06f);
+    odd = odd * square + 1.1398916566e-04f;
+    odd = odd * square - 1.1866811729e-03f;
+    odd = odd * square + 9.9734200546e-03f;
+    odd = odd * square - 6.6490368399e-02f;
+    // 1 / sqrt(2 pi), and what is left of it.
+    const Floats slope = broadcast(0.39894228f), middle = fused(x, slope, broadcast(0.5f));
+    const Floats rest = fused(x, slope, 0.5f - middle) + x * (odd * square + -1.1577e-08f);
+    const Floats far = x < 0.0f ? tail : 1.0f - tail;
+    return {size < 0.9f ? middle + rest : far, slope * times_power(whole, density.n)};
 }
 
 template <Activation ACTIVATION>

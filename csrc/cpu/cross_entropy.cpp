@@ -49,16 +49,12 @@ TFM_INLINE void for_vectors(int64_t columns, Visit visit) {
 
 #define TFM_VISIT(column, count, slot) [&](int64_t column, int64_t count, int slot) __attribute__((always_inline))
 
-struct Found {
-    float top, total; // the largest z, and the sum of all
-};
-
-// Writes z, where it is not what `logits` hold already.
+// Writes z, where it is not what `logits` hold already, and returns the largest.
 template <class T, bool BIASED, bool CAPPED>
-TFM_INLINE Found form(const CrossEntropy& call, const T* logits, float* z) {
+TFM_INLINE float form(const CrossEntropy& call, const T* logits, float* z) {
     const float inverse = CAPPED ? 1.0f / call.softcap : 0.0f;
     const Floats lowest = broadcast(-__builtin_inff());
-    Floats highest[4] = {lowest, lowest, lowest, lowest}, totals[4] = {};
+    Floats highest[4] = {lowest, lowest, lowest, lowest};
     for_vectors(
         call.classes, TFM_VISIT(column, count, slot) {
             Floats value = load(logits + column, count);
@@ -68,34 +64,37 @@ TFM_INLINE Found form(const CrossEntropy& call, const T* logits, float* z) {
                 value = call.softcap * tanh(value * inverse);
             if (BIASED || CAPPED || sizeof(T) != sizeof(float))
                 store(z + column, value, count);
-            totals[slot] += inside(value, count);
             if (count < WIDTH)
                 value = lanes() < static_cast<int32_t>(count) ? value : lowest;
             highest[slot] = maximum(value, highest[slot]);
         });
-    const Floats top = maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
-    return {maximum(top), sum((totals[0] + totals[1]) + (totals[2] + totals[3]))};
+    return maximum(maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3])));
 }
 
 template <class T>
-TFM_INLINE Found form(const CrossEntropy& call, const T* logits, float* z) {
+TFM_INLINE float form(const CrossEntropy& call, const T* logits, float* z) {
     if (call.softcap == 0.0f)
         return call.bias ? form<T, true, false>(call, logits, z) : form<T, false, false>(call, logits, z);
     return call.bias ? form<T, true, true>(call, logits, z) : form<T, false, true>(call, logits, z);
 }
 
-// The sum of exp(z - top), which takes the place of z where KEEP says so.
+struct Sums {
+    float exponentials, differences; // Σ exp(z - top) and Σ (z - top)
+};
+
+// exp(z - top) takes the place of z where KEEP says so.
 template <bool KEEP>
-TFM_INLINE float sum_exponentials(float* z, int64_t classes, float top) {
-    Floats sums[4] = {};
+TFM_INLINE Sums sum_up(float* z, int64_t classes, float top) {
+    Floats sums[4] = {}, totals[4] = {};
     for_vectors(
         classes, TFM_VISIT(column, count, slot) {
-            const Floats power = exp(load(z + column, count) - top);
+            const Floats difference = load(z + column, count) - top, power = exp(difference);
             if (KEEP)
                 store(z + column, power, count);
             sums[slot] += inside(power, count);
+            totals[slot] += inside(difference, count);
         });
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((totals[0] + totals[1]) + (totals[2] + totals[3]))};
 }
 
 // What makes a gradient of exp(z - top), or of z itself under softcap.
@@ -138,17 +137,17 @@ void cross_entropy_rows(const CrossEntropy& call, float* scratch, int64_t first_
         // A target that is no class gives NaN, and is never an address.
         const int64_t label = given >= 0 && given < call.classes ? given : -1;
         float* const z = sizeof(T) == sizeof(float) ? reinterpret_cast<float*>(logits) : scratch;
-        const Found found = form<T>(call, logits, z);
-        const float top = found.top, peak = label < 0 ? nan : z[label];
+        const float top = form<T>(call, logits, z), peak = label < 0 ? nan : z[label];
         const bool capped = call.softcap != 0.0f;
-        const float exponentials = call.want_gradient && !capped ? sum_exponentials<true>(z, call.classes, top)
-                                                                 : sum_exponentials<false>(z, call.classes, top);
+        const Sums sums =
+            call.want_gradient && !capped ? sum_up<true>(z, call.classes, top) : sum_up<false>(z, call.classes, top);
+        const float exponentials = sums.exponentials;
         const float logarithm = __builtin_logf(exponentials), lse = top + logarithm;
         if (call.losses) {
             // Differences first: of large logits the sum top + logarithm would round what the loss consists of.
             float loss = (top - peak) + logarithm;
             if (call.smoothing != 0.0f)
-                loss = (1.0f - call.smoothing) * loss + call.smoothing * ((top - found.total / classes) + logarithm);
+                loss = (1.0f - call.smoothing) * loss + call.smoothing * (logarithm - sums.differences / classes);
             if (call.z_loss != 0.0f)
                 loss += call.z_loss * lse * lse;
             call.losses[row] = loss;

@@ -28,7 +28,7 @@ struct DecodeAttention {
     const int32_t* parents; // null: each row's keys are its own
     int64_t length_stride, parents_row, parents_place;
     int64_t key_heads, group, dim, value_dim, capacity, longest;
-    float factor; // scale · log2(e)
+    float scale;
 };
 
 static inline int64_t keys_of(const DecodeAttention& call, int64_t row) {
@@ -96,7 +96,7 @@ void list_places(const DecodeAttention& call, const HeadRows& cache, int64_t row
         places[key] = places[keys - 1];
 }
 
-// Scores of `keys` keys in units of log 2, and -inf up to a whole vector; returns the largest of each lane.
+// Scores of `keys` keys, and -inf up to a whole vector; returns the largest of each lane.
 template <class T>
 Floats score(const DecodeAttention& call, const float* query, const int64_t* places, int64_t keys, float* scores) {
     const T* const cache = static_cast<const T*>(call.key_cache.data);
@@ -115,7 +115,7 @@ Floats score(const DecodeAttention& call, const float* query, const int64_t* pla
             for (int i = 0; i < WIDTH; ++i)
                 parts[i] += load_some(cache + places[first + i] + whole, dim - whole) * factor;
         }
-        const Floats found = sums_of(parts) * call.factor;
+        const Floats found = sums_of(parts) * call.scale;
         const Floats seen = lanes() < static_cast<int32_t>(smaller(keys - first, WIDTH)) ? found : broadcast(-INFINITE);
         store(scores + first, seen);
         top = maximum(top, seen);
@@ -203,7 +203,7 @@ void attend(const DecodeAttention& call, int64_t row, int64_t head, const Decode
         const Floats top = broadcast(totals[member]);
         Floats total{};
         for (int64_t key = 0; key < keys; key += WIDTH) {
-            const Floats weight = exp2(load(weights + key) - top);
+            const Floats weight = exp2((load(weights + key) - top) * LOG2E);
             store(weights + key, weight);
             total += weight;
         }
@@ -315,7 +315,7 @@ Tensor decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tens
         .value_dim = value_cache.size(3),
         .capacity = key_cache.size(1),
         .longest = 1,
-        .factor = static_cast<float>(scale / std::log(2.0)),
+        .scale = static_cast<float>(scale),
     };
     for (int64_t row = 0; row < rows; ++row)
         call.longest = std::max(call.longest, keys_of(call, row));

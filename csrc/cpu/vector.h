@@ -6,8 +6,10 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
 #endif
 
 namespace tfm {
@@ -139,6 +141,16 @@ TFM_INLINE void zip(Vector a, Vector b, Vector& first, Vector& second) {
 
 TFM_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
+// The same number, which no operation after it is fused with: what two kernels compute is the same to the last bit.
+TFM_INLINE Floats unfused(Floats x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#else
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 // Lane 0 meets the lane `half` behind it, then the half of that, and so on.
 TFM_INLINE float sum(Floats value) {
 #pragma GCC unroll 4
@@ -154,29 +166,65 @@ TFM_INLINE float maximum(Floats value) {
     return value[0];
 }
 
-// 2^n exp(r) with |r| <= ln(2) / 2, within 2 ulp; infinity above its range, NaN of NaN, and 0 below -87, since numbers
-// that are not normal cost a hundred cycles each.
-TFM_INLINE Floats exp(Floats x) {
-    const Ints is_tiny = x < -87.0f;
-    x = x > 89.0f ? broadcast(89.0f) : x;
-    const Floats shift = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-    const Floats n = (x * 1.44269504f + shift) - shift;
-    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+// a · b + c in one rounding, for what a rounding lost: the compiler would take a · b - c for 0 where c is a · b.
+TFM_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#endif
+}
+
+// (high + low) · 2^n, |low| far below |high|; n is whole.
+struct Power {
+    Floats high, low, n;
+};
+
+// p · 2^n for whole n.
+TFM_INLINE Floats times_power(Floats p, Floats n) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    // In two factors, so that 2^128 is not one of them.
+    const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
+    return p * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
+#endif
+}
+
+// exp(r) = 1 + r + bend(r), |r| <= ln(2) / 2 (Moshier, Cephes, expf.c).
+TFM_INLINE Floats bend_of_exp(Floats r) {
     Floats p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-#if defined(__AVX512F__)
-    p = (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-    // In two factors, so that 2^128 is not one of them.
-    const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
-    p = p * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
-#endif
-    return is_tiny ? Floats{} : p;
+    return p * r * r;
+}
+
+constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+
+// The multiple of ln(2) next to x, of numbers below 2^22: adding 1.5 * 2^23 rounds to an integer.
+TFM_INLINE Floats whole_powers(Floats x) { return (x * 1.44269504f + 12582912.0f) - 12582912.0f; }
+
+// e^(x + low), of a `low` below the last digit of x from -87 to 89, with what its rounding would lose.
+TFM_INLINE Power exp_in_parts(Floats x, Floats low) {
+    const Floats n = whole_powers(x), rest = fused(n, broadcast(-LN2_HIGH), x);
+    const Floats r = fused(n, broadcast(-LN2_LOW), rest), lost = fused(n, broadcast(-LN2_LOW), rest - r) + low;
+    const Floats bend = bend_of_exp(r), high = 1.0f + r;
+    return {high, (r - (high - 1.0f)) + (bend + lost * (high + bend)), n};
+}
+
+// Within 1 ulp; infinity above its range, NaN of NaN, and 0 below -87, since numbers that are not normal cost a hundred
+// cycles each.
+TFM_INLINE Floats exp(Floats x) {
+    const Ints is_tiny = x < -87.0f;
+    x = x > 89.0f ? broadcast(89.0f) : x;
+    const Floats n = whole_powers(x), r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    const Floats found = times_power(bend_of_exp(r) + r + 1.0f, n);
+    return is_tiny ? Floats{} : found;
 }
 
 TFM_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }

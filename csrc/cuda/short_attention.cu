@@ -51,22 +51,22 @@ Tensor rows_like(const Tensor& x, int64_t columns) {
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Empty fp32, a number for each query and head: [B, H, S], or [N, H] whose heads lie apart.
+// Empty fp32, two numbers for each query and head: [2, B, H, S], or [2, N, H] whose heads lie apart.
 Tensor row_statistics(const Tensor& query) {
     if (query.dim() == 4)
-        return empty({query.size(0), query.size(1), query.size(2)}, ScalarType::Float, query);
-    return torch::stable::transpose(empty({query.size(1), query.size(0)}, ScalarType::Float, query), 0, 1);
+        return empty({2, query.size(0), query.size(1), query.size(2)}, ScalarType::Float, query);
+    return torch::stable::transpose(empty({2, query.size(1), query.size(0)}, ScalarType::Float, query), 1, 2);
 }
 
 struct Steps {
     int64_t sequence, head, row;
 };
 
-// Of what has a number for each query and head.
-Steps steps_of(const Tensor& statistics) {
-    if (statistics.dim() == 3)
-        return {statistics.stride(0), statistics.stride(1), statistics.stride(2)};
-    return {0, statistics.stride(1), statistics.stride(0)};
+// Of what has a number for each query and head, behind `before` other dimensions.
+Steps steps_of(const Tensor& numbers, int64_t before = 0) {
+    if (numbers.dim() == before + 3)
+        return {numbers.stride(before), numbers.stride(before + 1), numbers.stride(before + 2)};
+    return {0, numbers.stride(before + 1), numbers.stride(before)};
 }
 
 // A tensor that broadcasts over (sequence, head, query), its keys side by side: 0 along dimensions of size 1.
@@ -110,7 +110,6 @@ struct Problem {
                         bias ? bias->stride(3) : 0);
         const Steps bias_steps = broadcast_steps(bias), words_steps = broadcast_steps(words),
                     reach_steps = broadcast_steps(reach);
-        const double log2 = std::log(2.0);
         const auto side = [](MaybeInt width) { return static_cast<int>(width ? std::min<int64_t>(*width, FAR) : -1); };
         width = width_of(type);
         call = {
@@ -132,9 +131,10 @@ struct Problem {
             .cu_seq_k = integers(cu_seq_k),
             .key_lengths = integers(key_lengths),
             .starts = integers(starts),
-            .lse = nullptr,
-            .lse_sequence = 0,
-            .lse_head = 0,
+            .tops = nullptr,
+            .tops_sequence = 0,
+            .tops_head = 0,
+            .to_logs = 0,
             .sequences = static_cast<int>(sequences),
             .heads = static_cast<int>(query.size(1)),
             .group = static_cast<int>(query.size(1) / key.size(1)),
@@ -145,19 +145,21 @@ struct Problem {
             .start = static_cast<int>(std::clamp<int64_t>(start, -FAR, FAR)),
             .left = side(left),
             .right = side(right),
-            .inner = static_cast<float>(softcap ? scale / *softcap : scale / log2),
-            .outer = static_cast<float>(softcap ? *softcap / log2 : 0.0),
+            .inner = static_cast<float>(softcap ? scale / *softcap : scale),
+            .outer = static_cast<float>(softcap.value_or(0.0)),
             .dropout = dropout_of(seed, dropout_p, site),
         };
     }
 
-    void set_lse(const Tensor& lse) {
-        const Steps steps = steps_of(lse);
-        STD_TORCH_CHECK(steps.row == 1 || lse.numel() <= 1 || lse.size(lse.dim() == 3 ? 2 : 0) == 1,
-                        "native attention: expected an lse whose queries lie side by side, got step ", steps.row);
-        call.lse = static_cast<float*>(lse.data_ptr());
-        call.lse_sequence = steps.sequence;
-        call.lse_head = steps.head;
+    void set_statistics(const Tensor& statistics) {
+        const Steps steps = steps_of(statistics, 1);
+        STD_TORCH_CHECK(steps.row == 1 || statistics.numel() <= 2 ||
+                            statistics.size(statistics.dim() == 4 ? 3 : 1) == 1,
+                        "native attention: expected statistics whose queries lie side by side, got step ", steps.row);
+        call.tops = static_cast<float*>(statistics.data_ptr());
+        call.tops_sequence = steps.sequence;
+        call.tops_head = steps.head;
+        call.to_logs = statistics.stride(0);
     }
 
 private:
@@ -168,7 +170,7 @@ private:
     }
 };
 
-// out and call.lse of all queries. One launch.
+// out and the statistics of all queries. One launch.
 void forward(const Call& call, const Matrices& out, Width width, cudaStream_t stream) {
     const int key_tiles = divide_up(call.key_size, TILE), query_tiles = divide_up(call.query_size, TILE);
     const int pairs = call.sequences * call.heads;
@@ -217,15 +219,15 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, May
     const OnDevice device(query);
     Problem problem(query, key, value, bias, words, reach, sinks, cu_seq_q, cu_seq_k, key_lengths, starts, seed, max_q,
                     max_k, start, left, right, scale, softcap, dropout_p, site);
-    const Tensor output = rows_like(query, value.size(value.dim() - 1)), lse = row_statistics(query);
-    problem.set_lse(lse);
+    const Tensor output = rows_like(query, value.size(value.dim() - 1)), statistics = row_statistics(query);
+    problem.set_statistics(statistics);
     forward(problem.call, matrices(output), problem.width, device.stream);
-    return {output, lse};
+    return {output, statistics};
 }
 
 using GradientTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
-GradientTensors attention_backward(Tensor dout, MaybeTensor dlse, Tensor, Tensor lse, std::vector<bool> wanted,
+GradientTensors attention_backward(Tensor dout, MaybeTensor dlse, Tensor, Tensor statistics, std::vector<bool> wanted,
                                    Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words,
                                    MaybeTensor reach, MaybeTensor sinks, MaybeTensor cu_seq_q, MaybeTensor cu_seq_k,
                                    MaybeTensor key_lengths, MaybeTensor starts, MaybeTensor seed, int64_t max_q,
@@ -239,7 +241,7 @@ GradientTensors attention_backward(Tensor dout, MaybeTensor dlse, Tensor, Tensor
                     "native attention: expected a bias without a gradient; impl=\"triton\" serves one that learns");
     STD_TORCH_CHECK(dout.scalar_type() == query.scalar_type(), "native attention: expected dout in the dtype of query");
     STD_TORCH_CHECK(!dlse || dlse->scalar_type() == ScalarType::Float, "native attention: expected dlse in float32");
-    problem.set_lse(lse);
+    problem.set_statistics(statistics);
     const auto like = [&](bool is_wanted, const Tensor& x) {
         return is_wanted ? MaybeTensor(rows_like(x, x.size(x.dim() - 1))) : MaybeTensor();
     };

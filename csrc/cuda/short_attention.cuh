@@ -5,7 +5,9 @@
 //
 //     j < key_length      position(i) - left <= j      j <= position(i) + right      its bit of the mask is set
 //
-// and its score, in units of log 2, is inner · q·k, or outer · tanh(inner · q·k) under a softcap, plus bias · log2(e).
+// and its score is inner · q·k, or outer · tanh(inner · q·k) under a softcap, plus the bias. With the largest score of
+// its row, top, a weight is exp2((s - top) · log2(e) - log2 Σ exp(s - top)): the difference comes first, since a score
+// may be finfo.min, whose product with log2(e) is no number.
 #pragma once
 
 #include "common/philox.h"
@@ -65,8 +67,10 @@ struct Call {
     int64_t reach_sequence, reach_head;
     Matrix sinks;
     Integers cu_seq_q, cu_seq_k, key_lengths, starts;
-    float* lse; // neighbouring queries lie side by side
-    int64_t lse_sequence, lse_head;
+    // Of each query the largest score and, so many elements behind it, log2 Σ exp(s - top); neighbours lie side by
+    // side.
+    float* tops;
+    int64_t tops_sequence, tops_head, to_logs;
     int sequences, heads, group, query_size, key_size, dim, value_dim;
     int start, left, right; // a side below 0 is open
     float inner, outer;     // outer 0: no softcap
@@ -75,8 +79,8 @@ struct Call {
     __device__ __forceinline__ const int32_t* reach_of(int64_t sequence, int64_t head) const {
         return reach ? reach + sequence * reach_sequence + head * reach_head : nullptr;
     }
-    __device__ __forceinline__ float* lse_of(int64_t sequence, int64_t head, int64_t row) const {
-        return lse + (sequence * lse_sequence + head * lse_head + row);
+    __device__ __forceinline__ float* tops_of(int64_t sequence, int64_t head, int64_t row) const {
+        return tops + (sequence * tops_sequence + head * tops_head + row);
     }
 };
 
@@ -137,7 +141,7 @@ struct Mask {
           bits_row(call.words_row) {
         if (call.words) {
             bits = call.words + sequence * call.words_sequence + head * call.words_head;
-        } else if (call.reach && !call.bias.data) {
+        } else if (call.reach) {
             // A mask with one row for all queries is its own reach.
             bits = call.reach_of(sequence, head);
             bits_row = 0;
@@ -154,17 +158,18 @@ struct Mask {
             return score;
         const float added = number(bias, bias_first + row * bias.stride + key);
         // -inf stays -inf, whatever the score.
-        return added == -INFINITY ? -INFINITY : score + added * LOG2E;
+        return added == -INFINITY ? -INFINITY : __fadd_rn(score, added);
     }
 };
 
-// (score, slope) of q·k; the derivative of the score in natural units is scale · slope.
+// (score, slope) of q·k; the derivative of the score by q·k is scale · slope. Rounded products: what adds to a score,
+// or subtracts, must not be fused with one of them, or forward and backward would not agree on the score.
 template <bool MAY_BEND>
 __device__ __forceinline__ float2 score_and_slope(const Call& call, float product) {
     if (!MAY_BEND || call.outer == 0.0f)
-        return make_float2(product * call.inner, 1.0f);
+        return make_float2(__fmul_rn(product, call.inner), 1.0f);
     const float bent = tanhf(product * call.inner);
-    return make_float2(bent * call.outer, 1.0f - bent * bent);
+    return make_float2(__fmul_rn(bent, call.outer), 1.0f - bent * bent);
 }
 
 // Calls run<T, DIM, DROPS, EXTRAS>() with what the call needs.

@@ -1,13 +1,14 @@
 // Attention over few keys, backward: dq, dk and dv of a sequence and a key head by one block, without atomics.
 //
-// With the scores s, the weights p = exp2(s - lse) and the dropout mask of the forward, all formed again:
+// With the scores s, the weights p = exp2((s - top) · log2(e) - log2 Σ) and the dropout mask of the forward, all formed
+// again:
 //
 //     dv = dropout(p)ᵀ dout      dp = dropout(dout vᵀ)              delta = Σ p · dp - dlse
 //     ds = p · (dp - delta)      dk = scale · (ds · slope)ᵀ q       dq = scale · (ds · slope) k
-//     dsink = -Σ exp2(sink / ln 2 - lse) · delta
+//     dsink = -Σ exp2((sink - top) · log2(e) - log2 Σ) · delta
 //
 // (Dao et al., "FlashAttention", NeurIPS 2022, appendix B.4. Σ p · dp, over all keys, is their Σ dout · out, without
-// the rounding of out, and out is not read. The last term of delta is the gradient of lse, which has units of log 2.)
+// the rounding of out, and out is not read. The last term of delta is the gradient of the log of Σ exp(s).)
 //
 // The data's path: k and v of the head lie in shared memory, and each warp owns 16 keys, whose dk and dv it sums in
 // registers while the queries of the group's heads pass by, 16 at a time, in their order: no sum is shared, so none
@@ -19,8 +20,8 @@
 // a launch of its own, and its registers: six products.
 //
 // Shared memory, dim being 32 or 64: 4 · dim bytes a key, rounded up to 16 keys, 36 bytes a key for ds and delta, and
-// 128 · (dim + 1) for two tiles of q, dout and lse. At 64: 12.7 KB a pair of at most 16 keys, 21.8 KB at 48, 81.1 KB at
-// 256.
+// 128 · (dim + 2) for two tiles of q, dout and statistics. At 64: 12.8 KB a pair of at most 16 keys, 21.9 KB at
+// 48, 81.2 KB at 256.
 #pragma once
 
 #include "cuda/short_attention_tiles.cuh"
@@ -40,11 +41,11 @@ __host__ __device__ constexpr int least_blocks(Part part, int dim, bool drops, b
 
 constexpr int most_warps(Part part) { return part == Part::ALL ? 4 : 16; }
 
-// What lies in shared memory, in elements of 2 bytes: two tiles of queries, their dout and, as fp32, their lse; then
-// for each 16 keys k, v, ds and, as fp32, their shares of delta.
+// What lies in shared memory, in elements of 2 bytes: two tiles of queries, their dout and, as fp32, their tops and the
+// logs; then for each 16 keys k, v, ds and, as fp32, their shares of delta.
 template <int DIM>
 struct Room {
-    static constexpr int D_OUT = MATRIX<DIM>, LSE = 2 * MATRIX<DIM>, QUERIES = LSE + 2 * TILE;
+    static constexpr int D_OUT = MATRIX<DIM>, TOPS = 2 * MATRIX<DIM>, QUERIES = TOPS + 4 * TILE;
     static constexpr int VALUE = MATRIX<DIM>, D_SCORES = 2 * MATRIX<DIM>, SHARES = D_SCORES + MATRIX<TILE>,
                          KEYS = SHARES + 2 * TILE;
 
@@ -95,11 +96,11 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
     const auto copy_step = [&](int step) {
         if (has_step(step)) {
             const int head = key_head * call.group + step / tiles, index = formed_here(sequence.index);
-            const float* const lse = call.lse_of(index, head, sequence.query_first);
+            const float* const tops = call.tops_of(index, head, sequence.query_first);
             // A query without keys may hold anything.
             const auto inside = [&](int row) {
                 const Span seen = sequence.visible(call, row, row);
-                return row < length && seen.begin < seen.end && (!call.reach || lse[row] > -INFINITY);
+                return row < length && seen.begin < seen.end && (!call.reach || tops[row] > -INFINITY);
             };
             const int first = step % tiles * TILE;
             T* const query = arriving + step % 2 * Shared::QUERIES;
@@ -108,9 +109,9 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
             copy_rows<T, DIM>(query + Shared::D_OUT, 0, gradients.out,
                               gradients.out.rows<T>(index, head, sequence.query_first), call.value_dim, first,
                               first + TILE, thread, threads, inside);
-            if (thread < TILE)
-                start_copy_of_word(reinterpret_cast<float*>(query + Shared::LSE) + thread,
-                                   lse + min(first + thread, length - 1));
+            if (thread < 2 * TILE)
+                start_copy_of_word(reinterpret_cast<float*>(query + Shared::TOPS) + thread,
+                                   tops + min(first + thread % TILE, length - 1) + thread / TILE * call.to_logs);
         }
         end_copy_group();
     };
@@ -129,10 +130,12 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
         const auto seen_keys = [&](int row) { return sequence.visible(call, row, min(row + TILE, length) - 1); };
         const bool is_active = seen_keys(first_row).meets(own_key, own_key + TILE);
 
-        // Of the lane's four queries: lse, infinite where every weight is 0.
+        // Of the lane's four queries: top, and the sum's logarithm, infinite where every weight is 0.
+        const float* const tops = reinterpret_cast<const float*>(query + Shared::TOPS);
+        const auto top_of = [&](int i) { return tops[place_of(i)] == -INFINITY ? 0.0f : tops[place_of(i)]; };
         const auto log_of = [&](int i) {
-            const float log = reinterpret_cast<const float*>(query + Shared::LSE)[place_of(i)];
-            return log == -INFINITY || first_row + place_of(i) >= length ? INFINITY : log;
+            const bool is_empty = tops[place_of(i)] == -INFINITY || first_row + place_of(i) >= length;
+            return is_empty ? INFINITY : tops[TILE + place_of(i)];
         };
 
         // Keys g and g + 8 of two queries, then of two more: p, dp and, under a softcap, the slope.
@@ -160,7 +163,7 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int row = min(first_row + place_of(i), length - 1);
-                const float log = log_of(i);
+                const float top = top_of(i), log = log_of(i);
                 const Span row_seen = sequence.visible(call, row, row);
                 const uint32_t bits = EXTRAS ? mask.sixteen(row, own_key) : 0xffff;
 #pragma unroll
@@ -175,7 +178,7 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
                         if (allowed)
                             biased = mask.add_bias(biased, row, own_key + place);
                     }
-                    p = allowed ? fast_exp2(biased - log) : 0.0f;
+                    p = allowed ? fast_exp2(fminf(biased - top, 0.0f) * LOG2E - log) : 0.0f;
                     // Where the weight is 0 another head's mask may have left NaN.
                     dp = p == 0.0f || !keeps(i, half) ? 0.0f : dp * keep_scale;
                     share[i] += p * dp;
@@ -221,10 +224,11 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
                 }
             }
             if (EXTRAS && gradients.sinks && warp == 0) {
-                const float sink = number(call.sinks, head) * LOG2E;
+                const float sink = number(call.sinks, head);
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    d_sink -= fast_exp2(sink - log_of(i)) * (log_of(i) < INFINITY ? delta[i] : 0.0f);
+                    d_sink -=
+                        fast_exp2((sink - top_of(i)) * LOG2E - log_of(i)) * (log_of(i) < INFINITY ? delta[i] : 0.0f);
             }
             if (is_active) {
                 uint32_t d_scores[4];

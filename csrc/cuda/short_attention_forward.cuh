@@ -1,9 +1,9 @@
 // Attention over few keys, forward: all keys and values of a head in shared memory, a warp for each 16 queries.
 //
-//     top = max(s)      p = exp2(s - top)      out = dropout(p) v / Σ p      lse = top + log2 Σ p
+//     top = max(s)      p = exp(s - top)      out = dropout(p) v / Σ p      statistics: top, log2 Σ p
 //
 // (short_attention.cuh says what s is; "Attention Is All You Need", equation 1.) A sink is one more score, of a key
-// without a value. A query without keys gives 0, and lse -inf.
+// without a value. A query without keys gives 0, and -inf and 0 as its statistics.
 //
 // The data's path: rows of q, k and v come by cp.async, 16 bytes a lane, swizzled; ldmatrix hands them to the tensor
 // cores; the scores of 32 keys stay in 16 registers a lane, are scaled, masked and exponentiated where they are, and
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS ? 1 : LEAST_BLOCKS)
     const Mask mask(call, sequence.index, head);
     const uint32_t dropout_head = static_cast<uint32_t>(pair);
     T* const outputs = out.rows<T>(sequence.index, head, sequence.query_first);
-    float* const lse = call.lse_of(sequence.index, head, sequence.query_first);
+    float* const tops = call.tops_of(sequence.index, head, sequence.query_first);
 
     const int rows_apart = gridDim.y * warps * TILE;
     for (; first_row < length; first_row += rows_apart) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS ? 1 : LEAST_BLOCKS)
                 chunk_top[half] = fmaxf(chunk_top[half], __shfl_xor_sync(ALL_LANES, chunk_top[half], 2));
                 const float higher = fmaxf(top[half], chunk_top[half]);
                 base[half] = higher == -INFINITY ? 0.0f : higher;
-                const float factor = fast_exp2(top[half] - base[half]);
+                const float factor = fast_exp2((top[half] - base[half]) * LOG2E);
                 top[half] = higher;
                 total[half] *= factor;
 #pragma unroll
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS ? 1 : LEAST_BLOCKS)
                     float p[2];
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        p[j] = fast_exp2(scores[2 * step + side][2 * half + j] - base[half]);
+                        p[j] = fast_exp2((scores[2 * step + side][2 * half + j] - base[half]) * LOG2E);
                         total[half] += p[j];
                         if (DROPS)
                             p[j] = kept >> (16 * half + 8 * side + 2 * t + j) & 1 ? p[j] : 0.0f;
@@ -187,9 +187,9 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS ? 1 : LEAST_BLOCKS)
             const bool is_empty = top[half] == -INFINITY;
             float factor = DROPS ? call.dropout.scale : 1.0f;
             if (EXTRAS && call.sinks.data && !is_empty) {
-                const float sink = number(call.sinks, head) * LOG2E, higher = fmaxf(top[half], sink);
-                const float shrunk = fast_exp2(top[half] - higher);
-                total[half] = total[half] * shrunk + fast_exp2(sink - higher);
+                const float sink = number(call.sinks, head), higher = fmaxf(top[half], sink);
+                const float shrunk = fast_exp2((top[half] - higher) * LOG2E);
+                total[half] = total[half] * shrunk + fast_exp2((sink - higher) * LOG2E);
                 factor *= shrunk;
                 top[half] = higher;
             }
@@ -201,8 +201,10 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS ? 1 : LEAST_BLOCKS)
                     sums[d][2 * half] = sums[d][2 * half + 1] = 0.0f;
             }
             to[half] = rows[half] < length ? outputs + rows[half] * out.row : nullptr;
-            if (t == 0 && rows[half] < length)
-                lse[rows[half]] = is_empty ? -INFINITY : top[half] + log2f(total[half]);
+            if (t == 0 && rows[half] < length) {
+                tops[rows[half]] = top[half];
+                tops[call.to_logs + rows[half]] = is_empty ? 0.0f : log2f(total[half]);
+            }
         }
 #pragma unroll
         for (int d = 0; d < DIM / TILE; ++d)

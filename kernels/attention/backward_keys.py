@@ -17,36 +17,46 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
+from tfm.kernels.attention.backward_queries import QueryRows
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     add_bias,
+    bend,
     column_bits,
     common_queries,
     edge_tile,
     first_position,
     is_allowed,
     load_rows,
+    load_statistics,
     locate,
     mask_tile,
-    score_and_slope,
     split_tiles,
     store_rows,
+    unit_of,
     visible_queries,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.kernels.softmax import LOG2E, exponent, fms
 from tfm.operators.attention import rows_like
+
+# Upper halves of fp32.
+INF, MINUS_INF = tl.constexpr(0x7F80), tl.constexpr(0xFF80 - 0x10000)
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_backward_keys_kernel(
-    q, k, v, bias, words, reach, seed, cu_seq_q, cu_seq_k, key_lengths, starts, lse, delta, dout, dk, dv,
+    q, k, v, bias, words, reach, seed, cu_seq_q, cu_seq_k, key_lengths, starts,
+    statistics, delta, dout, dk, dv,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d,
-    dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d, row_b, row_h,
+    dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d, row_kind, row_b, row_h,
     bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale, threshold, keep_scale, site,
+    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale,
+    threshold, keep_scale, site,
     DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
-    PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr, ARE_LARGE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Each program has BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
     program = tl.program_id(0)
@@ -81,7 +91,9 @@ def attention_backward_keys_kernel(
     whole_begin, whole_end = common_queries(first_key, last_key, position, left, right, query_length)
     end = tl.where(first_key < key_length, end, begin)
     first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_QUERIES)
-    IS_MASKED: tl.constexpr = reach is not None and bias is None
+    IS_MASKED: tl.constexpr = words is not None or (reach is not None and bias is None)
+    IS_BIASED: tl.constexpr = bias is not None
+    unit = unit_of(inner, outer)
     if IS_MASKED:
         whole_first, whole_last = first, first
 
@@ -95,21 +107,28 @@ def attention_backward_keys_kernel(
                     head, turn = key_head * group + step // steps, step % steps
                 q_head = q + sequence * q_b + head * q_h + query_first * q_s
                 dout_head = dout + sequence * dout_b + head * dout_h + query_first * dout_s
-                statistics = sequence * row_b + head * row_h + query_first
+                head_rows = sequence * row_b + head * row_h + query_first
                 query_tile = edge_tile(turn, first, whole_first, whole_last) if edge else whole_first + turn
                 row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
                 inside = None
                 if edge:
                     inside = (row >= begin) & (row < end)
-                    log = tl.load(lse + statistics + row, mask=inside, other=float("inf"))
-                    difference = tl.load(delta + statistics + row, mask=inside, other=0.0)
+                difference = tl.load(delta + head_rows + row, mask=inside, other=0.0 if edge else None)
+                if ARE_LARGE:
+                    shift, log_sum = load_statistics(statistics + head_rows + row, row_kind, inside)
                 else:
-                    log = tl.load(lse + statistics + row)
-                    difference = tl.load(delta + statistics + row)
+                    # inf or NaN for a query without keys.
+                    shift = tl.load(
+                        delta + row_kind + head_rows + row, mask=inside, other=float("inf") if edge else None
+                    )
+                large = False
+                if ARE_LARGE is None:
+                    large = is_large(
+                        delta + row_kind + head_rows, query_tile * BLOCK_QUERIES, query_length, BLOCK_QUERIES, TILE
+                    )
                 if reach is not None:
                     # A query without keys may hold anything.
-                    has_keys = log > float("-inf")
-                    log = tl.where(has_keys, log, float("inf"))
+                    has_keys = shift < float("inf")
                     inside = inside & has_keys if edge else has_keys
 
                 query = load_rows(q_head, row, q_s, q_d, inside, DIM, 0, DIM_FIRST)
@@ -117,12 +136,19 @@ def attention_backward_keys_kernel(
                 if DIM_REST > 0:
                     query_rest = load_rows(q_head, row, q_s, q_d, inside, DIM, DIM_FIRST, DIM_REST)
                     products = tl.dot(key_rest, tl.trans(query_rest), products, input_precision=PRECISION)
-                scores, slope = score_and_slope(products, inner, outer)
+                scores, slope = bend(products, inner, outer)
                 if bias is not None:
                     address = bias + sequence * bias_b + head * bias_h + row.to(tl.int64)[None, :] * bias_s
                     address += column.to(tl.int64)[:, None] * bias_k
-                    scores = add_bias(scores, address, (row < query_length)[None, :] & is_key[:, None])
-                weights = tl.exp2(scores - log[None, :])
+                    scores = add_bias(scores, unit, address, (row < query_length)[None, :] & is_key[:, None])
+                if ARE_LARGE:
+                    scores = exponent(scores, unit, shift[None, :], log_sum[None, :], 0.0, IS_BIASED)
+                elif large:
+                    top, log_sum = load_statistics(statistics + head_rows + row, row_kind, inside)
+                    scores = exponent(scores, unit, top[None, :], log_sum[None, :], 0.0, IS_BIASED)
+                else:
+                    scores = fms(scores, unit * LOG2E, shift[None, :])
+                weights = tl.exp2(scores)
                 if edge:
                     # A row that is not read has 0 for its query, but 0 · NaN is a score where the key is NaN.
                     allowed = is_allowed(row[None, :], column[:, None], position, left, right, key_length)
@@ -184,8 +210,23 @@ def attention_backward_keys_kernel(
             store_rows(dv, d_value_rest, column, dv_s, dv_d, is_stored, VALUE_DIM, VALUE_FIRST, VALUE_REST)
 
 
+@triton.jit
+def is_large(lse, first_row, query_length, BLOCK_QUERIES: tl.constexpr, TILE: tl.constexpr):
+    """Whether one of these BLOCK_QUERIES rows lies in a large tile of the first pass, where all are -inf or NaN."""
+    # The upper halves of the numbers: so short a load is no copy to shared memory, for which all would wait.
+    upper = (lse + first_row).to(tl.pointer_type(tl.int16)) + 1
+    if BLOCK_QUERIES <= TILE:
+        half = tl.load(upper)
+        found = (half == MINUS_INF) | (half > INF)
+    else:
+        row = tl.arange(0, BLOCK_QUERIES // TILE) * TILE
+        half = tl.load(upper + 2 * row, mask=first_row + row < query_length, other=0)
+        found = tl.max(((half == MINUS_INF) | (half > INF)).to(tl.int32), axis=0) != 0
+    return found
+
+
 def attention_backward_keys(
-    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, want_key: bool, want_value: bool
+    call: Call, dout: Tensor, statistics: Tensor, rows: QueryRows, want_key: bool, want_value: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dk, dv), None where not wanted. One launch, or one for each where both do not fit the registers."""
     dk = rows_like(call.key, call.key.shape[-1]) if want_key else None
@@ -198,9 +239,11 @@ def attention_backward_keys(
             continue
         with torch.cuda.device_of(call.query):
             attention_backward_keys_kernel[(blocks * call.sequences * call.key_heads,)](
-                **call.arguments(), scale=call.scale, lse=lse, delta=delta, dout=dout, dk=some_dk, dv=some_dv,
+                **call.arguments(), scale=call.scale, statistics=statistics, delta=rows.delta,
+                dout=dout, dk=some_dk, dv=some_dv,
                 **strides("dout", dout), **strides("dk", some_dk), **strides("dv", some_dv),
-                **statistics_strides(lse), tiles=blocks, IS_GROUPED=call.heads != call.key_heads,
+                **statistics_strides(statistics), tiles=blocks,
+                IS_GROUPED=call.heads != call.key_heads, ARE_LARGE=rows.are_large, TILE=rows.tile,
                 BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
             )  # fmt: skip

@@ -1,16 +1,23 @@
 """Attention of any length, backward, first pass: delta, the gradient of the queries, and that of the sinks.
 
-With the weights p = exp2(s - lse), lse in units of log 2, and their gradients dp = dropout(dout vᵀ),
+With the weights p, rebuilt from the two numbers that the forward left of each row, and their gradients
+dp = dropout(dout vᵀ),
 
     delta = Σ dout · out - dlse       ds = p · (dp - delta)
-    dq = scale · (ds · slope) k       dsink = -Σ exp2(sink / ln 2 - lse) · delta
+    dq = scale · (ds · slope) k       dsink = -Σ p_sink · delta
 
-(Dao et al., "FlashAttention", 2022, appendix B.4; `dlse` is the gradient of lse as a natural log, where someone uses
-it.) Rows of delta are written for the second pass, tfm.kernels.attention.backward_keys: two passes form seven products
-where one pass with atomic sums into dq forms five, and give the same bits on every run.
+(Dao et al., "FlashAttention", 2022, appendix B.4; `dlse` is the gradient of lse, where someone uses it.) Rows of delta
+are written for the second pass, tfm.kernels.attention.backward_keys: two passes form seven products where one pass with
+atomic sums into dq forms five, and give the same bits on every run.
+
+Of 16-bit inputs without a bias, a tile of queries whose tops are all small (LARGE in tfm.kernels.softmax) rebuilds its
+weights by one fma from lse = top · log2(e) + log2 Σ, as rounded, which is written for the second pass likewise. One
+branch a tile tells the two; under a small softcap all tops are.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,36 +27,38 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
-    LOG2E,
     add_bias,
+    bend,
     column_bits,
     common_keys,
     edge_tile,
     first_position,
     is_allowed,
     load_rows,
+    load_statistics,
     locate,
     mask_tile,
-    score_and_slope,
     split_tiles,
     store_rows,
+    unit_of,
     visible_keys,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.kernels.softmax import LARGE, LOG2E, exponent, fma, fms
 from tfm.operators.attention import row_statistics, rows_like
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_backward_queries_kernel(
     q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts,
-    out, lse, dout, dlse, dq, delta, sink_partials,
+    out, statistics, dout, dlse, dq, delta, sink_partials,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d,
-    dout_b, dout_h, dout_s, dout_d, dq_b, dq_h, dq_s, dq_d, row_b, row_h, dlse_b, dlse_h, dlse_s,
+    dout_b, dout_h, dout_s, dout_d, dq_b, dq_h, dq_s, dq_d, row_kind, row_b, row_h, dlse_b, dlse_h, dlse_s,
     bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
     heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale, threshold, keep_scale, site,
     DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, ARE_LARGE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Each program has BLOCK_QUERIES queries of one (sequence, head), and goes over the keys that they see."""
     program = tl.program_id(0)
@@ -79,14 +88,21 @@ def attention_backward_queries_kernel(
         difference -= tl.load(dlse, mask=is_row, other=0.0)
     place = sequence * row_b + wide_head * row_h + query_first + row
     tl.store(delta + place, difference, mask=is_row)
-    log = tl.load(lse + place, mask=is_row, other=float("inf"))
-    # A query without keys weighs them 0 by any number that is not -inf.
-    has_keys = log > float("-inf")
-    log = tl.where(has_keys, log, float("inf"))
+    top, log_sum = load_statistics(statistics + place, row_kind, is_row)
+    has_keys = top < float("inf")
     if sink_partials is not None:
-        share = tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - log)
+        sink = tl.load(sinks + head).to(tl.float32)
+        share = tl.exp2(exponent(sink, 1.0, top, log_sum, 0.0, IS_FORMED=True))
         partial = sink_partials + (sequence * tiles + query_tile) * heads + head
         tl.store(partial, -tl.sum(tl.where(has_keys, share * difference, 0.0), axis=0))
+    large = False
+    if not ARE_LARGE:
+        log = fma(top, LOG2E, log_sum)
+        written = log
+        if ARE_LARGE is None:
+            large = tl.max(tl.where(has_keys, tl.abs(top), 0.0), axis=0) > LARGE
+            written = tl.where(large, tl.where(has_keys, float("-inf"), float("nan")), log)
+        tl.store(delta + row_kind + place, written, mask=is_row)
 
     if dq is not None:
         q += sequence * q_b + wide_head * q_h + query_first * q_s
@@ -109,7 +125,9 @@ def attention_backward_queries_kernel(
         begin, end = visible_keys(first_row, last_row, position, left, right, key_length)
         whole_begin, whole_end = common_keys(first_row, last_row, position, left, right, key_length)
         first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_KEYS)
-        IS_MASKED: tl.constexpr = reach is not None and bias is None
+        IS_MASKED: tl.constexpr = words is not None or (reach is not None and bias is None)
+        IS_BIASED: tl.constexpr = bias is not None
+        unit = unit_of(inner, outer)
         if IS_MASKED:
             whole_first, whole_last = first, first
 
@@ -137,11 +155,15 @@ def attention_backward_queries_kernel(
                         value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
                         d_weights = tl.dot(d_out_rest, tl.trans(value), d_weights, input_precision=PRECISION)
 
-                    scores, slope = score_and_slope(products, inner, outer)
+                    scores, slope = bend(products, inner, outer)
                     if bias is not None:
                         address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
-                        scores = add_bias(scores, address, is_row[:, None] & (column < key_length)[None, :])
-                    weights = tl.exp2(scores - log[:, None])
+                        scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
+                    if ARE_LARGE or large:
+                        scores = exponent(scores, unit, top[:, None], log_sum[:, None], 0.0, IS_BIASED)
+                    else:
+                        scores = fms(scores, unit * LOG2E, log[:, None])
+                    weights = tl.exp2(scores)
                     if edge:
                         allowed = is_allowed(row[:, None], column[None, :], position, left, right, key_length)
                         if words is not None:
@@ -169,15 +191,42 @@ def attention_backward_queries_kernel(
             store_rows(dq, tl.where(is_empty, 0.0, acc_rest * scale), row, dq_s, dq_d, is_row, DIM, DIM_FIRST, DIM_REST)
 
 
+@dataclass(frozen=True)
+class QueryRows:
+    """What the first pass leaves to the second, and to the gradient of a bias.
+
+    Attributes:
+        delta: laid out as the forward's statistics. Beside it the lse in units of log 2, inf without keys; in large
+            tiles -inf, and NaN without keys. Nothing where all tiles are large.
+        are_large: whether tiles are; None where some may be.
+        tile: queries of a tile.
+    """
+
+    delta: Tensor
+    are_large: bool | None
+    tile: int
+
+
+def tiles_are_large(call: Call) -> bool | None:
+    """Whether weights are rebuilt from two numbers a row; None where the tops of each tile decide.
+
+    fp32 shows the lse's rounding at once. With a bias, two numbers cost nothing.
+    """
+    if call.query.dtype == torch.float32 or call.bias is not None:
+        return True
+    return None if call.softcap is None else call.softcap > LARGE.value
+
+
 def attention_backward_queries(
-    call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, want_query: bool, want_sinks: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(dq, dsinks, delta), None where not wanted; delta is laid out as lse. One launch."""
+    call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, statistics: Tensor, want_query: bool, want_sinks: bool
+) -> tuple[Tensor | None, Tensor | None, QueryRows]:
+    """(dq, dsinks, rows), None where not wanted. One launch."""
     query = call.query
     dq = rows_like(query, query.shape[-1]) if want_query else None
     delta = row_statistics(query)
     tiles = launch.attention_backward_queries(*call.launch_problem)
     blocks = -(-call.max_q // tiles.block_queries)
+    are_large = tiles_are_large(call)
     sink_partials = None
     if want_sinks:
         # Tiles behind a packed sequence's end write nothing.
@@ -185,11 +234,12 @@ def attention_backward_queries(
     dlse_strides = (0, 0, 0) if dlse is None else dlse.stride() if dlse.dim() == 3 else (0, *dlse.stride()[::-1])
     with torch.cuda.device_of(query):
         attention_backward_queries_kernel[(blocks * call.sequences * call.heads,)](
-            **call.arguments(), sinks=call.sinks if want_sinks else None, scale=call.scale,
-            out=out, lse=lse, dout=dout, dlse=dlse, dq=dq, delta=delta, sink_partials=sink_partials,
-            **strides("out", out), **strides("dout", dout), **strides("dq", dq), **statistics_strides(lse),
+            **call.arguments(), sinks=call.sinks if want_sinks else None, scale=call.scale, out=out,
+            statistics=statistics, dout=dout, dlse=dlse, dq=dq, delta=delta, sink_partials=sink_partials,
+            **strides("out", out), **strides("dout", dout), **strides("dq", dq), **statistics_strides(statistics),
             **dict(zip(("dlse_b", "dlse_h", "dlse_s"), dlse_strides, strict=True)),
-            tiles=blocks, BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+            tiles=blocks, ARE_LARGE=are_large, BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
         )  # fmt: skip
-    return dq, None if sink_partials is None else sink_partials.sum(0).to(call.sinks.dtype), delta
+    dsinks = None if sink_partials is None else sink_partials.sum(0).to(call.sinks.dtype)
+    return dq, dsinks, QueryRows(delta, are_large, tiles.block_queries)

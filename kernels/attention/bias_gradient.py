@@ -1,6 +1,6 @@
 """The gradient of an additive bias, summed over the dimensions along which it broadcasts.
 
-With the weights p = exp2(s - lse), dp = dropout(dout vᵀ) and the delta of the attention's backward,
+With the weights p, dp = dropout(dout vᵀ) and the delta of the attention's backward,
 
     dbias = Σ p · (dp - delta)     over the sequences, heads and queries that share an element
 
@@ -23,25 +23,30 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
-    LOG2E,
+    bend,
+    biased,
     column_bits,
     first_position,
     is_allowed,
     load_rows,
+    load_statistics,
     locate,
-    score_and_slope,
+    mask_tile,
+    unit_of,
     visible_keys,
 )
 from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
+from tfm.kernels.softmax import exponent
 from tfm.operators.attention import rows_like
 
 
 @triton.jit(do_not_specialize=[*VARYING, "sequences", "query_tiles", "key_tiles", "splits", "members", "bias_heads"])
 def bias_gradient_kernel(
-    q, k, v, bias, reach, seed, key_lengths, starts, lse, delta, dout, dbias,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d, row_b, row_h,
-    bias_b, bias_h, bias_s, bias_k, reach_b, reach_h, dbias_split, dbias_b, dbias_h, dbias_s, dbias_k,
+    q, k, v, bias, words, reach, seed, key_lengths, starts, statistics, delta, dout, dbias,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d, row_kind, row_b, row_h,
+    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
+    dbias_split, dbias_b, dbias_h, dbias_s, dbias_k,
     heads, group, query_size, key_size, query_tiles, key_tiles, splits, members, bias_heads,
     start, left, right, inner, outer, threshold, keep_scale, site,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -93,18 +98,19 @@ def bias_gradient_kernel(
         d_out = load_rows(head_dout, row, dout_s, dout_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
 
-        statistics = sequence * row_b + head * row_h + row
-        log = tl.load(lse + statistics, mask=is_row, other=float("inf"))
-        # A query without keys weighs every key exp2(-inf).
-        log = tl.where(log == float("-inf"), float("inf"), log)
-        difference = tl.load(delta + statistics, mask=is_row, other=0.0)
-        scores, _ = score_and_slope(products, inner, outer)
-        wide = added.to(tl.float32)
-        scores = tl.where(wide == float("-inf"), float("-inf"), scores + wide * LOG2E)
+        place = sequence * row_b + head * row_h + row
+        top, log_sum = load_statistics(statistics + place, row_kind, is_row)
+        difference = tl.load(delta + place, mask=is_row, other=0.0)
+        x, _ = bend(products, inner, outer)
+        scores = biased(x, unit_of(inner, outer), added)
         allowed = inside[None, :]
         if left is not None or right is not None:
             allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
-        weights = tl.exp2(tl.where(allowed, scores, float("-inf")) - log[:, None])
+        if words is not None:
+            head_words = words + sequence * words_b + head * words_h
+            allowed &= mask_tile(head_words, row, words_s, is_row, key_tile * BLOCK_KEYS, BLOCK_KEYS)
+        most = tl.where(allowed, 0.0, float("-inf"))
+        weights = tl.exp2(exponent(scores, 1.0, top[:, None], log_sum[:, None], most, IS_FORMED=True))
         if seed is not None:
             first_column = key_tile * BLOCK_KEYS
             keep = keep_mask(row[:, None], first_column, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
@@ -130,14 +136,14 @@ def sum_splits_kernel(partials, dbias, splits, size, BLOCK: tl.constexpr):
     tl.store(dbias + place, total, mask=place < size)
 
 
-def bias_gradient(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def bias_gradient(call: Call, dout: Tensor, statistics: Tensor, delta: Tensor) -> Tensor:
     """dbias, of the shape and dtype of `call.bias`. One launch, two where the bias is small.
 
     Args:
         call: padded, with a bias.
         dout: [B, Hq, Sq, Dv], any strides.
-        lse: of the forward.
-        delta: Σ dout · out - dlse, laid out as `lse`.
+        statistics: of the forward.
+        delta: Σ dout · out - dlse, laid out as `statistics`.
     """
     bias = call.bias
     dbias = rows_like(bias, bias.shape[-1])
@@ -154,8 +160,8 @@ def bias_gradient(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> Tenso
         sums = torch.empty((splits, dbias.numel()), dtype=torch.float32, device=dbias.device)
     with torch.cuda.device_of(dout):
         bias_gradient_kernel[(places * splits,)](
-            **arguments_for(bias_gradient_kernel, call), lse=lse, delta=delta, dout=dout, dbias=sums,
-            **strides("dout", dout), **statistics_strides(lse), dbias_split=dbias.numel(),
+            **arguments_for(bias_gradient_kernel, call), statistics=statistics, delta=delta, dout=dout,
+            dbias=sums, **strides("dout", dout), **statistics_strides(statistics), dbias_split=dbias.numel(),
             **{f"dbias_{dim}": step for dim, step in zip("bhsk", steps, strict=True)},
             query_tiles=query_tiles, key_tiles=key_tiles, splits=splits, members=members, bias_heads=bias.shape[1],
             BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,

@@ -13,7 +13,7 @@ from tfm.kernels.philox import threshold_and_scale
 from tfm.operators import attention as operators
 
 # The arguments below that vary from call to call: a kernel compiled for one number serves all.
-VARYING = ("heads", "group", "query_size", "key_size", "start", "left", "right", "threshold", "site")
+VARYING = ("heads", "group", "query_size", "key_size", "start", "left", "right", "threshold", "site", "row_kind")
 
 
 class Call(operators.Call):
@@ -52,7 +52,8 @@ class Call(operators.Call):
 
 def precision(dtype: torch.dtype) -> str:
     """How products of fp32 are formed: torch's own setting of TF32 rules."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not `allow_tf32`, which raises where this is how it was set.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def strides(name: str, x: Tensor | None) -> dict[str, int]:
@@ -76,5 +77,5 @@ def _broadcast_strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]
 
 def statistics_strides(x: Tensor) -> dict[str, int]:
     """Of what tfm.operators.attention.row_statistics gives; neighbouring queries always lie side by side."""
-    batch, head = (x.stride(0), x.stride(1)) if x.dim() == 3 else (0, x.stride(1))
-    return {"row_b": batch, "row_h": head}
+    batch, head = (x.stride(1), x.stride(2)) if x.dim() == 4 else (0, x.stride(2))
+    return {"row_kind": x.stride(0), "row_b": batch, "row_h": head}

@@ -4,16 +4,15 @@
 section 3.1; Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.) For a tile of queries, over the
 tiles of keys, with the scores s of tfm.kernels.attention.scores:
 
-    top' = max(top, max(s))      p = exp2(s - top')      sum = sum · exp2(top - top') + Σ p
-    acc = acc · exp2(top - top') + dropout(p) v
+    top' = max(top, max(s))      p = exp(s - top')      sum = sum · exp(top - top') + Σ p
+    acc = acc · exp(top - top') + dropout(p) v
 
-and at the end out = acc / sum and lse = top + log2 sum, in units of log 2 like the scores: ln 2 would round it again.
-A sink is one more score, of a key without a value. A query without keys has sum 0: its output is 0 and its lse -inf,
-sink or not.
+and at the end out = acc / sum, and top and log2 sum apart. A sink is one more score, of a key without a value. A query
+without keys has sum 0: its output is 0 and its top -inf, sink or not.
 
 Read: q once, k and v once for each tile of queries that sees them (from the second-level cache after the first), a bit
-for each element of a dense mask. Written: out and lse. Tiles of keys that length and window exclude are not touched;
-tiles that every query sees whole have a loop of their own without a mask.
+for each element of a dense mask. Written: out and two numbers a row. Tiles of keys that length and window exclude are
+not touched; tiles that every query sees whole have a loop of their own without a mask.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
-    LOG2E,
     add_bias,
+    bend,
     column_bits,
     common_keys,
     edge_tile,
@@ -36,19 +35,20 @@ from tfm.kernels.attention.scores import (
     load_rows,
     locate,
     mask_tile,
-    score_and_slope,
     split_tiles,
     store_rows,
+    unit_of,
     visible_keys,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.kernels.softmax import LOG2E, binary, natural_top, power, shrinkage
 from tfm.operators.attention import forward_outputs
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_forward_kernel(
-    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, lse,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_b, row_h,
+    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, statistics,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_kind, row_b, row_h,
     bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
     heads, group, query_size, key_size, tiles, start, left, right, inner, outer, threshold, keep_scale, site,
     DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
@@ -80,17 +80,20 @@ def attention_forward_kernel(
     if reach is not None:
         reach += sequence * reach_b + head.to(tl.int64) * reach_h
 
-    factor = tl.cast(inner, tl.float32)
     query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, DIM_FIRST)
     if DIM_REST > 0:
         query_rest = load_rows(q, row, q_s, q_d, is_row, DIM, DIM_FIRST, DIM_REST)
+    unit = unit_of(inner, outer)
+    is_turned = unit < 0
     if not IS_WIDE:
         # A negative scale turns q around, once, so that the largest product has the largest score. What has been
         # computed with stays in registers on sm_90, where it halves what products read of shared memory.
-        query = tl.where(factor < 0, -query, query)
+        query = tl.where(is_turned, -query, query)
         if DIM_REST > 0:
-            query_rest = tl.where(factor < 0, -query_rest, query_rest)
-        factor = tl.abs(factor)
+            query_rest = tl.where(is_turned, -query_rest, query_rest)
+    unit = tl.abs(unit)
+    IS_BIASED: tl.constexpr = bias is not None
+    scale = 1.0 if IS_BIASED else binary(unit)
 
     top = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
@@ -100,8 +103,8 @@ def attention_forward_kernel(
     begin, end = visible_keys(first_row, last_row, position, left, right, key_length)
     whole_begin, whole_end = common_keys(first_row, last_row, position, left, right, key_length)
     first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_KEYS)
-    # A bool mask may have a hole anywhere.
-    IS_MASKED: tl.constexpr = reach is not None and bias is None
+    # A mask as bits may have a hole anywhere.
+    IS_MASKED: tl.constexpr = words is not None or (reach is not None and not IS_BIASED)
     if IS_MASKED:
         whole_first, whole_last = first, first
 
@@ -124,13 +127,12 @@ def attention_forward_kernel(
                     key = load_rows(k, column, k_s, k_d, inside, DIM, DIM_FIRST, DIM_REST)
                     products = tl.dot(query_rest, tl.trans(key), products, input_precision=PRECISION)
 
-                scores, unit = products, factor
-                if edge or outer is not None or bias is not None or IS_WIDE:
-                    scores, _ = score_and_slope(products, factor, outer)
-                    unit = 1.0
+                scores, _ = bend(products, inner, outer)
+                if IS_WIDE:
+                    scores *= tl.where(is_turned, -1.0, 1.0)
                 if bias is not None:
                     address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
-                    scores = add_bias(scores, address, is_row[:, None] & (column < key_length)[None, :])
+                    scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
                 if edge:
                     allowed = is_allowed(row[:, None], column[None, :], position, left, right, key_length)
                     if words is not None:
@@ -139,12 +141,12 @@ def attention_forward_kernel(
                         allowed &= inside[None, :]
                     scores = tl.where(allowed, scores, float("-inf"))
 
-                higher = tl.maximum(top, tl.max(scores, axis=1) * unit)
+                higher = tl.maximum(top, tl.max(scores, axis=1) * scale)
                 shift = higher
-                if edge or bias is not None:
+                if edge or IS_BIASED:
                     shift = tl.where(higher == float("-inf"), 0.0, higher)
-                weights = tl.exp2(scores * unit - shift[:, None])
-                shrink = tl.exp2(top - shift)
+                weights = power(scores, shift[:, None], scale, IS_BIASED)
+                shrink = shrinkage(top, shift, IS_BIASED)
                 total = total * shrink + tl.sum(weights, axis=1)
                 acc = acc * shrink[:, None]
                 if seed is not None:
@@ -161,19 +163,21 @@ def attention_forward_kernel(
                 top = higher
 
     is_empty = total == 0.0
+    top, excess = natural_top(tl.where(is_empty, 0.0, top), unit, IS_BIASED)
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + head).to(tl.float32)
         higher = tl.maximum(top, sink)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.exp2(sink - higher)
+        shrink = tl.exp2((top - higher) * LOG2E + excess)
+        total = total * shrink + tl.exp2((sink - higher) * LOG2E)
         acc = acc * shrink[:, None]
         acc_rest = acc_rest * shrink[:, None]
-        top = higher
+        top, excess = higher, tl.zeros_like(excess)
     total = tl.where(is_empty, 1.0, total)
     norm = (tl.cast(keep_scale, tl.float32) / total)[:, None]
-    log = tl.where(is_empty, float("-inf"), top + tl.log2(total))
+    statistics += sequence * row_b + head.to(tl.int64) * row_h + query_first + row
+    tl.store(statistics, tl.where(is_empty, float("-inf"), top), mask=is_row)
+    tl.store(statistics + row_kind, tl.where(is_empty, 0.0, tl.log2(total) + excess), mask=is_row)
     is_empty = is_empty[:, None]
-    tl.store(lse + sequence * row_b + head.to(tl.int64) * row_h + query_first + row, log, mask=is_row)
     out += sequence * out_b + head.to(tl.int64) * out_h + query_first * out_s
     store_rows(out, tl.where(is_empty, 0.0, acc * norm), row, out_s, out_d, is_row, VALUE_DIM, 0, VALUE_FIRST)
     if VALUE_REST > 0:
@@ -183,17 +187,18 @@ def attention_forward_kernel(
 
 
 def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse): out as query, of Dv columns; lse fp32, in units of log 2, -inf without keys. One launch."""
-    out, lse = forward_outputs(call.query, call.value)
+    """(out, statistics), as tfm.operators.attention.forward_outputs has them. One launch."""
+    out, statistics = forward_outputs(call.query, call.value)
     tiles = launch.attention_forward(*call.launch_problem)
     blocks = -(-call.max_q // tiles.block_queries)
     with torch.cuda.device_of(call.query):
         attention_forward_kernel[(blocks * call.sequences * call.heads,)](
-            **call.arguments(), sinks=call.sinks, out=out, lse=lse, **strides("out", out), **statistics_strides(lse),
-            tiles=blocks, IS_WIDE=is_wide(call.dims[0]), BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
+            **call.arguments(), sinks=call.sinks, out=out, statistics=statistics,
+            **strides("out", out), **statistics_strides(statistics), tiles=blocks, IS_WIDE=is_wide(call.dims[0]),
+            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
         )  # fmt: skip
-    return out, lse
+    return out, statistics
 
 
 def is_wide(dim: int) -> bool:

@@ -27,7 +27,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    dout: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, wanted: list[bool], *arguments: Any
+    dout: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, wanted: list[bool], *arguments: Any
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key, value, bias and sinks, None where not wanted.
 
@@ -39,18 +39,19 @@ def _backward(
     dk = dv = None
     if tiles is not None:
         dq, dk, dv, dsinks, delta = short_attention_backward(
-            call, tiles, dout, dlse, lse, query, key, value, sinks, want_delta=bias
+            call, tiles, dout, dlse, statistics, query, key, value, sinks, want_delta=bias
         )
     else:
-        dq, dsinks, delta = attention_backward_queries(call, dout, dlse, output, lse, query, sinks)
+        dq, dsinks, rows = attention_backward_queries(call, dout, dlse, output, statistics, query, sinks)
+        delta = rows.delta
         if key or value:
-            dk, dv = attention_backward_keys(call, dout, lse, delta, key, value)
-    return dq, dk, dv, bias_gradient(call, dout, lse, delta) if bias else None, dsinks
+            dk, dv = attention_backward_keys(call, dout, statistics, rows, key, value)
+    return dq, dk, dv, bias_gradient(call, dout, statistics, delta) if bias else None, dsinks
 
 
 register(operators.ATTENTION, _forward)
 register(operators.ATTENTION_BACKWARD, _backward)
-register(operators.ATTENTION_WEIGHTS, lambda lse, *arguments: attention_weights(Call(*arguments), lse))
+register(operators.ATTENTION_WEIGHTS, lambda statistics, *arguments: attention_weights(Call(*arguments), statistics))
 
 
 def attention(

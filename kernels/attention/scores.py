@@ -4,35 +4,32 @@ With position(i) = i + query_start, query i of a sequence may attend to key j wh
 
     j < key_length      position(i) - left <= j      j <= position(i) + right      its bit of the mask is set
 
-(causality is right = 0). Its score, in units of log 2 so that exp2 gives the softmax, is
+(causality is right = 0). Its score is
 
-    s = inner · q·k                                  inner = scale · log2(e)
-    s = outer · tanh(inner · q·k)                    inner = scale / softcap, outer = softcap · log2(e)
+    s = unit · x + bias        x = q·k, unit = scale      or      x = tanh(scale / softcap · q·k), unit = softcap
 
-plus bias · log2(e); the derivative of scores by q·k, in natural units, is scale · slope, slope = 1 or 1 - tanh².
+and the derivative of scores by q·k is scale · slope, slope = 1 or 1 - tanh². With a bias, scores themselves are formed,
+rounded once more, as torch has them; without one, x. tfm.kernels.softmax makes weights of either.
+
 An absent tensor, window or softcap is None and costs nothing. Rows are queries, columns are keys; functions that take
 `row` and `column` take them in any shapes that broadcast, so that a tile may have its keys as rows, too.
 """
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
+from tfm.kernels.activations import tanh
+from tfm.kernels.softmax import fma
 from tfm.operators import attention as operators
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(operators.FAR)
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """(inner, outer) of the formulas above."""
-    if softcap is None:
-        return scale / math.log(2), None
-    return scale / softcap, softcap / math.log(2)
+    """(inner, outer): the factor of q·k, and that of its tanh, None where uncapped."""
+    return (scale, None) if softcap is None else (scale / softcap, softcap)
 
 
 @triton.jit
@@ -155,35 +152,41 @@ def mask_tile(words, row, row_stride, inside, first_column, BLOCK_COLUMNS: tl.co
 
 
 @triton.jit
-def tanh(x):
-    """Within about an ulp of fp32 (Moshier, Cephes, tanhf.c); libdevice's is missing in the interpreter."""
-    square = x * x
-    series = -5.70498872745e-3 * square + 2.06390887954e-2
-    series = series * square - 5.37397155531e-2
-    series = series * square + 1.33314422036e-1
-    series = series * square - 3.33332819422e-1
-    near = series * square * x + x
-    # exp2 overflows to infinity, and the quotient to 0, as it should.
-    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def score_and_slope(products, inner, outer):
-    """(scores in units of log 2, slope) of the products q·k of a tile, before bias and mask; slope is 1.0 uncapped."""
-    scores = products * tl.cast(inner, tl.float32)
-    slope = 1.0
+def bend(products, inner, outer):
+    """(x, slope) of the products q·k of a tile; slope is 1.0 uncapped."""
+    x, slope = products, 1.0
     if outer is not None:
-        bent = tanh(scores)
-        scores, slope = bent * tl.cast(outer, tl.float32), 1.0 - bent * bent
-    return scores, slope
+        x = tanh(products * tl.cast(inner, tl.float32))
+        slope = 1.0 - x * x
+    return x, slope
 
 
 @triton.jit
-def add_bias(scores, address, inside):
-    """`scores` with a tile of the bias added: -inf stays -inf, whatever the score there; 0 where not `inside`."""
-    bias = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(bias == float("-inf"), float("-inf"), scores + bias * LOG2E)
+def unit_of(inner, outer):
+    """The unit of x: scale or softcap."""
+    return tl.cast(inner if outer is None else outer, tl.float32)
+
+
+@triton.jit
+def add_bias(x, unit, address, inside):
+    """The scores of a tile of x with a bias: -inf stays -inf, whatever x is there; 0 is added where not `inside`."""
+    return biased(x, unit, tl.load(address, mask=inside, other=0.0))
+
+
+@triton.jit
+def biased(x, unit, bias):
+    """As add_bias, of a tile of the bias."""
+    bias = bias.to(tl.float32)
+    return tl.where(bias == float("-inf"), float("-inf"), fma(x, unit, bias))
+
+
+@triton.jit
+def load_statistics(statistics, kind_step, inside):
+    """(top, log2 of the sum) of rows at these addresses; top is inf, of which weights are 0, where not `inside` and for
+    queries without keys. None as `inside` loads all."""
+    top = tl.load(statistics, mask=inside, other=None if inside is None else float("inf"))
+    log_sum = tl.load(statistics + kind_step, mask=inside, other=None if inside is None else 0.0)
+    return tl.where(top == float("-inf"), float("inf"), top), log_sum
 
 
 @triton.jit

@@ -1,21 +1,21 @@
 """Attention over at most a few hundred keys, backward: dq, dk and dv of a (sequence, key head) by one program.
 
-With the scores s, the weights p = exp2(s - lse) and the dropout mask of the forward, all formed again:
+With the scores s, the weights p and the dropout mask of the forward, all formed again:
 
     dv = dropout(p)ᵀ dout      dp = dropout(dout vᵀ)              delta = Σ p · dp - dlse
     ds = p · (dp - delta)      dk = scale · (ds · slope)ᵀ q       dq = scale · (ds · slope) k
-    dsink = -Σ exp2(sink / ln 2 - lse) · delta
+    dsink = -Σ p_sink · delta
 
 (Dao et al., "FlashAttention", NeurIPS 2022, appendix B.4. Σ p · dp, over all keys, is their Σ dout · out, without the
-rounding of out, and out is not read. The last term of delta is the gradient of lse, which has units of log 2.)
+rounding of out, and out is not read. The last term of delta is the gradient of lse.)
 
 All keys and values of a key head lie on chip, and so do the sums dk and dv, while the queries of its group's heads pass
 by. A query meets all its keys at once, so its dq is finished at once: no atomics, no partial sums, one launch and the
 five products of a tile. Tiles have keys as rows, as dk and dv have: p and ds then are the first factors of their
 products as they lie in registers. Where dk and dv do not fit beside each other, a second launch makes dv: six products.
 
-Read: q, k, v, dout and lse once. Written: dq, dk and dv. So seven matrices pass, where the two kernels for longer
-sequences pass twelve.
+Read: q, k, v, dout and two numbers a row once. Written: dq, dk and dv. So seven matrices pass, where the two kernels
+for longer sequences pass twelve.
 """
 
 from __future__ import annotations
@@ -28,28 +28,30 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
-    LOG2E,
     add_bias,
+    bend,
     column_bits,
     first_position,
     is_allowed,
     load_rows,
+    load_statistics,
     locate,
     mask_tile,
-    score_and_slope,
     store_rows,
+    unit_of,
     visible_keys,
 )
 from tfm.kernels.attention.short_forward import arguments_for, short_problem
 from tfm.kernels.philox import keep_mask
+from tfm.kernels.softmax import exponent
 from tfm.operators.attention import row_statistics, rows_like
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def short_attention_backward_kernel(
-    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, lse, dout, dlse,
+    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, statistics, dout, dlse,
     dq, dk, dv, delta, sink_partials,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, row_b, row_h,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, row_kind, row_b, row_h,
     dout_b, dout_h, dout_s, dout_d, dlse_b, dlse_h, dlse_s, dq_b, dq_h, dq_s, dq_d, dk_b, dk_h, dk_s, dk_d,
     dv_b, dv_h, dv_s, dv_d,
     bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
@@ -70,7 +72,9 @@ def short_attention_backward_kernel(
     k += sequence * k_b + wide_key_head * k_h + key_first * k_s
     v += sequence * v_b + wide_key_head * v_h + key_first * v_s
     dout += sequence * dout_b + query_first * dout_s
-    lse += sequence * row_b + query_first
+    statistics += sequence * row_b + query_first
+    unit = unit_of(inner, outer)
+    IS_BIASED: tl.constexpr = bias is not None
     scale = tl.cast(scale, tl.float32)
 
     column = tl.arange(0, BLOCK_KEYS)
@@ -95,21 +99,19 @@ def short_attention_backward_kernel(
         wide_head = head.to(tl.int64)
         row = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
         is_row = row < query_length
-        log = tl.load(lse + wide_head * row_h + row, mask=is_row, other=float("-inf"))
-        has_keys = log > float("-inf")
-        # A query without keys, or none at all, weighs every key exp2(-inf).
-        log = tl.where(has_keys, log, float("inf"))
-        # Under a mask it may hold anything; elsewhere the loads need not wait for lse.
+        top, log_sum = load_statistics(statistics + wide_head * row_h + row, row_kind, is_row)
+        has_keys = top < float("inf")
+        # Under a mask a query without keys may hold anything; elsewhere the loads need not wait for the statistics.
         inside_row = has_keys if reach is not None else is_row
         query = load_rows(q + wide_head * q_h, row, q_s, q_d, inside_row, DIM, 0, BLOCK_DIM)
         d_out = load_rows(dout + wide_head * dout_h, row, dout_s, dout_d, inside_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
 
         products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-        scores, slope = score_and_slope(products, inner, outer)
+        scores, slope = bend(products, inner, outer)
         if bias is not None:
             bias_tile = bias + sequence * bias_b + wide_head * bias_h
             address = bias_tile + row.to(tl.int64)[None, :] * bias_s + column.to(tl.int64)[:, None] * bias_k
-            scores = add_bias(scores, address, is_row[None, :] & (column < key_length)[:, None])
+            scores = add_bias(scores, unit, address, is_row[None, :] & (column < key_length)[:, None])
         allowed = inside[:, None]
         if left is not None or right is not None:
             allowed &= is_allowed(row[None, :], column[:, None], position, left, right, key_length)
@@ -120,7 +122,8 @@ def short_attention_backward_kernel(
             # A mask with one row for all queries is its own reach, each head's its own.
             head_reach = reach + sequence * reach_b + wide_head * reach_h
             allowed &= column_bits(head_reach, column, inside)[:, None]
-        weights = tl.exp2(tl.where(allowed, scores, float("-inf")) - log[None, :])
+        most = tl.where(allowed, 0.0, float("-inf"))
+        weights = tl.exp2(exponent(scores, unit, top[None, :], log_sum[None, :], most, IS_BIASED))
         d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
         kept = weights
         if seed is not None:
@@ -152,7 +155,8 @@ def short_attention_backward_kernel(
             place = delta + sequence * row_b + wide_head * row_h + query_first + row
             tl.store(place, difference, mask=is_row)
         if sink_partials is not None:
-            share = tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - log) * difference
+            sink = tl.load(sinks + head).to(tl.float32)
+            share = tl.exp2(exponent(sink, 1.0, top, log_sum, 0.0, IS_FORMED=True)) * difference
             # As a matrix: Triton 3.7 cannot sum a vector beside sm_100's tensor memory.
             share = tl.sum(tl.where(has_keys, -share, 0.0)[None, :], axis=1)
             partial = sink_partials + (sequence * tiles + tile) * heads + head
@@ -169,10 +173,10 @@ def short_attention_backward_kernel(
 
 
 def short_attention_backward(
-    call: Call, tiles: launch.ShortBackwardTiles, dout: Tensor, dlse: Tensor | None, lse: Tensor,
+    call: Call, tiles: launch.ShortBackwardTiles, dout: Tensor, dlse: Tensor | None, statistics: Tensor,
     want_query: bool, want_key: bool, want_value: bool, want_sinks: bool, want_delta: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dq, dk, dv, dsinks, delta), None where not wanted; delta is laid out as lse. `tiles.passes` launches.
+    """(dq, dk, dv, dsinks, delta), None where not wanted; delta is laid out as the statistics. `tiles.passes` launches.
 
     `tiles` are those of `backward_tiles`; delta serves tfm.kernels.attention.bias_gradient.
     """
@@ -180,7 +184,7 @@ def short_attention_backward(
     dq = rows_like(query, query.shape[-1]) if want_query else None
     dk = rows_like(key, key.shape[-1]) if want_key else None
     dv = rows_like(value, value.shape[-1]) if want_value else None
-    delta = row_statistics(query) if want_delta else None
+    delta = row_statistics(query)[0] if want_delta else None
     blocks = -(-call.max_q // tiles.block_queries)
     sink_partials = None
     if want_sinks:
@@ -196,9 +200,9 @@ def short_attention_backward(
             short_attention_backward_kernel[(call.sequences * call.key_heads,)](
                 **arguments_for(short_attention_backward_kernel, call), **results, scale=call.scale,
                 sinks=None if results["sink_partials"] is None else call.sinks,
-                lse=lse, dout=dout, dlse=dlse,
+                statistics=statistics, dout=dout, dlse=dlse,
                 **strides("dout", dout), **strides("dq", dq), **strides("dk", dk),
-                **strides("dv", dv), **statistics_strides(lse),
+                **strides("dv", dv), **statistics_strides(statistics),
                 dlse_b=dlse_strides[0], dlse_h=dlse_strides[1], dlse_s=dlse_strides[2], tiles=blocks,
                 BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
                 maxnreg=tiles.max_registers,

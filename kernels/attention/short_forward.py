@@ -2,13 +2,14 @@
 
 With all scores s of a query in registers (s as tfm.kernels.attention.scores states it) nothing is rescaled on the way:
 
-    top = max(s)      p = exp2(s - top)      out = dropout(p) v / Σ p      lse = top + log2 Σ p
+    top = max(s)      p = exp(s - top)      out = dropout(p) v / Σ p
 
-A sink is one more score, of a key without a value. A query without keys gives 0, and lse -inf.
+A sink is one more score, of a key without a value. A query without keys gives 0, and -inf for its top.
 
-Read: q, k and v once, a bit for each element of a dense mask. Written: out and lse. One launch. At the lengths of
-sentences it is the latency of one round of loads, two products and a store that counts, not arithmetic: a program is as
-small as a tensor core's tile allows (16 queries, one warp), so that a dozen heads lie on each multiprocessor at once.
+Read: q, k and v once, a bit for each element of a dense mask. Written: out, top and log2 Σ p. One launch. At the
+lengths of sentences it is the latency of one round of loads, two products and a store that counts, not arithmetic: a
+program is as small as a tensor core's tile allows (16 queries, one warp), so that a dozen heads lie on each
+multiprocessor at once.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
-    LOG2E,
     add_bias,
+    bend,
     column_bits,
     first_position,
     is_allowed,
     load_rows,
     locate,
     mask_tile,
-    score_and_slope,
     store_rows,
+    unit_of,
     visible_keys,
 )
 from tfm.kernels.philox import keep_mask
+from tfm.kernels.softmax import LOG2E, binary, natural_top, power
 from tfm.operators.attention import forward_outputs
 
 
 @triton.jit(do_not_specialize=[*VARYING, "splits"])
 def short_attention_forward_kernel(
-    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, lse,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_b, row_h,
+    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, statistics,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_kind, row_b, row_h,
     bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
     heads, group, query_size, key_size, splits, start, left, right, inner, outer, threshold, keep_scale, site,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,7 +64,15 @@ def short_attention_forward_kernel(
     k += sequence * k_b + key_head * k_h + key_first * k_s
     v += sequence * v_b + key_head * v_h + key_first * v_s
     out += sequence * out_b + wide_head * out_h + query_first * out_s
-    lse += sequence * row_b + wide_head * row_h + query_first
+    statistics += sequence * row_b + wide_head * row_h + query_first
+    IS_BIASED: tl.constexpr = bias is not None
+    unit = unit_of(inner, outer)
+    # Of a negative scale the smallest product has the largest score.
+    sign = tl.where(unit < 0, -1.0, 1.0)
+    scale = 1.0
+    if not IS_BIASED:
+        unit = tl.abs(unit)
+        scale = binary(unit)
 
     column = tl.arange(0, BLOCK_KEYS)
     begin, end = visible_keys(0, query_length - 1, position, left, right, key_length)
@@ -77,11 +87,13 @@ def short_attention_forward_kernel(
         is_row = row < query_length
         query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        scores, _ = score_and_slope(products, inner, outer)
+        scores, _ = bend(products, inner, outer)
+        if not IS_BIASED and outer is None:
+            scores *= sign
         if bias is not None:
             bias_tile = bias + sequence * bias_b + wide_head * bias_h
             address = bias_tile + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
-            scores = add_bias(scores, address, is_row[:, None] & (column < key_length)[None, :])
+            scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
         allowed = inside[None, :]
         if left is not None or right is not None:
             allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
@@ -89,25 +101,28 @@ def short_attention_forward_kernel(
             allowed &= mask_tile(words + sequence * words_b + wide_head * words_h, row, words_s, is_row, 0, BLOCK_KEYS)
         scores = tl.where(allowed, scores, float("-inf"))
 
-        top = tl.max(scores, axis=1)
+        top = tl.max(scores, axis=1) * scale
         is_empty = top == float("-inf")
-        if sinks is not None:
-            sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-            top = tl.maximum(top, sink)
         top = tl.where(is_empty, 0.0, top)
-        weights = tl.exp2(scores - top[:, None])
+        weights = power(scores, top[:, None], scale, IS_BIASED)
         total = tl.sum(weights, axis=1)
+        top, excess = natural_top(top, unit, IS_BIASED)
+        norm = tl.full([BLOCK_QUERIES], 1.0, tl.float32)
         if sinks is not None:
-            total += tl.exp2(sink - top)
+            sink = tl.load(sinks + head).to(tl.float32)
+            higher = tl.maximum(top, sink)
+            norm = tl.exp2((top - higher) * LOG2E + excess)
+            total = total * norm + tl.exp2((sink - higher) * LOG2E)
+            top, excess = higher, tl.zeros_like(excess)
         total = tl.where(is_empty, 1.0, total)
         if seed is not None:
             keep = keep_mask(row[:, None], 0, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
             weights = tl.where(keep, weights, 0.0)
         acc = tl.dot(weights.to(v.dtype.element_ty), value, input_precision=PRECISION)
-        acc *= (tl.cast(keep_scale, tl.float32) / total)[:, None]
+        acc *= (norm * tl.cast(keep_scale, tl.float32) / total)[:, None]
         store_rows(out, acc, row, out_s, out_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
-        log = tl.where(is_empty, float("-inf"), top + tl.log2(total))
-        tl.store(lse + row, log, mask=is_row)
+        tl.store(statistics + row, tl.where(is_empty, float("-inf"), top), mask=is_row)
+        tl.store(statistics + row_kind + row, tl.where(is_empty, 0.0, tl.log2(total) + excess), mask=is_row)
 
 
 def short_problem(call: Call) -> dict[str, Any]:
@@ -136,14 +151,14 @@ def forward_tiles(call: Call) -> launch.ShortForwardTiles | None:
 
 
 def short_attention_forward(call: Call, tiles: launch.ShortForwardTiles) -> tuple[Tensor, Tensor]:
-    """(out, lse) as attention_forward gives them, at the tiles of `forward_tiles`. One launch."""
-    out, lse = forward_outputs(call.query, call.value)
+    """(out, statistics) as attention_forward gives them, at the tiles of `forward_tiles`. One launch."""
+    out, statistics = forward_outputs(call.query, call.value)
     splits = tiles.splits(call.max_q)
     with torch.cuda.device_of(call.query):
         short_attention_forward_kernel[(splits * call.sequences * call.heads,)](
-            **arguments_for(short_attention_forward_kernel, call), sinks=call.sinks, out=out, lse=lse,
-            **strides("out", out), **statistics_strides(lse), splits=splits,
+            **arguments_for(short_attention_forward_kernel, call), sinks=call.sinks, out=out,
+            statistics=statistics, **strides("out", out), **statistics_strides(statistics), splits=splits,
             BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
             maxnreg=tiles.max_registers,
         )  # fmt: skip
-    return out, lse
+    return out, statistics

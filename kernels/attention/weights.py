@@ -1,10 +1,11 @@
-"""The softmax weights of an attention that has run, from one more pass over q, k and lse.
+"""The softmax weights of an attention that has run, from one more pass over q and k.
 
-    weights = dropout(exp2(s - lse))
+    weights = dropout(exp(s - top) / Σ)
 
-in the dtype of the query, with the scores s and the lse of the attention's forward: what nn.MultiheadAttention returns
-beside its output. No gradient. Read: q and k once for each tile, from the second-level cache after the first; written:
-B · Hq · Sq · Sk elements, each by one program of the single launch, and those bytes are what the time goes to.
+in the dtype of the query, with the scores s and the two numbers of each row of the attention's forward: what
+nn.MultiheadAttention returns beside its output. No gradient. Read: q and k once for each tile, from the second-level
+cache after the first; written: B · Hq · Sq · Sk elements, each by one program of the single launch, and those bytes are
+what the time goes to.
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from tfm.kernels import launch
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides
 from tfm.kernels.attention.scores import (
     add_bias,
+    bend,
     column_bits,
     first_position,
     is_allowed,
     load_rows,
+    load_statistics,
     locate,
     mask_tile,
-    score_and_slope,
+    unit_of,
 )
 from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
+from tfm.kernels.softmax import exponent
 from tfm.operators.attention import empty_weights
 
 
 @triton.jit(do_not_specialize=[*VARYING, "query_tiles", "key_tiles"])
 def attention_weights_kernel(
-    q, k, bias, words, reach, seed, key_lengths, starts, lse, weights,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, row_b, row_h,
+    q, k, bias, words, reach, seed, key_lengths, starts, statistics, weights,
+    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, row_kind, row_b, row_h,
     bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
     heads, group, query_size, key_size, query_tiles, key_tiles, start, left, right, inner, outer, threshold,
     keep_scale, site,
@@ -57,21 +61,21 @@ def attention_weights_kernel(
     query = load_rows(q + sequence * q_b + head * q_h, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
     key = load_rows(k + sequence * k_b + head // group * k_h, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
     products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    scores, _ = score_and_slope(products, inner, outer)
+    scores, _ = bend(products, inner, outer)
+    unit = unit_of(inner, outer)
     if bias is not None:
         address = bias + sequence * bias_b + head * bias_h + row.to(tl.int64)[:, None] * bias_s
         address += column.to(tl.int64)[None, :] * bias_k
-        scores = add_bias(scores, address, is_row[:, None] & inside[None, :])
+        scores = add_bias(scores, unit, address, is_row[:, None] & inside[None, :])
     allowed = inside[None, :]
     if left is not None or right is not None:
         allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
     if words is not None:
         head_words = words + sequence * words_b + head * words_h
         allowed &= mask_tile(head_words, row, words_s, is_row, first_column, BLOCK_KEYS)
-    log = tl.load(lse + sequence * row_b + head * row_h + row, mask=is_row, other=float("inf"))
-    # A query without keys weighs every key exp2(-inf).
-    log = tl.where(log == float("-inf"), float("inf"), log)
-    result = tl.exp2(tl.where(allowed, scores, float("-inf")) - log[:, None])
+    top, log_sum = load_statistics(statistics + sequence * row_b + head * row_h + row, row_kind, is_row)
+    most = tl.where(allowed, 0.0, float("-inf"))
+    result = tl.exp2(exponent(scores, unit, top[:, None], log_sum[:, None], most, bias is not None))
     if seed is not None:
         keep = keep_mask(row[:, None], first_column, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
         result = tl.where(keep, result * tl.cast(keep_scale, tl.float32), 0.0)
@@ -79,15 +83,15 @@ def attention_weights_kernel(
     tl.store(address, result, mask=is_row[:, None] & (column < key_size)[None, :])
 
 
-def attention_weights(call: Call, lse: Tensor) -> Tensor:
-    """[B, Hq, Sq, Sk] in the dtype of the query, of a padded call whose forward gave `lse`. One launch."""
+def attention_weights(call: Call, statistics: Tensor) -> Tensor:
+    """[B, Hq, Sq, Sk] in the dtype of the query, of a padded call whose forward gave `statistics`. One launch."""
     weights = empty_weights(call)
     tiles = launch.attention_weights(call.query.dtype)
     query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
     with torch.cuda.device_of(call.query):
         attention_weights_kernel[(query_tiles * key_tiles * call.sequences * call.heads,)](
-            **arguments_for(attention_weights_kernel, call), **statistics_strides(lse), lse=lse, weights=weights,
-            query_tiles=query_tiles, key_tiles=key_tiles,
+            **arguments_for(attention_weights_kernel, call), **statistics_strides(statistics),
+            statistics=statistics, weights=weights, query_tiles=query_tiles, key_tiles=key_tiles,
             BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
         )  # fmt: skip
     return weights

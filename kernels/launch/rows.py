@@ -110,14 +110,14 @@ def embedding_forward(rows: int, columns: int) -> RowTiles:
     return RowTiles(_tiles(rows, block_rows), block_rows, block_columns, chunks, 4, max_registers=max_registers)
 
 
-def embedding_backward(places: int, chunk: int, rows: int, columns: int) -> tuple[RowTiles, RowTiles]:
-    """Of the kernel that adds up `chunk` tokens at a time, and of the one that writes `rows` rows."""
+def embedding_backward(chunks: int, chunk: int, rows: int, columns: int) -> tuple[RowTiles, RowTiles]:
+    """Of the kernel that adds up `chunks` times `chunk` tokens, and of the one that writes `rows` rows."""
     width = _width(columns)
     first, second = min(width, 128), min(width, 512)
     # A program takes as long as the most frequent of its rows: eight at most.
     block_rows = min(8, 2048 // second)
     return (
-        RowTiles(_tiles(places, chunk), chunk, first, -(-columns // first), num_warps=8, max_registers=128),
+        RowTiles(chunks, chunk, first, -(-columns // first), num_warps=8, max_registers=128),
         RowTiles(_tiles(rows, block_rows), block_rows, second, -(-columns // second), num_warps=4, max_registers=168),
     )
 

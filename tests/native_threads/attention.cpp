@@ -24,7 +24,8 @@ Heads heads(void* data, bool narrow, int64_t count, int64_t columns) {
 
 int32_t* integers(std::vector<uint8_t>& output) { return reinterpret_cast<int32_t*>(output.data()); }
 
-RowNumbers statistics(float* data) { return {data, HEADS * LENGTH, LENGTH, 1}; }
+RowNumbers row_numbers(float* data) { return {data, HEADS * LENGTH, LENGTH, 1}; }
+RowStatistics statistics(float* data) { return {row_numbers(data), row_numbers(data + STATISTICS)}; }
 
 // Each fifth key is seen by nobody: no word is all ones, which as a float would be no number.
 Case mask_bits() {
@@ -114,17 +115,17 @@ Case forward(bool narrow) {
     const std::vector<Task> all = tasks(SEQUENCES, HEADS, LENGTH, 1);
     return {named("attention_forward", narrow),
             static_cast<int64_t>(all.size()),
-            {{STATISTICS * VALUE_DIM, narrow}, {STATISTICS}},
+            {{STATISTICS * VALUE_DIM, narrow}, {2 * STATISTICS}},
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 const AttentionForward call{.attention = attention(narrow),
                                             .output = heads(outputs[0].data(), narrow, HEADS, VALUE_DIM),
-                                            .lse = statistics(floats(outputs[1]))};
+                                            .statistics = statistics(floats(outputs[1]))};
                 std::vector<float> memory = scratch(forward_scratch(call.attention).floats);
                 TFM_ISA::attention_forward(call, all.data(), begin, end, memory.data());
             }};
 }
 
-// Of the forward's one run: its output, and lse.
+// Of the forward's one run: its output and statistics.
 Memory& forward_of(bool narrow) {
     static Memory wide = results_of(forward(false)), half = results_of(forward(true));
     return narrow ? half : wide;
@@ -133,7 +134,7 @@ Memory& forward_of(bool narrow) {
 Cotangents cotangents(bool narrow) {
     Memory& results = forward_of(narrow);
     return {heads(input(5, narrow), narrow, HEADS, VALUE_DIM), heads(results[0].data(), narrow, HEADS, VALUE_DIM),
-            statistics(floats(results[1])), statistics(floats(6))};
+            statistics(floats(results[1])), row_numbers(floats(6))};
 }
 
 Case backward(bool narrow) {
@@ -182,7 +183,7 @@ Case weights() {
             {{STATISTICS * LENGTH}},
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 const AttentionWeights call{.attention = attention(false),
-                                            .lse = statistics(floats(forward_of(false)[1])),
+                                            .statistics = statistics(floats(forward_of(false)[1])),
                                             .weights = heads(outputs[0].data(), false, HEADS, LENGTH),
                                             .keys = LENGTH};
                 std::vector<float> memory = scratch(weights_scratch(call.attention).floats);

@@ -67,7 +67,7 @@ Case decode(bool narrow) {
                                            .value_dim = VALUE_DIM,
                                            .capacity = CAPACITY,
                                            .longest = CAPACITY,
-                                           .factor = 0.228f};
+                                           .scale = 0.158f};
                 std::vector<float> scratch(decode_scratch(call).floats);
                 TFM_ISA::decode_attention(call, begin, end, scratch.data());
             }};

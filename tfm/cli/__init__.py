@@ -6,14 +6,19 @@ What is slow to import (torch, matplotlib, sacrebleu) is imported inside the com
 from __future__ import annotations
 
 import sys
-from io import TextIOWrapper
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+from tfm.errors import MissingExtra, UserError, extra
 
-from tfm.cli import build, demo, doctor, pictures, training, translation
-from tfm.errors import UserError
+with extra("build"):
+    import typer
+    from typer.core import TyperGroup
+
+    from tfm.cli import build, demo, doctor, pictures, streams, training, translation
+
+SMALLER_RUN = "try a smaller model or, in a new run, a lower --batch-tokens"
+SMALLER_SEARCH = "try a lower --beam or --batch-tokens"
+LESS_MEMORY = {"train": SMALLER_RUN, "demo": SMALLER_RUN, "translate": SMALLER_SEARCH, "evaluate": SMALLER_SEARCH}
 
 
 class Commands(TyperGroup):
@@ -22,21 +27,21 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, MissingExtra) as error:
             message = str(error)
         except BrokenPipeError:
             raise  # typer ends quietly
         except OSError as error:
-            place = f"{error.filename}: " if error.filename is not None else ""
-            message = f"{place}{error.strerror or error}"
-        except RuntimeError as error:
+            message = _described(error)
+        except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            message = "out of memory: try a smaller model or, in a new run, a lower --batch-tokens"
+            advice = LESS_MEMORY.get(ctx.invoked_subcommand, "what was asked for does not fit")
+            message = f"out of memory: {advice}"
         except KeyboardInterrupt:
-            typer.echo("tfm: interrupted", err=True)
+            streams.complain("interrupted")
             raise typer.Exit(130) from None
-        typer.echo("tfm: error: " + " ".join(message.splitlines()), err=True)
+        streams.complain("error: " + " ".join(message.splitlines()))
         raise typer.Exit(2)
 
 
@@ -79,15 +84,36 @@ def _options(
 
 def main() -> None:
     """The entry point."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character must not end a training run.
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    app(prog_name="tfm")
+    streams.prepare()
+    status: Any = 0
+    try:
+        app(prog_name="tfm")
+    except SystemExit as ending:
+        status = ending.code
+    except OSError as error:
+        # Of what typer prints by itself, such as help.
+        status = _refused(error)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        status = status or _refused(error)
+        streams.discard(sys.stdout)
+    sys.exit(status)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _refused(error: OSError) -> int:
+    streams.complain(f"error: {_described(error)}")
+    return 2
+
+
+def _described(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{error.strerror or error}"
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     import torch
 
     # On a CPU torch has no class for it.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -58,11 +58,11 @@ def _build(console: Console, force: bool, verbose: bool, with_cuda: bool) -> Bui
         say(console, text)
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
     task = bar.add_task("compiling", total=None, visible=not verbose)
 
     def report(done: int, total: int, what: str) -> None:
-        if console.is_terminal:
+        if console.is_interactive:
             bar.update(task, completed=done, total=total, description=what)
         else:
             line(f"{done}/{total} {what}")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from tfm.cli.devices import Device, Threads
 from tfm.cli.progress import clock, say
+from tfm.cli.streams import Lines
 from tfm.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,15 +34,22 @@ def demo(
 
     It is tested on 500 sentences that combine words never seen together in training.
     """
-    from tfm.checkpoint import Run, load_model
+    from tfm.checkpoint import Run
+    from tfm.cli.stopping import alone_in
+
+    console = Lines()
+    with alone_in(out, new=True):
+        _clear(Run(out))
+        _train_and_show(console, Run(out), minutes, device, threads)
+
+
+def _train_and_show(console: Lines, run: Run, minutes: float | None, device: str, threads: int | None) -> None:
+    from tfm.checkpoint import load_model
     from tfm.cli import runs
     from tfm.config import PRESETS
     from tfm.demo import accuracy_by_phenomenon, corpus
     from tfm.generate import translate
 
-    console = Console()
-    run = Run(out)
-    _clear(run)
     started = time.perf_counter()
     training_pairs, held_out = corpus()
     source, target = _write_text(run, "train", training_pairs)
@@ -56,11 +63,11 @@ def demo(
         device=device,
         threads=threads,
     )
-    training = runs.start(console, out, given, command="demo")
+    training = runs.start(console, run.folder, given, command="demo")
     say(console, f"trained in {clock(time.perf_counter() - started)}")
 
     started = time.perf_counter()
-    model, tokenizer = load_model(out, training.device)
+    model, tokenizer = load_model(run.folder, training.device)
     translations = translate(model, tokenizer, [pair.source for pair in held_out])
     say(console, f"translated {len(held_out)} held-out sentences in {clock(time.perf_counter() - started)}")
     counts = accuracy_by_phenomenon(held_out, translations)
@@ -79,16 +86,22 @@ def _clear(run: Run) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    if not run.folder.exists():
-        return
-    if not run.folder.is_dir():
-        raise UserError(f"--out {run.folder}: a file, expected a folder")
     texts = {path for part in ("train", "validation", "held-out") for path in _text_files(run, part)}
     # Without config.json: a demo that was stopped before it began to train.
     made_here = run.read_config()[2].get("command") == "demo" if run.config.exists() else False
     if not made_here and not set(run.folder.iterdir()) <= texts:
         raise UserError(f"--out {run.folder}: not empty and not made by `tfm demo`; give another folder")
-    for path in (run.config, run.tokenizer, run.log, run.state, run.model, run.loss_curve, *run.checkpoints(), *texts):
+    for path in (
+        run.config,
+        run.paths,
+        run.tokenizer,
+        run.log,
+        run.state,
+        run.model,
+        run.loss_curve,
+        *run.checkpoints(),
+        *texts,
+    ):
         path.unlink(missing_ok=True)
 
 

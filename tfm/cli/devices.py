@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tfm.cli.streams import complain
 from tfm.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads;
 
 
 def prepare(device: str, threads: int | None) -> torch.device:
-    """The device of that name, with the threads set.
+    """The device of that name, with the threads set. Says so where its kernels are missing.
 
     Raises:
         UserError: there is no such device here.
@@ -29,4 +31,21 @@ def prepare(device: str, threads: int | None) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    chosen = torch.device("cuda" if available and device != "cpu" else "cpu")
+    if chosen.type == "cpu":
+        say_what_is_missing()
+    return chosen
+
+
+@cache
+def say_what_is_missing() -> None:
+    """On stderr, once: a CPU without native kernels does everything, but slowly."""
+    import torch
+
+    from tfm import native
+    from tfm.native import toolchain
+
+    if reason := native.obstacle(torch.device("cpu")):
+        needed = toolchain.missing()
+        first = f", which needs more first: {needed}" if needed and "`tfm build`" in reason else ""
+        complain(f"note: slower than it could be, on the reference in plain torch: {reason}{first}")

@@ -29,7 +29,8 @@ class TrainingProgress:
         self.console = console
         self.first_step, self.last_step, self.seconds = first_step, last_step, seconds
         self.bar: Progress | None = None
-        if console.is_terminal:
+        # A terminal that cannot move its cursor (TERM=dumb) would show nothing of a bar.
+        if console.is_interactive:
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}")
             self.bar = Progress(*columns, console=console, transient=True)
             self.task = self.bar.add_task(f"step {first_step:,}/{last_step:,}", total=1.0, numbers="")

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import typer
-from rich.console import Console
 
-from tfm import plots
+from tfm import plots, state
 from tfm.checkpoint import Run
 from tfm.cli.devices import prepare
 from tfm.cli.progress import TrainingProgress, say
+from tfm.cli.stopping import OUTPUT, end, pasted, stopped_by_signals
+from tfm.cli.streams import Lines, complain
+from tfm.cli.texts import Texts
 from tfm.config import PRESETS, Recipe, TransformerConfig
 from tfm.data import EncodedPairs, ParallelText, batches, encode_parallel, read_parallel
 from tfm.errors import UserError
+from tfm.evaluate import misfit
 from tfm.files import write_atomically
 from tfm.model import Transformer
+from tfm.records import Started, check
 from tfm.tokenizer import Tokenizer
 from tfm.train import Options, Training
 
 RENAMED_FLAGS = {"interval": "every", "keep": "average"}
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Where the parallel text lies; None = not given."""
-
-    source: Path | None = None
-    target: Path | None = None
-    valid_source: Path | None = None
-    valid_target: Path | None = None
-
-    def absolute(self) -> dict[str, str | None]:
-        """For config.json, so that a run may be resumed from another folder."""
-        return {name: None if path is None else str(path.resolve()) for name, path in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +42,7 @@ class Given:
     model: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    texts: Texts = Texts()
+    texts: Texts = field(default_factory=Texts)
     max_steps: int | None = None
     minutes: float | None = None
     device: str | None = None
@@ -65,14 +50,12 @@ class Given:
 
 
 def check_new(out: Path) -> None:
-    """Raises UserError where `out` holds anything."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file, expected a folder")
-    if out.exists() and any(out.iterdir()):
+    """Raises UserError where the folder `out` holds anything."""
+    if any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; give --resume to continue the run in it, or another folder")
 
 
-def start(console: Console, out: Path, given: Given, command: str) -> Training:
+def start(console: Lines, out: Path, given: Given, command: str) -> Training:
     """Train a new run in the folder `out`, and return it trained.
 
     Raises:
@@ -101,7 +84,6 @@ def start(console: Console, out: Path, given: Given, command: str) -> Training:
     described = {
         "command": command,
         "preset": name,
-        **given.texts.absolute(),
         "device": given.device,
         "threads": given.threads,
         "options": asdict(options),
@@ -109,11 +91,12 @@ def start(console: Console, out: Path, given: Given, command: str) -> Training:
         "tokenizer_sha256": run.tokenizer_sha256(),
     }
     run.write_config(config, recipe, described)
+    given.texts.write(run)
     _train(console, training, given.minutes)
     return training
 
 
-def resume(console: Console, out: Path, given: Given) -> Training:
+def resume(console: Lines, out: Path, given: Given) -> Training:
     """Continue the run in `out` from its last checkpoint, or from its first step where there is none yet.
 
     Raises:
@@ -122,47 +105,83 @@ def resume(console: Console, out: Path, given: Given) -> Training:
     """
     run = Run(out)
     config, recipe, described = run.read_config()
-    try:
-        options = Options(**described["options"])
-        texts = Texts(**{name: _path(described[name]) for name in vars(given.texts)})
-        preset, text_sha256 = described["preset"], described["text_sha256"]
-        device, threads = described["device"], described["threads"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run.config}: not written by `tfm train` ({error})") from None
+    started, options, texts = read_started(run, described)
+    _check_kept(out, given, {**vars(config), **vars(recipe), **vars(options), "preset": started.preset})
+    texts = replace(texts, **_said(vars(given.texts)))
+    if texts.source is None or texts.target is None:
+        raise UserError(f"{run.folder}: where its text lies is not recorded; give --source and --target")
+    device, threads = given.device or started.device, given.threads or started.threads
+    where = prepare(device or "auto", threads)
+    tokenizer = run.read_tokenizer(config, described)
+    found = state.read(run.state, config) if run.is_begun() else None
+    changed = replace(recipe, **_said({"max_steps": given.max_steps}))
+    if changed != recipe:
+        _say_end(console, out, recipe, changed, 0 if found is None else found.place.step)
+    text, validation = _read(console, texts)
+    pairs = _encode(console, text, tokenizer, config)
+    if fingerprint(pairs) != started.text_sha256:
+        raise UserError(f"{texts.source} and {texts.target}: not the text that the run in {out} was started with")
+    training = _build(console, run, config, tokenizer, changed, pairs, validation, options, where)
+    if found is not None:
+        training.resume(found)
+        say(console, f"resuming at step {training.step:,}")
+    else:
+        run.log.unlink(missing_ok=True)
+        say(console, f"no checkpoint was written yet: starting again from step 0 with the same seed, {options.seed}")
+    kept = {name: value for name, value in described.items() if name not in vars(texts)}
+    run.write_config(config, changed, kept | {"device": device, "threads": threads})
+    texts.write(run)
+    if training.step >= changed.max_steps:
+        say(
+            console,
+            f"{out}: done already, at step {training.step:,} of {changed.max_steps:,}; --max-steps sets another end",
+        )
+        return training
+    _train(console, training, given.minutes)
+    return training
+
+
+def read_started(run: Run, described: dict[str, Any]) -> tuple[Started, Options, Texts]:
+    """How the run was started, from what its config.json calls training and from paths.json.
+
+    Raises:
+        UserError: `tfm train` writes no such thing.
+    """
+    if "preset" not in described:
+        raise UserError(f"{run.config}: not written by `tfm train`, training.preset is missing")
+    started = check(Started, described, f"{run.config}: training")
+    options = check(Options, started.options, f"{run.config}: training.options")
+    return started, options, Texts.read(run, started)
+
+
+def _check_kept(out: Path, given: Given, stored: dict[str, Any]) -> None:
+    """Raises UserError where the command line contradicts what belongs to the run."""
     chosen = {"preset": given.preset, **given.model, **given.recipe, **given.options}
-    stored = {**vars(config), **vars(recipe), **vars(options), "preset": preset}
     for name, value in _said(chosen).items():
         if value != stored[name]:
             flag = RENAMED_FLAGS.get(name, name).replace("_", "-")
             raise UserError(
                 f"--{flag} {value}: the run in {out} was started with {stored[name]}, and --resume keeps it"
             )
-    texts = replace(texts, **_said(vars(given.texts)))
-    recipe = replace(recipe, **_said({"max_steps": given.max_steps}))
-    device, threads = given.device or device, given.threads or threads
-    where = prepare(device or "auto", threads)
-    tokenizer = run.read_tokenizer(config, described)
-    text, validation = _read(console, texts)
-    pairs = _encode(console, text, tokenizer, config)
-    if fingerprint(pairs) != text_sha256:
-        raise UserError(f"{texts.source} and {texts.target}: not the text that the run in {out} was started with")
-    training = _build(console, run, config, tokenizer, recipe, pairs, validation, options, where)
-    if run.state.is_file():
-        training.resume()
-        say(console, f"resuming at step {training.step:,}")
-    else:
-        for path in (run.log, *run.checkpoints()):
-            path.unlink(missing_ok=True)
-        say(console, f"no checkpoint was written yet: starting again from step 0 with the same seed, {options.seed}")
-    run.write_config(config, recipe, described | texts.absolute() | {"device": device, "threads": threads})
-    if training.step >= recipe.max_steps:
+
+
+def _say_end(console: Lines, out: Path, before: Recipe, after: Recipe, step: int) -> None:
+    """What another --max-steps changes.
+
+    Raises:
+        UserError: the run is beyond it, so that it is a slip, which config.json should not keep.
+    """
+    if after.max_steps < before.max_steps and after.max_steps <= step:
+        raise UserError(
+            f"--max-steps {after.max_steps}: the run in {out} is at step {step} already; nothing is changed"
+        )
+    say(console, f"the run ends at step {after.max_steps:,}, not {before.max_steps:,}; --max-steps changes that again")
+    rates = [recipe.learning_rate_at(step + 1) for recipe in (before, after)]
+    if rates[0] != rates[1]:
         say(
             console,
-            f"{out}: done already, at step {training.step:,} of {recipe.max_steps:,}; --max-steps sets another end",
+            f"its learning rate falls to 0 by that step: the next update is made at {rates[1]:.3g}, not {rates[0]:.3g}",
         )
-        return training
-    _train(console, training, given.minutes)
-    return training
 
 
 def fingerprint(pairs: EncodedPairs) -> str:
@@ -173,30 +192,12 @@ def fingerprint(pairs: EncodedPairs) -> str:
     return sha.hexdigest()
 
 
-@contextmanager
-def stopped_by_signals(training: Training) -> Iterator[None]:
-    """SIGINT and SIGTERM end training after the update under way, with a checkpoint; a second one ends it at once."""
-    stops = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if training.stop_reason in [s.name for s in stops]:
-            raise KeyboardInterrupt
-        training.stop(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in stops}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def draw_loss(run: Run) -> None:
     """loss.png from log.jsonl."""
     write_atomically(run.loss_curve, plots.loss_curve(run.read_log()))
 
 
-def _read(console: Console, texts: Texts) -> tuple[ParallelText, ParallelText | None]:
+def _read(console: Lines, texts: Texts) -> tuple[ParallelText, ParallelText | None]:
     assert texts.source is not None
     assert texts.target is not None
     text = read_parallel(texts.source, texts.target)
@@ -208,12 +209,12 @@ def _read(console: Console, texts: Texts) -> tuple[ParallelText, ParallelText | 
     return text, validation
 
 
-def _say_read(console: Console, text: ParallelText, source: Path, target: Path) -> None:
+def _say_read(console: Lines, text: ParallelText, source: Path, target: Path) -> None:
     dropped = f"; dropped {text.dropped:,} with a blank side" if text.dropped else ""
     say(console, f"read {len(text):,} pairs from {source} and {target}{dropped}")
 
 
-def _encode(console: Console, text: ParallelText, tokenizer: Tokenizer, config: TransformerConfig) -> EncodedPairs:
+def _encode(console: Lines, text: ParallelText, tokenizer: Tokenizer, config: TransformerConfig) -> EncodedPairs:
     pairs = encode_parallel(text, tokenizer, config.max_length)
     if pairs.skipped:
         say(console, f"skipped {pairs.skipped:,} pairs with a side of more than {config.max_length} tokens")
@@ -221,7 +222,7 @@ def _encode(console: Console, text: ParallelText, tokenizer: Tokenizer, config: 
 
 
 def _build(
-    console: Console,
+    console: Lines,
     run: Run,
     config: TransformerConfig,
     tokenizer: Tokenizer,
@@ -231,6 +232,8 @@ def _build(
     options: Options,
     device: torch.device,
 ) -> Training:
+    if validation is not None and (warning := misfit(options.tokenize, validation.target)):
+        complain(f"warning: {warning}")
     updates = len(batches(pairs, recipe.batch_tokens))
     torch.manual_seed(options.seed)
     model = Transformer(config).to(device)
@@ -239,29 +242,27 @@ def _build(
     return Training(run, model, tokenizer, recipe, pairs, validation, options)
 
 
-def _train(console: Console, training: Training, minutes: float | None) -> None:
+def _train(console: Lines, training: Training, minutes: float | None) -> None:
     run, last_step = training.run, training.recipe.max_steps
     seconds = None if minutes is None else 60 * minutes
     with TrainingProgress(console, training.step, last_step, seconds) as progress, stopped_by_signals(training):
 
         def report(record: dict[str, Any]) -> None:
             progress.report(record)
+            if console.watched.lost is not None and training.stop_reason in (None, "time"):
+                training.stop(OUTPUT)
             if record["event"] == "checkpoint":
                 draw_loss(run)
 
+        if console.watched.lost is not None:
+            training.stop(OUTPUT)
         reason = training.train(report, seconds=seconds)
     draw_loss(run)
-    if reason in signal.Signals.__members__:
-        again = f"continue with: tfm train --resume --out {run.folder}"
-        typer.echo(f"tfm: stopped by {reason} at step {training.step}, saved; {again}", err=True)
-        raise typer.Exit(128 + signal.Signals[reason])
+    if reason not in ("steps", "time"):
+        end(console, training, reason)
     why = "time is up" if reason == "time" else "done"
-    say(console, f"{why} at step {training.step:,}; translate with: tfm translate {run.folder} < INPUT")
+    say(console, f"{why} at step {training.step:,}; translate with: tfm translate {pasted(run.folder)} < INPUT")
 
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)

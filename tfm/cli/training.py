@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from tfm.cli.devices import DeviceName, Threads
+from tfm.cli.streams import Lines
 from tfm.errors import UserError
 
 PresetName = Literal["demo", "tiny", "base", "big"]
 Dtype = Literal["float32", "bfloat16"]
-BleuTokenizer = Literal["13a", "none", "intl", "char"]
+BleuTokenizer = Literal[
+    "13a", "none", "intl", "char", "zh", "ja-mecab", "ko-mecab", "spm", "flores101", "flores200", "spBLEU-1K"
+]
 TEXT, MODEL, RECIPE, RUN = "Text", "Model", "Recipe", "Run"
 
 
 def train(
     out: Annotated[Path, typer.Option(help="The run's folder; new or empty, unless --resume is given.")],
     source: Annotated[
-        Path | None, typer.Option(help="Text to translate from, one sentence a line; UTF-8, plain or gzip.")
+        Path | None, typer.Option(help="Text to translate from, one sentence a line; UTF-8, plain, gzip, bzip2 or xz.")
     ] = None,
     target: Annotated[Path | None, typer.Option(help="Its translation, line by line.")] = None,
     valid_source: Annotated[Path | None, typer.Option(help="Text for validation.", rich_help_panel=TEXT)] = None,
@@ -123,9 +125,10 @@ def train(
     """Train a translation model on two files of parallel lines.
 
     The tokenizer is learnt from the text. Model, recipe and numbers not given come from the preset.
-    Ctrl-C and SIGTERM finish the update under way, save and exit; --resume goes on from there.
+    Ctrl-C, SIGTERM, SIGHUP and a closed output finish the update under way, save and exit; --resume goes on from there.
     """
     from tfm.cli import runs
+    from tfm.cli.stopping import alone_in
 
     if (valid_source is None) != (valid_target is None):
         raise UserError("--valid-source and --valid-target: expected both or neither")
@@ -157,8 +160,9 @@ def train(
         device=device,
         threads=threads,
     )
-    if resume:
-        runs.resume(Console(), out, given)
-    else:
-        runs.check_new(out)
-        runs.start(Console(), out, given, command="train")
+    with alone_in(out, new=not resume):
+        if resume:
+            runs.resume(Lines(), out, given)
+        else:
+            runs.check_new(out)
+            runs.start(Lines(), out, given, command="train")

@@ -1,8 +1,12 @@
-"""From parallel text to batches: text.py reads it, plan.py encodes and cuts it, batch.py is what is trained on."""
+"""From parallel text to batches.
+
+text.py reads it, compressed.py what of it is compressed, plan.py encodes and cuts it, batch.py is what is trained on.
+"""
 
 from tfm.data.batch import IGNORED, Batch, PaddedBatch
+from tfm.data.compressed import opened
 from tfm.data.plan import BatchPlan, EncodedPairs, batches, encode_parallel
-from tfm.data.text import ParallelText, read_lines, read_parallel, split_lines
+from tfm.data.text import ParallelText, lines_of, read_lines, read_parallel, split_lines
 
 __all__ = [
     "IGNORED",
@@ -13,6 +17,8 @@ __all__ = [
     "ParallelText",
     "batches",
     "encode_parallel",
+    "lines_of",
+    "opened",
     "read_lines",
     "read_parallel",
     "split_lines",

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import os
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from tfm import memory
+from tfm.data.compressed import opened
 from tfm.errors import UserError
+
+# Bytes without a line break that are no sentence any more: tokenizing takes hundreds of times their memory.
+LONGEST_LINE = 2**20
+PIECE = 2**24
+# A text is held as bytes, as characters and as lines at once.
+COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -25,41 +33,74 @@ class ParallelText:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 file, plain or gzip (told by its first bytes, whatever its name).
+    """The lines of a UTF-8 file, plain or compressed (tfm.data.compressed).
 
     Raises:
         UserError: the file is missing, empty, unreadable, damaged, or not UTF-8.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
+        with path.open("rb") as file:
+            data = _contents(opened(file, str(path)), str(path))
+        lines = split_lines(data, str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a directory, expected a text file") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: truncated or damaged gzip file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = split_lines(data, str(path))
+    except MemoryError:
+        raise UserError(f"{path}: too large for the memory of this machine") from None
     if not lines:
         raise UserError(f"{path}: empty, expected at least one line")
     return lines
 
 
+def _contents(stream: BinaryIO, name: str) -> bytes:
+    """All that a stream gives; UserError as soon as it is more than memory holds."""
+    room, pieces, size = memory.available() // COPIES, [], 0
+    while piece := stream.read(PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > room:
+            raise UserError(f"{name}: more than {memory.readable(room)} of text: too large for this machine's memory")
+    return b"".join(pieces)
+
+
+def lines_of(stream: BinaryIO, name: str) -> Iterator[bytes]:
+    """The lines of a stream, as soon as each is there.
+
+    Raises:
+        UserError: a line is so long that it is no text.
+    """
+    number = 1
+    while line := stream.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise _too_long(name, number)
+        yield line
+        number += 1
+
+
+def _too_long(name: str, line: int) -> UserError:
+    return UserError(
+        f"{name}:{line}: more than {LONGEST_LINE:,} bytes without a line break, expected one sentence a line"
+    )
+
+
 def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
     r"""The lines of UTF-8 bytes, split at "\n" only; a "\r" before it and a byte order mark are dropped.
 
-    Other characters that Unicode calls line breaks are text: splitting at them would shift one side against the other.
+    Where a text has no "\n" at all, it is split at "\r", as the first Macintosh wrote lines. Other characters that
+    Unicode calls line breaks are text: splitting at them would shift one side against the other.
     `first_line` is the number of the first, where `data` is a piece of a text.
 
     Raises:
-        UserError: a byte that is not UTF-8, with `name`, its line and its column in characters, both from 1.
+        UserError: a byte that is not UTF-8, with `name`, its line and its column in characters, both from 1; or a line
+            so long that it is no text.
     """
     if first_line == 1:
         data = data.removeprefix(codecs.BOM_UTF8)
+        data = data if b"\n" in data else data.replace(b"\r", b"\n")
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -69,6 +110,10 @@ def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
         raise UserError(f"{name}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x} at column {column})") from None
     if lines[-1] == "":
         lines.pop()
+    for number, text in enumerate(lines, first_line):
+        # No character has more than four bytes.
+        if len(text) > LONGEST_LINE // 4 and len(text.encode()) > LONGEST_LINE:
+            raise _too_long(name, number)
     return [line.removesuffix("\r") for line in lines]
 
 

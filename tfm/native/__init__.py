@@ -27,6 +27,10 @@ def library() -> Path | None:
 
     TFM_NATIVE names one, there or not; else the installed module `tfm_native` is taken, else what `tfm build` made of
     exactly these sources for exactly this torch.
+
+    Raises:
+        OSError: the sources, or the folder of builds, cannot be read.
+        BuildError: there is no folder of builds.
     """
     if os.environ.get("TFM_NATIVE"):
         return Path(os.environ["TFM_NATIVE"])
@@ -70,8 +74,8 @@ def load() -> tuple[str, str]:
 def _load() -> str:
     try:
         path = library()
-    except OSError as error:
-        return f"the sources of tfm_native cannot be read: {error}"
+    except (OSError, plan.BuildError) as error:
+        return f"tfm_native cannot be looked for: {error}"
     if path is None:
         return "tfm_native is not built: `tfm build` compiles it"
     if not path.is_file():

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from tfm.files import write_atomically
 from tfm.native import plan, toolchain
 from tfm.native.plan import BuildError, Object
 from tfm.native.toolchain import Cuda
@@ -98,8 +99,8 @@ def build(force: bool = False, with_cuda: bool = True, listener: Listener = SILE
         raise (BuildError(f"{error}; `tfm build --no-cuda` leaves CUDA out") if cuda.gencode else error) from None
     if plan.library(csrc, torch.__version__) != library:
         raise BuildError("the sources changed while they were compiled: run it again")
-    _replace(library, product.read_bytes())
-    _replace(stamp, made.encode())
+    write_atomically(library, product.read_bytes())
+    write_atomically(stamp, made.encode())
     _prune(library.parent.parent)
     _prune(folder.parent)
     return Built(library, True, cuda)
@@ -214,14 +215,6 @@ def _locked(path: Path, listener: Listener) -> Iterator[int]:
             listener.say("waiting for another build to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """`path` holds all of `data`, or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _prune(folder: Path) -> None:

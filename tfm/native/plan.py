@@ -75,8 +75,20 @@ def sources() -> Path | None:
 
 
 def cache() -> Path:
-    """Where builds are kept: libraries, and objects."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfm" / "native"
+    """Where builds are kept: libraries, and objects.
+
+    Never a folder that all users share: what lies there is loaded into the process.
+
+    Raises:
+        BuildError: this user has no home folder, and XDG_CACHE_HOME names none.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "tfm" / "native"
+    except RuntimeError:
+        raise BuildError(
+            f"no folder to keep builds in: user {os.getuid()} has no home folder (set HOME or XDG_CACHE_HOME)"
+        ) from None
 
 
 def library(csrc: Path, torch_version: str) -> Path:

@@ -62,7 +62,9 @@ def ninja() -> str:
     beside = Path(sysconfig.get_path("scripts")) / "ninja"
     found = str(beside) if beside.is_file() else shutil.which("ninja") or shutil.which("ninja-build")
     if found is None:
-        raise BuildError("no ninja: looked for it beside Python and on PATH (pip install ninja)")
+        raise BuildError(
+            "no ninja: looked for it beside Python and on PATH (pip install ninja, which tfm's extra `build` brings)"
+        )
     return found
 
 

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.errors import AssertedArgument, BadArgument
+from tfm.nn.leaf import leaf
 from tfm.nn.padding import Side, check_same_batch, padded_scope
 from tfm.nn.scope import Packed, Padded, merge_masks
 
 
+@leaf
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: concat(head_1, ..., head_h) W^O, head_i = attention(Q W_i^Q, K W_i^K, V W_i^V).
 

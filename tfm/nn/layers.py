@@ -14,6 +14,7 @@ from torch import Tensor
 from tfm import ops
 from tfm.nn.attention import MultiheadAttention, attend, attention_dropout
 from tfm.nn.children import DECODER_CHILDREN, ENCODER_CHILDREN, layer_obstacle, own_calls
+from tfm.nn.leaf import leaf
 from tfm.nn.norm import LayerNorm, widened
 from tfm.nn.padding import Side, check_same_batch, padded_scope
 from tfm.nn.scope import Packed, Padded, as_added
@@ -25,6 +26,7 @@ ADOPTED = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: 
 FUSED_FUNCTIONS: dict[Callable[..., Tensor], str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 
 
+@leaf
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer`: self-attention and feed-forward network, each in "Add & Norm".
 
@@ -107,6 +109,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
+@leaf
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer`: self-attention, attention over the memory and feed-forward network.
 

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.errors import BadArgument
+from tfm.nn.leaf import leaf
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
+@leaf
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` (Ba et al. 2016, equation 4); over several dimensions, or none, it runs torch's own."""
 
@@ -26,6 +28,7 @@ class LayerNorm(torch.nn.LayerNorm):
         return ops.layer_norm(widened(input), self.weight, self.bias, self.eps)
 
 
+@leaf
 class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` (Zhang and Sennrich 2019, equation 4); over several dimensions, or none, torch's own runs."""
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from tfm.errors import BadArgument
 from tfm.nn.children import own_calls, stack_obstacle
 from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer, fused_activation
+from tfm.nn.leaf import leaf
 from tfm.nn.norm import LayerNorm
 from tfm.nn.padding import Lengths, Side, check_same_batch, padded_scope, survey
 from tfm.nn.scope import Packed, Padded, as_added
 
 
+@leaf
 class TransformerEncoder(torch.nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder`, on packed batches where it can; never on nested tensors of its own.
 
@@ -79,6 +81,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return x if self.norm is None else self.norm(x)
 
 
+@leaf
 class TransformerDecoder(torch.nn.TransformerDecoder):
     """`torch.nn.TransformerDecoder`, on packed batches where it can.
 
@@ -155,6 +158,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         return x if self.norm is None else self.norm(x)
 
 
+@leaf
 class Transformer(torch.nn.Transformer):
     """`torch.nn.Transformer`: the encoder-decoder of the paper, without embeddings and the final linear layer.
 

@@ -115,15 +115,20 @@ def rows_like(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tens
 
 
 def row_statistics(query: Tensor) -> Tensor:
-    """Empty fp32, one number for each query and head: [B, Hq, Sq], or [Nq, Hq] whose heads lie apart."""
+    """Empty fp32, two numbers for each query and head: [2, B, Hq, Sq], or [2, Nq, Hq] whose heads lie apart.
+
+    The first is top, the largest score in natural units, sink included; the second log2 Σ exp(s - top), from 0 up.
+    They stay apart, since their sum would round the second away where scores are huge (a mask of finfo.min): a weight
+    is exp2((s - top) · log2(e) - log2 Σ), at most 1. Without keys top is -inf and the sum's logarithm 0, sink or not.
+    """
     if query.dim() == 4:
-        return torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        return torch.empty((2, *query.shape[:-1]), dtype=torch.float32, device=query.device)
     rows, heads, _ = query.shape
-    return torch.empty((heads, rows), dtype=torch.float32, device=query.device).transpose(0, 1)
+    return torch.empty((2, heads, rows), dtype=torch.float32, device=query.device).transpose(1, 2)
 
 
 def forward_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What the forward fills, still empty: (out, lse), lse in units of log 2, -inf without keys."""
+    """What the forward fills, still empty: (out, statistics), the latter as `row_statistics` says."""
     return rows_like(query, value.shape[-1]), row_statistics(query)
 
 
@@ -134,7 +139,7 @@ def empty_weights(call: Call) -> Tensor:
 
 
 def _empty_gradients(
-    dout: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, wanted: list[bool], *arguments: Any
+    dout: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, wanted: list[bool], *arguments: Any
 ) -> tuple[Tensor | None, ...]:
     call = Call(*arguments)
     inputs = (call.query, call.key, call.value, call.bias, call.sinks)
@@ -145,37 +150,43 @@ def _empty_gradients(
 
 
 ATTENTION = Operator(
-    f"attention({ARGUMENTS}) -> (Tensor output, Tensor lse)",
+    f"attention({ARGUMENTS}) -> (Tensor output, Tensor statistics)",
     fake=lambda query, key, value, *_: forward_outputs(query, value),
 )
 ATTENTION_BACKWARD = Operator(
-    f"attention_backward(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, {ARGUMENTS})"
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor output, Tensor statistics, bool[] wanted, {ARGUMENTS})"
     " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
     fake=_empty_gradients,
 )
 ATTENTION_WEIGHTS = Operator(
-    f"attention_weights(Tensor lse, {ARGUMENTS}) -> Tensor",
-    fake=lambda lse, *arguments: empty_weights(Call(*arguments)),
+    f"attention_weights(Tensor statistics, {ARGUMENTS}) -> Tensor",
+    fake=lambda statistics, *arguments: empty_weights(Call(*arguments)),
 )
 OPERATORS = (ATTENTION, ATTENTION_BACKWARD, ATTENTION_WEIGHTS, MASK_BITS)
 
 
 def _empty_joined_gradients(
-    dout: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, wanted: list[bool], parts: int, *arguments: Any
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    dout: Tensor,
+    dlse: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    wanted: list[bool],
+    parts: int,
+    *arguments: Any,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     key = Call(*arguments).key
     # As key's tokens lie in memory, in each of them the parts side by side.
     tokens = sorted(range(0, key.dim() - 1, 2), key=lambda dim: (key.stride(dim), -dim), reverse=True)
     joined = key.new_empty([key.shape[dim] for dim in tokens] + [parts, key.shape[1], key.shape[-1]])
     places = [tokens.index(dim) if dim in tokens else len(tokens) + 1 for dim in range(key.dim() - 1)]
     separate = [wanted[0] and parts == 2, False, False, *wanted[3:]]
-    dquery, _, _, dbias, dsinks = _empty_gradients(dout, dlse, output, lse, separate, *arguments)
+    dquery, _, _, dbias, dsinks = _empty_gradients(dout, dlse, output, statistics, separate, *arguments)
     return dquery, joined.permute(len(tokens), *places, -1), dbias, dsinks
 
 
 # Of csrc alone: attention_backward, of two or three views of one projection, whose gradients lie as they do.
 ATTENTION_BACKWARD_JOINED = Operator(
-    "attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor lse, bool[] wanted, int parts,"
+    "attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor statistics, bool[] wanted, int parts,"
     f" {ARGUMENTS}) -> (Tensor? dquery, Tensor joined, Tensor? dbias, Tensor? dsinks)",
     fake=_empty_joined_gradients,
 )
@@ -205,33 +216,33 @@ def in_torch(call: Call) -> tuple[Tensor, Tensor]:
 
 
 class Attention(torch.autograd.Function):
-    """Autograd of the operator: output, and its lse twice: for the backward, and, where asked for, as natural log."""
+    """Autograd of the operator: output, its statistics for the backward, and, where asked for, the natural lse."""
 
     # Not setup_context, whose arguments torch binds by name.
     @staticmethod
     def forward(ctx, namespace, with_natural, *arguments):
-        output, lse = getattr(torch.ops, namespace).attention.default(*arguments)
-        ctx.save_for_backward(*arguments[:TENSORS], output, lse)
+        output, statistics = getattr(torch.ops, namespace).attention.default(*arguments)
+        ctx.save_for_backward(*arguments[:TENSORS], output, statistics)
         ctx.namespace, ctx.rules = namespace, arguments[TENSORS:]
-        ctx.mark_non_differentiable(lse)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return output, lse, lse * math.log(2) if with_natural else None
+        return output, statistics, statistics[0] + statistics[1] * math.log(2) if with_natural else None
 
     @staticmethod
     @differentiable_by(_recompute)
     def backward(ctx, dout, _, dlse):
-        *tensors, output, lse = ctx.saved_tensors
+        *tensors, output, statistics = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[2 + place] for place in LEARNABLE]
         dout = torch.zeros_like(output) if dout is None else dout
         operators = getattr(torch.ops, ctx.namespace)
         parts = joined_parts(tuple(tensors[:3]), wanted) if ctx.namespace == "tfm_native" else 0
         if parts:
             dq, joined, dbias, dsinks = operators.attention_backward_joined.default(
-                dout, dlse, output, lse, wanted, parts, *tensors, *ctx.rules
+                dout, dlse, output, statistics, wanted, parts, *tensors, *ctx.rules
             )
             found = (*[dq] * (3 - parts), *joined.unbind(), dbias, dsinks)
         else:
-            found = operators.attention_backward.default(dout, dlse, output, lse, wanted, *tensors, *ctx.rules)
+            found = operators.attention_backward.default(dout, dlse, output, statistics, wanted, *tensors, *ctx.rules)
         gradients = dict(zip(LEARNABLE, found, strict=True))
         return None, None, *(gradients.get(place) for place in range(TENSORS + len(ctx.rules)))
 
@@ -251,10 +262,10 @@ def attention(
         query, key, value, bias, words, reach, sinks, None, None, key_lengths, starts, seed,
         query.shape[2], key.shape[2], start, left, right, scale, softcap, dropout_p, site,
     )  # fmt: skip
-    output, lse, natural = Attention.apply(namespace, return_lse, *_distinct(arguments))
+    output, statistics, natural = Attention.apply(namespace, return_lse, *_distinct(arguments))
     weights = None
     if return_weights:
-        detached = (x.detach() if isinstance(x, Tensor) else x for x in (lse, *arguments))
+        detached = (x.detach() if isinstance(x, Tensor) else x for x in (statistics, *arguments))
         weights = getattr(torch.ops, namespace).attention_weights.default(*detached)
     return output, _with_sinks(natural, sinks), weights
 

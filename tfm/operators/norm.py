@@ -115,7 +115,7 @@ class ResidualNorm(torch.autograd.Function):
 
 def norm(
     namespace: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, centred: bool,
-    weight_offset: float = 0.0, round_first: bool = False, out_dtype: torch.dtype | None = None,
+    weight_offset: float, round_first: bool, out_dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """Without residual and dropout: y."""
     options = eps, 0.0, 0, centred, weight_offset, round_first, out_dtype
@@ -124,8 +124,8 @@ def norm(
 
 def residual_norm(
     namespace: str, x: Tensor, x_bias: Tensor | None, residual: Tensor, weight: Tensor | None, bias: Tensor | None,
-    eps: float, dropout_p: float, seed: Tensor | None, site: int, *, centred: bool, weight_offset: float = 0.0,
-    round_first: bool = False, out_dtype: torch.dtype | None = None,
+    eps: float, dropout_p: float, seed: Tensor | None, site: int, *, centred: bool, weight_offset: float,
+    round_first: bool, out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, h)."""
     seed = None if seed is None else seed.to(x.device)

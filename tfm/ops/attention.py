@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,46 @@ from tfm.reference import attention as reference
 from tfm.transforms import gradients, is_readable
 
 
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[False] = ..., return_weights: Literal[False] = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[True], return_weights: Literal[False] = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[False] = ..., return_weights: Literal[True],
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: Literal[True], return_weights: Literal[True],
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., return_lse: bool = ..., return_weights: bool = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,
@@ -47,7 +87,7 @@ def attention(
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(scale · query keyᵀ + mask) value ("Attention Is All You Need", section 3.2.1, equation 1).
 
     The contract of `torch.nn.functional.scaled_dot_product_attention`, and more: a query whose keys are all masked
@@ -99,6 +139,7 @@ def attention(
     check_integers(key_lengths=key_lengths)
     check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, key_lengths=key_lengths)
     _check_common(query, query_start, batch, window_size, softcap, sinks, query_heads)
+    query, scale = scaled(query, scale)
     carriers = (query, key, attn_mask, sinks)
     carry = return_weights and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in carriers)
     reason = ""
@@ -107,7 +148,6 @@ def attention(
     refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
     backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
-    query, scale = scaled(query, scale)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
@@ -129,6 +169,27 @@ def attention(
     return results[0] if len(results) == 1 else results
 
 
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    return_lse: Literal[True], seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
+    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: bool = ...,
+    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -149,7 +210,7 @@ def varlen_attention(
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences laid end to end, without padding. Names as in `torch.nn.attention.varlen`.
 
     Args:
@@ -200,9 +261,9 @@ def varlen_attention(
 def scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
     """The query and the number that its scores are scaled by: a tensor is multiplied in, so that it may learn."""
     if not isinstance(scale, Tensor):
-        return query, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return query, 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     if scale.dim() != 0:
-        raise ValueError(f"scale: expected a number or a scalar tensor, got shape {tuple(scale.shape)}")
+        raise BadArgument(f"scale: expected a number or a scalar tensor, got shape {tuple(scale.shape)}")
     return query * scale, 1.0
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.tracing import tracing
 from tfm.transforms import transforming
 
 BACKENDS = ("reference", "triton", "native")
@@ -103,6 +104,11 @@ def use(impl: str) -> Iterator[None]:
         _forced = before
 
 
+def exports_plainly() -> bool:
+    """Whether torch's own operations alone are recorded: in traces, and where `use("reference")` asks it of export."""
+    return tracing() or (_forced == "reference" and torch.compiler.is_exporting())
+
+
 def choose(
     operation: str,
     impl: str,
@@ -127,6 +133,8 @@ def choose(
         return impl
     if transforming():
         reference_only = "transforms and forward-mode differentiation need operations of torch's own"
+    if tracing():
+        reference_only = "a trace holds torch's own operations alone"
     rows = [row for row in TABLE if row.operation == operation and impl in ("auto", row.backend)]
     reason = "" if rows else f"{operation} has no backend of that name"
     for row in rows:

@@ -21,10 +21,16 @@ def check_dropout(p: float) -> None:
 
 
 def check_numbers(**numbers: float | Tensor | None) -> None:
-    """None of them is a tensor with a gradient, which an operation of numbers would lose without a word."""
+    """None of them is NaN, nor a tensor with a gradient, which an operation of numbers would lose without a word.
+
+    Dynamo has met the numbers then: one that it met inside a Function first, it would not let out.
+    """
     for name, number in numbers.items():
-        if isinstance(number, Tensor) and is_differentiated(number):
-            raise ValueError(f"{name}: expected a number, got a tensor that needs a gradient")
+        if isinstance(number, Tensor):
+            if is_differentiated(number):
+                raise BadArgument(f"{name}: expected a number, got a tensor that needs a gradient")
+        elif number is not None and number != number:
+            raise BadArgument(f"{name}: expected a number, got nan")
 
 
 def check_columns(x: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.ops.backends import exports_plainly
 from tfm.ops.checks import check_columns, check_dropout, check_floating
 from tfm.reference import dropout as reference
 from tfm.transforms import transforming
@@ -28,8 +29,10 @@ def draw_seed(device: torch.device | str) -> Tensor:
 
     Ruled by `torch.manual_seed`; replayed by CUDA graphs, repeated by checkpoint recomputation.
     """
+    device = torch.device(device)
     # An operator without tensors is not asked which randomness vmap was given.
-    return _draw_seed(torch.device(device)) if transforming() else torch.ops.tfm.draw_seed(torch.device(device))
+    plainly = transforming() or exports_plainly()
+    return _draw_seed(device) if plainly else torch.ops.tfm.draw_seed(device)
 
 
 def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:

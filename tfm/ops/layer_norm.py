@@ -54,7 +54,10 @@ def layer_norm(
 
         namespace = kernels.NAMESPACE
 
-    return norm.norm(namespace, x, weight, bias, eps, centred=True, out_dtype=out_dtype)
+    return norm.norm(
+        namespace, x, weight, bias, eps,
+        centred=True, weight_offset=0.0, round_first=False, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def residual_layer_norm(
@@ -113,7 +116,7 @@ def residual_layer_norm(
 
     return norm.residual_norm(
         namespace, x, x_bias, residual, weight, bias, eps, dropout_p, drawn, site,
-        centred=True, out_dtype=out_dtype,
+        centred=True, weight_offset=0.0, round_first=False, out_dtype=out_dtype,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -91,7 +92,7 @@ def linear_cross_entropy(
     reason = "class weights and probability targets run on the reference alone" if special else ""
     backend = choose("linear_cross_entropy", impl, input, reason)
     (input,) = under_autocast(input)
-    flat_input = input.reshape(-1, input.shape[-1])
+    flat_input = input.reshape(math.prod(rows), input.shape[-1])
     flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
     options = (ignore_index, label_smoothing, z_loss, softcap)
     with without_autocast(input.device):

@@ -28,8 +28,9 @@ def rotary(
     (a, b) becomes (a · cos - b · sin, b · cos + a · sin), in fp32 at least, rounded once. Tables that are scaled (YaRN,
     LongRoPE) scale the result. Columns beyond twice the tables' pass unchanged: partial rotation is a narrower table.
 
-    The families of Hugging Face call with cos[..., : R // 2] where theirs is [..., R] of two equal halves (Llama,
-    GPT-NeoX, Gemma, Qwen), with cos[..., ::2] and `interleaved` where each column is repeated (GPT-J, GLM).
+    The tables of Hugging Face's families are mostly [..., R] of two equal halves: call with cos[..., : R // 2], and
+    `interleaved` where the model pairs neighbouring columns (GLM) rather than halves (Llama, GPT-NeoX, Gemma, Qwen).
+    GPT-J's are half as wide as they come, and `interleaved`.
 
     Args:
         query: [B, Hq, S, D] or packed [N, Hq, D], floating point, any strides.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tfm.reference.dropout import keep_mask, keep_scale
 from tfm.sequences import Layout
+from tfm.tracing import tracing
 from tfm.transforms import transforming
 
 
@@ -35,8 +36,8 @@ def attention(
     allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
     bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     if allowed is not None:
-        # Causality alone leaves every query its first key.
-        starts_inside = isinstance(query_start, int) and query_start >= 0
+        # Causality alone leaves every query its first key. A compiled graph is for starts of either sign.
+        starts_inside = isinstance(query_start, int) and not torch.compiler.is_compiling() and query_start >= 0
         every_query_attends = starts_inside and attn_mask is None and key_lengths is None and max(window_size) < 0
         query, key, value = _shield(query, key, value, allowed, every_query_attends)
     return _attend(
@@ -110,12 +111,12 @@ def _attend(
     seed: Tensor | None,
     site: int,
 ) -> Any:
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])
     plain = (
         dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not (return_lse or return_weights)
     )
-    # torch's CPU kernel gives 0 and finite gradients for fully masked rows; other devices' kernels need not.
-    safe = query.device.type == "cpu" or allowed is None
+    # torch's CPU kernel gives 0 and finite gradients for fully masked rows; others, where a trace may run, need not.
+    safe = (query.device.type == "cpu" and not tracing()) or allowed is None
     # Those kernels have no second derivatives and no tangents.
     if plain and safe and query.dtype != torch.float64 and not transforming():
         return F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped)
@@ -150,10 +151,18 @@ def _attend(
         probabilities = torch.where(keep, probabilities * keep_scale(dropout_p), 0)
     results = [(probabilities @ value).to(dtype)]
     if return_lse:
-        results.append(scores.logsumexp(dim=-1).to(torch.promote_types(dtype, torch.float32)))
+        results.append(_logsumexp(scores).to(torch.promote_types(dtype, torch.float32)))
     if return_weights:
         results.append(probabilities.to(dtype))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """Over the last dimension. Its gradient is a softmax; that of torch's own is exp(s - lse) of the lse as rounded."""
+    near = scores.detach().logsumexp(dim=-1, keepdim=True)
+    is_empty = near == float("-inf")
+    total = (scores - near.masked_fill(is_empty, 0.0)).exp().sum(dim=-1, keepdim=True)
+    return (near + total.masked_fill(is_empty, 1.0).log()).squeeze(-1)
 
 
 def varlen_attention(

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.tracing import tracing
+
 ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -64,16 +66,24 @@ def keep_mask(rows: Tensor, columns: int, groups: Tensor, p: float, seed: Tensor
         bool [..., R, C], True where the element is kept.
     """
     device = rows.device
-    octets = torch.arange((columns + 7) // 8, device=device)
+    compiling = torch.compiler.is_compiling()
+    # torch.compile makes a graph of its own for one octet: there are two at least.
+    octets = torch.arange(columns // 8 + 2 if compiling else (columns + 7) // 8, device=device)
     site_counter = torch.full((), site, dtype=torch.int64, device=device)
     w0, w1, w2, w3 = philox(octets, rows[..., None], groups[..., None], site_counter, seed.to(device))
+    if tracing():
+        # TorchScript cannot view a tensor as another dtype.
+        words = torch.stack((w0, w1, w2, w3), dim=-1)
+        halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)
+        return (halves >= threshold(p))[..., :columns]
     # Two words to an int64; flipping each half's top bit turns the unsigned comparison into a signed one.
     flip = -0x7FFF7FFF7FFF8000
     pairs = torch.stack((((w1 << 32) | w0) ^ flip, ((w3 << 32) | w2) ^ flip), dim=-1)
     halves = pairs.view(torch.int16).flatten(-2)
     # At p = 1 the threshold lies outside int16.
     kept = halves >= threshold(p) - 32768 if threshold(p) < 65536 else torch.zeros_like(halves, dtype=torch.bool)
-    return kept[..., :columns]
+    # And another for a slice that is all of its tensor.
+    return kept.index_select(-1, torch.arange(columns, device=device)) if compiling else kept[..., :columns]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
@@ -92,6 +102,8 @@ def token_wise_mask(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
     columns = x.shape[-1]
     rows = torch.arange(x.numel() // columns, device=x.device)
     group = torch.zeros((), dtype=torch.int64, device=x.device)
-    per_chunk = max(1, CHUNK // columns) if x.device.type == "cpu" else len(rows)
-    masks = [keep_mask(part, columns, group, p, seed, site) for part in rows.split(per_chunk)]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return keep_mask(rows, columns, group, p, seed, site).view(x.shape)
+    parts = rows.split(max(1, CHUNK // columns))
+    masks = [keep_mask(part, columns, group, p, seed, site) for part in parts]
     return (masks[0] if len(masks) == 1 else torch.cat(masks)).view(x.shape)

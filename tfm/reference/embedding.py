@@ -44,5 +44,5 @@ def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype = torch.float32) ->
         [*positions.shape, dim] of `dtype`.
     """
     pair = torch.arange((dim + 1) // 2, device=positions.device, dtype=dtype)
-    angles = positions[..., None].to(dtype) * torch.exp(pair * (-2 * math.log(10000.0) / dim))
+    angles = positions[..., None].to(dtype) * torch.exp(pair * (-2 * math.log(10000.0) / (dim or 1)))
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :dim]

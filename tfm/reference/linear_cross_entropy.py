@@ -152,10 +152,7 @@ def _chunks(
     d_input = torch.empty_like(input) if needs[0] else None
     d_weight = torch.zeros(weight.shape, dtype=wide, device=input.device) if needs[1] else None
     d_bias = torch.zeros(classes, dtype=wide, device=input.device) if needs[2] else None
-    chunk_bytes = CHUNK_BYTES.get(input.device.type, DEFAULT_CHUNK_BYTES)
-    per_chunk = max(1, chunk_bytes // (classes * wide.itemsize))
-    for start in range(0, rows, per_chunk):
-        part = slice(start, start + per_chunk)
+    for part in _parts(rows, classes * wide.itemsize, input.device):
         # An ignored row may hold NaN, which 0 would not stop in the product with the gradient.
         x = input[part].masked_fill(~kept[part], 0)
         logits = (x @ weight.t()).to(wide)
@@ -179,6 +176,14 @@ def _chunks(
         if d_bias is not None:
             d_bias.addmv_(d_logits.t(), factor[part, 0])
     return losses, [d_input, d_weight, d_bias]
+
+
+def _parts(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
+    """The chunks of rows; one under torch.compile, whose graphs hold no loop of any length."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    per_chunk = max(1, CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES) // row_bytes)
+    return [slice(start, start + per_chunk) for start in range(0, rows, per_chunk)]
 
 
 def _floor(class_weight: Tensor | None, classes: int, smoothing: float, like: Tensor) -> Tensor | None:

@@ -1,7 +1,7 @@
 // Masked softmax attention for CPUs, backward: the gradients of query, key, value and sinks.
 //
 //     dv = dropout(p)ᵀ dout      dq = scale · (ds · slope) k      dk = scale · (ds · slope)ᵀ q
-//     dsink = -Σ exp2(sink / ln 2 - lse) · delta
+//     dsink = -Σ exp2((sink - top) · log2(e) - log2 Σ) · delta
 //
 // with p, ds and delta of gradient_tile.h. A task is a (sequence, key head): it goes over all query heads that share
 // the key head, tile by tile, and adds up dk and dv of the whole sequence in scratch memory, dq of one query head at a
@@ -65,18 +65,18 @@ void erase(const Heads& x, int64_t sequence, int64_t head, int64_t first, int64_
     }
 }
 
-// -Σ exp2(sink / ln 2 - lse) · delta of one head's queries.
+// dsink of one head's queries.
 float sink_gradient(const Attention& call, GradientTile& part, Tile tile) {
     const Extent& extent = call.extents[tile.sequence];
-    const float sink = call.sinks[tile.head] * LOG2E;
+    const float sink = call.sinks[tile.head];
     double total = 0.0;
     for (tile.row = 0; tile.row < extent.query_length; tile.row += BLOCK_QUERIES) {
         tile.rows = smaller(BLOCK_QUERIES, extent.query_length - tile.row);
         part.load_queries(tile, true);
         for (int64_t row = 0; row < tile.rows; row += WIDTH) {
             const Ints inside = lanes() < static_cast<int32_t>(tile.rows - row);
-            const Floats share = exp2(sink - load(part.logs + row)) * load(part.deltas + row);
-            total -= sum(inside ? share : Floats{});
+            const Floats share = exp2((sink - load(part.tops + row)) * LOG2E - load(part.logs + row));
+            total -= sum(inside ? share * load(part.deltas + row) : Floats{});
         }
     }
     return static_cast<float>(total);
@@ -225,21 +225,21 @@ void backward_into(const AttentionInputs& inputs, const Cotangents& given, const
 
 using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
-Gradients attention_backward(Tensor dout, MaybeTensor dlse, Tensor output, Tensor lse, std::vector<bool> wanted,
+Gradients attention_backward(Tensor dout, MaybeTensor dlse, Tensor output, Tensor statistics, std::vector<bool> wanted,
                              ATTENTION_PARAMETERS) {
     const AttentionInputs inputs(ATTENTION_ARGUMENTS);
     const Gradients found{wanted_like(wanted, 0, query), wanted_like(wanted, 1, key), wanted_like(wanted, 2, value),
                           wanted_like(wanted, 3, bias), wanted_like(wanted, 4, sinks)};
     const auto& [dq, dk, dv, dbias, dsinks] = found;
     const auto heads = [](const MaybeTensor& x) { return x ? heads_of(*x) : Heads{}; };
-    backward_into(inputs, cotangents(dout, dlse, output, lse), heads(dq), heads(dk), heads(dv), dbias, dsinks);
+    backward_into(inputs, cotangents(dout, dlse, output, statistics), heads(dq), heads(dk), heads(dv), dbias, dsinks);
     return found;
 }
 
 // Of views of one projection, key and value or query, key and value: their gradients lie in one tensor [parts, ...] as
 // the views do, so that the projection's gradient needs no copy.
 std::tuple<MaybeTensor, Tensor, MaybeTensor, MaybeTensor>
-attention_backward_joined(Tensor dout, MaybeTensor dlse, Tensor output, Tensor lse, std::vector<bool> wanted,
+attention_backward_joined(Tensor dout, MaybeTensor dlse, Tensor output, Tensor statistics, std::vector<bool> wanted,
                           int64_t parts, ATTENTION_PARAMETERS) {
     STD_TORCH_CHECK(parts == 2 || parts == 3, "parts: expected 2 or 3, got ", parts);
     const AttentionInputs inputs(ATTENTION_ARGUMENTS);
@@ -248,8 +248,8 @@ attention_backward_joined(Tensor dout, MaybeTensor dlse, Tensor output, Tensor l
     Tensor joined = joined_rows(key, parts);
     const auto part = [&](int64_t place) { return heads_of(torch::stable::select(joined, 0, place)); };
     const Heads query_heads = parts == 3 ? part(0) : dq ? heads_of(*dq) : Heads{};
-    backward_into(inputs, cotangents(dout, dlse, output, lse), query_heads, part(parts - 2), part(parts - 1), dbias,
-                  dsinks);
+    backward_into(inputs, cotangents(dout, dlse, output, statistics), query_heads, part(parts - 2), part(parts - 1),
+                  dbias, dsinks);
     return {dq, joined, dbias, dsinks};
 }
 

@@ -4,9 +4,10 @@
 //
 //     j < key_length      position(i) - left <= j <= position(i) + right      its bit of the mask is set
 //
-// (causality is right = 0). Its score is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the bias. The
-// factor log2(e) enters where exp2 is taken, in one rounding with the subtraction of the maximum or of the lse, which
-// is in units of log 2, as in kernels/attention.
+// (causality is right = 0). Its score s is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the bias.
+// With the largest score of its row, top, a weight is exp2((s - top) · log2(e) - log2 Σ exp(s - top)). The difference
+// comes first: a score may be finfo.min, whose product with log2(e) is no number. And top stays apart from the
+// logarithm, of which it would leave nothing in a common sum.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,11 @@ struct Bits {
 struct RowNumbers {
     float* data;
     int64_t sequence, head, row;
+};
+
+// Of each row the largest score and log2 Σ exp(s - top), sinks included; without keys -inf and 0.
+struct RowStatistics {
+    RowNumbers tops, logs;
 };
 
 struct Extent {
@@ -72,7 +78,7 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // What the backward is given besides.
 struct Cotangents {
     Heads dout, output;
-    RowNumbers lse;
+    RowStatistics statistics;
     RowNumbers dlse; // null: lse is used by nobody
 };
 

@@ -16,13 +16,13 @@ namespace tfm {
 struct AttentionForward {
     Attention attention;
     Heads output;
-    RowNumbers lse;
+    RowStatistics statistics;
 };
 
 namespace {
 
 struct ForwardScratch {
-    int64_t query, rows, keys, values, scores, sums, tops, totals, shifts, shrinks, outcomes, floats;
+    int64_t query, rows, keys, values, scores, sums, tops, totals, logs, shrinks, outcomes, floats;
 };
 
 inline ForwardScratch forward_scratch(const Attention& call) {
@@ -37,7 +37,7 @@ inline ForwardScratch forward_scratch(const Attention& call) {
     at.sums = carve(carver, queries, call.value_dim);
     at.tops = carve(carver, 1, queries);
     at.totals = carve(carver, 1, queries);
-    at.shifts = carve(carver, 1, queries);
+    at.logs = carve(carver, 1, queries);
     at.shrinks = carve(carver, 1, queries);
     at.outcomes = carve_outcomes(carver, call);
     at.floats = carver.used;
@@ -60,11 +60,14 @@ namespace tfm::TFM_ISA {
 namespace {
 
 struct Rows {
-    float* tops;    // the largest score so far
-    float* shifts;  // log2(e) · top, or 0 where no key has been seen
-    float* totals;  // Σ exp2(log2(e) · score - shift)
+    float* tops;    // the largest score so far, LOWEST where no key has been seen
+    float* totals;  // Σ exp(score - top)
+    float* logs;    // log2 of that in the end
     float* shrinks; // what earlier sums are to be multiplied by
 };
+
+// No score below it is a number: a difference from it is one, or -inf.
+constexpr float LOWEST = -__FLT_MAX__;
 
 // Scores to weights, dropped out, in place; the rows' statistics follow.
 void weigh(const Attention& call, const Tile& tile, float* scores, const uint16_t* outcomes, int64_t drawn,
@@ -73,20 +76,19 @@ void weigh(const Attention& call, const Tile& tile, float* scores, const uint16_
         const int64_t count = smaller(tile.rows - first, WIDTH);
         Floats parts[WIDTH];
         for (int64_t i = 0; i < WIDTH; ++i)
-            parts[i] = i < count ? finish_scores(call, tile, first + i, scores + (first + i) * tile.stride, nullptr)
-                                 : Floats{};
-        const Floats top = maximum(maxima_of(parts), load(rows.tops + first));
-        const Floats shift = top == -INFINITE ? Floats{} : top * LOG2E;
-        const Floats shrink = exp2(load(rows.shifts + first) - shift);
-        store(rows.tops + first, top);
-        store(rows.shifts + first, shift);
+            parts[i] = i < count
+                           ? finish_scores<true>(call, tile, first + i, scores + (first + i) * tile.stride, nullptr)
+                           : Floats{};
+        const Floats before = load(rows.tops + first), tops = maximum(maxima_of(parts), before);
+        const Floats shrink = exp2((before - tops) * LOG2E);
+        store(rows.tops + first, tops);
         store(rows.shrinks + first, shrink);
         for (int64_t i = 0; i < count; ++i) {
             float* const row = scores + (first + i) * tile.stride;
-            const Floats shifted = broadcast(rows.shifts[first + i]);
+            const Floats top = broadcast(rows.tops[first + i]);
             Floats total{};
             for (int64_t key = 0; key < tile.keys; key += WIDTH) {
-                Floats weight = exp2(load(row + key) * LOG2E - shifted);
+                Floats weight = exp2((load(row + key) - top) * LOG2E);
                 total += weight;
                 if (outcomes)
                     weight = kept(call.dropout, outcomes + (first + i) * drawn + key) ? weight : Floats{};
@@ -98,19 +100,21 @@ void weigh(const Attention& call, const Tile& tile, float* scores, const uint16_
     }
 }
 
-// Adds the sinks, and leaves lse in shifts, and in totals what the sums are to be multiplied by: 0 without keys.
+// Adds the sinks, and leaves the statistics in tops and logs, and in totals what the sums are to be multiplied by: 0
+// without keys.
 void finish_rows(const Attention& call, const Tile& tile, const Rows& rows) {
     const float kept_scale = call.dropout.seed ? call.dropout.scale : 1.0f;
     for (int64_t first = 0; first < tile.rows; first += WIDTH) {
-        Floats shift = load(rows.shifts + first), total = load(rows.totals + first), shrink = broadcast(1.0f);
+        Floats top = load(rows.tops + first), total = load(rows.totals + first), shrink = broadcast(1.0f);
         const Ints is_empty = total == 0.0f;
         if (call.sinks) {
-            const Floats sink = broadcast(call.sinks[tile.head] * LOG2E), higher = maximum(shift, sink);
-            shrink = exp2(shift - higher);
-            total = total * shrink + exp2(sink - higher);
-            shift = higher;
+            const Floats sink = broadcast(call.sinks[tile.head]), higher = maximum(top, sink);
+            shrink = exp2((top - higher) * LOG2E);
+            total = total * shrink + exp2((sink - higher) * LOG2E);
+            top = higher;
         }
-        store(rows.shifts + first, is_empty ? broadcast(-INFINITE) : add_log2(shift, total));
+        store(rows.tops + first, is_empty ? broadcast(-INFINITE) : top);
+        store(rows.logs + first, is_empty ? Floats{} : log2(total));
         store(rows.totals + first, is_empty ? Floats{} : shrink * kept_scale / total);
     }
 }
@@ -132,7 +136,7 @@ void attention_forward(const AttentionForward& forward, const Task* tasks, int64
     const ForwardScratch at = forward_scratch(call);
     float *const query = scratch + at.query, *const sums = scratch + at.sums, *const scores = scratch + at.scores;
     uint16_t* const outcomes = call.dropout.seed ? reinterpret_cast<uint16_t*>(scratch + at.outcomes) : nullptr;
-    const Rows rows{scratch + at.tops, scratch + at.shifts, scratch + at.totals, scratch + at.shrinks};
+    const Rows rows{scratch + at.tops, scratch + at.totals, scratch + at.logs, scratch + at.shrinks};
     const int64_t query_stride = padded(call.dim), value_stride = padded(call.value_dim);
     for (const Task* task = tasks + begin; task < tasks + end; ++task) {
         const Extent& extent = call.extents[task->sequence];
@@ -144,8 +148,7 @@ void attention_forward(const AttentionForward& forward, const Task* tasks, int64
             fetch_task(forward, task[1]);
         fetch(forward.output, tile.sequence, tile.head, first_query, tile.rows, call.value_dim);
         for (int64_t row = 0; row < tile.rows; row += WIDTH) {
-            store(rows.tops + row, broadcast(-INFINITE));
-            store(rows.shifts + row, Floats{});
+            store(rows.tops + row, broadcast(LOWEST));
             store(rows.totals + row, Floats{});
         }
         const Span keys = visible_keys(call, extent, tile.row, tile.rows);
@@ -174,9 +177,9 @@ void attention_forward(const AttentionForward& forward, const Task* tasks, int64
             product<false, true>(tile.rows, call.value_dim, tile.keys, scores, tile.stride, values, sums, value_stride);
         }
         finish_rows(call, tile, rows);
-        float* const lse = forward.lse.data + tile.sequence * forward.lse.sequence + tile.head * forward.lse.head;
         for (int64_t row = 0; row < tile.rows; ++row) {
-            lse[(first_query + row) * forward.lse.row] = rows.shifts[row];
+            number_of(forward.statistics.tops, tile, first_query + row) = rows.tops[row];
+            number_of(forward.statistics.logs, tile, first_query + row) = rows.logs[row];
             const float factor = rows.totals[row];
             // Without keys what the products left may be anything.
             float* const sum = sums + row * value_stride;
@@ -201,8 +204,8 @@ std::tuple<Tensor, Tensor> attention(ATTENTION_PARAMETERS) {
     const AttentionInputs inputs(ATTENTION_ARGUMENTS);
     const Attention& call = inputs.call;
     Tensor output = rows_like(query, value.size(value.dim() - 1));
-    Tensor lse = row_statistics(query);
-    const AttentionForward forward{call, heads_of(output), row_numbers(lse)};
+    Tensor statistics = row_statistics(query);
+    const AttentionForward forward{call, heads_of(output), statistics_of(statistics)};
     Tasks tasks;
     for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence) {
         const Extent& extent = inputs.extents[sequence];
@@ -216,7 +219,7 @@ std::tuple<Tensor, Tensor> attention(ATTENTION_PARAMETERS) {
               [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                   TFM_RUN(attention_forward, forward, all, begin, end, scratch);
               });
-    return {output, lse};
+    return {output, statistics};
 }
 
 } // namespace

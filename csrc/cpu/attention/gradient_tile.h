@@ -1,7 +1,9 @@
-// One tile of the backward: weights again, from the lse that the forward left, and the gradient of the scores.
+// One tile of the backward: weights again, from the statistics that the forward left, and the gradient of the scores.
 //
-//     p = exp2(log2(e) s - lse)      dp = dropout(dout vᵀ)      delta = Σ dout · out - dlse      ds = p · (dp - delta)
+//     p = exp2((s - top) · log2(e) - log2 Σ)      dp = dropout(dout vᵀ)      delta = Σ dout · out - dlse
+//     ds = p · (dp - delta)
 //
+// The scores are the forward's to the last bit: products of the same numbers, added in the same order.
 // (Dao et al., "FlashAttention", 2022, appendix B.4.) A query without keys, and its dout, are read as 0.
 #pragma once
 
@@ -10,9 +12,9 @@
 namespace tfm {
 
 struct TileScratch {
-    int64_t query, dout, output, logs, deltas;    // of the tile's queries
-    int64_t key_rows, keys, value_rows, values;   // of its keys: as they are, and transposed
-    int64_t weights, gradients, slopes, outcomes; // of its scores
+    int64_t query, dout, output, tops, logs, deltas; // of the tile's queries
+    int64_t key_rows, keys, value_rows, values;      // of its keys: as they are, and transposed
+    int64_t weights, gradients, slopes, outcomes;    // of its scores
 };
 
 static inline TileScratch carve_tile(Carver& carver, const Attention& call) {
@@ -21,6 +23,7 @@ static inline TileScratch carve_tile(Carver& carver, const Attention& call) {
     at.query = carve(carver, queries, call.dim);
     at.dout = carve(carver, queries, call.value_dim);
     at.output = carve(carver, queries, call.value_dim);
+    at.tops = carve(carver, 1, queries);
     at.logs = carve(carver, 1, queries);
     at.deltas = carve(carver, 1, queries);
     at.key_rows = carve(carver, keys, call.dim);
@@ -46,16 +49,16 @@ class GradientTile {
 public:
     const Attention& call;
     const Cotangents& given;
-    float *query, *dout, *logs, *deltas, *key_rows;
+    float *query, *dout, *tops, *logs, *deltas, *key_rows;
     float* weights;   // [rows, stride]: p as dropout leaves it, but for its scale
     float* gradients; // [rows, stride]: ds
     int64_t stride;
 
     GradientTile(const Attention& call, const Cotangents& given, const TileScratch& at, float* scratch)
-        : call(call), given(given), query(scratch + at.query), dout(scratch + at.dout), logs(scratch + at.logs),
-          deltas(scratch + at.deltas), key_rows(scratch + at.key_rows), weights(scratch + at.weights),
-          gradients(scratch + at.gradients), stride(0), output(scratch + at.output), keys(scratch + at.keys),
-          value_rows(scratch + at.value_rows), values(scratch + at.values),
+        : call(call), given(given), query(scratch + at.query), dout(scratch + at.dout), tops(scratch + at.tops),
+          logs(scratch + at.logs), deltas(scratch + at.deltas), key_rows(scratch + at.key_rows),
+          weights(scratch + at.weights), gradients(scratch + at.gradients), stride(0), output(scratch + at.output),
+          keys(scratch + at.keys), value_rows(scratch + at.value_rows), values(scratch + at.values),
           slopes(call.outer != 0.0f ? scratch + at.slopes : nullptr),
           outcomes(call.dropout.seed ? reinterpret_cast<uint16_t*>(scratch + at.outcomes) : nullptr) {}
 
@@ -74,20 +77,19 @@ public:
         return seen.begin >= tile.key && seen.end <= tile.key + tile.keys;
     }
 
-    // Also logs and deltas; the log of a query without keys is infinite: its weights are 0. Without the output deltas
-    // lack Σ dout · out, which `compute` finds again where the tile is whole.
+    // Also tops, logs and deltas; the log of a query without keys is infinite: its weights are 0. Without the output
+    // deltas lack Σ dout · out, which `compute` finds again where the tile is whole.
     void load_queries(const Tile& tile, bool with_output) {
         const int64_t first = call.extents[tile.sequence].query_first + tile.row, columns = call.value_dim;
-        const int64_t place = tile.sequence * given.lse.sequence + tile.head * given.lse.head + first * given.lse.row;
-        const RowNumbers& dlse = given.dlse;
-        const int64_t dlse_place = tile.sequence * dlse.sequence + tile.head * dlse.head + first * dlse.row;
+        const RowNumbers &top_of = given.statistics.tops, &log_of = given.statistics.logs, &dlse = given.dlse;
         for (int64_t row = 0; row < tile.rows; ++row) {
-            const float log = given.lse.data[place + row * given.lse.row];
-            logs[row] = log == -INFINITE ? INFINITE : log;
-            deltas[row] = dlse.data && log != -INFINITE ? -dlse.data[dlse_place + row * dlse.row] : 0.0f;
+            const float top = number_of(top_of, tile, first + row);
+            const bool is_empty = top == -INFINITE;
+            tops[row] = is_empty ? 0.0f : top;
+            logs[row] = is_empty ? INFINITE : number_of(log_of, tile, first + row);
+            deltas[row] = dlse.data && !is_empty ? -number_of(dlse, tile, first + row) : 0.0f;
         }
-        const float* const log_of = logs;
-        const auto has_keys = [log_of](int64_t row) __attribute__((always_inline)) { return log_of[row] != INFINITE; };
+        const auto has_keys = [this](int64_t row) __attribute__((always_inline)) { return logs[row] != INFINITE; };
         gather(call.query, tile.sequence, tile.head, first, tile.rows, call.dim, query, has_keys);
         gather(given.dout, tile.sequence, tile.head, first, tile.rows, columns, dout, has_keys);
         if (!with_output)
@@ -134,11 +136,11 @@ private:
     __attribute__((always_inline)) Floats weigh(const Tile& tile, int64_t row, int64_t drawn, bool with_gradients,
                                                 bool by_products) {
         float *const weight_row = weights + row * stride, *const gradient_row = gradients + row * stride;
-        finish_scores(call, tile, row, weight_row, slopes && by_products ? slopes + row * stride : nullptr);
-        const Floats log = broadcast(logs[row]);
+        finish_scores<false>(call, tile, row, weight_row, slopes && by_products ? slopes + row * stride : nullptr);
+        const Floats top = broadcast(tops[row]), log = broadcast(logs[row]);
         Floats total{};
         for (int64_t key = 0; key < tile.keys; key += WIDTH) {
-            const Floats weight = exp2(load(weight_row + key) * LOG2E - log);
+            const Floats weight = exp2((load(weight_row + key) - top) * LOG2E - log);
             store(weight_row + key, weight);
             if (!with_gradients)
                 continue;

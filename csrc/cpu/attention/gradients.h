@@ -8,8 +8,9 @@ namespace tfm {
 // Of the bias of `inputs`, summed over what it is broadcast along: bias_gradient.cpp.
 void bias_gradient(const AttentionInputs& inputs, const Cotangents& given, const Tensor& dbias);
 
-inline Cotangents cotangents(const Tensor& dout, const MaybeTensor& dlse, const Tensor& output, const Tensor& lse) {
-    return {heads_of(dout), heads_of(output), row_numbers(lse), dlse ? row_numbers(*dlse) : RowNumbers{}};
+inline Cotangents cotangents(const Tensor& dout, const MaybeTensor& dlse, const Tensor& output,
+                             const Tensor& statistics) {
+    return {heads_of(dout), heads_of(output), statistics_of(statistics), dlse ? row_numbers(*dlse) : RowNumbers{}};
 }
 
 // Partial sums [sequences, heads] to [heads], in the order of the sequences.

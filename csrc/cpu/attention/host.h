@@ -82,6 +82,11 @@ inline RowNumbers row_numbers(const Tensor& x) {
                         : RowNumbers{data, 0, x.stride(1), x.stride(0)};
 }
 
+// Of what tfm/operators/attention.py's row_statistics is: [2, B, H, S] or packed [2, N, H].
+inline RowStatistics statistics_of(const Tensor& x) {
+    return {row_numbers(torch::stable::select(x, 0, 0)), row_numbers(torch::stable::select(x, 0, 1))};
+}
+
 // The call, and the vectors that it points into.
 struct AttentionInputs {
     std::vector<Extent> extents;
@@ -115,7 +120,7 @@ struct AttentionInputs {
             .value = heads_of(value),
             .bias = broadcast_heads(bias),
             // Of a mask with one row for all queries there is the reach alone.
-            .words = bias ? Bits{} : bits_of(words ? words : reach),
+            .words = bits_of(words ? words : reach),
             .reach = bits_of(reach),
             .sinks = sinks ? sink_logits.data() : nullptr,
             .extents = extents.data(),
@@ -187,12 +192,13 @@ inline Tensor rows_like(const Tensor& x, int64_t columns) {
     return empty_strided(shape, strides, x.scalar_type());
 }
 
-// Empty fp32, one number for each query and head: [B, Hq, Sq], or [Nq, Hq] whose heads lie apart.
+// Empty fp32, two numbers for each query and head: [2, B, Hq, Sq], or [2, Nq, Hq] whose heads lie apart.
 inline Tensor row_statistics(const Tensor& query) {
     const int64_t batch = query.size(0), heads = query.size(1);
     if (query.dim() == 4)
-        return empty({batch, heads, query.size(2)}, ScalarType::Float, query);
-    return empty_strided({batch, heads}, {1, std::max<int64_t>(batch, 1)}, ScalarType::Float);
+        return empty({2, batch, heads, query.size(2)}, ScalarType::Float, query);
+    const int64_t rows = std::max<int64_t>(batch, 1);
+    return empty_strided({2, batch, heads}, {heads * rows, 1, rows}, ScalarType::Float);
 }
 
 // Scratch memory of this thread, kept for its next call: fresh pages would cost more than a short attention.

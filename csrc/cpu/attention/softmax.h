@@ -9,11 +9,10 @@ namespace tfm::TFM_ISA {
 constexpr float LOG2E = 1.44269504f;
 constexpr float INFINITE = __builtin_inff();
 
-// Within 2 ulp (Moshier, Cephes, exp2f.c), NaN of NaN. Below 2^-125 it is 0, since numbers that are not normal cost a
-// hundred cycles each, and above 2^127 no more than that.
+// 2^x for x up to 127, within 2 ulp (Moshier, Cephes, exp2f.c), NaN of NaN: a softmax has no x above 0. Below 2^-125 it
+// is 0, since numbers that are not normal cost a hundred cycles each.
 TFM_INLINE Floats exp2(Floats x) {
     const Ints is_tiny = x < -125.0f;
-    x = x > 127.0f ? broadcast(127.0f) : x;
     const Floats shift = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
     const Floats shifted = x + shift, r = x - (shifted - shift);
     Floats p = broadcast(1.535336188319500e-4f);
@@ -26,10 +25,9 @@ TFM_INLINE Floats exp2(Floats x) {
     return is_tiny ? Floats{} : p * (Floats)(((Ints)shifted << 23) + 0x3F800000);
 }
 
-// `added` + log2(x) in one rounding or little more, of normal numbers above 0 (Cephes, logf.c); infinity and NaN of
-// themselves.
-TFM_INLINE Floats add_log2(Floats added, Floats x) {
-    // x = m 2^n, m from sqrt(1/2) to sqrt(2).
+// log2(x) of what a softmax sums up, x from 1, within 2 ulp (Cephes, log2f.c); infinity and NaN of themselves.
+TFM_INLINE Floats log2(Floats x) {
+    // x = (1 + m) 2^n, 1 + m from sqrt(1/2) to sqrt(2).
     const Ints bits = (Ints)x - 0x3F3504F3, n = bits >> 23;
     const Floats m = (Floats)((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f, square = m * m;
     Floats p = broadcast(7.0376836292e-2f);
@@ -41,11 +39,10 @@ TFM_INLINE Floats add_log2(Floats added, Floats x) {
     p = p * m + 2.0000714765e-1f;
     p = p * m - 2.4999993993e-1f;
     p = p * m + 3.3333331174e-1f;
-    const Floats natural = p * m * square - square * 0.5f + m;
-    // What `added` + n loses goes to the small part.
-    const Floats whole = __builtin_convertvector(n, Floats), sum = added + whole, back = sum - added;
-    const Floats lost = (added - (sum - back)) + (whole - back);
-    return x < INFINITE ? sum + (natural * LOG2E + lost) : x;
+    // ln(1 + m) = m + small, times log2(e) in two parts, the least first.
+    const Floats small = p * m * square - square * 0.5f;
+    const Floats found = (small * (LOG2E - 1.0f) + m * (LOG2E - 1.0f)) + small + m;
+    return x < INFINITE ? found + __builtin_convertvector(n, Floats) : x;
 }
 
 // Lane i: all of parts[i] taken together by `join`. Each round halves the vectors.

@@ -18,6 +18,11 @@ struct Span {
     int64_t begin, end;
 };
 
+// Of a row of the tile's head, counted from the tensor's first.
+TFM_INLINE float& number_of(const RowNumbers& x, const Tile& tile, int64_t row) {
+    return x.data[tile.sequence * x.sequence + tile.head * x.head + row * x.row];
+}
+
 // The keys that some query of [first, first + rows) sees by length and window.
 TFM_INLINE Span visible_keys(const Attention& call, const Extent& extent, int64_t first, int64_t rows) {
     const int64_t begin = larger(first + extent.start - call.left, 0);
@@ -126,7 +131,9 @@ static void gather_keys(const Attention& call, const Heads& x, const Tile& tile,
 }
 
 // The scores of row `row` of the tile from inner · q·k, in place: -inf where the query may not attend. Returns the
-// largest of each lane. `slopes`: where to put the derivative of the softcap, null where nobody asks.
+// largest of each lane where FINDS_LARGEST says so. `slopes`: where to put the derivative of the softcap, null where
+// nobody asks.
+template <bool FINDS_LARGEST>
 TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t row, float* scores, float* slopes) {
     const Extent& extent = call.extents[tile.sequence];
     const int64_t query = tile.row + row, position = query + extent.start;
@@ -135,12 +142,15 @@ TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t
     const int32_t* const words = bits_of(call.words, tile.sequence, tile.head, query);
     const Heads& bias = call.bias;
     const int64_t bias_row = tile.sequence * bias.sequence + tile.head * bias.head + query * bias.row;
+    const bool are_final = !FINDS_LARGEST && call.outer == 0.0f && !bias.data && !words;
     Floats largest = broadcast(-INFINITE);
     for (int64_t column = 0; column < tile.keys; column += WIDTH) {
+        if (are_final && column >= begin && column + WIDTH <= end)
+            continue;
         Floats score = load(scores + column);
         if (call.outer != 0.0f) {
             const Floats bent = tanh(score);
-            score = bent * call.outer;
+            score = unfused(bent * call.outer);
             if (slopes)
                 store(slopes + column, 1.0f - bent * bent);
         }
@@ -166,7 +176,8 @@ TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t
             score = inside ? score : broadcast(-INFINITE);
         }
         store(scores + column, score);
-        largest = maximum(largest, score);
+        if (FINDS_LARGEST)
+            largest = maximum(largest, score);
     }
     return largest;
 }

@@ -1,4 +1,4 @@
-// The softmax weights of an attention that has run: exp2(s - lse) as dropout leaves it, s and lse of its forward.
+// The softmax weights of an attention that has run, as dropout leaves them, from the statistics of its forward.
 #include "cpu/isa.h"
 
 #include "cpu/attention/call.h"
@@ -7,7 +7,7 @@ namespace tfm {
 
 struct AttentionWeights {
     Attention attention;
-    RowNumbers lse;
+    RowStatistics statistics;
     Heads weights;
     int64_t keys;
 };
@@ -63,20 +63,17 @@ void attention_weights(const AttentionWeights& wanted, const Task* tasks, int64_
         product<false, false>(tile.rows, tile.keys, call.dim, query, dim, {scratch + at.keys, PAIR, call.dim * PAIR},
                               scores, tile.stride);
         const int64_t drawn = outcomes ? draw_tile(call, tile, outcomes) : 0;
-        const RowNumbers& lse = wanted.lse;
-        const int64_t first_log = tile.sequence * lse.sequence + tile.head * lse.head;
         for (int64_t row = 0; row < tile.rows; ++row) {
             float* const numbers = scores + row * tile.stride;
-            finish_scores(call, tile, row, numbers, nullptr);
-            const float log = lse.data[first_log + (tile.row + row) * lse.row];
-            // A query without keys weighs them 0 by any number that is not -inf.
-            const Floats shift = broadcast(log == -INFINITE ? INFINITE : log);
+            finish_scores<false>(call, tile, row, numbers, nullptr);
+            const Floats top = broadcast(number_of(wanted.statistics.tops, tile, tile.row + row));
+            const Floats log = broadcast(number_of(wanted.statistics.logs, tile, tile.row + row));
             for (int64_t key = 0; key < keys; key += WIDTH) {
                 Floats weight{};
                 if (key < tile.keys) {
-                    weight = exp2(load(numbers + key) * LOG2E - shift);
-                    // The query may be NaN where it has no keys.
-                    weight = shift == INFINITE ? Floats{} : weight;
+                    weight = exp2((load(numbers + key) - top) * LOG2E - log);
+                    // Without keys, where the query may be NaN.
+                    weight = top == -INFINITE ? Floats{} : weight;
                     if (outcomes)
                         weight = drop(call.dropout, outcomes + row * drawn + key, weight);
                 }
@@ -99,11 +96,11 @@ namespace tfm {
 
 namespace {
 
-Tensor attention_weights(Tensor lse, ATTENTION_PARAMETERS) {
+Tensor attention_weights(Tensor statistics, ATTENTION_PARAMETERS) {
     const AttentionInputs inputs(ATTENTION_ARGUMENTS);
     const Attention& call = inputs.call;
     Tensor weights = empty({inputs.sequences(), call.heads, max_q, max_k}, query.scalar_type(), query);
-    const AttentionWeights wanted{call, row_numbers(lse), heads_of(weights), max_k};
+    const AttentionWeights wanted{call, statistics_of(statistics), heads_of(weights), max_k};
     Tasks tasks;
     for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence)
         for (int64_t head = 0; head < call.heads; ++head)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tfm.operators.heads import joined_parts
 from tfm.operators.mask_bits import MASK_BITS, mask_of_bits, mask_to_bits
-from tfm.operators.operator import Operator
+from tfm.operators.operator import Operator, distinct
 from tfm.reference import attention as reference
 from tfm.transforms import Recomputed, differentiable_by
 
@@ -262,7 +262,7 @@ def attention(
         query, key, value, bias, words, reach, sinks, None, None, key_lengths, starts, seed,
         query.shape[2], key.shape[2], start, left, right, scale, softcap, dropout_p, site,
     )  # fmt: skip
-    output, statistics, natural = Attention.apply(namespace, return_lse, *_distinct(arguments))
+    output, statistics, natural = Attention.apply(namespace, return_lse, *distinct(arguments))
     weights = None
     if return_weights:
         detached = (x.detach() if isinstance(x, Tensor) else x for x in (statistics, *arguments))
@@ -284,7 +284,7 @@ def varlen_attention(
         query, key, value, None, None, None, sinks, cu_seq_q, cu_seq_k, None, starts, seed,
         max_q, max_k, start, left, right, scale, softcap, dropout_p, site,
     )  # fmt: skip
-    output, _, natural = Attention.apply(namespace, return_lse, *_distinct(arguments))
+    output, _, natural = Attention.apply(namespace, return_lse, *distinct(arguments))
     return output, _with_sinks(natural, sinks)
 
 
@@ -299,17 +299,6 @@ def start_of(query_start: int | Tensor) -> tuple[Tensor | None, int]:
     if isinstance(query_start, int):
         return None, max(-FAR, min(query_start, FAR))
     return query_start.contiguous(), 0
-
-
-def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Dynamo does not trace an autograd.Function that gets one tensor twice, as self-attention does."""
-    if not torch.compiler.is_compiling():
-        return arguments
-    found: list[Any] = []
-    for x in arguments:
-        again = isinstance(x, Tensor) and any(x is other for other in found)
-        found.append(x.view_as(x) if again else x)
-    return tuple(found)
 
 
 def _with_sinks(lse: Tensor | None, sinks: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm.operators.operator import Operator
+from tfm.operators.operator import Operator, distinct
 from tfm.reference import embedding as reference
 from tfm.transforms import Recomputed, differentiable_by
 
@@ -102,6 +102,5 @@ def embedding(
     if position_weight is not None and position_weight.dtype != weight.dtype:
         position_weight = position_weight.float()
     seed = None if seed is None else seed.to(weight.device)
-    return Embedding.apply(
-        namespace, tokens, weight, positions, position_weight, seed, scale, dropout_p, site, padding_idx, sparse
-    )
+    tensors = distinct((tokens, weight, positions, position_weight))
+    return Embedding.apply(namespace, *tensors, seed, scale, dropout_p, site, padding_idx, sparse)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tfm.autocast import without_autocast
-from tfm.operators.operator import Operator
+from tfm.operators.operator import Operator, distinct
 from tfm.reference import feed_forward as reference
 from tfm.transforms import Recomputed, differentiable_by
 
@@ -180,6 +180,4 @@ def _apply(namespace, x, weight, up_weight, b1, w2, b2, gated, activation, dropo
     given = (x, weight, up_weight, b1, w2)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
     seed = None if seed is None else seed.to(x.device)
-    return FeedForward.apply(
-        namespace, x, weight, up_weight, b1, w2, b2, gated, activation, dropout_p, seed, site, save
-    )  # fmt: skip
+    return FeedForward.apply(namespace, *distinct((*given, b2)), gated, activation, dropout_p, seed, site, save)

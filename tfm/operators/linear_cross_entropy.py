@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfm.autocast import without_autocast
-from tfm.operators.operator import Operator
+from tfm.operators.operator import Operator, distinct
 from tfm.reference import linear_cross_entropy as reference
 from tfm.transforms import Recomputed, differentiable_by, is_readable
 
@@ -227,4 +227,4 @@ def linear_cross_entropy(
     given = (input, linear_weight, linear_bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in given]
     options = (ignore_index, label_smoothing, z_loss, softcap, needs)
-    return LinearCrossEntropy.apply(namespace, *given, target, reduction, *options)
+    return LinearCrossEntropy.apply(namespace, *distinct(given), target, reduction, *options)

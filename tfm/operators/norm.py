@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm.operators.operator import Operator
+from tfm.operators.operator import Operator, distinct
 from tfm.reference.layer_norm import add_residual, layer_norm
 from tfm.reference.rms_norm import rms_norm
 from tfm.transforms import Recomputed, differentiable_by
@@ -119,7 +119,7 @@ def norm(
 ) -> Tensor:  # fmt: skip
     """Without residual and dropout: y."""
     options = eps, 0.0, 0, centred, weight_offset, round_first, out_dtype
-    return ResidualNorm.apply(namespace, x, None, None, weight, bias, None, options)[0]
+    return ResidualNorm.apply(namespace, *distinct((x, None, None, weight, bias)), None, options)[0]
 
 
 def residual_norm(
@@ -130,4 +130,4 @@ def residual_norm(
     """(y, h)."""
     seed = None if seed is None else seed.to(x.device)
     options = eps, dropout_p, site, centred, weight_offset, round_first, out_dtype
-    return ResidualNorm.apply(namespace, x, x_bias, residual, weight, bias, seed, options)
+    return ResidualNorm.apply(namespace, *distinct((x, x_bias, residual, weight, bias)), seed, options)

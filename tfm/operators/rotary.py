@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm.operators.operator import Operator
+from tfm.operators.operator import Operator, distinct
 from tfm.reference import rotary as reference
 from tfm.transforms import Recomputed, differentiable_by, is_differentiated
 
@@ -107,7 +107,7 @@ def rotary(
         # The Function takes longer than a decoding step's few tokens.
         operator = getattr(torch.ops, namespace).rotary.default
         return operator(query, key, cos, sin, positions, query.shape[1], interleaved, False)
-    return Rotary.apply(namespace, query, key, cos, sin, positions, interleaved)
+    return Rotary.apply(namespace, *distinct((query, key, cos, sin, positions)), interleaved)
 
 
 def rotary_(

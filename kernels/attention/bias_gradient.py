@@ -98,9 +98,9 @@ def bias_gradient_kernel(
         d_out = load_rows(head_dout, row, dout_s, dout_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
 
-        place = sequence * row_b + head * row_h + row
-        top, log_sum = load_statistics(statistics + place, row_kind, is_row)
-        difference = tl.load(delta + place, mask=is_row, other=0.0)
+        of_row = sequence * row_b + head * row_h + row
+        top, log_sum = load_statistics(statistics + of_row, row_kind, is_row)
+        difference = tl.load(delta + of_row, mask=is_row, other=0.0)
         x, _ = bend(products, inner, outer)
         scores = biased(x, unit_of(inner, outer), added)
         allowed = inside[None, :]

@@ -115,14 +115,15 @@ def short_attention_forward_kernel(
             total = total * norm + tl.exp2((sink - higher) * LOG2E)
             top, excess = higher, tl.zeros_like(excess)
         total = tl.where(is_empty, 1.0, total)
+        tl.store(statistics + row, tl.where(is_empty, float("-inf"), top), mask=is_row)
+        tl.store(statistics + row_kind + row, tl.where(is_empty, 0.0, tl.log2(total) + excess), mask=is_row)
+        norm *= tl.cast(keep_scale, tl.float32) / total
         if seed is not None:
             keep = keep_mask(row[:, None], 0, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
             weights = tl.where(keep, weights, 0.0)
         acc = tl.dot(weights.to(v.dtype.element_ty), value, input_precision=PRECISION)
-        acc *= (norm * tl.cast(keep_scale, tl.float32) / total)[:, None]
+        acc *= norm[:, None]
         store_rows(out, acc, row, out_s, out_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
-        tl.store(statistics + row, tl.where(is_empty, float("-inf"), top), mask=is_row)
-        tl.store(statistics + row_kind + row, tl.where(is_empty, 0.0, tl.log2(total) + excess), mask=is_row)
 
 
 def short_problem(call: Call) -> dict[str, Any]:

@@ -105,7 +105,7 @@ FP32_KEYS: Table = {
     64: (AttentionTiles(16, 32, 8, 1),),
     128: (AttentionTiles(16, 32, 8, 2), AttentionTiles(16, 32, 8, 1)),
     192: (AttentionTiles(16, 16, 8, 2),),
-    256: (AttentionTiles(16, 16, 8, 2),),
+    256: (AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 2, 255)),
 }
 
 

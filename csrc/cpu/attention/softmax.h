@@ -22,7 +22,7 @@ TFM_INLINE Floats exp2(Floats x) {
     p = p * r + 2.402264791363012e-1f;
     p = p * r + 6.931472028550421e-1f;
     p = p * r + 1.0f;
-    return is_tiny ? Floats{} : p * (Floats)(((Ints)shifted << 23) + 0x3F800000);
+    return is_tiny ? Floats{} : p * (Floats)(((Words)shifted << 23) + 0x3F800000);
 }
 
 // log2(x) of what a softmax sums up, x from 1, within 2 ulp (Cephes, log2f.c); infinity and NaN of themselves.

@@ -323,7 +323,7 @@ def test_says_why_there_is_no_library(
 @needs_compiler
 def test_a_library_of_another_version_is_an_obstacle(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     lacking = SimpleNamespace(name="an_operator_that_it_lacks", fake=lambda: None)
-    monkeypatch.setattr("tfm.operators.TWINS", (lacking,))
+    monkeypatch.setattr("tfm.operators.NATIVE", (lacking,))
     assert " is of another version of tfm: " in native.obstacle(CPU)
 
 

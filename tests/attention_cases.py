@@ -119,6 +119,10 @@ class Tensors:
     cotangents: tuple[Tensor, Tensor]
 
 
+# A gradient is a sum of products of a weight, which has a weight's roundings, and dp - delta, which has as many.
+GRADIENT_ROUNDINGS = 2 * oracle.ROUNDINGS
+
+
 def make(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tensors:
     """Random tensors of `problem`, rounded to `dtype`; about a third of a mask forbids."""
     batch, heads, key_heads, queries, keys, dim, value_dim = problem.shape
@@ -178,7 +182,8 @@ def assert_matches(
     actual = results(tensors, impl, dtype, with_lse)
     truth, plain = (results(tensors, "reference", kind, with_lse) for kind in (torch.float64, dtype))
     for name, result in actual.items():
-        oracle.assert_matches(result, truth[name], plain[name], name)
+        roundings = GRADIENT_ROUNDINGS if name.startswith("d") else oracle.ROUNDINGS
+        oracle.assert_matches(result, truth[name], plain[name], name, roundings=roundings)
     return actual
 
 

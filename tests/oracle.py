@@ -23,16 +23,19 @@ def error(actual: Tensor, truth: Tensor) -> float:
 ROUNDINGS = 3
 
 
-def tolerance(truth: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-    """Twice what `plain` errs, or ROUNDINGS of fp32 where that is more, and one rounding of a result of `dtype`.
+def tolerance(truth: Tensor, plain: Tensor, dtype: torch.dtype, roundings: int = ROUNDINGS) -> float:
+    """Twice what `plain` errs, or `roundings` of fp32 where that is more, and one rounding of a result of `dtype`.
 
     Kernels accumulate in fp32, so that what narrower dtypes add to `plain` is no luck; float64 has its own roundings.
     """
     accumulator = torch.promote_types(dtype, torch.float32)
-    return 2 * max(error(plain, truth), ROUNDINGS * torch.finfo(accumulator).eps / 2) + torch.finfo(dtype).eps
+    return 2 * max(error(plain, truth), roundings * torch.finfo(accumulator).eps / 2) + torch.finfo(dtype).eps
 
 
-def assert_matches(actual: Tensor, truth: Tensor, plain: Tensor, what: str = "output", inherent: float = 0.0) -> None:
+def assert_matches(
+    actual: Tensor, truth: Tensor, plain: Tensor, what: str = "output", inherent: float = 0.0,
+    roundings: int = ROUNDINGS,
+) -> None:  # fmt: skip
     """`actual` errs by at most twice what `plain` errs, plus one rounding of its dtype: see `tolerance`.
 
     Args:
@@ -41,10 +44,11 @@ def assert_matches(actual: Tensor, truth: Tensor, plain: Tensor, what: str = "ou
         plain: the same in plain torch, in the dtype of `actual`.
         what: named in the failure.
         inherent: the relative error of what the kernel saves and plain torch does not round.
+        roundings: see `tolerance`.
     """
     assert actual.shape == truth.shape, f"{what}: expected shape {tuple(truth.shape)}, got {tuple(actual.shape)}"
     assert actual.isfinite().all(), f"{what}: {(~actual.isfinite()).sum().item()} elements are not finite"
-    allowed = tolerance(truth, plain, actual.dtype) + inherent
+    allowed = tolerance(truth, plain, actual.dtype, roundings) + inherent
     found = error(actual, truth)
     assert found <= allowed, f"{what}: error {found:.3e} exceeds {allowed:.3e} (plain torch: {error(plain, truth):.3e})"
 

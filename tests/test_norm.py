@@ -249,10 +249,13 @@ def test_dropped_infinities_are_gone(kernel_device):
 
 
 def test_the_function_itself_is_for_one_backward_alone(kernel_device):
+    from tfm.kernels.norm import NAMESPACE
+
     x = torch.randn(3, 17, device=kernel_device, requires_grad=True)
+    plain = {"weight_offset": 0.0, "round_first": False, "out_dtype": None}
     for function in (
-        lambda x: operators.norm("tfm", x, None, None, 1e-5, centred=True),
-        lambda x: operators.norm("tfm", x, None, None, 1e-5, centred=False),
+        lambda x: operators.norm(NAMESPACE, x, None, None, 1e-5, centred=True, **plain),
+        lambda x: operators.norm(NAMESPACE, x, None, None, 1e-5, centred=False, **plain),
     ):
         with pytest.raises(RuntimeError, match="must override the setup_context"):
             torch.vmap(function)(x)

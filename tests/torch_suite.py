@@ -70,6 +70,7 @@ ON_PURPOSE = {
     "test_mask_check_fastpath_*": FAST_PATH,
     "test_transformer_bias_is_none_*": NESTED,
     "test_script_*": SCRIPT,
+    "test_torchscript_*": SCRIPT,
     "test_transformerencoderlayer_subclass_*": SCRIPT,
     "test_custom_module_multi_head_attention": EXACT,
 }
@@ -135,7 +136,10 @@ def outcomes(folder: Path, file: str, selection: str, library: str, timeout: int
         command += ["-k", selection] if selection else []
         with output.open("w") as stream:
             where = {"cwd": folder, "env": environment, "stdout": stream, "stderr": stream}
-            subprocess.run([*command, file], **where, timeout=timeout, check=False)
+            try:
+                subprocess.run([*command, file], **where, timeout=timeout, check=False)
+            except subprocess.TimeoutExpired:
+                return {file: f"not done within {timeout} seconds"}
         if not record.exists():
             return {file: output.read_text().strip().splitlines()[-1]}
         cases = ElementTree.parse(record).getroot().iter("testcase")
@@ -177,15 +181,15 @@ def main() -> None:
     parser.add_argument("--timeout", type=int, default=3600, help="seconds a file and library")
     options = parser.parse_args()
     folder = options.folder.resolve()
+    version = (folder.parent / "version.txt").read_text().strip()
     rows = {}
     for file in options.files or FILES:
         selection = FILES.get(file, SELECTION)
         theirs, ours = (outcomes(folder, file, selection, library, options.timeout) for library in ("torch", "tfm"))
         rows[file] = compare(file, theirs, ours)
-    if options.out:
-        version = (folder.parent / "version.txt").read_text().strip()
-        table = {"torch": torch.__version__, "tests of torch": version, "files": rows}
-        options.out.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+        if options.out:
+            table = {"torch": torch.__version__, "tests of torch": version, "files": rows}
+            options.out.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     sys.exit(any(not case["reason"] for row in rows.values() for case in row["lost"].values()))
 
 

@@ -141,7 +141,7 @@ def expected(problem: Problem, tensors: Tensors, dtype: torch.dtype) -> Expected
     # Of each the terms' sizes, and what they are multiplied with; where a narrow type underflows, too.
     least = torch.finfo(dtype).tiny * allowed
     p_size, sink_size = (weights * (1 + _finite(s - top).abs()) for weights, s in ((p, scores), (p_sink, sink)))
-    p_size = p_size + least
+    p_size, sink_size = p_size + least, sink_size + torch.finfo(dtype).tiny
     dout, dlse = tensors.dout, tensors.dlse.masked_fill(empty[..., 0] & ("sinks" not in x), 0.0)[..., None]
     dp, dp_size = dout @ value.mT, dout.abs() @ value.abs().mT
     delta = (p * dp).sum(-1, keepdim=True) - dlse

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._device import _device_constructors
 
 from tfm import native
 from tfm.native import toolchain
@@ -57,6 +58,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeated"))
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    # torch remembers what makes tensors when it is first asked: not while a test has put something else in their place.
+    _device_constructors()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

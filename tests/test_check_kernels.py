@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -256,3 +257,15 @@ def test_cases_name_every_argument():
             assert "," not in case.name
         names |= {case.name for case in cases}
     assert {name for exception in ALLOWED for name in exception.kernels} <= names
+
+
+def test_cases_of_one_name_are_one_compilation():
+    """What the name hides would be compiled once, as the first of them is, and never as the others are."""
+    from benchmarks.kernel_cases.case import Case, merged
+
+    first, same = (Case("kernel", None, {"BLOCK": 64}, 4, capabilities=(chip,)) for chip in (90, 80))
+    other_warps, other_block = replace(same, num_warps=8), replace(same, arguments={"BLOCK": 32})
+    assert [(case.name, case.capabilities) for case in merged([first, same])] == [("kernel", (80, 90))]
+    assert [case.name for case in merged([first, other_warps])] == ["kernel", "kernel 8 warps"]
+    with pytest.raises(ValueError, match="differ in more than their chips"):
+        list(merged([first, other_block]))

@@ -40,10 +40,19 @@ class Case:
 
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:
-    """The cases, those of one name as one for the chips of all."""
+    """The cases, those that are one but for their chips as one for the chips of all.
+
+    Raises:
+        ValueError: two that differ in more than chips and warps have one name.
+    """
     found: dict[str, Case] = {}
     for case in cases:
+        before = found.get(case.name)
+        if before is not None and before.num_warps != case.num_warps:
+            case = replace(case, name=f"{case.name} {case.num_warps} warps")
         before = found.setdefault(case.name, case)
+        if replace(before, capabilities=None) != replace(case, capabilities=None):
+            raise ValueError(f"{case.name}: the name of two cases that differ in more than their chips")
         if before.capabilities is not None and case.capabilities is not None:
             chips = tuple(sorted({*before.capabilities, *case.capabilities}))
             found[case.name] = replace(before, capabilities=chips)

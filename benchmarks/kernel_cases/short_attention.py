@@ -82,13 +82,14 @@ def _score_cases(every: bool) -> Iterator[Case]:
             matrix = _is_wide(dtype, tiles.block_queries)
             yield Case(name, kernel, arguments, tiles.num_warps, tiles.num_stages, matrix=matrix, capabilities=chips)
 
-        tiles = launch.attention_weights(TYPES[dtype])
         kernel = weights.attention_weights_kernel
-        blocks = {"BLOCK_QUERIES": tiles.block_queries, "BLOCK_KEYS": tiles.block_keys}
-        for kind in ("bias", "mask") if every else ("bias",):
+        for (major, chips), kind in product(CHIPS.items(), ("bias", "mask") if every else ("bias",)):
+            tiles = launch.attention_weights(TYPES[dtype], major)
+            arguments = _arguments(kernel, dtype, dim, kind)
+            arguments |= {"BLOCK_QUERIES": tiles.block_queries, "BLOCK_KEYS": tiles.block_keys}
             name = f"attention_weights {tiles.block_queries}x{tiles.block_keys} of {dim} {kind} {dtype}"
             matrix = _is_wide(dtype, tiles.block_queries)
-            yield Case(name, kernel, _arguments(kernel, dtype, dim, kind) | blocks, tiles.num_warps, matrix=matrix)
+            yield Case(name, kernel, arguments, tiles.num_warps, matrix=matrix, capabilities=chips)
 
     arguments = {"partials": "*fp32:16", "dbias": "*bf16:16", "splits": "i32", "size": "i32", "BLOCK": 1024}
     yield Case("sum_splits bf16", bias_gradient.sum_splits_kernel, arguments, 4)

@@ -84,7 +84,7 @@ NARROW_QUERIES: Table = {
     256: (AttentionTiles(32, 32, 8, 1),),
 }
 NARROW_KEYS: Table = {
-    64: (AttentionTiles(32, 64, 4, 2), AttentionTiles(16, 64, 4, 2)),
+    64: (AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 4, 2)),
     128: (AttentionTiles(32, 64, 8, 2), AttentionTiles(32, 32, 8, 2)),
     192: (AttentionTiles(16, 32, 8, 2),),
     256: (AttentionTiles(16, 32, 8, 2, passes=2),),
@@ -96,7 +96,7 @@ FP32_FORWARD: Table = {
     256: (AttentionTiles(16, 32, 8, 2),),
 }
 FP32_QUERIES: Table = {
-    64: (AttentionTiles(32, 32, 4, 2), AttentionTiles(16, 32, 4, 2, 255)),
+    64: (AttentionTiles(32, 32, 4, 2, 168), AttentionTiles(16, 32, 4, 2, 255)),
     128: (AttentionTiles(16, 32, 8, 2),),
     192: (AttentionTiles(16, 16, 8, 2),),
     256: (AttentionTiles(16, 16, 8, 2),),

@@ -21,8 +21,10 @@ def bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
         return AttentionTiles(32, 32, 8, 2)
     if dim > 128:
         return AttentionTiles(16, 32, 8, 1)
-    if major in (9, 10):
+    if major == 9 or (major == 10 and dim <= 64):
         return AttentionTiles(64, 64, 8, 2)
+    if major == 10:
+        return AttentionTiles(64, 32, 8, 2)
     return AttentionTiles(64 if dim <= 64 else 32, 32, 8, 2)
 
 
@@ -31,6 +33,8 @@ def bias_splits(places: int, members: int) -> int:
     return min(max(1, BIAS_PROGRAMS // max(1, places)), max(1, members))
 
 
-def attention_weights(dtype: torch.dtype) -> AttentionTiles:
+def attention_weights(dtype: torch.dtype, major: int) -> AttentionTiles:
     """One tile a program, gone as soon as it is stored: several on a multiprocessor hide each other's loads."""
-    return AttentionTiles(32, 32, 4, 1) if dtype == torch.float32 else AttentionTiles(64, 64, 4, 1)
+    if dtype == torch.float32:
+        return AttentionTiles(32, 32, 4, 1)
+    return AttentionTiles(64, 64, 8 if major == 10 else 4, 1)

@@ -83,6 +83,8 @@ SHORT_BACKWARD_FP32 = {
 CAPPED_FORWARD, CAPPED_BACKWARD = (64, 16), (64, 64)
 # An address for each element of the bias does not fit beside these rows' sums.
 NO_BIAS = ((64, 256), (256, 32))
+# Of sm_100: nor do a mask's bits beside this one's, and beside the other's in fp32 a bias takes 8 warps' registers.
+NO_MASK, FEWER_WARPS = (64, 256), (64, 64)
 
 
 def short_block(size: int) -> int:
@@ -116,10 +118,14 @@ def short_attention_backward(
     row = (SHORT_BACKWARD_FP32 if dtype == torch.float32 else SHORT_BACKWARD).get(place)
     if row is None or max_q > MOST_QUERIES or (has_bias and place in NO_BIAS):
         return None
+    if major == 10 and has_words and place == NO_MASK:
+        return None
     queries, num_warps, passes = row
     # Triton 3.6 spills a few words of 32 queries with 128 keys beside a mask's bits.
     if has_bias or (has_words and place == (64, 128)) or not _has_wide_tensor_cores(major):
         queries = 16
+    if major == 10 and has_bias and dtype == torch.float32 and place == FEWER_WARPS:
+        num_warps = 8
     most = 255 if major == 10 and dtype != torch.float32 and place == CAPPED_BACKWARD else None
     return ShortBackwardTiles(queries, place[1], num_warps, passes, max_registers=most)
 

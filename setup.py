@@ -74,7 +74,11 @@ setup(
     ],
     package_dir={"tfm": "tfm", "tfm.kernels": "kernels", "tfm.csrc": "csrc"},
     include_package_data=False,
-    package_data={"tfm": ["py.typed"], "tfm.csrc": [f"**/*{suffix}" for suffix in (".cpp", ".h", ".cu", ".cuh")]},
+    package_data={
+        "tfm": ["py.typed"],
+        "tfm.demo": ["*.tsv.gz"],
+        "tfm.csrc": [f"**/*{suffix}" for suffix in (".cpp", ".h", ".cu", ".cuh")],
+    },
     ext_modules=[Extension("tfm_native", sources=[], py_limited_api=True)] if LIBRARY else [],
     cmdclass={"build_ext": Copy},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARY else {},

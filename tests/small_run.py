@@ -27,7 +27,7 @@ FLAGS = (
 @cache
 def pairs() -> tuple[list[str], list[str]]:
     """French and English lines."""
-    training, _ = corpus(size=PAIRS)
+    training = corpus()[0][:PAIRS]
     return [pair.source for pair in training], [pair.target for pair in training]
 
 

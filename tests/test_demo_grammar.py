@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tfm.demo import PHENOMENA, Pair, corpus
-from tfm.demo.clauses import clause
-from tfm.demo.lexicon import ADJECTIVES, DEFINITE, INDEFINITE, NOUNS, POSSESSIVES
-from tfm.demo.morphology import english_text, french_text, third_person
-from tfm.demo.phrases import NounPhrase, determined
-from tfm.demo.verbs import VERBS
+from tools.demo_corpus.clauses import clause
+from tools.demo_corpus.lexicon import ADJECTIVES, DEFINITE, INDEFINITE, NOUNS, POSSESSIVES
+from tools.demo_corpus.morphology import english_text, french_text, third_person
+from tools.demo_corpus.phrases import NounPhrase, determined
+from tools.demo_corpus.verbs import VERBS
 
 ASPIRATED = r"(?:hibou|haricot|hamster|huit|onze)"
 NOUN = {noun.singular: noun for noun in NOUNS}

@@ -216,6 +216,8 @@ print(tfm.__version__ == version("tfm"), *tfm.__path__)
 @pytest.mark.xdist_group("installed")
 def test_ships_what_it_needs_and_nothing_else(installed):
     assert (installed / "tfm" / "py.typed").exists()
+    assert {path.name for path in (installed / "tfm" / "demo").iterdir()} >= {"training.tsv.gz", "held_out.tsv.gz"}
+    assert sum(path.stat().st_size for path in (installed / "tfm" / "demo").rglob("*.gz")) < 1_000_000
     sources = {path.relative_to(ROOT) for path in (ROOT / "tfm").rglob("*.py")}
     sources |= {Path("tfm") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     shipped = {path.relative_to(installed) for path in installed.rglob("*.py")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tfm.demo.morphology import english_plural, french_plural
+from tools.demo_corpus.morphology import english_plural, french_plural
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tfm.demo.lexicon import GOODS, HUMAN
-from tfm.demo.morphology import future_forms, future_stem, participle, present_forms, regular_past
+from tools.demo_corpus.lexicon import GOODS, HUMAN
+from tools.demo_corpus.morphology import future_forms, future_stem, participle, present_forms, regular_past
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,4 @@
-"""Training and held-out pairs from the grammar.
-
-About one in sixteen combinations of two content words is reserved: no training sentence has both words, every held-out
-sentence has at least one such combination, and each of its words is frequent in training (the systematicity split of
-Lake and Baroni, "Generalization without Systematicity", 2018).
-"""
+"""Training and held-out pairs from the grammar, apart as tfm.demo promises."""
 
 from __future__ import annotations
 
@@ -16,11 +11,12 @@ from itertools import combinations
 from random import Random
 from zlib import crc32
 
-from tfm.demo import statements, structures
-from tfm.demo.lexicon import PRONOUNS
-from tfm.demo.morphology import english_text, french_text
-from tfm.demo.phrases import Phrase
-from tfm.demo.verbs import VERBS
+from tfm.demo import PHENOMENA, Pair
+from tools.demo_corpus import statements, structures
+from tools.demo_corpus.lexicon import PRONOUNS
+from tools.demo_corpus.morphology import english_text, french_text
+from tools.demo_corpus.phrases import Phrase
+from tools.demo_corpus.verbs import VERBS
 
 CONSTRUCTIONS: dict[str, Callable[[Random], Phrase]] = {
     "present": statements.present,
@@ -39,7 +35,6 @@ CONSTRUCTIONS: dict[str, Callable[[Random], Phrase]] = {
     "object pronouns": structures.pronouns,
     "infinitives": structures.infinitives,
 }
-PHENOMENA = tuple(CONSTRUCTIONS)
 HELD_OUT = 500
 MIN_WORDS, MAX_WORDS = 2, 20
 RESERVED_ONE_IN = 16
@@ -48,15 +43,6 @@ PAIRS_PER_OCCURRENCE = 1600
 TRIES = 400
 SUBJECTS = frozenset(row[0] for row in PRONOUNS)
 INFINITIVES = frozenset(verb.infinitive for verb in VERBS)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A French sentence, its English translation, and the phenomenon it was drawn for (one of PHENOMENA)."""
-
-    source: str
-    target: str
-    phenomenon: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class Sentence:
 FIRST_HELD_OUT = Sentence(Pair("je suis étudiant", "I am a student", "professions"), ("je", "étudiant"))
 
 
-def corpus(seed: int = 0, size: int = 24_000) -> tuple[list[Pair], list[Pair]]:
+def draw(seed: int = 0, size: int = 24_000) -> tuple[list[Pair], list[Pair]]:
     """Draw `size` training pairs and 500 held-out pairs, both balanced over PHENOMENA; equal arguments, equal pairs.
 
     The first held-out pair is "je suis étudiant", "I am a student". Which combinations are reserved does not depend on
@@ -80,19 +66,8 @@ def corpus(seed: int = 0, size: int = 24_000) -> tuple[list[Pair], list[Pair]]:
     return [sentence.pair for sentence in training], [sentence.pair for sentence in held_out]
 
 
-def accuracy_by_phenomenon(pairs: Sequence[Pair], translations: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """For each phenomenon among `pairs`: (translations equal to the target, pairs). Spaces at the ends do not count."""
-    if len(pairs) != len(translations):
-        raise ValueError(f"expected one translation for each of {len(pairs)} pairs, got {len(translations)}")
-    counts = {phenomenon: (0, 0) for phenomenon in PHENOMENA if any(p.phenomenon == phenomenon for p in pairs)}
-    for pair, translation in zip(pairs, translations, strict=True):
-        correct, total = counts[pair.phenomenon]
-        counts[pair.phenomenon] = correct + (translation.strip() == pair.target), total + 1
-    return counts
-
-
 def split(seed: int, size: int) -> tuple[list[Sentence], list[Sentence]]:
-    """The two parts of `corpus`, with lemmas."""
+    """The two parts of `draw`, with lemmas."""
     training = _draw(Random(f"{seed} training"), size, [], lambda sentence: not has_reserved(sentence.lemmas))
     counts = Counter(word for sentence in training for word in words(sentence.pair))
     enough = -(-size // PAIRS_PER_OCCURRENCE)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from tfm.demo import lexicon
-from tfm.demo.lexicon import DEFINITE, DEMONSTRATIVE, INDEFINITE, MASS, POSSESSIVES, Adjective, Noun
-from tfm.demo.morphology import starts_with_vowel
+from tools.demo_corpus import lexicon
+from tools.demo_corpus.lexicon import DEFINITE, DEMONSTRATIVE, INDEFINITE, MASS, POSSESSIVES, Adjective, Noun
+from tools.demo_corpus.morphology import starts_with_vowel
 
 Determiner = tuple[str, str, str, str, str]
 PARTITIVE: Determiner = ("de le", "de la", "de les", "some", "some")

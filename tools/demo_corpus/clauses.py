@@ -6,9 +6,9 @@ English present is the simple one throughout.
 
 from __future__ import annotations
 
-from tfm.demo.morphology import agree, third_person
-from tfm.demo.phrases import NounPhrase, Phrase
-from tfm.demo.verbs import AVOIR, ETRE, Verb
+from tools.demo_corpus.morphology import agree, third_person
+from tools.demo_corpus.phrases import NounPhrase, Phrase
+from tools.demo_corpus.verbs import AVOIR, ETRE, Verb
 
 # rien and personne are said in English by the object: nothing, nobody.
 NEGATIONS = {"": (), "pas": ("not",), "jamais": ("never",), "plus": ("no", "longer"), "rien": (), "personne": ()}

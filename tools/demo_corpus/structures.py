@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from tfm.demo import lexicon
-from tfm.demo.clauses import QUESTION_MARK, clause, question
-from tfm.demo.lexicon import DEFINITE, DEMONSTRATIVE, GOODS, HUMAN, MASS, POSSESSIVES
-from tfm.demo.phrases import (
+from tools.demo_corpus import lexicon
+from tools.demo_corpus.clauses import QUESTION_MARK, clause, question
+from tools.demo_corpus.lexicon import DEFINITE, DEMONSTRATIVE, GOODS, HUMAN, MASS, POSSESSIVES
+from tools.demo_corpus.phrases import (
     KINDS,
     Determiner,
     NounPhrase,
@@ -24,8 +24,8 @@ from tfm.demo.phrases import (
     subject,
     time,
 )
-from tfm.demo.statements import action, predicate, profession
-from tfm.demo.verbs import (
+from tools.demo_corpus.statements import action, predicate, profession
+from tools.demo_corpus.verbs import (
     ALLER,
     AVOIR,
     DEVOIR,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from tfm.demo import lexicon
-from tfm.demo.clauses import clause, question
-from tfm.demo.lexicon import GOODS, INDEFINITE, MASS
-from tfm.demo.phrases import (
+from tools.demo_corpus import lexicon
+from tools.demo_corpus.clauses import clause, question
+from tools.demo_corpus.lexicon import GOODS, INDEFINITE, MASS
+from tools.demo_corpus.phrases import (
     KINDS,
     NUMBERS,
     Determiner,
@@ -27,7 +27,7 @@ from tfm.demo.phrases import (
     subject,
     time,
 )
-from tfm.demo.verbs import AVOIR, ETRE, HABITER, INTRANSITIVE, JOUER, PARLER, PEOPLE, TRANSITIVE, VOULOIR, Verb
+from tools.demo_corpus.verbs import AVOIR, ETRE, HABITER, INTRANSITIVE, JOUER, PARLER, PEOPLE, TRANSITIVE, VOULOIR, Verb
 
 INANIMATE = ("food", *MASS, "opening", "place", *GOODS)
 LOCATED = ("animal", "person", "object", "dish", "text")

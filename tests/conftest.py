@@ -60,6 +60,10 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     # torch remembers what makes tensors when it is first asked: not while a test has put something else in their place.
     _device_constructors()
+    if backends.has_triton() and backends.interpreting():
+        from tools.interpreter import bfloat16
+
+        bfloat16.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

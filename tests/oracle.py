@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What kernels take.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = DTYPES[1:]
+
 
 def error(actual: Tensor, truth: Tensor) -> float:
     """Largest absolute error, relative to the largest true value."""

@@ -19,6 +19,7 @@ from decode_attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import DTYPES, HALVES
 
 from benchmarks import bench_decode_attention
 from benchmarks.shapes import Decoding
@@ -27,8 +28,6 @@ from tfm import ops
 from tfm.kernels import launch
 
 ONE_LAUNCH, TWO_LAUNCHES = ["decode_attention_kernel"], ["decode_attention_kernel", "combine_splits_kernel"]
-# Triton's interpreter computes bf16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -124,12 +123,13 @@ def test_a_parent_outside_the_cache(parent, kernel_device):
         ops.decode_attention(**to(arguments, torch.device("cpu"), torch.float32), impl="reference")
 
 
-def test_autocast_is_obeyed(kernel_device):
-    arguments = make(PROBLEMS["beam"], kernel_device, torch.float16)
-    expected = ops.decode_attention(**to(arguments, kernel_device, torch.float16), impl="triton")
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_autocast_is_obeyed(half, kernel_device):
+    arguments = make(PROBLEMS["beam"], kernel_device, half)
+    expected = ops.decode_attention(**to(arguments, kernel_device, half), impl="triton")
     for name in ("query", "key", "value"):
         arguments[name] = arguments[name].float()
-    with torch.autocast(kernel_device.type, torch.float16):
+    with torch.autocast(kernel_device.type, half):
         assert torch.equal(ops.decode_attention(**arguments, impl="triton"), expected)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from embedding_cases import SEED, SITE, TOKENS, assert_kernel_matches, paper, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import DTYPES
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
@@ -130,8 +131,6 @@ def backward(count):
     return ["embedding_chunks_kernel"] * (count >= 32) + ["embedding_backward_kernel"]
 
 
-# Triton's interpreter computes bf16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

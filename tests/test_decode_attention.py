@@ -66,11 +66,12 @@ def test_kernel_matches(problem, dtype, kernel_device, launched):
     heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     has=st.tuples(st.booleans(), st.booleans()),
+    dtype=st.sampled_from(DTYPES),
 )
-def test_kernel_matches_whatever_the_shape(lengths, heads, dims, has):
+def test_kernel_matches_whatever_the_shape(lengths, heads, dims, has, dtype):
     shape = (40, heads[0] * heads[1], heads[1], *dims)
     # A cache of one row more, so that there always is an ancestor that nobody writes to.
-    assert_matches(make(Problem(lengths, shape, len(lengths) + 1, *has), DEVICE, torch.float32), "triton")
+    assert_matches(make(Problem(lengths, shape, len(lengths) + 1, *has), DEVICE, dtype), "triton")
 
 
 @pytest.mark.parametrize("problem", ["beam", "grouped", "pieces"])

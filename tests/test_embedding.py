@@ -152,12 +152,13 @@ def test_kernel_matches(tokens, dtype, learned, kernel_device, launched):
 @given(
     tokens=st.lists(st.integers(0, 6), max_size=150),
     dim=st.sampled_from([1, 2, 16, 130]),
+    dtype=st.sampled_from(DTYPES),
     padding_idx=st.sampled_from([None, 0, 6]),
     p=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_kernel_matches_whatever_the_tokens(tokens, dim, padding_idx, p):
+def test_kernel_matches_whatever_the_tokens(tokens, dim, dtype, padding_idx, p):
     tokens = torch.tensor(tokens, dtype=torch.int32, device=DEVICE)
-    assert_kernel_matches(tokens, dim, 7, learned=True, padding_idx=padding_idx, p=p)
+    assert_kernel_matches(tokens, dim, 7, dtype, learned=True, padding_idx=padding_idx, p=p)
 
 
 @pytest.mark.parametrize("dim", [1, 5, 64, 1030])

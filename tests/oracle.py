@@ -65,6 +65,16 @@ def assert_all_match(
         assert_matches(result, true, same_dtype, name)
 
 
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    """The sign of a zero included; one NaN is as good as another."""
+    assert found.dtype == expected.dtype
+    if found.is_floating_point():
+        assert torch.equal(found.isnan(), expected.isnan())
+        found, expected = (x.masked_fill(x.isnan(), 0.0) for x in (found, expected))
+        assert torch.equal(found.signbit(), expected.signbit())
+    assert torch.equal(found, expected)
+
+
 ONES = 0xFFFFFFFF
 # From Random123's kat_vectors, "philox4x32 7": counter, key, result.
 PHILOX_VECTORS = [

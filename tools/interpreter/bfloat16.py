@@ -1,8 +1,8 @@
 """bf16 in Triton's interpreter as a GPU computes it, by the bfloat16 that ml_dtypes adds to NumPy.
 
 The interpreter keeps a bf16 as the integer of its bits, and adds, multiplies and compares those integers. `install`
-has it keep values, which NumPy's functions widen to fp32, rounding each result once, ties to even. What is left are
-loads and stores, whose C++ knows integers alone, and where NumPy's own rounding is not a GPU's.
+has it keep values, which NumPy's functions widen to fp32, rounding each result once, ties to even. What remains are
+loads and stores, whose C++ knows integers alone, and what NumPy would round where a GPU does not. Atomics are refused.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ def _sample(given, found):
 
 
 def np_dtype(dtype: Any) -> np.dtype:
+    """What NumPy keeps Triton's `dtype` as."""
     return BFLOAT16 if dtype.scalar == tl.bfloat16 else shipped_np_dtype(dtype)
 
 
 def convert_float(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+    """`values` of the one of Triton's types in the other."""
     if tl.bfloat16 not in (source, target) or source.is_fp8() or target.is_fp8():
         return shipped_convert_float(values, source, target, rounding_mode)
     round_ = toward_zero if rounding_mode == TOWARD_ZERO else to_nearest
@@ -141,6 +143,8 @@ def as_bits(handle: TensorHandle) -> TensorHandle:
 
 
 class Reduction(interpreter.ReduceOps):
+    """The interpreter's reductions; NumPy would add numbers of bf16 one by one, until they are too small to count."""
+
     def sum(self, input: Any) -> Any:
         """Halves added to halves, each sum rounded, as a GPU's threads add."""
         data = input.handle.data

@@ -17,17 +17,18 @@ from unittest.mock import patch
 import torch
 
 from tfm.ops import backends
+from tools import interpreter
 
 REHEARSAL = os.environ.get("TFM_REHEARSAL") == "1"
 QUICK = os.environ.get("TFM_QUICK") == "1"
 CUDA = torch.cuda.is_available() and not REHEARSAL
 AS_GPU = CUDA or REHEARSAL
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-# The interpreter's products of bf16 matrices are wrong, so a rehearsal is in fp32.
-DTYPE = torch.bfloat16 if CUDA else torch.float32
+DTYPE = torch.bfloat16 if AS_GPU else torch.float32
 
 if REHEARSAL:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+    interpreter.mend()
 
 Step = Callable[[], Any]
 

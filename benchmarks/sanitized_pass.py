@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.gpu.child import JOURNAL, append
 from tfm import native, ops
 from tfm.ops import backends
+from tools import interpreter
 
 DROPOUT_P = 0.1
 # No multiples of tiles; COLUMNS and WIDTH are of 16, as matmuls want. Rows of WIDE columns do not fit the registers.
@@ -177,9 +178,6 @@ def served(backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, .
     """The operations that the backend's kernels serve on such a device, with the dtypes that they are passed in."""
     rows = [row for row in backends.TABLE if row.backend == backend and row.device in ("", device.type)]
     halves = torch.float16, torch.bfloat16
-    if backend == "triton" and device.type == "cpu":
-        # The interpreter's products of bf16 matrices are wrong, and some kernels are for halves alone.
-        return {row.operation: halves[:1] for row in rows}
     csrcs = backend == "native" and device.type == "cuda"
     return {row.operation: halves if csrcs and "attention" in row.operation else row.dtypes for row in rows}
 
@@ -192,6 +190,7 @@ def missing(backend: str, device: torch.device) -> str:
 
 
 def main(only: Sequence[str]) -> None:
+    interpreter.mend()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for backend in ("triton", "native"):
         if reason := missing(backend, device):

@@ -16,8 +16,6 @@ from torch import Tensor
 from tfm import ops
 from tfm.sequences import Layout, offsets
 
-# Triton's interpreter computes bf16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 SEED, SITE = -0x0123456789ABCDEF, 3
 
 
@@ -105,7 +103,8 @@ def every_problem() -> dict[str, Problem]:
     return found
 
 
-if os.environ.get("TFM_EVERY_ATTENTION") == "1":
+EVERY = os.environ.get("TFM_EVERY_ATTENTION") == "1"
+if EVERY:
     PROBLEMS |= every_problem()
 
 

@@ -19,6 +19,7 @@ from torch.utils._device import _device_constructors
 from tfm import native
 from tfm.native import toolchain
 from tfm.ops import backends
+from tools import interpreter
 
 ROOT = Path(__file__).parent.parent
 NO_PARAMETERS = SimpleNamespace(params={})
@@ -60,6 +61,7 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     # torch remembers what makes tensors when it is first asked: not while a test has put something else in their place.
     _device_constructors()
+    interpreter.mend()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What kernels take.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = DTYPES[1:]
+
 
 def error(actual: Tensor, truth: Tensor) -> float:
     """Largest absolute error, relative to the largest true value."""
@@ -59,6 +63,16 @@ def assert_all_match(
     """`assert_matches` for each of several results."""
     for result, true, same_dtype, name in zip(actual, truth, plain, names, strict=True):
         assert_matches(result, true, same_dtype, name)
+
+
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    """The sign of a zero included; one NaN is as good as another."""
+    assert found.dtype == expected.dtype
+    if found.is_floating_point():
+        assert torch.equal(found.isnan(), expected.isnan())
+        found, expected = (x.masked_fill(x.isnan(), 0.0) for x in (found, expected))
+        assert torch.equal(found.signbit(), expected.signbit())
+    assert torch.equal(found, expected)
 
 
 ONES = 0xFFFFFFFF

@@ -6,6 +6,7 @@ import launches
 import pytest
 import torch
 from attention_cases import SEED, Problem, assert_matches, make, results
+from oracle import HALVES
 
 from tfm import ops
 from tfm.kernels import launch
@@ -40,9 +41,10 @@ def test_kernel_matches(problem, kernel_device, launched):
     assert launched[-2:] == SPLIT or launched[-1:] == ALONE
 
 
+@pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["for all sequences", "for everything"])
-def test_kernel_matches_in_half_precision(name, kernel_device):
-    assert_matches(make(PROBLEMS[name], kernel_device, torch.float16), torch.float16)
+def test_kernel_matches_in_half_precision(name, half, kernel_device):
+    assert_matches(make(PROBLEMS[name], kernel_device, half), half)
 
 
 def test_split_or_not_it_is_the_same_sum(kernel_device, monkeypatch, launched):

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from attention_cases import Problem, attend, make
+from oracle import DTYPES
 
 from tfm import ops
 
@@ -28,7 +29,7 @@ def launched(monkeypatch):
     return launches.watch(monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
 def test_kernel_matches(problem, dtype, kernel_device, launched):
     tensors = make(problem, kernel_device, dtype)

@@ -19,6 +19,7 @@ from decode_attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import DTYPES, HALVES
 
 from benchmarks import bench_decode_attention
 from benchmarks.shapes import Decoding
@@ -27,8 +28,6 @@ from tfm import ops
 from tfm.kernels import launch
 
 ONE_LAUNCH, TWO_LAUNCHES = ["decode_attention_kernel"], ["decode_attention_kernel", "combine_splits_kernel"]
-# Triton's interpreter computes bf16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -67,11 +66,12 @@ def test_kernel_matches(problem, dtype, kernel_device, launched):
     heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     has=st.tuples(st.booleans(), st.booleans()),
+    dtype=st.sampled_from(DTYPES),
 )
-def test_kernel_matches_whatever_the_shape(lengths, heads, dims, has):
+def test_kernel_matches_whatever_the_shape(lengths, heads, dims, has, dtype):
     shape = (40, heads[0] * heads[1], heads[1], *dims)
     # A cache of one row more, so that there always is an ancestor that nobody writes to.
-    assert_matches(make(Problem(lengths, shape, len(lengths) + 1, *has), DEVICE, torch.float32), "triton")
+    assert_matches(make(Problem(lengths, shape, len(lengths) + 1, *has), DEVICE, dtype), "triton")
 
 
 @pytest.mark.parametrize("problem", ["beam", "grouped", "pieces"])
@@ -124,12 +124,13 @@ def test_a_parent_outside_the_cache(parent, kernel_device):
         ops.decode_attention(**to(arguments, torch.device("cpu"), torch.float32), impl="reference")
 
 
-def test_autocast_is_obeyed(kernel_device):
-    arguments = make(PROBLEMS["beam"], kernel_device, torch.float16)
-    expected = ops.decode_attention(**to(arguments, kernel_device, torch.float16), impl="triton")
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_autocast_is_obeyed(half, kernel_device):
+    arguments = make(PROBLEMS["beam"], kernel_device, half)
+    expected = ops.decode_attention(**to(arguments, kernel_device, half), impl="triton")
     for name in ("query", "key", "value"):
         arguments[name] = arguments[name].float()
-    with torch.autocast(kernel_device.type, torch.float16):
+    with torch.autocast(kernel_device.type, half):
         assert torch.equal(ops.decode_attention(**arguments, impl="triton"), expected)
 
 

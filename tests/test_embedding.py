@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from embedding_cases import SEED, SITE, TOKENS, assert_kernel_matches, paper, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import DTYPES
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
@@ -130,8 +131,6 @@ def backward(count):
     return ["embedding_chunks_kernel"] * (count >= 32) + ["embedding_backward_kernel"]
 
 
-# Triton's interpreter computes bf16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -153,12 +152,13 @@ def test_kernel_matches(tokens, dtype, learned, kernel_device, launched):
 @given(
     tokens=st.lists(st.integers(0, 6), max_size=150),
     dim=st.sampled_from([1, 2, 16, 130]),
+    dtype=st.sampled_from(DTYPES),
     padding_idx=st.sampled_from([None, 0, 6]),
     p=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_kernel_matches_whatever_the_tokens(tokens, dim, padding_idx, p):
+def test_kernel_matches_whatever_the_tokens(tokens, dim, dtype, padding_idx, p):
     tokens = torch.tensor(tokens, dtype=torch.int32, device=DEVICE)
-    assert_kernel_matches(tokens, dim, 7, learned=True, padding_idx=padding_idx, p=p)
+    assert_kernel_matches(tokens, dim, 7, dtype, learned=True, padding_idx=padding_idx, p=p)
 
 
 @pytest.mark.parametrize("dim", [1, 5, 64, 1030])

@@ -23,14 +23,12 @@ from feed_forward_cases import (
     run,
     take,
 )
+from oracle import DTYPES, HALVES
 
 from tfm import ops
 from tfm.kernels.activation_dropout import activation_dropout
 from tfm.ops.feed_forward import ACTIVATIONS
 from tfm.reference.dropout import keep_scale
-
-# Triton's interpreter computes bf16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture
@@ -66,10 +64,11 @@ def test_gated_kernel_matches(shape, dtype, path, kernel_device, launched):
     assert launched == FORWARD[path] + BACKWARD[path]
 
 
+@pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_every_activation(activation, gated, path, kernel_device, launched):
-    assert_kernel_matches(inputs_of(9, 20, 35, 9, kernel_device, torch.float16, gated=gated), activation, 0.5, gated)
+def test_every_activation(activation, gated, half, path, kernel_device, launched):
+    assert_kernel_matches(inputs_of(9, 20, 35, 9, kernel_device, half, gated=gated), activation, 0.5, gated)
     assert launched == FORWARD[path] + BACKWARD[path] + ([] if gated else SUMS)
 
 
@@ -94,14 +93,16 @@ def test_packed_weights_are_both(path, kernel_device):
     torch.testing.assert_close(dpacked, torch.cat((dgate, dup)))
 
 
+@pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_weights_of_another_dtype(gated, path, kernel_device):
-    inputs = inputs_of(9, 20, 35, 9, kernel_device, torch.float16, torch.float32, gated)
+def test_weights_of_another_dtype(gated, half, path, kernel_device):
+    inputs = inputs_of(9, 20, 35, 9, kernel_device, half, torch.float32, gated)
     assert_kernel_matches(inputs, gated=gated)
 
 
+@pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_autocast(activation, path, kernel_device):
+def test_autocast(activation, half, path, kernel_device):
     inputs = inputs_of(9, 20, 35, 9, kernel_device)
     cotangent = torch.randn(9, 9, device=kernel_device)
     truth = run(
@@ -111,12 +112,12 @@ def test_autocast(activation, path, kernel_device):
     )
     results = []
     for impl in ("triton", "reference"):
-        with torch.autocast(kernel_device.type, dtype=torch.float16):
+        with torch.autocast(kernel_device.type, dtype=half):
             output = network(activation, impl=impl)(*inputs)
-            results.append([output.detach(), *torch.autograd.grad(output, inputs, cotangent.half())])
-    assert [result.dtype for result in results[0]] == [torch.float16, *[torch.float32] * 5]
-    # The gradients are fp16's, in fp32.
-    actual, same = ([result.half() for result in results_of] for results_of in results)
+            results.append([output.detach(), *torch.autograd.grad(output, inputs, cotangent.to(half))])
+    assert [result.dtype for result in results[0]] == [half, *[torch.float32] * 5]
+    # The gradients are the half's, in fp32.
+    actual, same = ([result.to(half) for result in results_of] for results_of in results)
     oracle.assert_all_match(actual, truth, same, ("output", *NAMES[False]))
 
 
@@ -193,8 +194,9 @@ def test_rows_do_not_see_their_batch(epilogue, kernel_device):
             assert torch.equal(all_rows[:rows], first_rows)
 
 
-def test_backward_sees_the_pre_activation_as_stored(path, kernel_device):
-    x, w1, b1, *_ = (tensor.detach() for tensor in inputs_of(9, 20, 35, 9, kernel_device, torch.float16))
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_backward_sees_the_pre_activation_as_stored(half, path, kernel_device):
+    x, w1, b1, *_ = (tensor.detach() for tensor in inputs_of(9, 20, 35, 9, kernel_device, half))
     hidden, pre = torch.ops.tfm.linear_activation(x, w1, None, b1, False, "gelu", 0.0, None, 0, True)
     torch.testing.assert_close(hidden, activation_dropout(pre, False, "gelu", 0.0, None, 0), rtol=0, atol=0)
 

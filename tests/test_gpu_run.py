@@ -96,7 +96,7 @@ until [ -x "$1" ]; do shift; done
 def checkout(tmp_path_factory) -> Path:
     """The folders of the checkout alone: no git, no virtual environment; some of its files replaced by smaller ones."""
     copy = tmp_path_factory.mktemp("checkout")
-    for folder in ("tfm", "kernels", "csrc", "benchmarks", "tests"):
+    for folder in ("tfm", "kernels", "csrc", "benchmarks", "tools", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     (copy / "benchmarks" / "kernel_cases" / "__init__.py").write_text(KERNEL_CASES)
@@ -174,11 +174,11 @@ def test_the_sanitizer_watches_the_operations(rehearsed):
     record, _ = rehearsed
     assert record["sanitizer"]["memcheck"]["state"] == "done", record["sanitizer"]
     assert record["sanitizer"]["memcheck"]["errors"] == 0
-    passes = ["triton layer_norm float16", "triton residual_layer_norm float16"]
+    dtypes = {"triton": ("float32", "float16", "bfloat16")}
     if HAS_COMPILER:
-        passes += [
-            f"native {name}layer_norm {dtype}" for name in ("", "residual_") for dtype in ("float32", "bfloat16")
-        ]
+        dtypes["native"] = ("float32", "bfloat16")
+    names = "layer_norm", "residual_layer_norm"
+    passes = [f"{backend} {name} {dtype}" for backend in dtypes for name in names for dtype in dtypes[backend]]
     assert record["sanitizer"]["memcheck"]["passes"] == record["sanitizer"]["racecheck"]["passes"] == passes
     # The script knows no races: a tool that sums up nothing has not done its work.
     assert record["sanitizer"]["racecheck"]["state"] == "failed"

@@ -29,6 +29,7 @@ RUNS = [
     pytest.param(impl, dtype, id=f"{impl} {dtype}", marks=SKIPPED[impl])
     for impl, dtype in (
         ("reference", torch.float32), ("triton", torch.float32), ("triton", torch.float16),
+        ("triton", torch.bfloat16),
         ("native", torch.float32), ("native", torch.bfloat16),
     )
 ]  # fmt: skip
@@ -36,7 +37,7 @@ EVERY = os.environ.get("TFM_EVERY_ATTENTION") == "1"
 
 
 # Tests of a backend that draw examples, its dtypes counted apart.
-DRAWING = {"reference": 2, "triton": 6, "native": 4}
+DRAWING = {"reference": 2, "triton": 9, "native": 4}
 
 
 def examples(impl: str) -> settings:

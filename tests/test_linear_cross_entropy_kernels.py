@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cross_entropy_cases import (
-    DTYPES,
     EVERYTHING,
     MEAN,
     OPTIONS,
@@ -30,6 +29,7 @@ from linear_cross_entropy_cases import (
     some_ignored,
     streams,
 )
+from oracle import DTYPES, HALVES
 
 from tfm.kernels import launch
 
@@ -93,10 +93,9 @@ def test_equals_cross_entropy(rows, dim, classes, reduction, smoothing, ignore_i
     )
 
 
-@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), [*product(HALVES, DTYPES[:1]), *product(DTYPES[:1], HALVES)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_takes_mixed_dtypes(parameter_dtype, reduction, kernel_device):
-    dtype = torch.float16 if parameter_dtype == torch.float32 else torch.float32
+def test_takes_mixed_dtypes(dtype, parameter_dtype, reduction, kernel_device):
     inputs, target = inputs_of(6, 24, 33, kernel_device, dtype, parameter_dtype)
     assert_kernel_matches(inputs, target, reduction=reduction)
 
@@ -117,7 +116,7 @@ def test_expanded_gradients(kernel_device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_rows(reduction, dtype, kernel_device, launched):
     assert_no_rows_are_no_loss("triton", kernel_device, dtype, reduction)
 
@@ -134,9 +133,10 @@ def test_same_inputs_same_bits(kernel_device, chunks_of_3):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_obeys_autocast(reduction, kernel_device, chunks_of_3):
-    assert_obeys_autocast("triton", kernel_device, torch.float16, reduction)
+def test_obeys_autocast(reduction, half, kernel_device, chunks_of_3):
+    assert_obeys_autocast("triton", kernel_device, half, reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -8,13 +8,12 @@ import rotary_cases as cases
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import DTYPES
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
 
 LAUNCH = ["rotary_kernel"]
-# Triton's interpreter computes bf16 wrongly.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

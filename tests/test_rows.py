@@ -41,7 +41,14 @@ def test_nothing_has_no_rows():
 
 @pytest.mark.parametrize(("programs", "columns"), [(1, 1), (3, 17), (128, 65), (264, 130)])
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float32,), (None, torch.float32), (torch.float16, None), (torch.float32, torch.float16, None)]
+    "dtypes",
+    [
+        (torch.float32,),
+        (None, torch.float32),
+        (torch.float16, None),
+        (torch.bfloat16, None),
+        (torch.float32, torch.float16, None),
+    ],
 )
 def test_sum_partials(programs, columns, dtypes, kernel_device, monkeypatch):
     launched = launches.watch(monkeypatch)

@@ -19,9 +19,14 @@ CUDA = emulated.ROOT / "csrc" / "cuda"
 
 def test_every_kernel_of_triton_is_launched(kernel_device, monkeypatch):
     launched = launches.watch(monkeypatch)
-    for operation in sanitized_pass.served("triton", kernel_device):
-        sanitized_pass.run("triton", operation, kernel_device, torch.float16)
+    for operation, dtypes in sanitized_pass.served("triton", kernel_device).items():
+        sanitized_pass.run("triton", operation, kernel_device, dtypes[-1])
     assert {case.kernel.fn.__name__ for case in cases_of(CASES, every=False)} <= set(launched)
+
+
+def test_triton_passes_in_every_dtype():
+    for device in ("cpu", "cuda"):
+        assert set(sanitized_pass.served("triton", torch.device(device)).values()) == {backends.FLOATS}
 
 
 def test_every_operator_of_csrc_is_called_as_a_gpu_takes_it(cuda_device, monkeypatch):

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linear_cross_entropy_cases import (
-    DTYPES,
     MEAN,
     OPTIONS,
     ROW,
@@ -21,6 +20,7 @@ from linear_cross_entropy_cases import (
     some_ignored,
     streams,
 )
+from oracle import DTYPES, HALVES
 
 from tfm.kernels import launch
 
@@ -63,10 +63,11 @@ def test_a_loss_of_large_logits_is_not_rounded_as_they_are(kernel_device, stream
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
 
 
-def test_the_launch_row_streams_and_stores_the_same_loss(kernel_device, monkeypatch, launched):
-    if not streams(kernel_device, torch.float16):
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_the_launch_row_streams_and_stores_the_same_loss(half, kernel_device, monkeypatch, launched):
+    if not streams(kernel_device, half):
         pytest.skip("this GPU stores the logits")
-    (input, weight), target = inputs_of(5, 72, 300, kernel_device, torch.float16, bias=False)
+    (input, weight), target = inputs_of(5, 72, 300, kernel_device, half, bias=False)
     with torch.no_grad():
         streamed = kernel(input, weight, target, label_smoothing=0.1)
         assert launched == [*STREAM, MEAN]

@@ -6,10 +6,8 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
-
-import torch
 
 import tfm
 from benchmarks.suite import Suite
@@ -57,9 +55,6 @@ class Sweep:
     table: Sequence[tuple[Any, ...]]
     settings: Callable[..., Iterable[Any]]
     mode: str = GRAPH
-
-    # The interpreter's products of bf16 matrices are wrong, and fp32 takes cuBLAS in place of many a kernel.
-    rehearsal_dtype: ClassVar[torch.dtype] = torch.float16
 
     @property
     def gain(self) -> float:
@@ -118,9 +113,6 @@ class LaunchSweep(Sweep):
 
 class BackendSweep(Sweep):
     """`subject` is an operation of tfm.ops.backends.TABLE, and its backend on a GPU what is chosen."""
-
-    # Of what Triton's interpreter computes, csrc takes fp32 alone on a CPU.
-    rehearsal_dtype: ClassVar[torch.dtype] = torch.float32
 
     @contextmanager
     def recorded(self) -> Iterator[list[tuple[Arguments, Any]]]:

@@ -37,7 +37,7 @@ def tasks(family: str, size: str = "", dtype: str = "bf16", rehearse: bool = Fal
         UserError: no such family or size.
     """
     found = [
-        Task(name, sweep, each, sweep.rehearsal_dtype if rehearse else DTYPES[dtype])
+        Task(name, sweep, each, DTYPES[dtype])
         for name, sweep in sweeps(family)
         for each in ([sweep.rehearsal] if rehearse else sweep.sizes)
         if size in str(each)

@@ -27,7 +27,6 @@ from tfm.kernels import launch
 from tfm.kernels.cross_entropy import LN_2, LOG2_E, LOWEST, loss_of_row, softcapped
 from tfm.kernels.softmax import natural_top, power
 
-
 # Parts of one tensor, which begin where the number of rows has it.
 PARTS = ("maxima", "exponentials", "sums")
 

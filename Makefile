@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all native sanitize check check-kernels check-kernels-all bench gpu tune clean
+.PHONY: demo test test-all native sanitize check check-kernels check-kernels-all host bench gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: native
@@ -43,6 +43,11 @@ check-kernels: $(INSTALLED)
 # The full product of settings and chips, sm_86, sm_89 and sm_120 too.
 check-kernels-all: $(INSTALLED)
 	$(BIN)/python -m benchmarks.check_kernels --every
+
+# What the host does for every operation, without a GPU: launches, syncs, compilations and time, and what has changed
+# since the committed record, which it renews. ONLY=encoder for some rows, which renew nothing.
+host: $(INSTALLED)
+	$(BIN)/python -m tools.host $(if $(ONLY),--only "$(ONLY)")
 
 # Each operation beside what people would use instead, as ratios in one run.
 bench: native

@@ -27,8 +27,11 @@ from tfm.kernels import launch
 from tfm.kernels.cross_entropy import LN_2, LOG2_E, LOWEST, loss_of_row, softcapped
 from tfm.kernels.softmax import natural_top, power
 
+# Parts of one tensor, which begin where the number of rows has it.
+PARTS = ("maxima", "exponentials", "sums")
 
-@triton.jit(do_not_specialize=["rows", "classes"])
+
+@triton.jit(do_not_specialize=["rows", "classes"], do_not_specialize_on_alignment=PARTS)
 def streaming_statistics_kernel(
     input, weight, bias, maxima, exponentials, sums, rows, classes, width, softcap,
     DIM_TILES: tl.constexpr, TILES: tl.constexpr,
@@ -72,7 +75,9 @@ def streaming_statistics_kernel(
         tl.store(sums + place, total, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "shares", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["rows", "classes", "shares", "ignore_index"], do_not_specialize_on_alignment=PARTS
+)  # fmt: skip
 def streaming_losses_kernel(
     input, weight, bias, target, maxima, exponentials, sums, losses,
     rows, classes, dim, shares, ignore_index, smoothing, z_loss, softcap,

@@ -144,7 +144,7 @@ def _arguments(kernel: JITFunction, dtype: str, dims: tuple[int, int], kind: str
             found[name] = "fp32"
         elif name.endswith("_d") or name == "bias_k":
             found[name] = 1
-        elif name.partition("_")[0] in ("q", "k", "v", "bias", "out", "dout", "dq", "dk", "dv", "words", "reach"):
+        elif name.partition("_")[0] in ("q", "k", "v", "bias", "out", "dout", "dq", "dk", "dv"):
             found[name] = "i32:16"
         else:
             found[name] = "i32"

@@ -19,7 +19,8 @@ KINDS = ("bias", "mask", "packed")
 SECOND_PASS = ("dv", "delta", "sinks", "sink_partials")
 MATRICES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "weights")
 NUMBERS = ("heads", "group", "query_size", "key_size", "start", "left", "right", "threshold", "site", "splits", "tiles")
-COUNTS = ("query_tiles", "key_tiles", "members", "bias_heads", "dbias_split", "dlse_s", "size")
+COUNTS = ("query_tiles", "key_tiles", "members", "bias_heads", "dlse_s", "size")
+STEPS = ("dbias_", "row_", "dlse_", "words_", "reach_")
 
 
 def short_attention_cases(every: bool) -> Iterator[Case]:
@@ -138,9 +139,9 @@ def _arguments(kernel: Any, dtype: str, dim: int, kind: str) -> dict[str, Any]:
             found[name] = "*i32:16"
         elif name in ("inner", "outer", "scale", "keep_scale"):
             found[name] = "fp32"
-        elif name.endswith("_d"):
+        elif name.endswith("_d") or name in ("bias_k", "dbias_k"):
             found[name] = 1
-        elif name in NUMBERS + COUNTS or name.startswith(("bias_", "dbias_", "row_")):
+        elif name in NUMBERS + COUNTS or name.startswith(STEPS):
             found[name] = "i32"
         else:
             found[name] = "i32:16"

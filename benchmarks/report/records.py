@@ -14,8 +14,8 @@ from benchmarks.report.sources import sources_of
 
 ROOT = Path(__file__).parent.parent.parent
 FORMAT = 1
-# Benchmarks of whole models, whose records say so.
-NAMED = ("training", "learning")
+# Records of other things than operations, which say so.
+NAMED = ("training", "learning", "host")
 
 
 @dataclass(frozen=True)

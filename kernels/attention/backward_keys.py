@@ -35,6 +35,7 @@ from tfm.kernels.attention.scores import (
     store_rows,
     unit_of,
     visible_queries,
+    words_of,
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, exponent, fms
@@ -154,7 +155,7 @@ def attention_backward_keys_kernel(
                     allowed = is_allowed(row[None, :], column[:, None], position, left, right, key_length)
                     allowed &= inside[None, :]
                     if words is not None:
-                        words_head = words + sequence * words_b + head * words_h
+                        words_head = words_of(words, sequence, head, words_b, words_h)
                         bits = mask_tile(words_head, row, words_s, row < query_length, first_key, BLOCK_KEYS)
                         allowed &= tl.trans(bits)
                     elif reach is not None:

@@ -42,6 +42,7 @@ from tfm.kernels.attention.scores import (
     store_rows,
     unit_of,
     visible_keys,
+    words_of,
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LARGE, LOG2E, exponent, fma, fms
@@ -112,7 +113,7 @@ def attention_backward_queries_kernel(
         if bias is not None:
             bias += sequence * bias_b + wide_head * bias_h
         if words is not None:
-            words += sequence * words_b + wide_head * words_h
+            words = words_of(words, sequence, wide_head, words_b, words_h)
         if reach is not None:
             reach += sequence * reach_b + wide_head * reach_h
         query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, DIM_FIRST)

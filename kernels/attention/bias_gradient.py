@@ -23,6 +23,7 @@ from torch import Tensor
 from tfm.kernels import launch
 from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
+    as_numbers,
     bend,
     biased,
     column_bits,
@@ -34,14 +35,18 @@ from tfm.kernels.attention.scores import (
     mask_tile,
     unit_of,
     visible_keys,
+    words_of,
 )
 from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
 from tfm.operators.attention import rows_like
 
+COUNTS = ("query_tiles", "key_tiles", "splits", "members", "bias_heads")
+DBIAS_STEPS = ("dbias_split", "dbias_b", "dbias_h", "dbias_s")
 
-@triton.jit(do_not_specialize=[*VARYING, "sequences", "query_tiles", "key_tiles", "splits", "members", "bias_heads"])
+
+@triton.jit(do_not_specialize=[*VARYING, *COUNTS, *DBIAS_STEPS])
 def bias_gradient_kernel(
     q, k, v, bias, words, reach, seed, key_lengths, starts, statistics, delta, dout, dbias,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d, row_kind, row_b, row_h,
@@ -104,10 +109,9 @@ def bias_gradient_kernel(
         x, _ = bend(products, inner, outer)
         scores = biased(x, unit_of(inner, outer), added)
         allowed = inside[None, :]
-        if left is not None or right is not None:
-            allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
+        allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
         if words is not None:
-            head_words = words + sequence * words_b + head * words_h
+            head_words = words_of(words, sequence, head, words_b, words_h)
             allowed &= mask_tile(head_words, row, words_s, is_row, key_tile * BLOCK_KEYS, BLOCK_KEYS)
         most = tl.where(allowed, 0.0, float("-inf"))
         weights = tl.exp2(exponent(scores, 1.0, top[:, None], log_sum[:, None], most, IS_FORMED=True))
@@ -126,7 +130,7 @@ def bias_gradient_kernel(
         tl.store(dbias + row.to(tl.int64)[:, None] * dbias_s, acc, mask=(row < query_size)[:, None] & is_column)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "size"])
 def sum_splits_kernel(partials, dbias, splits, size, BLOCK: tl.constexpr):
     """Each program sums BLOCK columns of partials [splits, size]."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -155,12 +159,14 @@ def bias_gradient(call: Call, dout: Tensor, statistics: Tensor, delta: Tensor) -
     members *= query_tiles if shared_queries else 1
     places = bias.shape[0] * bias.shape[1] * key_tiles * (1 if shared_queries else query_tiles)
     splits = launch.bias_splits(places, members)
+    left, right = as_numbers(call.left, call.right)
     sums, steps = dbias, dbias.stride()
     if splits > 1:
         sums = torch.empty((splits, dbias.numel()), dtype=torch.float32, device=dbias.device)
     with torch.cuda.device_of(dout):
         bias_gradient_kernel[(places * splits,)](
-            **arguments_for(bias_gradient_kernel, call), statistics=statistics, delta=delta, dout=dout,
+            **arguments_for(bias_gradient_kernel, call) | {"left": left, "right": right},
+            statistics=statistics, delta=delta, dout=dout,
             dbias=sums, **strides("dout", dout), **statistics_strides(statistics), dbias_split=dbias.numel(),
             **{f"dbias_{dim}": step for dim, step in zip("bhsk", steps, strict=True)},
             query_tiles=query_tiles, key_tiles=key_tiles, splits=splits, members=members, bias_heads=bias.shape[1],

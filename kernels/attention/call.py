@@ -12,8 +12,12 @@ from tfm.kernels.attention.scores import score_factors
 from tfm.kernels.philox import threshold_and_scale
 from tfm.operators import attention as operators
 
-# The arguments below that vary from call to call: a kernel compiled for one number serves all.
-VARYING = ("heads", "group", "query_size", "key_size", "start", "left", "right", "threshold", "site", "row_kind")
+# The arguments below that vary from call to call: a kernel compiled for one number serves all. The other strides decide
+# how wide loads are, and are multiples of 16 wherever they can be.
+VARYING = (
+    *("heads", "group", "query_size", "key_size", "start", "left", "right", "threshold", "site"),
+    *("row_kind", "row_b", "row_h", "dlse_b", "dlse_h", "words_b", "words_h", "words_s", "reach_b", "reach_h"),
+)
 
 
 class Call(operators.Call):

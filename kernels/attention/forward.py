@@ -39,6 +39,7 @@ from tfm.kernels.attention.scores import (
     store_rows,
     unit_of,
     visible_keys,
+    words_of,
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, binary, natural_top, power, shrinkage
@@ -76,7 +77,7 @@ def attention_forward_kernel(
     if bias is not None:
         bias += sequence * bias_b + head.to(tl.int64) * bias_h
     if words is not None:
-        words += sequence * words_b + head.to(tl.int64) * words_h
+        words = words_of(words, sequence, head.to(tl.int64), words_b, words_h)
     if reach is not None:
         reach += sequence * reach_b + head.to(tl.int64) * reach_h
 

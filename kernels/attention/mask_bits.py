@@ -9,12 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.scores import first_position, is_allowed
+from tfm.kernels.attention.scores import as_numbers, first_position, is_allowed
 from tfm.kernels.library import register
 from tfm.operators.mask_bits import MASK_BITS, empty_bits, whole_rows
 
+COUNTS = ("heads", "word_sequences", "queries", "keys", "start", "left", "right")
+STEPS = ("mask_b", "mask_h", "mask_q", "words_b", "words_h", "words_q", "reach_b", "reach_h")
 
-@triton.jit(do_not_specialize=["heads", "queries", "keys", "start", "left", "right"])
+
+@triton.jit(do_not_specialize=[*COUNTS, *STEPS])
 def mask_bits_kernel(
     mask, words, reach, starts,
     mask_b, mask_h, mask_q, mask_k, words_b, words_h, words_q, reach_b, reach_h,
@@ -39,8 +42,7 @@ def mask_bits_kernel(
         if words is not None:
             place = words + sequence * words_b + head * words_h + row.to(tl.int64)[:, None] * words_q + word[None, :]
             tl.store(place, pack(allowed), mask=(row < queries)[:, None] & (sequence < word_sequences))
-        if left is not None or right is not None:
-            allowed &= is_allowed(row[:, None], column[None, :], position, left, right, keys)
+        allowed &= is_allowed(row[:, None], column[None, :], position, left, right, keys)
         # Bits of a word are summed once each: first whether any query has them, then the word.
         reached |= tl.reshape(pack((tl.max(allowed.to(tl.int32), axis=0) != 0)[None, :]), [BLOCK_KEYS // 32])
     tl.store(reach + sequence * reach_b + head * reach_h + word, reached)
@@ -77,6 +79,7 @@ def attention_mask_bits(
     if one_row:
         # Its reach is the row itself: the window is the attention kernels' business.
         queries, left, right = min(queries, 1), None, None
+    left, right = as_numbers(left, right)
     has_words = words.numel() > 0
     with torch.cuda.device_of(mask):
         mask_bits_kernel[grid](

@@ -32,6 +32,11 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float | N
     return (scale, None) if softcap is None else (scale / softcap, softcap)
 
 
+def as_numbers(left: int | None, right: int | None) -> tuple[int, int]:
+    """A window whose open sides are FAR, for kernels that one compilation shall serve whatever the window."""
+    return operators.FAR if left is None else left, operators.FAR if right is None else right
+
+
 @triton.jit
 def locate(sequence, cu_seq, lengths, size):
     """(first row, int64; length, int32) of a sequence: packed at `cu_seq`, or padded to `size` and cut at `lengths`."""
@@ -137,14 +142,26 @@ def column_bits(words, column, inside):
 
 
 @triton.jit
+def octets(step):
+    """A stride of mask words as the compiler cannot know it of a number that varies: a multiple of 8."""
+    return step // 8 * 8
+
+
+@triton.jit
+def words_of(words, sequence, head, sequence_step, head_step):
+    """Where the mask words of one (sequence, head), both int64, begin."""
+    return words + sequence * octets(sequence_step) + head * octets(head_step)
+
+
+@triton.jit
 def mask_tile(words, row, row_stride, inside, first_column, BLOCK_COLUMNS: tl.constexpr):
-    """A tile of the mask from its bits: int1 [R, BLOCK_COLUMNS], for `row` and `inside` [R], int64 `row_stride`.
+    """A tile of the mask from its bits: int1 [R, BLOCK_COLUMNS], for `row` and `inside` [R].
 
     `first_column` is a multiple of BLOCK_COLUMNS; word rows are long enough for whole tiles.
     """
     WORDS: tl.constexpr = max(BLOCK_COLUMNS // 32, 1)
     word = first_column // 32 + tl.arange(0, WORDS)
-    address = words + row.to(tl.int64)[:, None] * row_stride + word[None, :]
+    address = words + row.to(tl.int64)[:, None] * octets(row_stride) + word[None, :]
     bits = tl.load(address, mask=inside[:, None], other=0)
     bit = first_column % 32 + tl.arange(0, BLOCK_COLUMNS // WORDS)
     tile = (bits[:, :, None] >> bit[None, None, :]) & 1

@@ -40,6 +40,7 @@ from tfm.kernels.attention.scores import (
     store_rows,
     unit_of,
     visible_keys,
+    words_of,
 )
 from tfm.kernels.attention.short_forward import arguments_for, short_problem
 from tfm.kernels.philox import keep_mask
@@ -116,7 +117,7 @@ def short_attention_backward_kernel(
         if left is not None or right is not None:
             allowed &= is_allowed(row[None, :], column[:, None], position, left, right, key_length)
         if words is not None:
-            head_words = words + sequence * words_b + wide_head * words_h
+            head_words = words_of(words, sequence, wide_head, words_b, words_h)
             allowed &= tl.trans(mask_tile(head_words, row, words_s, is_row, 0, BLOCK_KEYS))
         elif reach is not None and bias is None:
             # A mask with one row for all queries is its own reach, each head's its own.

@@ -35,6 +35,7 @@ from tfm.kernels.attention.scores import (
     store_rows,
     unit_of,
     visible_keys,
+    words_of,
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, binary, natural_top, power
@@ -98,7 +99,8 @@ def short_attention_forward_kernel(
         if left is not None or right is not None:
             allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
         if words is not None:
-            allowed &= mask_tile(words + sequence * words_b + wide_head * words_h, row, words_s, is_row, 0, BLOCK_KEYS)
+            head_words = words_of(words, sequence, wide_head, words_b, words_h)
+            allowed &= mask_tile(head_words, row, words_s, is_row, 0, BLOCK_KEYS)
         scores = tl.where(allowed, scores, float("-inf"))
 
         top = tl.max(scores, axis=1) * scale

@@ -28,6 +28,7 @@ from tfm.kernels.attention.scores import (
     locate,
     mask_tile,
     unit_of,
+    words_of,
 )
 from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
@@ -71,7 +72,7 @@ def attention_weights_kernel(
     if left is not None or right is not None:
         allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
     if words is not None:
-        head_words = words + sequence * words_b + head * words_h
+        head_words = words_of(words, sequence, head, words_b, words_h)
         allowed &= mask_tile(head_words, row, words_s, is_row, first_column, BLOCK_KEYS)
     top, log_sum = load_statistics(statistics + sequence * row_b + head * row_h + row, row_kind, is_row)
     most = tl.where(allowed, 0.0, float("-inf"))

@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernel_cases.case import Case
 from tfm import ops
 from tfm.ops import backends
 from tools.host.batches import MOST
@@ -106,6 +108,18 @@ def test_products_other_launches_and_waits_are_told_apart():
     assert found.others == {"sum": 1, "gt": 1, "index": 1, "copy from the host": 1, "index_put_": 1}
     assert found.syncs == {"_local_scalar_dense": 1, "tolist": 1, "index": 1}
     assert found.total == 6
+
+
+@pytest.mark.parametrize("argument", ["i32:16", 1])
+def test_a_case_is_compiled_for_no_more_than_a_launch_tells(argument):
+    stride = SimpleNamespace(name="row_b", do_not_specialize=True, do_not_specialize_on_alignment=False)
+    pointer = SimpleNamespace(name="sums", do_not_specialize=False, do_not_specialize_on_alignment=True)
+    kernel = SimpleNamespace(params=[stride, pointer])
+    Case("a kernel", kernel, {"row_b": "i32", "sums": "*fp32"}, num_warps=4)
+    with pytest.raises(ValueError, match="row_b is not specialised on"):
+        Case("a kernel", kernel, {"row_b": argument, "sums": None}, num_warps=4)
+    with pytest.raises(ValueError, match="sums is not specialised on"):
+        Case("a kernel", kernel, {"row_b": None, "sums": "*fp32:16"}, num_warps=4)
 
 
 def test_what_is_over_its_budget_is_seen(committed):

@@ -38,6 +38,16 @@ class Case:
     # Tensors that it loads from and stores to, at places that never meet.
     apart: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where the compiler would know more than a launch tells it."""
+        # Triton's interpreter keeps no parameters.
+        for parameter in getattr(self.kernel, "params", ()):
+            argument = self.arguments.get(parameter.name)
+            is_aligned = isinstance(argument, str) and argument.endswith(":16")
+            is_known = is_aligned or not (argument is None or isinstance(argument, str))
+            if (parameter.do_not_specialize and is_known) or (parameter.do_not_specialize_on_alignment and is_aligned):
+                raise ValueError(f"{self.name}: {parameter.name} is not specialised on, got {argument!r}")
+
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:
     """The cases, those that are one but for their chips as one for the chips of all.

@@ -23,9 +23,9 @@ ROWS, COLUMNS = 5, 12
 
 
 def findings(launch: Callable[..., Any]) -> list[Finding]:
-    with memory.checked() as found:
+    with memory.checked() as checker:
         launch()
-    return list(found)
+    return list(checker.findings)
 
 
 def filled(*shape: int) -> torch.Tensor:

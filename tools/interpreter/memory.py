@@ -1,8 +1,8 @@
 """A memory checker for kernels in Triton's interpreter, as compute-sanitizer is one for those on a GPU.
 
-    with memory.checked() as findings:
+    with memory.checked() as checker:
         kernel[grid](...)
-    assert not list(findings)
+    assert not list(checker.findings)
 
 Every access of every program (loads, stores, atomics, block pointers and tensor descriptors) passes through it:
 
@@ -15,17 +15,19 @@ race             two programs of one launch touch an element, one of them writin
 order            the programs run a second time backwards and a third time shuffled, from the same memory, and leave
                  other bits
 
-triton-viz 3.0, whose sanitizer is for the same purpose, looks for accesses out of bounds alone: loads become symbols for
-a solver there, so that it sees neither races nor what is unwritten, it stops at operations of half of our kernels (idiv,
-shifts, mathematics), and a loop from a program's own number to the last row looks unbounded to it.
+triton-viz 3.0, whose sanitizer is for the same purpose, looks for accesses out of bounds alone: its loads are symbols
+for a solver, so that it sees neither races nor what is unwritten, it stops at operations of half of our kernels (idiv,
+shifts, mathematics), and to it a loop from a program's own number to the last row has no end.
 """
 
 from __future__ import annotations
 
 import inspect
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +40,7 @@ from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tools.interpreter.accesses import ATOMIC, READ, WRITE, Launch
-from tools.interpreter.findings import Findings, here
+from tools.interpreter.findings import Findings, Place, here
 from tools.interpreter.fresh import FreshMemory
 
 PROGRAM_ORDER, *OTHER_ORDERS = "program order", "reversed order", "shuffled order"
@@ -46,8 +48,8 @@ SHUFFLE_SEED = 20170612
 
 
 @contextmanager
-def checked() -> Iterator[Findings]:
-    """Every launch inside is checked, and runs in three orders; what is wrong is in the findings when this ends."""
+def checked() -> Iterator[Checker]:
+    """Every launch inside is checked and runs in three orders; what is wrong is among the checker's findings."""
     checker = Checker()
     builder, memory = interpreter.interpreter_builder, interpreter._interpreter
     with ExitStack() as stack:
@@ -62,14 +64,32 @@ def checked() -> Iterator[Findings]:
         stack.enter_context(patch.object(GridExecutor, "__call__", _around(checker.run, execute)))
         stack.enter_context(patch.object(builder, "set_grid_idx", _around(checker.next_program, builder.set_grid_idx)))
         stack.enter_context(checker.fresh)
-        yield checker.findings
+        yield checker
+
+
+@dataclass
+class Checked:
+    """How much of a kernel was checked: elements are those of accesses, in one order of the programs."""
+
+    launches: int = 0
+    programs: int = 0
+    elements: int = 0
+    places: set[Place] = field(default_factory=set)
+
+    def __iadd__(self, other: Checked) -> Checked:
+        self.launches += other.launches
+        self.programs += other.programs
+        self.elements += other.elements
+        self.places |= other.places
+        return self
 
 
 class Checker:
-    """Stands between the interpreter and its memory."""
+    """Stands between the interpreter and its memory; `kernels` says what came by."""
 
     def __init__(self) -> None:
         self.findings = Findings()
+        self.kernels: defaultdict[str, Checked] = defaultdict(Checked)
         self.fresh = FreshMemory(self.findings)
         self.launch = Launch("", self.findings)
         self._order = PROGRAM_ORDER
@@ -90,6 +110,7 @@ class Checker:
                 self._run(order, execute, executor, args, kwargs)
                 launch.compare(after, order)
             launch.restore(after)
+            self.kernels[launch.kernel] += Checked(1, len(launch.programs))
         finally:
             self.fresh.paused = False
 
@@ -138,6 +159,8 @@ class Checker:
 
     def _admit(self, pointers: Any, mask: Any, width: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
         place = here(self.launch.kernel)
+        if self._order == PROGRAM_ORDER:
+            self.kernels[self.launch.kernel] += Checked(elements=int(np.count_nonzero(mask)), places={place})
         return self.launch.admit(np.asarray(pointers), np.asarray(mask), width, kind, place)
 
 

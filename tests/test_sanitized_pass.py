@@ -13,6 +13,7 @@ from benchmarks import sanitized_pass
 from benchmarks.compiled import CASES, cases_of
 from tfm.native import attention
 from tfm.ops import backends
+from tools.interpreter import reached, sanitize
 
 CUDA = emulated.ROOT / "csrc" / "cuda"
 
@@ -22,6 +23,7 @@ def test_every_kernel_of_triton_is_launched(kernel_device, monkeypatch):
     for operation in sanitized_pass.served("triton", kernel_device):
         sanitized_pass.run("triton", operation, kernel_device, torch.float16)
     assert {case.kernel.fn.__name__ for case in cases_of(CASES, every=False)} <= set(launched)
+    assert reached.launched(sanitize.KERNELS) == set(launched)
 
 
 def test_every_operator_of_csrc_is_called_as_a_gpu_takes_it(cuda_device, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 
 import numpy
@@ -16,6 +17,7 @@ Program = tuple[int, int, int]
 # The lines that led somewhere, innermost first: file, line, function.
 Place = tuple[tuple[str, int, str], ...]
 
+ROOT = Path(__file__).parents[2]
 # The folders whose frames say nothing about who asked.
 FOLDERS = [os.path.dirname(file) for file in (torch.__file__, triton.__file__, numpy.__file__, __file__) if file]
 MACHINERY = tuple(folder + os.sep for folder in FOLDERS)
@@ -37,9 +39,12 @@ def here(kernel: str = "") -> Place:
 
 def text_of(place: Place) -> str:
     """Kernel last: "kernels/rows.py:38 in load, from kernels/norm.py:66"."""
-    lines = [(os.path.relpath(file), line, function) for file, line, function in place]
-    inner = [f"{file}:{line} in {function}" for file, line, function in lines[:-1]]
-    return ", from ".join([*inner, *(f"{file}:{line}" for file, line, _ in lines[-1:])])
+    lines = [f"{from_root(file)}:{line} in {function}" for file, line, function in place]
+    return ", from ".join(lines).rpartition(" in ")[0]
+
+
+def from_root(file: str) -> str:
+    return os.path.relpath(file, ROOT)
 
 
 @dataclass(frozen=True)

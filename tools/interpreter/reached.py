@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.interpreter.findings import Place
+from tools.interpreter.findings import Place, from_root
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,16 @@ class Access:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.lines.start} in {self.function}: {self.source}"
+        return f"{from_root(self.file)}:{self.lines.start} in {self.function}: {self.source}"
 
 
 def launched(files: Iterable[Path]) -> set[str]:
     """The kernels that are launched from Python in these files, as name[grid](...)."""
-    calls = (node for file in files for node in ast.walk(_tree(file)) if isinstance(node, ast.Call))
+    trees = [_tree(file) for file in files]
+    kernels = {function.name for tree in trees for function in _jit_functions(tree)}
+    calls = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call))
     functions = (call.func.value for call in calls if isinstance(call.func, ast.Subscript))
-    return {function.id for function in functions if isinstance(function, ast.Name)}
+    return {function.id for function in functions if isinstance(function, ast.Name)} & kernels
 
 
 def unreached(files: Iterable[Path], places: Iterable[Place]) -> list[Access]:

@@ -211,6 +211,7 @@ SOUND = {
     "torch reads what a kernel wrote": lambda: (lambda y: (scale(y=y), y + 1))(torch.empty(35)),
     "torch reads a copy": lambda: torch.empty(7).copy_(filled(7)) + 1,
     "torch writes where it was told": lambda: torch.add(filled(7), 1.0, out=torch.empty(7)) + 1,
+    "torch adds sparse tensors": lambda: torch.eye(3).to_sparse().add_(torch.eye(3).to_sparse()),
     "torch forgets a tensor": lambda: [torch.empty(n) is None or torch.zeros(n) + 1 for n in (7, 7, 7, 7)],
 }
 

@@ -13,7 +13,7 @@ from benchmarks import sanitized_pass
 from tfm import ops
 from tfm.ops import backends
 from tools.interpreter import memory, sanitize
-from tools.interpreter.findings import Finding, Findings
+from tools.interpreter.findings import Finding, Findings, from_root
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here, not in the interpreter")
 # What takes a second or two; `make test-all` passes all, `make sanitize` in every dtype.
@@ -64,6 +64,7 @@ class Pass:
         file.write_text(SOURCE)
         self.monkeypatch, self.capsys = monkeypatch, capsys
         monkeypatch.setattr(sanitize, "KERNELS", [file])
+        monkeypatch.setattr(sanitize, "UNREACHABLE", {})
         lines = [((5, "inner"), (10, "outer_kernel")), ((11, "outer_kernel"),), ((12, "outer_kernel"),)]
         self.places = [tuple((str(file), *line) for line in place) for place in lines]
 
@@ -129,6 +130,15 @@ def test_access_that_is_never_come_to_fails_the_pass(run_pass, missing, lines):
     assert status == 1
     found = [line.partition("launching.py:")[2] for line in printed if line.startswith("never come to: ")]
     assert sorted(found) == sorted(lines)
+
+
+def test_access_may_be_excused_and_only_while_it_is_never_come_to(run_pass, monkeypatch):
+    excuse = (from_root(str(sanitize.KERNELS[0])), "x.load(")
+    monkeypatch.setattr(sanitize, "UNREACHABLE", {excuse: "for a reason"})
+    assert run_pass(places=run_pass.places[:2])[0] == 0
+    status, lines = run_pass()
+    assert status == 1
+    assert lines[-1] == f"come to, though excused: {excuse[0]}: x.load("
 
 
 def test_where_nothing_is_interpreted_the_pass_says_so(monkeypatch, capsys):

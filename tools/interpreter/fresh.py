@@ -64,7 +64,9 @@ class FreshMemory(TorchDispatchMode):
         self._allocations: dict[int, Allocation] = {}
 
     def allocation(self, x: Tensor) -> Allocation | None:
-        """Of the storage of `x`; None where that did not come unwritten."""
+        """Of the storage of `x`; None where it has none or that did not come unwritten."""
+        if x.layout != torch.strided or x.device.type != "cpu":
+            return None
         found = self._allocations.get(x.untyped_storage().data_ptr())
         return found if found and found.storage.data_ptr() == found.address else None
 
@@ -103,7 +105,7 @@ class FreshMemory(TorchDispatchMode):
 
     def _demand(self, x: Tensor, operator: str, argument: str, what: str) -> None:
         """Reports `x` where some of it is unwritten."""
-        known = self.allocation(x) if x.layout == torch.strided and x.device.type == "cpu" else None
+        known = self.allocation(x)
         if known is None:
             return
         unwritten = known.elements(x) != all_written(min(x.element_size(), 8))

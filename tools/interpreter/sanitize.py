@@ -4,7 +4,7 @@
 
 Runs benchmarks.sanitized_pass, several operations at a time, and prints a line for each kernel, then what was found.
 Exit status 1 where something was, where a kernel was never launched, or where an access in a kernel's source was never
-come to, since it is not checked then; 2 where kernels cannot be interpreted here.
+come to, since it is not checked then, unless UNREACHABLE says why; 2 where kernels cannot be interpreted here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,20 @@ import torch
 from benchmarks import sanitized_pass
 from benchmarks.progress import say
 from tools.interpreter import memory, reached
-from tools.interpreter.findings import Findings
+from tools.interpreter.findings import Findings, Place, from_root
 
 KERNELS = sorted((Path(__file__).parents[2] / "kernels").rglob("*.py"))
+# Accesses that no call of an operation comes to: file, how they begin, why.
+UNREACHABLE = {
+    (
+        "kernels/attention/backward_keys.py",
+        "tl.load(upper + 2 * row",
+    ): "no launch row has more queries here than for dq",
+    (
+        "kernels/attention/bias_gradient.py",
+        "mask_tile(",
+    ): "of a float mask there are no words: tfm/operators/mask_bits.py",
+}
 CPU = torch.device("cpu")
 SEED = 20170612
 
@@ -74,12 +85,26 @@ def main(only: Sequence[str]) -> int:
     lines = [str(finding) for finding in findings]
     if not only:
         lines += [f"never launched: {kernel}" for kernel in sorted(reached.launched(KERNELS) - kernels.keys())]
-        places = {place for checked in kernels.values() for place in checked.places}
-        lines += [f"never come to: {access}" for access in reached.unreached(KERNELS, places)]
+        lines += _unreached({place for checked in kernels.values() for place in checked.places})
     print(
         "\n".join(lines or ["clean: no access out of bounds, unwritten or raced for, and no order of programs matters"])
     )
     return 1 if lines else 0
+
+
+def _unreached(places: set[Place]) -> list[str]:
+    """A line for each access that was not come to and should have been, or the other way round."""
+    lines, needed = [], set()
+    for access in reached.unreached(KERNELS, places):
+        excuses = {
+            (file, begin)
+            for file, begin in UNREACHABLE
+            if from_root(access.file) == file and access.source.startswith(begin)
+        }
+        needed |= excuses
+        if not excuses:
+            lines.append(f"never come to: {access}")
+    return lines + [f"come to, though excused: {file}: {begin}" for file, begin in UNREACHABLE.keys() - needed]
 
 
 if __name__ == "__main__":

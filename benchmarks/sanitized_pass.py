@@ -82,8 +82,7 @@ def attention(new: Tensors) -> Iterator[Outputs]:
     ):
         query = new(batch, HEADS, queries, HEAD_DIM)
         key, value = (new(batch, KEY_HEADS, keys, HEAD_DIM) for _ in range(2))
-        found = ops.attention(query, key, value, enable_gqa=True, **options)
-        yield tuple(x for x in found if x is not None) if isinstance(found, tuple) else found
+        yield ops.attention(query, key, value, enable_gqa=True, **options)
 
 
 def varlen_attention(new: Tensors) -> Iterator[Outputs]:

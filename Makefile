@@ -23,8 +23,10 @@ test-all: native
 native: $(INSTALLED)
 	$(BIN)/tfm build --if-possible
 
-# The CPU kernels under the address, undefined behaviour and thread sanitizers: minutes.
+# Triton's kernels under the memory checker of its interpreter, and the CPU kernels under the address, undefined
+# behaviour and thread sanitizers: minutes.
 sanitize: $(INSTALLED)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m tools.interpreter.sanitize
 	$(BIN)/python -m benchmarks.native_sanitizers
 
 # Format, lint, types, and who may import whom.

@@ -25,10 +25,14 @@ from tools import interpreter
 DROPOUT_P = 0.1
 # No multiples of tiles; COLUMNS and WIDTH are of 16, as matmuls want. Rows of WIDE columns do not fit the registers.
 ROWS, COLUMNS, WIDTH, CLASSES, WIDE = 35, 80, 144, 1031, 8193
+# Columns that matmuls' tiles divide.
+EVEN = 128
 SHAPES = ((ROWS, COLUMNS), (3, WIDE))
 LENGTHS = (1, 19, 66)
 # Keys that are too many for the kernels of short sequences, and as many as csrc's for GPUs take.
 LONG, SHORT = 300, 256
+# Keys and queries that fit the kernels of short sequences in every dtype.
+FEW = 17
 HEADS, KEY_HEADS, HEAD_DIM = 2, 1, 40
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -49,6 +53,10 @@ class Tensors:
         self.leaves.append(leaf)
         return leaf
 
+    def biases(self, *shape: int) -> Tensor:
+        """They learn where attention's may."""
+        return self(*shape).detach() if self.short else self(*shape)
+
     def integers(self, *values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
@@ -59,13 +67,19 @@ class Tensors:
 def attention(new: Tensors) -> Iterator[Outputs]:
     batch, longest, lengths = len(LENGTHS), max(LENGTHS), new.integers(*LENGTHS)
     padding = {"key_lengths": lengths, "dropout_p": DROPOUT_P}
-    learnt, most = new(1, HEADS, longest, longest), SHORT if new.short else LONG
-    bias = {"attn_mask": learnt.detach() if new.short else learnt, "sinks": new(HEADS)}
+    most = SHORT if new.short else LONG
+    bias = {"attn_mask": new.biases(1, HEADS, longest, longest), "sinks": new(HEADS)}
     mask = {"attn_mask": new.below(2, batch, 1, 3, most).bool()}
+    starts = {"query_start": new.integers(*range(batch)), "window_size": (-1, 60), "return_lse": True}
     for queries, keys, options in (
         (longest, longest, {"is_causal": True} | padding),
         (longest, longest, {"window_size": (33, -1), "return_weights": not new.short} | bias),
         (3, most, mask),
+        (3, most, {"scale": 1000.0} | padding),
+        (FEW, FEW, {"attn_mask": new.below(2, batch, 1, FEW, FEW).bool(), "return_weights": not new.short} | starts),
+        (FEW, FEW, {"attn_mask": new.below(2, batch, 1, 1, FEW).bool()}),
+        (FEW, FEW, {"attn_mask": new.biases(1, HEADS, 1, FEW)}),
+        (3, most, bias | {"attn_mask": new.biases(HEADS, 3, most), "return_weights": not new.short} | padding | starts),
     ):
         query = new(batch, HEADS, queries, HEAD_DIM)
         key, value = (new(batch, KEY_HEADS, keys, HEAD_DIM) for _ in range(2))
@@ -99,8 +113,8 @@ def layer_norm(new: Tensors) -> Iterator[Outputs]:
 
 def residual_layer_norm(new: Tensors) -> Iterator[Outputs]:
     for shape in SHAPES:
-        weights = new(shape[1]), new(shape[1])
-        yield ops.residual_layer_norm(new(*shape), new(*shape), *weights, dropout_p=DROPOUT_P)
+        weight, bias, x_bias = (new(shape[1]) for _ in range(3))
+        yield ops.residual_layer_norm(new(*shape), new(*shape), weight, bias, dropout_p=DROPOUT_P, x_bias=x_bias)
 
 
 def rms_norm(new: Tensors) -> Iterator[Outputs]:
@@ -113,7 +127,7 @@ def residual_rms_norm(new: Tensors) -> Iterator[Outputs]:
 
 
 def feed_forward(new: Tensors) -> Iterator[Outputs]:
-    for columns, activation in ((COLUMNS, "relu"), (COLUMNS, "gelu"), (COLUMNS - 1, "gelu")):
+    for columns, activation in ((COLUMNS, "relu"), (COLUMNS, "gelu"), (COLUMNS - 1, "gelu"), (EVEN, "silu")):
         first, second = (new(WIDTH, columns), new(WIDTH)), (new(columns, WIDTH), new(columns))
         yield ops.feed_forward(new(ROWS, columns), *first, *second, activation, DROPOUT_P)
 
@@ -131,6 +145,7 @@ def linear_cross_entropy(new: Tensors) -> Iterator[Outputs]:
     for x in (new(ROWS, COLUMNS), new(ROWS, COLUMNS).detach()):
         with torch.set_grad_enabled(x.requires_grad):
             yield ops.linear_cross_entropy(x, weight, target, linear_bias=bias, label_smoothing=0.1, z_loss=1e-4)
+    yield ops.linear_cross_entropy(new(3, COLUMNS), new(WIDE, COLUMNS), new.below(WIDE, 3), reduction="none")
 
 
 def embedding(new: Tensors) -> Iterator[Outputs]:
@@ -138,6 +153,11 @@ def embedding(new: Tensors) -> Iterator[Outputs]:
     weight, learned = new(CLASSES, COLUMNS), new(WIDTH, COLUMNS)
     for table in (None, learned):
         yield ops.embedding(tokens, weight, positions, position_weight=table, dropout_p=DROPOUT_P, padding_idx=0)
+    # So many of one token that they are added up in parts.
+    often = new.below(WIDTH, 3 * ROWS)
+    often[3:] = 5
+    for sparse in (False, True):
+        yield ops.embedding(often, learned, new.below(WIDTH, 3 * ROWS), dropout_p=DROPOUT_P, sparse=sparse)
 
 
 def rotary(new: Tensors) -> Iterator[Outputs]:
@@ -150,7 +170,8 @@ def rotary(new: Tensors) -> Iterator[Outputs]:
 def rotary_(new: Tensors) -> Iterator[Outputs]:
     cos, sin = (table.to(new.device) for table in ops.rotary_table(ROWS, HEAD_DIM))
     fused = new(ROWS, HEADS + 2 * KEY_HEADS, HEAD_DIM)
-    yield ops.rotary_(2 * fused, HEADS + KEY_HEADS, cos, sin, interleaved=True)
+    for positions in (None, new.below(ROWS, ROWS)):
+        yield ops.rotary_(2 * fused, HEADS + KEY_HEADS, cos, sin, positions, interleaved=True)
 
 
 PASSES: dict[str, Callable[[Tensors], Iterator[Outputs]]] = {

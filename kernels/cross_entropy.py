@@ -179,10 +179,12 @@ def cross_entropy_(
     scalar `largest`; None is 1.
     """
     rows, classes = logits.shape
+    width = logits.stride(0)
     tiles = launch.cross_entropy(classes)
     cross_entropy_kernel[(rows,)](
-        logits=logits, bias=bias, target=target, losses=losses, grad=grad, largest=largest,
-        classes=classes, width=logits.stride(0), ignore_index=ignore_index,
+        # Whole rows of the buffer: all that the kernel touches.
+        logits=logits.as_strided((rows, width), (width, 1)), bias=bias, target=target, losses=losses, grad=grad,
+        largest=largest, classes=classes, width=width, ignore_index=ignore_index,
         smoothing=smoothing or None, z_loss=z_loss or None, softcap=softcap,
         GRADIENT=gradient, BLOCK=tiles.block, CHUNKS=tiles.chunks, num_warps=tiles.num_warps,
     )  # fmt: skip

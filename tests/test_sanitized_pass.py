@@ -13,6 +13,7 @@ from benchmarks import sanitized_pass
 from benchmarks.compiled import CASES, cases_of
 from tfm.native import attention
 from tfm.ops import backends
+from tools.interpreter import reached, sanitize
 
 CUDA = emulated.ROOT / "csrc" / "cuda"
 
@@ -22,6 +23,7 @@ def test_every_kernel_of_triton_is_launched(kernel_device, monkeypatch):
     for operation, dtypes in sanitized_pass.served("triton", kernel_device).items():
         sanitized_pass.run("triton", operation, kernel_device, dtypes[-1])
     assert {case.kernel.fn.__name__ for case in cases_of(CASES, every=False)} <= set(launched)
+    assert reached.launched(sanitize.KERNELS) == set(launched)
 
 
 def test_triton_passes_in_every_dtype():

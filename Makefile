@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Two processes; a file's tests stay in one of them, and tests/selection.py has the slowest files first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all native sanitize check check-kernels check-kernels-all bench gpu tune clean
@@ -13,11 +16,11 @@ demo: native
 	$(BIN)/tfm demo
 
 test: native
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	$(PYTEST)
 
-# The same with the full product of attention's rules.
+# The long tests too, and new examples of those that draw them.
 test-all: native
-	OMP_NUM_THREADS=1 TFM_EVERY_ATTENTION=1 HYPOTHESIS_PROFILE=default $(BIN)/pytest -n 2 --dist loadgroup
+	TFM_EVERY=1 $(PYTEST)
 
 # The native operators: two seconds where nothing changed, one line where there is no compiler.
 native: $(INSTALLED)

@@ -1,7 +1,4 @@
-"""Attention of any length: the Triton kernels against the oracle, padded and packed, dropout included.
-
-TFM_EVERY_ATTENTION=1 adds the full product of the rules.
-"""
+"""Attention of any length: the Triton kernels against the oracle, padded and packed, dropout included."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from attention_cases import (
     Problem,
     assert_matches,
     attend,
+    every_problem,
     make,
     packed_problem,
     packing,
@@ -93,7 +91,17 @@ CASES = [(name, dtype) for dtype in DTYPES for name in (PROBLEMS if dtype.itemsi
 
 @pytest.mark.parametrize(("problem", "dtype"), [(PROBLEMS[name], dtype) for name, dtype in CASES], ids=map(str, CASES))
 def test_kernels_match(problem, dtype, kernel_device, launched):
-    assert_matches(make(problem, kernel_device, dtype), dtype)
+    check_kernels(problem, dtype, kernel_device, launched)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("problem", every_problem().values(), ids=every_problem().keys())
+def test_kernels_match_in_every_product_of_rules(problem, kernel_device, launched):
+    check_kernels(problem, torch.float32, kernel_device, launched)
+
+
+def check_kernels(problem, dtype, device, launched):
+    assert_matches(make(problem, device, dtype), dtype)
     kind, shape = problem.mask or ("", ())
     # Where each (sequence, head) has a bias of its own, there is nothing to sum.
     bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS

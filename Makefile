@@ -5,22 +5,27 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Two processes; a file's tests stay in one of them, and tests/selection.py has the slowest files first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all native sanitize check check-kernels check-kernels-all bench gpu tune clean
+.PHONY: demo test test-all test-processors native sanitize check check-kernels check-kernels-all bench gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: native
 	$(BIN)/tfm demo
 
 test: native
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
 
-# The long tests too, and new examples of those that draw them.
+# The long tests too, new examples of those that draw them, and what computes as on other processors.
 test-all: native
-	TFM_EVERY=1 $(PYTEST)
+	OMP_NUM_THREADS=1 TFM_EVERY=1 $(BIN)/pytest $(TOGETHER)
+	$(MAKE) test-processors
+
+# What computes, with fewer of this processor's instructions, setting by setting: some minutes each.
+test-processors: native
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.processors -- $(TOGETHER)
 
 # The native operators: two seconds where nothing changed, one line where there is no compiler.
 native: $(INSTALLED)

@@ -4,20 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Two processes; a file's tests stay in one of them, and tests/selection.py has the slowest files first.
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
+
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all native sanitize check check-kernels check-kernels-all host bench gpu tune clean
+.PHONY: demo test test-all test-processors native sanitize check check-kernels check-kernels-all host bench gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: native
 	$(BIN)/tfm demo
 
 test: native
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
 
-# The same with the full product of attention's rules.
+# The long tests too, new examples of those that draw them, and what computes as on other processors.
 test-all: native
-	OMP_NUM_THREADS=1 TFM_EVERY_ATTENTION=1 HYPOTHESIS_PROFILE=default $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 TFM_EVERY=1 $(BIN)/pytest $(TOGETHER)
+	$(MAKE) test-processors
+
+# What computes, with fewer of this processor's instructions, setting by setting: some minutes each.
+test-processors: native
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.processors -- $(TOGETHER)
 
 # The native operators: two seconds where nothing changed, one line where there is no compiler.
 native: $(INSTALLED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
@@ -86,7 +85,7 @@ PROBLEMS = {
 
 
 def every_problem() -> dict[str, Problem]:
-    """The full product, for those who have the time: TFM_EVERY_ATTENTION=1."""
+    """The full product of the rules, for long tests."""
     rules = product(
         ({}, {"is_causal": True}, {"is_causal": True, "query_start": [3, -4]}, {"window_size": (20, 3)}),
         ({}, {"key_lengths": [40, 17]}),
@@ -101,11 +100,6 @@ def every_problem() -> dict[str, Problem]:
         problem = Problem((2, 2, key_heads, 40, 70, dim, 16), combined, mask)
         found[f"{combined}, {mask}, {key_heads} key heads of {dim}"] = problem
     return found
-
-
-EVERY = os.environ.get("TFM_EVERY_ATTENTION") == "1"
-if EVERY:
-    PROBLEMS |= every_problem()
 
 
 @dataclass

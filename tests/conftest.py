@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import settings
+from selection import EVERY, Selection
 from torch.utils._device import _device_constructors
 
 from tfm import native
@@ -54,10 +55,11 @@ if not backends.has_triton():
 
 # The same examples on every run, so that a change is judged by what it changed; `make test-all` draws new ones.
 settings.register_profile("repeated", derandomize=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeated"))
+settings.load_profile("default" if EVERY else "repeated")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Selection(config))
     torch.set_num_threads(1)
     # torch remembers what makes tensors when it is first asked: not while a test has put something else in their place.
     _device_constructors()

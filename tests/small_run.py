@@ -17,7 +17,7 @@ from tfm.cli import app
 from tfm.demo import corpus
 
 PAIRS = 200
-STEPS = 40
+STEPS = 20
 FLAGS = (
     "--preset demo --vocab-size 400 --batch-tokens 256 --warmup 10 --every 10 --log-every 1 --dropout 0.1 "
     f"--max-length 64 --max-steps {STEPS} --threads 1 --device cpu"

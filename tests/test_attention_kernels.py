@@ -1,7 +1,4 @@
-"""Attention of any length: the Triton kernels against the oracle, padded and packed, dropout included.
-
-TFM_EVERY_ATTENTION=1 adds the full product of the rules.
-"""
+"""Attention of any length: the Triton kernels against the oracle, padded and packed, dropout included."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import (
-    EVERY,
     NOTHING_ALLOWED,
     PACKED_NAMES,
     PACKED_RULES,
@@ -22,6 +18,7 @@ from attention_cases import (
     Problem,
     assert_matches,
     attend,
+    every_problem,
     make,
     packed_problem,
     packing,
@@ -88,15 +85,34 @@ def equal(actual, expected):
 
 
 # In fp32 what is exact shows; the narrow types round p and ds once more, which the rules hardly touch. bf16, in which
-# people train, has every problem in `make test-all`.
+# people train, has every problem among the long tests.
 NARROW = ["causal, dropout", "bool mask [Sq, Sk], starts, dropout", "bias [1, H, Sq, Sk], causal", "everything"]
-WHOLE = [torch.float32, torch.bfloat16] if EVERY else [torch.float32]
-CASES = [(name, dtype) for dtype in DTYPES for name in (PROBLEMS if dtype in WHOLE else NARROW)]
+CASES = [
+    pytest.param(
+        PROBLEMS[name],
+        dtype,
+        marks=() if name in NARROW or dtype == torch.float32 else pytest.mark.long,
+        id=str((name, dtype)),
+    )
+    for dtype in DTYPES
+    for name in (NARROW if dtype == torch.float16 else PROBLEMS)
+]
 
 
-@pytest.mark.parametrize(("problem", "dtype"), [(PROBLEMS[name], dtype) for name, dtype in CASES], ids=map(str, CASES))
+@pytest.mark.parametrize(("problem", "dtype"), CASES)
 def test_kernels_match(problem, dtype, kernel_device, launched):
-    assert_matches(make(problem, kernel_device, dtype), dtype)
+    check_kernels(problem, dtype, kernel_device, launched)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("problem", every_problem().values(), ids=every_problem().keys())
+def test_kernels_match_in_every_product_of_rules(problem, dtype, kernel_device, launched):
+    check_kernels(problem, dtype, kernel_device, launched)
+
+
+def check_kernels(problem, dtype, device, launched):
+    assert_matches(make(problem, device, dtype), dtype)
     kind, shape = problem.mask or ("", ())
     # Where each (sequence, head) has a bias of its own, there is nothing to sum.
     bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS

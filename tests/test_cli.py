@@ -47,7 +47,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
     training, held_out = demo.corpus()
     preset = config.PRESETS["demo"]
-    small = replace(preset, recipe=replace(preset.recipe, max_steps=4, vocab_size=400))
+    small = replace(preset, recipe=replace(preset.recipe, max_steps=2, vocab_size=400))
     monkeypatch.setattr(demo, "corpus", lambda: (training[:200], held_out[:24]))
     monkeypatch.setitem(config.PRESETS, "demo", small)
 

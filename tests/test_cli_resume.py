@@ -86,10 +86,10 @@ def test_another_end_is_told_with_what_it_does_to_the_learning_rate(run: Path) -
     result = tfm("train", "--resume", "--max-steps", STEPS + 2, "--out", run)
     assert result.stdout.startswith(
         f"the run ends at step {STEPS + 2}, not {STEPS}; --max-steps changes that again\n"
-        "its learning rate falls to 0 by that step: the next update is made at 0.000242, not 0\n"
+        "its learning rate falls to 0 by that step: the next update is made at 0.000615, not 0\n"
     )
     longer = replace(recipe, max_steps=STEPS + 2)
-    assert longer.learning_rate_at(STEPS + 1) == pytest.approx(0.000242, rel=2e-3)
+    assert longer.learning_rate_at(STEPS + 1) == pytest.approx(0.000615, rel=2e-3)
     Run(run).write_config(config, replace(longer, schedule="inverse_sqrt"), training)
     result = tfm("train", "--resume", "--max-steps", STEPS + 3, "--out", run)
     assert result.stdout.startswith(f"the run ends at step {STEPS + 3}, not {STEPS + 2}; ")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 import warnings
@@ -16,8 +15,6 @@ from torch import Tensor
 
 import tfm
 
-# Exports take their time: `make test-all` makes each in both ways.
-EVERY = os.environ.get("TFM_EVERY_ATTENTION") == "1"
 DIM, HEADS = 16, 2
 SIZES = ((3, 5, 7), (2, 9, 4), (6, 12, 30))
 NAMES = ("source", "target", "source_padding", "target_padding", "mask")
@@ -148,7 +145,7 @@ def test_script_says_what_to_do_instead() -> None:
     torch.jit.script(encoder)
 
 
-@pytest.mark.parametrize("strict", [True, False] if EVERY else [True])
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_an_export_keeps_the_kernels(strict: bool) -> None:
     program = torch.export.export(translator(), inputs(*SIZES[0]), dynamic_shapes=dynamic(), strict=strict)
     file = io.BytesIO()
@@ -157,7 +154,7 @@ def test_an_export_keeps_the_kernels(strict: bool) -> None:
     check(torch.export.load(file).module())
 
 
-@pytest.mark.parametrize("strict", [True, False] if EVERY else [False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.long), False])
 def test_an_export_of_the_reference_runs_without_tfm(strict: bool, tmp_path: Path) -> None:
     with tfm.use("reference"):
         program = torch.export.export(translator(), inputs(*SIZES[0]), dynamic_shapes=dynamic(), strict=strict)

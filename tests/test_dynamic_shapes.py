@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from dynamic_cases import MODULES, OPERATIONS, SIZES, Case, Size, module_case
+from selection import long_but
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tfm
 from tfm.reference import dropout, linear_cross_entropy
 
-# Compiling takes its time: `make test-all` goes through every combination, `make test` through each case once.
-EVERY = os.environ.get("TFM_EVERY_ATTENTION") == "1"
+# Compiling takes its time: `make test` goes through each case once, long tests through every combination.
 CASES = (*OPERATIONS, *MODULES)
 
 
@@ -66,7 +65,7 @@ def test_two_graphs_serve_every_shape(name: str) -> None:
     check_graphs(name, "auto", differentiates=True)
 
 
-@pytest.mark.skipif(not EVERY, reason="make test-all")
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_two_graphs_serve_every_shape_without_gradients(name: str) -> None:
     check_graphs(name, "auto", differentiates=False)
@@ -83,7 +82,7 @@ DYNAMIC = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES if EVERY else BY_SIZE)
+@pytest.mark.parametrize("name", long_but(BY_SIZE, CASES))
 def test_two_graphs_of_the_reference_serve_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Smaller than the largest batch, larger than the smallest.
     monkeypatch.setattr(dropout, "CHUNK", 64)
@@ -97,7 +96,7 @@ def test_two_graphs_of_triton_serve_every_shape(name: str) -> None:
     check_graphs(name, "triton", True, SIZES[:4])
 
 
-@pytest.mark.parametrize("name", CASES if EVERY else DYNAMIC)
+@pytest.mark.parametrize("name", long_but(DYNAMIC, CASES))
 def test_dynamic_from_the_first(name: str) -> None:
     case = case_of(name)
     compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -106,7 +105,7 @@ def test_dynamic_from_the_first(name: str) -> None:
         compare(compiled, case, SIZES[1:], True)
 
 
-@pytest.mark.skipif(not EVERY, reason="make test-all")
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["inductor"])
 def test_inductor_serves_every_shape(backend: str) -> None:
     case, counter = case_of("TransformerEncoderLayer"), CompileCounterWithBackend(backend)

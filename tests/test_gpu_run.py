@@ -18,8 +18,6 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import child, speed
 from tfm.native import toolchain
 
-# What one process has run and these tests look at is not run by another.
-pytestmark = pytest.mark.xdist_group("gpu_run")
 ROOT = Path(command.ROOT)
 HAS_COMPILER = not toolchain.missing()
 # One kernel in the place of all, so that nothing is compiled for minutes.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from selection import EVERY
 
 from benchmarks.kernel_cases.case import Case
 from tfm import ops
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.xdist_group("host")]
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "host.json"
 # The compilations of so few say the same of the record as those of all.
-BATCHES = 200 if os.environ.get("TFM_EVERY_ATTENTION") else 24
+BATCHES = 200 if EVERY else 24
 
 
 @pytest.fixture(scope="session")

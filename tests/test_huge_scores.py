@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from huge_scores import LOWEST, Problem, problems
 from hypothesis import given, settings
+from selection import EVERY
 
 from tfm import native
 from tfm.ops import backends
@@ -33,7 +33,6 @@ RUNS = [
         ("native", torch.float32), ("native", torch.bfloat16),
     )
 ]  # fmt: skip
-EVERY = os.environ.get("TFM_EVERY_ATTENTION") == "1"
 
 
 # Tests of a backend that draw examples, its dtypes counted apart.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from selection import long_but
 
 from benchmarks import sanitized_pass
 from tfm import ops
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run o
 QUICK = ["decode_attention", "feed_forward", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary_"]
 
 
-@pytest.mark.parametrize("operation", list(sanitized_pass.PASSES) if "TFM_EVERY_ATTENTION" in os.environ else QUICK)
+@pytest.mark.parametrize("operation", long_but(QUICK, sanitized_pass.PASSES))
 def test_kernels_are_clean(operation):
     findings, kernels = sanitize.check(operation, torch.float16)
     assert [str(finding) for finding in findings] == []

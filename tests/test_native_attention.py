@@ -17,6 +17,7 @@ from attention_cases import (
     Problem,
     assert_matches,
     attend,
+    every_problem,
     make,
     packed_problem,
     packing,
@@ -70,6 +71,15 @@ def equal(actual, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", (PROBLEMS | LONG).values(), ids=(PROBLEMS | LONG).keys())
 def test_native_matches(problem, dtype, instruction_set):
+    with native.instruction_set(instruction_set):
+        assert_matches(make(problem, CPU, dtype), dtype, impl="native")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("instruction_set", native.INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", every_problem().values(), ids=every_problem().keys())
+def test_native_matches_in_every_product_of_rules(problem, dtype, instruction_set):
     with native.instruction_set(instruction_set):
         assert_matches(make(problem, CPU, dtype), dtype, impl="native")
 

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from native import INSTRUCTION_SETS, instruction_set
 from small_run import tfm
 
 from tfm import native
+from tfm.cli import doctor
 from tfm.native import build, plan, toolchain
 from tfm.native.plan import BuildError
 
@@ -48,6 +50,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As before the library was looked for."""
     monkeypatch.setattr(native, "_obstacles", None)
     monkeypatch.setattr(native, "_of_gpu", {})
+    monkeypatch.delenv("TFM_INSTRUCTION_SET", raising=False)
 
 
 def script(path: Path, text: str) -> str:
@@ -342,6 +345,24 @@ def test_says_which_processor_the_library_does_not_serve(unloaded: None, monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     monkeypatch.setattr(native, "_of_gpu", {})
     assert native.obstacle(GPU) == ""
+
+
+@needs_compiler
+def test_a_variable_chooses_the_instruction_set(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with instruction_set(INSTRUCTION_SETS[0]):
+        # The widest last, so that each of two is another than what was in use.
+        for name in reversed(INSTRUCTION_SETS):
+            monkeypatch.setattr(native, "_obstacles", None)
+            monkeypatch.setenv("TFM_INSTRUCTION_SET", name)
+            assert native.obstacle(CPU) == ""
+            assert torch.ops.tfm_native.instruction_set() == name
+            assert f"kernels for {name} (TFM_INSTRUCTION_SET), " in doctor._native()
+        monkeypatch.setattr(native, "_obstacles", None)
+        monkeypatch.setenv("TFM_INSTRUCTION_SET", "sse")
+        assert native.obstacle(CPU) == (
+            "TFM_INSTRUCTION_SET: expected a set of instructions that this CPU and the kernels have, got sse"
+        )
+        assert torch.ops.tfm_native.instruction_set() == name
 
 
 def test_dynamo_folds_the_answer() -> None:

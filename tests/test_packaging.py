@@ -197,7 +197,6 @@ def installed(copy, tmp_path_factory) -> Path:
     return target
 
 
-@pytest.mark.xdist_group("installed")
 @pytest.mark.triton
 def test_installs_and_imports_from_elsewhere(installed, tmp_path):
     program = f"import sys; sys.path.insert(0, {str(installed)!r})\n" + IMPORT_EVERYTHING
@@ -213,7 +212,6 @@ print(tfm.__version__ == version("tfm"), *tfm.__path__)
     assert state.split() == ["True", str(installed / "tfm")]
 
 
-@pytest.mark.xdist_group("installed")
 def test_ships_what_it_needs_and_nothing_else(installed):
     assert (installed / "tfm" / "py.typed").exists()
     assert {path.name for path in (installed / "tfm" / "demo").iterdir()} >= {"training.tsv.gz", "held_out.tsv.gz"}
@@ -229,7 +227,6 @@ def test_ships_what_it_needs_and_nothing_else(installed):
     assert any(installed.glob("tfm-*.dist-info/licenses/LICENSE"))
 
 
-@pytest.mark.xdist_group("installed")
 def test_metadata_says_what_each_part_needs(installed):
     (folder,) = installed.glob("tfm-*.dist-info")
     metadata = message_from_string((folder / "METADATA").read_text("utf-8"))
@@ -249,7 +246,6 @@ def test_metadata_says_what_each_part_needs(installed):
     assert "](benchmarks/" not in described
 
 
-@pytest.mark.xdist_group("installed")
 def test_an_installation_finds_the_sources_to_compile(installed, tmp_path):
     program = f"import sys; sys.path.insert(0, {str(installed)!r})\nfrom tfm.native import plan; print(plan.sources())"
     assert run(program, cwd=tmp_path) == [str(installed / "tfm" / "csrc")]
@@ -320,7 +316,6 @@ exec(open("setup.py").read(), {{"__file__": "setup.py"}})
     assert said.strip().startswith("tfm: a pure wheel, without native operators: no C++ compiler: looked for ")
 
 
-@pytest.mark.xdist_group("installed")
 @pytest.mark.skipif(bool(toolchain.missing()), reason=toolchain.missing())
 def test_a_wheel_holds_the_operators_where_a_compiler_is(copy, tmp_path):
     pip("wheel", "--wheel-dir", tmp_path, copy, TFM_NATIVE_BUILD="", TFM_NATIVE="")

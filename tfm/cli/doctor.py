@@ -105,8 +105,9 @@ def _native() -> str:
     import torch
 
     operators = torch.ops.tfm_native
+    chosen = f" ({native.INSTRUCTION_SET})" if os.environ.get(native.INSTRUCTION_SET) else ""
     cuda = "with CUDA" if operators.has_cuda() else "without CUDA"
-    return f"{native.library()}, kernels for {operators.instruction_set()}, {cuda}"
+    return f"{native.library()}, kernels for {operators.instruction_set()}{chosen}, {cuda}"
 
 
 def _installed(package: str) -> str:

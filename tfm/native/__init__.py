@@ -16,6 +16,8 @@ from tfm.native import plan
 
 # Of the native operators, in torch.ops.
 NAMESPACE = "tfm_native"
+# The variable that names the instruction set of the CPU kernels in use: avx2, avx512 or neon. Without it, the widest.
+INSTRUCTION_SET = "TFM_INSTRUCTION_SET"
 
 # Why not on the CPU, and why not on a GPU, as far as the library alone decides; None until it has been loaded.
 _obstacles: tuple[str, str] | None = None
@@ -96,9 +98,14 @@ def _load() -> str:
 
 
 def _cpu_obstacle() -> str:
-    if torch.ops.tfm_native.instruction_set() != "none":
-        return ""
-    return "expected a CPU with AVX2 and FMA, got one without"
+    if torch.ops.tfm_native.instruction_set() == "none":
+        return "expected a CPU with AVX2 and FMA, got one without"
+    if chosen := os.environ.get(INSTRUCTION_SET):
+        try:
+            torch.ops.tfm_native.use_instruction_set(chosen)
+        except RuntimeError:
+            return f"{INSTRUCTION_SET}: expected a set of instructions that this CPU and the kernels have, got {chosen}"
+    return ""
 
 
 def _cuda_obstacle() -> str:

@@ -150,8 +150,10 @@ def _uses_one(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if _uses_one(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    kept, others = [], []
+    for item in items:
+        (kept if _uses_one(item) else others).append(item)
+    config.hook.pytest_deselected(items=others)
     items[:] = kept
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformer_cases import (
     BATCH,
     CASES,
@@ -52,6 +53,24 @@ def test_inductor_runs_it() -> None:
         found = torch.compile(ours, fullgraph=True)(source, src_key_padding_mask=padded)
         expected = ours(source, src_key_padding_mask=padded)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+class Owned(tfm.nn.LayerNorm):
+    """A class of a user's, whose attributes are guarded as ever."""
+
+
+@pytest.mark.parametrize(("kind", "compiled_anew"), [(tfm.nn.LayerNorm, 0), (tfm.nn.RMSNorm, 0), (Owned, 1)])
+def test_what_skips_the_guards_of_torchs_modules_skips_those_of_ours(kind: type, compiled_anew: int) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    norm = kind(DIM)
+    skip = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
+    compiled = torch.compile(lambda x: norm(x), backend=counter, options={"guard_filter_fn": skip})
+    x = torch.randn(3, DIM)
+    compiled(x)
+    norm.eps = 1.0
+    compiled(x)
+    assert counter.frame_count == 1 + compiled_anew
 
 
 def test_compiles_with_dropout() -> None:

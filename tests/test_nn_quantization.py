@@ -68,6 +68,14 @@ def test_static(name: str, arguments: tuple[object, ...], accelerated: bool) -> 
 
 
 @pytest.mark.usefixtures("engine")
+def test_prepares_where_torchs_name_means_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn, "MultiheadAttention", tfm.nn.MultiheadAttention)
+    model = Quantized(torch.nn.MultiheadAttention(DIM, HEADS)).eval()
+    model.qconfig = quantization.get_default_qconfig("fbgemm")
+    assert isinstance(quantization.prepare(model).layer, torch.ao.nn.quantizable.MultiheadAttention)
+
+
+@pytest.mark.usefixtures("engine")
 def test_dynamic() -> None:
     theirs = torch.nn.TransformerEncoderLayer(DIM, HEADS, 12, 0.0).eval()
     ours = copy.deepcopy(theirs)

@@ -1,57 +1,65 @@
 """torch's own tests of its Transformer classes, run twice: on torch.nn, and with tfm.nn's classes in their place.
 
-    python tests/torch_suite.py FOLDER [FILE ...] [--out tests/torch_suite.json]
+    python tests/torch_suite.py FOLDER [FILE ...] [--out tests/torch_suite.json] [--functions]
 
 FOLDER is `test` in a checkout of torch, of a version near the installed one; its tests need `expecttest` and scipy.
 Prints by file how many tests pass and names each that torch passes and tfm does not, with its reason where the
-difference is kept on purpose; exits with status 1 where one has none. As a plugin of pytest (`-p torch_suite`), under
-TFM_TORCH_SUITE=tfm, this file makes the exchange.
+difference is kept on purpose; exits with status 1 where one has none. The table that --out names keeps its rows of
+other files. With --functions tfm.ops replaces torch.nn.functional's norms, attention and linear_cross_entropy instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = os.environ.get("TFM_TORCH_SUITE", "")
-NAMES = ("Transformer", "transformer", "MultiheadAttention", "multihead", "multi_head", "Norm", "norm")
-OTHER_NORMS = ("Batch", "batch", "Group", "group", "Instance", "instance", "LocalResponse", "local", "weight_norm",
-               "spectral", "clip", "linalg", "vector_norm", "normal")  # fmt: skip
-SELECTION = f"({' or '.join(NAMES)}) and not ({' or '.join(OTHER_NORMS)})"
 
-# Where torch's tests make the classes, and which of a file's tests (as pytest's -k).
-FILES = {
-    "nn/test_multihead_attention.py": "",
-    "test_transformers.py": "TestTransformers",
-    "test_modules.py": SELECTION,
-    "test_nn.py": SELECTION,
-    "test_nestedtensor.py": SELECTION,
-    "test_expanded_weights.py": SELECTION,
-    "test_proxy_tensor.py": SELECTION,
-    "test_jit.py": SELECTION,
-    "test_torch.py": SELECTION,
-    "functorch/test_aotdispatch.py": SELECTION,
-    "dynamo/test_repros.py": SELECTION,
-    "dynamo/test_misc.py": SELECTION,
-    "dynamo/test_export.py": SELECTION,
-    "export/test_export.py": SELECTION,
-    "inductor/test_cpu_repro.py": SELECTION,
-    "quantization/core/test_quantized_op.py": SELECTION,
-    "quantization/core/test_quantized_module.py": SELECTION,
-    "quantization/eager/test_quantize_eager_ptq.py": SELECTION,
-    "quantization/fx/test_quantize_fx.py": SELECTION,
-}
+# Where torch's tests make the classes.
+FILES = (
+    "nn/test_multihead_attention.py",
+    "test_transformers.py",
+    "test_modules.py",
+    "test_nn.py",
+    "test_nestedtensor.py",
+    "test_expanded_weights.py",
+    "test_proxy_tensor.py",
+    "test_jit.py",
+    "test_jit_fuser.py",
+    "test_fx_experimental.py",
+    "test_torch.py",
+    "functorch/test_aotdispatch.py",
+    "dynamo/test_repros.py",
+    "dynamo/test_misc.py",
+    "dynamo/test_export.py",
+    "export/test_export.py",
+    "export/test_export_nonstrict.py",
+    "export/test_unflatten.py",
+    "inductor/test_torchinductor.py",
+    "inductor/test_cpu_repro.py",
+    "inductor/test_aot_inductor.py",
+    "inductor/test_perf.py",
+    "onnx/test_utility_funs.py",
+    "onnx/test_pytorch_onnx_no_runtime.py",
+    "package/test_dependency_api.py",
+    "ao/sparsity/test_structured_sparsifier.py",
+    "quantization/core/test_quantized_op.py",
+    "quantization/core/test_quantized_module.py",
+    "quantization/eager/test_quantize_eager_ptq.py",
+    "quantization/fx/test_quantize_fx.py",
+    "quantization/jit/test_quantize_jit.py",
+)
+
+# pytest's: all passed, some failed, some could not be collected, none selected.
+ENDINGS = (0, 1, 2, 5)
 
 PADDING = "positions at padding are 0 in a layer's output; torch's are compared there"
 CAUSAL = "is_causal=True without a mask means causal; torch refuses it"
@@ -59,7 +67,11 @@ FAST_PATH = "asks, by a mock, whether torch's fast path was taken; there is none
 NESTED = "Transformer does not warn that its encoder cannot use nested tensors, as it never does"
 SCRIPT = "torch.jit.script compiles torch's own layers alone: tfm.restore first"
 EXACT = "hands torch.ao's class what is exactly torch's; the tables that prepare() uses know tfm's"
-# The differences that README names, by patterns of a test's name.
+FALLBACKS = "forbids Inductor's implicit fallbacks, and with them every operator that is not torch's"
+PACKAGE = "packages the source of all but torch; tfm, whose kernels are no Python source, is to be extern"
+SIGN = "takes the sign of the sum of a norm's output, 0 but for rounding, which eager and traced calls do differently"
+# The differences that README names, and what torch's machinery asks of its own alone, by patterns of a test's name,
+# its class before it where the name is a common one.
 ON_PURPOSE = {
     "test_transformerencoder_batch_first_*": PADDING,
     "test_transformerdecoder": PADDING,
@@ -73,104 +85,62 @@ ON_PURPOSE = {
     "test_torchscript_*": SCRIPT,
     "test_transformerencoderlayer_subclass_*": SCRIPT,
     "test_custom_module_multi_head_attention": EXACT,
+    "TestQuantizeJitOps.test_layer_norm": SCRIPT,
+    "CpuTests.test_layer_norm_cpu": FALLBACKS,
+    "test_inplace_squeeze_needed": FALLBACKS,
+    "test_externing_c_extension": PACKAGE,
+    "test_aot_autograd_*module_exhaustive_nn_Transformer*": SIGN,
 }
 
 
-def _kept(test: object) -> object:
-    """The decorator that changes nothing."""
-    return test
-
-
-# Helpers that tests of torch 2.4 import at their top and later versions have dropped.
-DROPPED = {
-    "torch.testing._internal.common_utils": {
-        "skipIfMps": _kept,
-        "disable_translation_validation_if_dynamic_shapes": _kept,
-        "BUILD_WITH_CAFFE2": False,
-    },
-    "torch.testing._internal.common_nn": {"new_module_tests": []},
-    "torch.testing._internal.common_cuda": {"tf32_is_not_fp32": bool},
-    "torch.testing._internal.common_mkldnn": {"bf32_on_and_off": lambda *precisions: _kept},
-    "torch.testing._internal.jit_metaprogramming_utils": {"additional_module_tests": []},
-    "torch.jit.frontend": {"_IS_ASTUNPARSE_INSTALLED": True},
-    "torch.export": {"dynamic_dim": None},
-    "torch._dynamo.utils": {"CompileProfiler": None},
-}
-
-
-def replace_dropped() -> None:
-    """What DROPPED lists, where the installed torch lacks it."""
-    for name, helpers in DROPPED.items():
-        module = importlib.import_module(name)
-        for helper, stand_in in helpers.items():
-            if not hasattr(module, helper):
-                setattr(module, helper, stand_in)
-
-
-def exchange() -> None:
-    """tfm.nn's classes under torch.nn's names, wherever torch keeps those."""
-    from torch.nn.modules import activation, normalization, transformer
-
-    from tfm.patching.swap import PAIRS
-
-    for theirs, ours in PAIRS.items():
-        for module in (torch.nn, torch.nn.modules, activation, normalization, transformer):
-            if getattr(module, theirs.__name__, None) is theirs:
-                setattr(module, theirs.__name__, ours)
-
-
-if LIBRARY == "tfm":
-    exchange()
-if LIBRARY:
-    replace_dropped()
-
-
-def outcomes(folder: Path, file: str, selection: str, library: str, timeout: int) -> dict[str, str]:
+def outcomes(folder: Path, file: str, library: str, timeout: int, seconds: int, of: str = "classes") -> dict[str, str]:
     """What became of each test of `file`, on `library`: "passed", "skipped", or the first line of its failure."""
     paths = [str(path) for path in (ROOT, ROOT / "tests", folder, (folder / file).parent)]
-    environment = os.environ | {"TFM_TORCH_SUITE": library, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as scratch:
-        record, output = Path(scratch, "record.xml"), Path(scratch, "output.txt")
-        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "torch_suite", "-p", "no:cacheprovider"]
-        command += ["-o", "addopts=", f"--rootdir={folder}", f"--junitxml={record}", "-W", "ignore"]
-        command += ["-k", selection] if selection else []
+        record, output = Path(scratch, "record"), Path(scratch, "output")
+        record.touch()
+        wishes = {"TFM_TORCH_SUITE": library, "TFM_TORCH_SUITE_RECORD": str(record)}
+        wishes |= {"TFM_TORCH_SUITE_OF": of, "TFM_TORCH_SUITE_SECONDS": str(seconds)}
+        wishes |= {"PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "torch_suite_plugin"]
+        command += ["-p", "no:cacheprovider", "-o", "addopts=", f"--rootdir={folder}", "-W", "ignore", file]
         with output.open("w") as stream:
-            where = {"cwd": folder, "env": environment, "stdout": stream, "stderr": stream}
+            where = {"cwd": folder, "env": os.environ | wishes, "stdout": stream, "stderr": stream}
             try:
-                subprocess.run([*command, file], **where, timeout=timeout, check=False)
+                ended = subprocess.run(command, **where, timeout=timeout, check=False).returncode
+                cut = "" if ended in ENDINGS else f"ended with status {ended}: {output.read_text()[-200:]}"
             except subprocess.TimeoutExpired:
-                return {file: f"not done within {timeout} seconds"}
-        if not record.exists():
-            return {file: output.read_text().strip().splitlines()[-1]}
-        cases = ElementTree.parse(record).getroot().iter("testcase")
-        return {f"{str(case.get('classname')).split('.')[-1]}.{case.get('name')}": _outcome(case) for case in cases}
-
-
-def _outcome(case: ElementTree.Element) -> str:
-    for kind in ("failure", "error"):
-        found = case.find(kind)
-        if found is not None:
-            return (found.get("message") or kind).strip().splitlines()[0]
-    return "passed" if case.find("skipped") is None else "skipped"
+                cut = f"not done within {timeout} seconds"
+        found: dict[str, str] = {file: cut} if cut else {}
+        for name, outcome in map(json.loads, record.read_text().splitlines()):
+            if found.get(name, "passed") in ("passed", "skipped"):
+                found[name] = outcome
+        return found
 
 
 def reason(test: str) -> str:
-    """Why `test` is lost on purpose; empty where it is not."""
-    name = test.split(".")[-1]
-    return next((words for pattern, words in ON_PURPOSE.items() if fnmatch.fnmatchcase(name, pattern)), "")
+    """Why `test`, in the form "Class.name", is lost on purpose; empty where it is not."""
+    for pattern, words in ON_PURPOSE.items():
+        if fnmatch.fnmatchcase(test, pattern if "." in pattern else f"*.{pattern}"):
+            return words
+    return ""
 
 
 def compare(file: str, theirs: dict[str, str], ours: dict[str, str]) -> dict[str, object]:
     """A file's row of the table, printed: the counts, and the tests that torch alone passes."""
     passed = [name for name, outcome in theirs.items() if outcome == "passed"]
     kept = sum(outcome == "passed" for outcome in ours.values())
+    row: dict[str, object] = {"tests": len(theirs), "torch": len(passed), "tfm": kept}
     print(f"{file}: {len(theirs)} tests, torch passes {len(passed)}, tfm {kept}", flush=True)
-    lost = {}
+    if not passed:
+        row["why"] = next(iter(theirs.values()), "no test of the classes")[:200]
+        print(f"    torch: {row['why']}", flush=True)
+    lost = row["lost"] = {}
     for name in passed:
         if ours.get(name) != "passed":
             lost[name] = {"reason": reason(name), "failure": ours.get(name, "it did not run")[:200]}
             print(f"    {name}: {lost[name]['reason'] or '! ' + lost[name]['failure']}", flush=True)
-    return {"tests": len(theirs), "torch": len(passed), "tfm": kept, "lost": lost}
+    return row
 
 
 def main() -> None:
@@ -179,18 +149,22 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="some of its files; all that are known here if none is named")
     parser.add_argument("--out", type=Path, help="write the table here")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds a file and library")
+    parser.add_argument("--test-timeout", type=int, default=300, help="seconds a test")
+    parser.add_argument("--functions", action="store_true", help="exchange functions rather than classes")
     options = parser.parse_args()
     folder = options.folder.resolve()
     version = (folder.parent / "version.txt").read_text().strip()
-    rows = {}
+    table = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"files": {}}
+    unexplained = False
     for file in options.files or FILES:
-        selection = FILES.get(file, SELECTION)
-        theirs, ours = (outcomes(folder, file, selection, library, options.timeout) for library in ("torch", "tfm"))
-        rows[file] = compare(file, theirs, ours)
+        wishes = (options.timeout, options.test_timeout, "functions" if options.functions else "classes")
+        theirs, ours = (outcomes(folder, file, library, *wishes) for library in ("torch", "tfm"))
+        row = compare(file, theirs, ours)
+        unexplained |= any(not case["reason"] for case in row["lost"].values())
+        table["files"][file] = {"torch": torch.__version__, "tests of torch": version} | row
         if options.out:
-            table = {"torch": torch.__version__, "tests of torch": version, "files": rows}
             options.out.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    sys.exit(any(not case["reason"] for row in rows.values() for case in row["lost"].values()))
+    sys.exit(unexplained)
 
 
 if __name__ == "__main__":

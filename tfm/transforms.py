@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tfm.autocast import without_autocast
 
@@ -23,6 +24,11 @@ Recomputed = tuple[Callable[..., Sequence[Tensor | None]], Sequence[Any]]
 def transforming() -> bool:
     """Whether one of torch.func's transforms, or forward-mode differentiation, is at work: Dynamo guards on both."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def wraps_tensors(x: Tensor) -> bool:
+    """Whether `x` is of a class that runs torch's operations on the tensors inside it, as DTensor does on its shards."""
+    return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
 
 
 def is_readable(x: Tensor) -> bool:

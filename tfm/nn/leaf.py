@@ -1,8 +1,9 @@
-"""What torch's older tracers see of tfm.nn's modules: torch.fx a leaf, as of torch.nn's; TorchScript a way out."""
+"""What torch's tracers see of tfm.nn's modules: torch.fx a leaf, Dynamo one of torch.nn's; TorchScript a way out."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,11 @@ M = TypeVar("M", bound=Any)
 
 
 def leaf(kind: M) -> M:
-    """`kind`, a subclass of a module of torch's, that torch.fx records as one node instead of looking inside."""
+    """`kind`, a subclass of a module of torch's, that torch.fx records as one node instead of looking inside.
+
+    Dynamo counts it, but no subclass of a user's, among the modules that come with torch, which
+    `torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe` asks.
+    """
     forward, of_torch = kind.forward, kind.__bases__[0].forward
 
     @functools.wraps(forward)
@@ -27,7 +32,20 @@ def leaf(kind: M) -> M:
 
     kind.forward = recorded_or_run
     kind.__prepare_scriptable__ = _refuse_script
+    # What torch._dynamo.mark_static does, without that import.
+    kind._dynamo_marked_static = True
+    kind.__init_subclass__ = classmethod(_unmarking(kind))
     return kind
+
+
+def _unmarking(kind: Any) -> Callable[..., None]:
+    """`__init_subclass__` of `kind`, for which Dynamo counts its subclasses as a user's."""
+
+    def unmark(subclass: Any, **named: Any) -> None:
+        super(kind, subclass).__init_subclass__(**named)
+        subclass._dynamo_marked_static = False
+
+    return unmark
 
 
 def _refuse_script(module: torch.nn.Module) -> torch.nn.Module:

@@ -23,7 +23,7 @@ class ObservedAttention(quantizable.MultiheadAttention):
     @classmethod
     def from_float(cls, other: MultiheadAttention) -> quantizable.MultiheadAttention:
         theirs: torch.nn.Module = copy.copy(other)
-        theirs.__class__ = torch.nn.MultiheadAttention
+        theirs.__class__ = quantizable.MultiheadAttention._FLOAT_MODULE
         return quantizable.MultiheadAttention.from_float(theirs)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfm.tracing import tracing
-from tfm.transforms import beyond_one_backward, transforming
+from tfm.transforms import beyond_one_backward, transforming, wraps_tensors
 
 
 class SplitHeads(torch.autograd.Function):
@@ -34,8 +34,8 @@ class SplitHeads(torch.autograd.Function):
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """A projection [..., parts · heads · D] to `parts` views [..., heads, D], say of query, key and value."""
-    # Dynamo and Inductor fuse what autograd would copy; transforms and traces take no such Function.
-    plain = torch.compiler.is_compiling() or transforming() or tracing()
+    # Dynamo and Inductor fuse what autograd would copy; transforms, traces and DTensor take no such Function.
+    plain = torch.compiler.is_compiling() or transforming() or tracing() or wraps_tensors(x)
     if plain or not (x.requires_grad and torch.is_grad_enabled()):
         return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
     return SplitHeads.apply(x, parts, heads)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tfm import native
 from tfm.tracing import tracing
-from tfm.transforms import transforming
+from tfm.transforms import transforming, wraps_tensors
 
 BACKENDS = ("reference", "triton", "native")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,6 +133,8 @@ def choose(
         return impl
     if transforming():
         reference_only = "transforms and forward-mode differentiation need operations of torch's own"
+    if wraps_tensors(x):
+        reference_only = f"{type(x).__name__} knows torch's own operations alone"
     if tracing():
         reference_only = "a trace holds torch's own operations alone"
     rows = [row for row in TABLE if row.operation == operation and impl in ("auto", row.backend)]

@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all native sanitize check check-kernels check-kernels-all bench gpu tune clean
+.PHONY: demo test test-all native sanitize check check-kernels check-kernels-all versions bench gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: native
@@ -43,6 +43,11 @@ check-kernels: $(INSTALLED)
 # The full product of settings and chips, sm_86, sm_89 and sm_120 too.
 check-kernels-all: $(INSTALLED)
 	$(BIN)/python -m benchmarks.check_kernels --every
+
+# The tests and check-kernels under each torch and triton, in environments of their own, an hour or more and gigabytes:
+# ONLY=torch-2.12,triton-3.9 PARTS=tests AGAIN=1.
+versions: $(INSTALLED)
+	$(BIN)/python -m tools.versions $(if $(ONLY),--only $(ONLY)) $(if $(PARTS),--parts $(PARTS)) $(if $(AGAIN),--again)
 
 # Each operation beside what people would use instead, as ratios in one run.
 bench: native

@@ -85,30 +85,31 @@ def test_a_summary_of_check_kernels_is_read():
     assert versions.read_kernels(green) == {"compiled": 1149, "faults": 0, "failures": []}
 
 
-@pytest.mark.parametrize("part", versions.PARTS)
-def test_a_part_without_a_summary_is_a_failure(part, monkeypatch, tmp_path):
-    """Also where its last line looks like success: the Makefile's own word is the exit status."""
-    make = tmp_path / "make"
-    make.write_text(f"#!{sys.executable}\nimport sys\nprint('no compiler')\nprint('make: error')\nsys.exit(2)\n")
+def stand_in_for_make(folder, monkeypatch, program):
+    make = folder / "make"
+    make.write_text(f"#!{sys.executable}\nimport os, sys\n{program}\n")
     make.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.mark.parametrize("part", versions.PARTS)
+@pytest.mark.parametrize("summary", ["", "== 1 passed in 0.1s ==\n1 compilations in 1 s\n0 failures\n"])
+def test_an_exit_status_is_a_failure_whatever_the_summary_says(part, summary, monkeypatch, tmp_path):
+    program = f"print({summary + 'no compiler'!r})\nprint('make: error')\nsys.exit(2)"
+    stand_in_for_make(tmp_path, monkeypatch, program)
     done = versions.run_part(versions.PARTS[part], tmp_path)
-    assert done["ended"] == "exit status 2: no compiler"
-    assert versions.faults(done) == ["exit status 2: no compiler"]
+    assert versions.faults(done) == [done["ended"]] == ["exit status 2: no compiler"]
     assert versions.faults(None) == ["not run"]
 
 
 def test_the_makefile_is_called_for_the_environment_alone(monkeypatch, tmp_path):
     """Under `make versions ONLY=x` no variable of that make may reach the one that is called."""
-    make = tmp_path / "make"
-    make.write_text(
-        f"#!{sys.executable}\nimport os, sys\n"
+    program = (
         "print('== 1 passed in 0.1s ==', file=sys.stderr)\n"
         "assert not [name for name in os.environ if name.startswith('MAKE')], os.environ\n"
-        f"assert sys.argv[1:] == ['--old-file={tmp_path}/.installed', 'test', 'VENV={tmp_path}'], sys.argv\n"
+        f"assert sys.argv[1:] == ['--old-file={tmp_path}/.installed', 'test', 'VENV={tmp_path}'], sys.argv"
     )
-    make.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    stand_in_for_make(tmp_path, monkeypatch, program)
     for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
         monkeypatch.setenv(name, "1")
     done = versions.run_part(versions.PARTS["tests"], tmp_path)

@@ -194,10 +194,9 @@ def run_part(part: Part, environment: Path) -> dict[str, Any]:
         for line in process.stdout:
             sys.stderr.write(line)
             lines.append(line)
-    output = "".join(lines)
-    found = part.read(output)
-    if found is None:
-        last = next((line.strip() for line in reversed(lines) if line.strip() and "make" not in line), "")
+    found = part.read("".join(lines))
+    if found is None or (process.returncode and not found["failures"]):
+        last = next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("make")), "")
         found = {"ended": f"exit status {process.returncode}: {last}"}
     where = {name: machine[name] for name in ("date", "commit", "cpu", "cores", "python")}
     minutes = round((time.perf_counter() - start) / 60, 1)

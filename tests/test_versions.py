@@ -66,6 +66,8 @@ def test_pins_are_those_of_the_tests_without_torchs_own():
     ours = "# a comment\ntokenizers==0.23.3\ntorch==2.14.1\n"
     assert versions.pins(text, Pair("2.14.1", "3.8.0")) == ours + "triton==3.8.0\n"
     assert versions.pins(text, Pair("2.14.1", "3.9.0", forced=True)) == ours
+    other = Pair("2.14.1", "3.9.0", forced=True, beside=("tokenizers==0.20.1",))
+    assert versions.pins(text, other) == "# a comment\ntorch==2.14.1\ntokenizers==0.20.1\n"
 
 
 def test_a_summary_of_pytest_is_read():

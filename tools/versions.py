@@ -49,11 +49,16 @@ COMPILED = re.compile(r"^(?P<compiled>\d+) compilations in .*?^(?P<faults>\d+) f
 
 @dataclass(frozen=True)
 class Pair:
-    """Two versions that are installed together; `forced` where this torch asks for another triton."""
+    """Two versions that are installed together.
+
+    `forced`: this torch asks for another triton. `beside` stands in place of constraints.txt, where the pair
+    cannot do with what is there.
+    """
 
     torch: str
     triton: str
     forced: bool = False
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -61,12 +66,13 @@ class Pair:
 
     @property
     def pinned(self) -> list[str]:
-        return [f"torch=={self.torch}"] + [f"triton=={self.triton}"] * (not self.forced)
+        return [f"torch=={self.torch}", *[f"triton=={self.triton}"] * (not self.forced), *self.beside]
 
 
 # Of each torch the triton that its wheels ask for on Linux; the newest triton is ahead of every torch.
 PAIRS = (
-    Pair("2.11.0", "3.6.0"),
+    # Its interpreter takes an array of one number for that number, which NumPy 2.4 refuses.
+    Pair("2.11.0", "3.6.0", beside=("numpy==2.3.5",)),
     Pair("2.12.0", "3.7.0"),
     Pair("2.13.0", "3.7.1"),
     Pair("2.14.1", "3.8.0"),
@@ -176,7 +182,8 @@ def make_environment(pair: Pair) -> Path:
 
 def pins(constraints: str, pair: Pair) -> str:
     """constraints.txt with the pair in place of its torch and triton, and without what torch itself pins."""
-    lines = [line for line in constraints.splitlines() if re.split(r"[=<>~! ]", line)[0] not in UNPINNED]
+    replaced = {*UNPINNED, *map(_package, pair.beside)}
+    lines = [line for line in constraints.splitlines() if _package(line) not in replaced]
     return "\n".join([*lines, *pair.pinned]) + "\n"
 
 
@@ -242,6 +249,10 @@ def in_order(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def cache() -> Path:
     """Where the environments are kept."""
     return Path(os.environ.get("TFM_VERSIONS") or plan.cache().parent / "versions")
+
+
+def _package(requirement: str) -> str:
+    return re.split(r"[=<>~! ]", requirement)[0]
 
 
 def _without_make(environment: Mapping[str, str]) -> dict[str, str]:

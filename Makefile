@@ -9,7 +9,8 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all test-processors native sanitize check check-kernels check-kernels-all host bench gpu tune clean
+.PHONY: demo test test-all test-processors native sanitize check check-kernels check-kernels-all host versions bench \
+	gpu tune clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: native
@@ -58,6 +59,11 @@ check-kernels-all: $(INSTALLED)
 # since the committed record, which it renews. ONLY=encoder for some rows, which renew nothing.
 host: $(INSTALLED)
 	$(BIN)/python -m tools.host $(if $(ONLY),--only "$(ONLY)")
+
+# The tests and check-kernels under each torch and triton, in environments of their own, an hour or more and gigabytes:
+# ONLY=torch-2.12,triton-3.9 PARTS=tests AGAIN=1.
+versions: $(INSTALLED)
+	$(BIN)/python -m tools.versions $(if $(ONLY),--only $(ONLY)) $(if $(PARTS),--parts $(PARTS)) $(if $(AGAIN),--again)
 
 # Each operation beside what people would use instead, as ratios in one run.
 bench: native

@@ -22,7 +22,7 @@ from tools.host.batches import MOST
 from tools.host.launches import Counting, Launches, Watching
 from tools.host.record import exact_changes, over_budget
 
-pytestmark = [pytest.mark.triton, pytest.mark.xdist_group("host")]
+pytestmark = pytest.mark.triton
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "host.json"
 # The compilations of so few say the same of the record as those of all.

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from measured import entry, gpu_record
 
 from benchmarks.report import charts, presets, tables
-from benchmarks.report.__main__ import BEGIN, BEGIN_PRESETS, END, END_PRESETS, main
+from benchmarks.report.__main__ import BEGIN, BEGIN_PRESETS, BEGIN_VERSIONS, END, END_PRESETS, END_VERSIONS, main
 from benchmarks.report.records import ROOT, load, newest, sha256
 from benchmarks.report.sources import sources_of
 from tfm.config import PRESETS
@@ -19,7 +19,8 @@ from tfm.config import PRESETS
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n\n{BEGIN_PRESETS}\n{END_PRESETS}\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    generated = ((BEGIN_VERSIONS, END_VERSIONS), (BEGIN_PRESETS, END_PRESETS), (BEGIN, END))
+    path.write_text("\n".join(["before", *(f"{begin}\nold\n{end}\n" for begin, end in generated), "after\n"]))
     return path
 
 

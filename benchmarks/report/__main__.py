@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import __doc__ as description
-from benchmarks.report import charts, presets, tables
-from benchmarks.report.records import ROOT, load, newest
+from benchmarks.report import charts, presets, tables, versions
+from benchmarks.report.records import ROOT, load, newest, rows_of_versions
 from tfm.files import write_atomically
 
 BEGIN = "<!-- written by python -m benchmarks.report, from benchmarks/results/ -->"
 END = "<!-- end of what is written -->"
 BEGIN_PRESETS = "<!-- written by python -m benchmarks.report, from tfm/config.py -->"
 END_PRESETS = "<!-- end of the presets -->"
+BEGIN_VERSIONS = "<!-- written by python -m benchmarks.report, from benchmarks/results/versions.json -->"
+END_VERSIONS = "<!-- end of the versions -->"
 
 
 def main(command_line: list[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def main(command_line: list[str] | None = None) -> int:
         before = arguments.readme.read_text()
         after = replaced(before, tables.markdown(records), BEGIN, END)
         after = replaced(after, presets.table(), BEGIN_PRESETS, END_PRESETS)
+        after = replaced(after, versions.table(rows_of_versions(records)), BEGIN_VERSIONS, END_VERSIONS)
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

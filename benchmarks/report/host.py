@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.grid import grid
+from benchmarks.report.markdown import table_lines
 from benchmarks.report.records import ROOT, Record
 
 # The rows of the record that README has room for.
@@ -55,7 +55,7 @@ def summary(record: Record, root: Path = ROOT) -> str:
         forward, whole = by_name[name] if len(by_name[name]) == 2 else ({}, *by_name[name])
         table.append([name, _launches(forward), _time(forward), _launches(whole), _time(whole)])
     head = ["", "launches, forward", "time, forward", "launches, with backward", "time, with backward"]
-    return "\n".join([*lines, *grid(head, table)])
+    return "\n".join([*lines, *table_lines(head, table)])
 
 
 def _load(environment: dict[str, Any]) -> str:

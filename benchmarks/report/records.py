@@ -14,8 +14,8 @@ from benchmarks.report.sources import sources_of
 
 ROOT = Path(__file__).parent.parent.parent
 FORMAT = 1
-# Records of other things than operations, which say so.
-NAMED = ("training", "learning", "host")
+# Benchmarks of whole models, and what is no benchmark of an operation: their records say so.
+NAMED = ("training", "learning", "host", "versions")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,15 @@ def newest(records: Iterable[Record]) -> list[Record]:
     """The newest record of operations of each device."""
     of_operations = [record for record in records if record.data.get("format") == FORMAT]
     return list({record.device: record for record in of_operations}.values())
+
+
+def rows_of_versions(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """What the tests and check-kernels said under each torch and triton: the rows of the newest such record."""
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        if record.data.get("benchmark") == "versions":
+            rows = record.data["rows"]
+    return rows
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.report import host
 from benchmarks.report.charts import label
-from benchmarks.report.grid import grid
+from benchmarks.report.markdown import table_lines
 from benchmarks.report.records import ROOT, Record, Row, newest
 from benchmarks.report.sources import operations
 
@@ -85,7 +85,7 @@ def _suite(record: Record, suite: str, stale: bool) -> list[str]:
         time = f"failed: {ours.failed}" if ours.failed else _time(ours.seconds)
         ratios = (speed.get(peer, "") for peer in peers)
         table.append([label(ours), time + f" ({STALE})" * stale, _rate(ours), _share(ours), *ratios])
-    return grid(["case", "time", "rate", "of what bounds it", *(f"{peer} / ours" for peer in peers)], table)
+    return table_lines(["case", "time", "rate", "of what bounds it", *(f"{peer} / ours" for peer in peers)], table)
 
 
 def _ceilings(measured: dict[str, Any]) -> list[str]:
@@ -179,7 +179,7 @@ def learning(record: Record) -> str:
             moments = [f"{side['mean']:.3f} ± {side['deviation']:.3f}" for side in (ours, theirs)]
             difference = f"{apart['mean']:+.3f} ± {apart['standard_error']:.3f}"
             rows.append([f"{update:,}", *moments, difference, f"{apart['p']:.0%}"])
-    return "\n".join(lines + grid(["updates", NAMES["tfm"], NAMES["eager"], "difference", "as far"], rows))
+    return "\n".join(lines + table_lines(["updates", NAMES["tfm"], NAMES["eager"], "difference", "as far"], rows))
 
 
 def _task(record: Record) -> tuple[str, str, str]:
@@ -201,7 +201,7 @@ def _throughput(results: dict[str, Any], baseline: str) -> list[str]:
         ratios = [speed / base for speed, base in zip(speeds, bases, strict=False)]
         spread = f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
         rows.append([label, f"{median(speeds):,.0f}", f"{min(speeds):,.0f}-{max(speeds):,.0f}", spread])
-    return grid(["", "tokens/s, median", "range", f"ratio to {NAMES[baseline]}, same round"], rows)
+    return table_lines(["", "tokens/s, median", "range", f"ratio to {NAMES[baseline]}, same round"], rows)
 
 
 def _learnt(data: dict[str, Any]) -> list[str]:
@@ -226,7 +226,7 @@ def _quality(results: list[dict[str, Any]], test_set: str, wanted: int | None) -
         validation, test = result["validation"], result["test"]
         rows.append([label, *numbers, f"{validation['loss']:.3f}", f"{validation['bleu']:.1f}", f"{test['bleu']:.1f}"])
     head = ["", "tokens/s", "updates", "epochs", "validation loss", "BLEU, validation", f"BLEU, {test_set}"]
-    return grid(head, rows)
+    return table_lines(head, rows)
 
 
 def _profile(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -235,7 +235,7 @@ def _profile(rows: Sequence[dict[str, Any]]) -> list[str]:
         case = f"{row['suite']} {row['size']}, {row['direction']}, {row['peer']}"
         found = [f"`{row['kernel']}`", row["bound"]] if "bound" in row else ["", f"{row['state']}: {row['reason']}"]
         table.append([case, f"{row['share']:.0%}", *found])
-    return grid(["case", "of ceiling", "longest kernel", "what bounds it"], table)
+    return table_lines(["case", "of ceiling", "longest kernel", "what bounds it"], table)
 
 
 def missing(records: Sequence[Record], root: Path = ROOT) -> str:

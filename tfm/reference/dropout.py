@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tfm.tracing import tracing
+from tfm.transforms import transforming
 
 ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -71,17 +72,17 @@ def keep_mask(rows: Tensor, columns: int, groups: Tensor, p: float, seed: Tensor
     octets = torch.arange(columns // 8 + 2 if compiling else (columns + 7) // 8, device=device)
     site_counter = torch.full((), site, dtype=torch.int64, device=device)
     w0, w1, w2, w3 = philox(octets, rows[..., None], groups[..., None], site_counter, seed.to(device))
-    if tracing():
-        # TorchScript cannot view a tensor as another dtype.
+    if tracing() or transforming():
+        # TorchScript cannot view a tensor as another dtype, nor can torch.vmap before torch 2.13.
         words = torch.stack((w0, w1, w2, w3), dim=-1)
-        halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)
-        return (halves >= threshold(p))[..., :columns]
-    # Two words to an int64; flipping each half's top bit turns the unsigned comparison into a signed one.
-    flip = -0x7FFF7FFF7FFF8000
-    pairs = torch.stack((((w1 << 32) | w0) ^ flip, ((w3 << 32) | w2) ^ flip), dim=-1)
-    halves = pairs.view(torch.int16).flatten(-2)
-    # At p = 1 the threshold lies outside int16.
-    kept = halves >= threshold(p) - 32768 if threshold(p) < 65536 else torch.zeros_like(halves, dtype=torch.bool)
+        kept = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3) >= threshold(p)
+    else:
+        # Two words to an int64; flipping each half's top bit turns the unsigned comparison into a signed one.
+        flip = -0x7FFF7FFF7FFF8000
+        pairs = torch.stack((((w1 << 32) | w0) ^ flip, ((w3 << 32) | w2) ^ flip), dim=-1)
+        halves = pairs.view(torch.int16).flatten(-2)
+        # At p = 1 the threshold lies outside int16.
+        kept = halves >= threshold(p) - 32768 if threshold(p) < 65536 else torch.zeros_like(halves, dtype=torch.bool)
     # And another for a slice that is all of its tensor.
     return kept.index_select(-1, torch.arange(columns, device=device)) if compiling else kept[..., :columns]
 

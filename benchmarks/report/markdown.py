@@ -1,12 +1,12 @@
-"""A table in Markdown."""
+"""Tables as Markdown writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Its lines."""
+def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of one: its head, the rule under it, and a line for each row."""
     return [_line(head), "|---" * len(head) + "|", *map(_line, rows)]
 
 

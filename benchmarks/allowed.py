@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.assemblers import NAMES
+
 
 @dataclass(frozen=True)
 class Allowed:
     """Each of these kernels, by its case's name, has this fault on each of these chips.
 
-    `fault` is a key of benchmarks.compiled.Compiled.faults: "error", "spill", "shared", "tensor" or "barrier".
+    `fault` is a key of benchmarks.compiled.Compiled.faults: "error", "spill", "shared", "tensor", "barrier",
+    "serialised" or "hazard"; by each of these `assemblers` that makes the chip's kernels, nvcc those of csrc.
     """
 
     kernels: tuple[str, ...]
     capabilities: tuple[int, ...]
     fault: str
     reason: str
+    assemblers: tuple[str, ...] = (*NAMES, "nvcc")
 
 
 ALLOWED: tuple[Allowed, ...] = (

@@ -166,26 +166,23 @@ def compile_all(
 def _in_order(jobs: Sequence[Job], workers: int, pool: ProcessPoolExecutor) -> Iterator[list[Compiled]]:
     """Each job's rows; a compiler that takes its process down with it is one row, not the end of the run."""
     done = 0
-    while True:
-        futures = [pool.submit(_compile_job, *job) for job in jobs[done:]]
-        try:
-            for future in futures:
-                yield future.result()
-                done += 1
-            return
-        except BrokenProcessPool:
-            pass
-        # Whichever died, the first without a result is run alone; the others find what they had done in the cache.
-        with _pool(1) as alone:
-            try:
-                yield alone.submit(_compile_job, *jobs[done]).result()
-            except BrokenProcessPool:
-                _, _, _, name, capability, _ = jobs[done]
-                yield [Compiled(name, capability, error="the compiler ended its process")]
-        done += 1
-        with _pool(min(workers, max(1, len(jobs) - done))) as others:
-            yield from _in_order(jobs[done:], workers, others)
+    futures = [pool.submit(_compile_job, *job) for job in jobs]
+    try:
+        for future in futures:
+            yield future.result()
+            done += 1
         return
+    except BrokenProcessPool:
+        pass
+    # Whichever died, the first without a result is run alone; the others find what they had done in the cache.
+    with _pool(1) as alone:
+        try:
+            yield alone.submit(_compile_job, *jobs[done]).result()
+        except BrokenProcessPool:
+            _, _, _, name, capability, _ = jobs[done]
+            yield [Compiled(name, capability, error="the compiler ended its process")]
+    with _pool(workers) as others:
+        yield from _in_order(jobs[done + 1 :], workers, others)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

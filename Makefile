@@ -46,7 +46,8 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_import_contract.py
 
-# Compiles every kernel for sm_80, sm_90 and sm_100; fails on spills, on too much shared memory and on missing HGMMA.
+# Compiles every kernel for sm_80, sm_90 (by both assemblers) and sm_100; fails on spills, on too much shared memory, on
+# missing or serialised HGMMA and on hazards around it.
 # Those of csrc too, where nvcc is.
 check-kernels: $(INSTALLED)
 	$(BIN)/python -m benchmarks.check_kernels

@@ -4,9 +4,10 @@ those of csrc/cuda.
     python -m benchmarks.check_kernels [--every] [--only layer_norm,attention] [--json FILE]
 
 Prints a table: registers, stack and shared memory, how many blocks a multiprocessor holds, and the instructions that
-speed depends on (loads and stores as count x bits). Exit status 1 where a kernel spills, does not fit the chip, does
-not compile, or multiplies matrices on sm_90 without HGMMA, unless benchmarks/allowed.py says why it may; and where an
-exception there is not needed.
+speed depends on (loads and stores as count x bits); sm_90 has a line for each assembler that may make its kernels. Exit
+status 1 where a kernel spills, does not fit the chip, does not compile, multiplies matrices on sm_90 without HGMMA or
+one product at a time, touches what a product still uses, or loads what it stored without a barrier, unless
+benchmarks/allowed.py says why it may; and where an exception there is not needed.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import importlib
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import native_kernels
+from benchmarks import assemblers, native_kernels
 from benchmarks.allowed import Allowed
 from benchmarks.chips import CHIPS
-from benchmarks.compiled import CAPABILITIES, CASES, EVERY_CAPABILITY, Compiled, compile_all
+from benchmarks.compiled import CAPABILITIES, CASES, EVERY_CAPABILITY, OF_ASSEMBLERS, Compiled, compile_all
 
-HEADER = "kernel\n  chip    warps  regs  stack  shared     blocks  instructions"
+HEADER = "kernel\n  chip    by    warps  regs  stack  shared     blocks  instructions"
 
 
 def main() -> int:
@@ -73,6 +74,9 @@ def main() -> int:
     slowest = max(rows, key=lambda row: row.seconds)
     print(f"\n{len(rows)} compilations in {seconds:.0f} s, {sum(row.seconds for row in rows):.0f} s of one core")
     print(f"slowest: {slowest.name}, sm_{slowest.capability}, {slowest.seconds:.0f} s of one core")
+    print("\n".join(by_assembler(rows)))
+    for line in assemblers.missing():
+        print(line)
     if why_not:
         print(f"csrc/cuda was not compiled: {why_not}")
     print(f"{len(failures)} failures")
@@ -93,7 +97,7 @@ class Table:
         blocks = f"{row.blocks} ({row.occupancy:.0%})"
         used = f"{row.num_warps:5}  {row.registers:4}  {row.stack:5}  {row.shared:6}  {blocks:>9}"
         line = "does not compile" if row.error else f"{used}  {_mix(row.instructions)}"
-        print(f"  sm_{row.capability:<3}  {line}", flush=True)
+        print(f"  sm_{row.capability:<3}  {row.release:4}  {line}", flush=True)
 
 
 def _mix(instructions: dict[str, int]) -> str:
@@ -105,23 +109,45 @@ def _mix(instructions: dict[str, int]) -> str:
     return "  ".join(f"{name} {' '.join(numbers)}" for name, numbers in counts.items())
 
 
+def by_assembler(rows: Sequence[Compiled]) -> list[str]:
+    """A line for each assembler: its kernels, and how many have which of its faults."""
+    lines = []
+    for assembler in sorted({row.assembler for row in rows if row.assembler}):
+        own = [row for row in rows if row.assembler == assembler]
+        chips = ", ".join(f"sm_{chip}" for chip in sorted({row.capability for row in own}))
+        faults = Counter(fault for row in own for fault in row.faults)
+        spill, serialised, hazard, error = (faults[kind] for kind in ("spill", "serialised", "hazard", "error"))
+        found = f"{spill} spill, {serialised} wait for each wgmma, {hazard} with hazards" + f", {error} refused" * (
+            error > 0
+        )
+        lines.append(f"{assembler}: {len(own)} kernels of {chips}; {found}")
+    return lines
+
+
 def verdict(rows: Sequence[Compiled], allowed: Sequence[Allowed], whole: bool) -> list[str]:
     """What must not ship, a line each: faults that are not allowed, and exceptions that are not needed.
 
     `whole`: every case was compiled, so that an exception that no row takes is one for nothing.
     """
     excused = {
-        (name, chip, exception.fault)
+        (name, chip, tool, exception.fault)
         for exception in allowed
         for name in exception.kernels
         for chip in exception.capabilities
+        for tool in exception.assemblers
     }
-    found = {(row.name, row.capability, kind): text for row in rows for kind, text in row.faults.items()}
-    lines = [f"{name}, sm_{chip}: {found[name, chip, kind]}" for name, chip, kind in found.keys() - excused]
-    compiled = {(row.name, row.capability) for row in rows}
-    for name, chip, kind in excused - found.keys():
-        if whole or (name, chip) in compiled:
-            lines.append(f"{name}, sm_{chip}: its exception ({kind}) is not needed")
+    found = {(row.name, row.capability, row.tool, kind): text for row in rows for kind, text in row.faults.items()}
+    lines = set()
+    for name, chip, tool, kind in found.keys() - excused:
+        by = f", {tool}" * (kind in OF_ASSEMBLERS and tool != "")
+        lines.add(f"{name}, sm_{chip}{by}: {found[name, chip, tool, kind]}")
+    compiled = {(row.name, row.capability, row.tool) for row in rows}
+    anyhow = {(name, chip) for name, chip, _ in compiled}
+    for name, chip, tool, kind in excused - found.keys():
+        if (name, chip, tool) in compiled:
+            lines.add(f"{name}, sm_{chip}, {tool}: its exception ({kind}) is not needed")
+        elif whole and (name, chip) not in anyhow:
+            lines.add(f"{name}, sm_{chip}: its exception ({kind}) is not needed")
     return sorted(lines)
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,11 @@ def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int
     if stored.is_file():
         return [Compiled(**row) for row in json.loads(stored.read_text())]
     start = time.perf_counter()
-    rows = _compile_anew(nvcc, csrc, source, capability, lambda: time.perf_counter() - start)
+    release = re.search(r"release ([\d.]+)", version)
+    rows = [
+        replace(row, assembler=f"nvcc {release[1] if release else ''}".strip())
+        for row in _compile_anew(nvcc, csrc, source, capability, lambda: time.perf_counter() - start)
+    ]
     if not any(row.error for row in rows):
         write_atomically(stored, json.dumps([asdict(row) | {"seconds": 0.0} for row in rows]).encode())
     return rows
@@ -117,9 +121,10 @@ def _compile_anew(
         static = re.search(r"(\d+) bytes smem", rest)
         shared, took = int(static[1]) if static else 0, seconds() / len(entries)
         warps = -(-blocks[mangled] // 32)
-        usage = warps, int(registers), int(stack), shared, 0, code[mangled]
         more = ", dynamic shared" * (mangled in dynamic)
-        rows.append(Compiled(f"{source.name} {name}{more}", capability, False, *usage, seconds=took))
+        name = f"{source.name} {name}{more}"
+        row = Compiled(name, capability, num_warps=warps, registers=int(registers), stack=int(stack), shared=shared)
+        rows.append(replace(row, instructions=code[mangled], seconds=took))
     return rows
 
 

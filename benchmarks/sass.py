@@ -9,6 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.assemblers import Assembled
+from benchmarks.hazards import hazards
+
 # An address, a predicate, the instruction: "/*0130*/  @!P0 LDG.E.128 R4, ...".
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{ *)?(?:@!?U?P\w+ +)?([A-Z][\w.]*)", re.MULTILINE)
 # Loads and stores of global memory, straight to shared memory too; they are counted by their width in bits.
@@ -19,26 +22,30 @@ COUNTED = ("MUFU", "UTMALDG", "UTMASTG", "RED", "REDG", "ATOM", "ATOMG", "LDL", 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Registers and bytes of stack of a thread, and how many instructions of the kinds that speed depends on."""
+    """Registers and bytes of stack of a thread, and how many instructions of the kinds that speed depends on.
+
+    `serialised` is the assembler's reason for waiting for each asynchronous product before the next, "" where it does
+    not; `hazards` what benchmarks.hazards finds.
+    """
 
     registers: int
     stack: int
     instructions: dict[str, int]
+    serialised: str
+    hazards: list[str]
 
 
-def read_cubin(cubin: bytes) -> MachineCode:
-    """Of a compiled kernel, whichever compiler made it."""
+def read(assembled: Assembled) -> MachineCode:
+    """Of one kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(assembled.cubin)
         file.flush()
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
         code = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"expected REG and STACK in the output of cuobjdump, got {usage!r}")
-    return MachineCode(int(found[1]), int(found[2]), count_instructions(code))
+    return MachineCode(
+        assembled.registers, assembled.stack, count_instructions(code), assembled.serialised, hazards(code)
+    )
 
 
 def disassemble(cubin: Path) -> dict[str, dict[str, int]]:

@@ -48,7 +48,8 @@ def streaming_statistics_kernel(
     top = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
     exponential = tl.zeros([BLOCK_ROWS], tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for tile in tl.range(0, tiles, flatten=True):
+    # One loop of both would load ahead from tile to tile, but have each product waited for before the next.
+    for tile in range(tiles):
         start = first + tile * BLOCK_CLASSES
         z = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
         for k in range(DIM_TILES):

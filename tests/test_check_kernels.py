@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import check_kernels
+from benchmarks import assemblers, check_kernels
 from benchmarks.allowed import ALLOWED, Allowed
 from benchmarks.chips import CHIPS, resident_blocks
 from benchmarks.compiled import CASES, Compiled, cases_of, compile_all
+from benchmarks.kernel_cases.case import Case, merged, telling
 from benchmarks.sass import count_instructions
 
 # What one process has run and these tests look at is not run by another.
@@ -82,7 +83,7 @@ def product(rows, inner):
 
 
 def cases(every):
-    for name, columns, warps in (("fits", 1024, 4), ("spills", 16384, 1)):
+    for name, columns, warps in (("fits", 1024, 4), ("spills", 8192, 1)):
         arguments = {"x": "*fp32:16", "y": "*fp32:16", "COLUMNS": columns, "POWER_OF": "two"}
         yield Case(f"normalise {name}", normalise, arguments, warps)
     for name, rows, inner, stages in (("fits", 64, 64, 3), ("short", 16, 32, 3), ("staged", 128, 128, 5)):
@@ -127,27 +128,36 @@ def unfit(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(unfit):
-    return compile_all("unfit_cases", capabilities=(90,), workers=1)
+    """By Triton's own assembler and, the second list, by the other."""
+    found = compile_all("unfit_cases", capabilities=(90,), workers=1)
+    own = str(assemblers.own(90))
+    return [row for row in found if row.assembler in ("", own)], [
+        row for row in found if row.assembler not in ("", own)
+    ]
 
 
 def test_every_unfit_kernel_is_found(rows):
+    own, other = rows
     names = ("normalise fits", "normalise spills", "multiply fits", "multiply short", "multiply staged")
     barriers = (f"{name} {kind} barrier" for kind in ("without", "with") for name in ("reverse", "add"))
-    assert [row.name for row in rows] == [*names, "broken", *barriers, "fatal", "after fatal"]
-    found = [(row.name, *fault) for row in rows for fault in row.faults.items()]
-    assert [fault[:2] for fault in found] == [fault[:2] for fault in FAULTS]
-    for (_, _, text), (_, _, start) in zip(found, FAULTS, strict=True):
-        assert text.startswith(start)
+    assert [row.name for row in own] == [*names, "broken", *barriers, "fatal", "after fatal"]
+    for made in (own, other) if other else (own,):
+        found = [(row.name, *fault) for row in made for fault in row.faults.items()]
+        expected = [fault for fault in FAULTS if made is own or fault[1] != "error"]
+        assert [fault[:2] for fault in found] == [fault[:2] for fault in expected]
+        for (_, _, text), (_, _, start) in zip(found, expected, strict=True):
+            assert text.startswith(start)
 
 
 def test_machine_code_is_read(rows):
     # 1,024 floats in 128 threads are 8 a thread, two 16-byte loads where the address is known to be aligned.
-    fits, product, unaligned = (rows[k].instructions for k in (0, 2, -1))
-    assert (fits["LDG.128"], fits["STG.128"], unaligned["LDG.32"], unaligned["STG.32"]) == (2, 2, 8, 8)
-    assert fits["MUFU"] >= 8
-    assert product["HGMMA"] > 0
-    assert product["LDGSTS.128"] > 0
-    assert rows[1].instructions["STL"] > 0
+    for made in filter(None, rows):
+        fits, product, unaligned = (made[k].instructions for k in (0, 2, -1))
+        assert (fits["LDG.128"], fits["STG.128"], unaligned["LDG.32"], unaligned["STG.32"]) == (2, 2, 8, 8)
+        assert fits["MUFU"] >= 8
+        assert product["HGMMA"] > 0
+        assert product["LDGSTS.128"] > 0
+        assert made[1].instructions["STL"] > 0
 
 
 def test_a_second_run_compiles_nothing(unfit, rows, monkeypatch, capsys):
@@ -160,14 +170,21 @@ def test_a_second_run_compiles_nothing(unfit, rows, monkeypatch, capsys):
     assert check_kernels.main() == 1
     assert cached() == before
     written = json.loads((unfit / "rows.json").read_text())
-    for record, row in zip(written, rows[:5], strict=True):
+    first = {(row.name, row.assembler): row for made in rows for row in made}
+    for record in written:
+        row = first[record["name"], record["assembler"]]
         assert record.pop("seconds") < row.seconds
         assert record.items() < row.record().items()
     printed = capsys.readouterr().out
-    assert "5 compilations" in printed
-    assert "3 failures" in printed
-    for name, _, text in FAULTS[:3]:
-        assert f"{name}, sm_90: {text}" in printed
+    made = assemblers.of(90, every=True)
+    assert f"{5 * len(made)} compilations" in printed
+    for assembler in made:
+        assert f"{assembler}: 5 kernels of sm_90; 1 spill, 0 wait for each wgmma, 0 with hazards" in printed
+        assert f"normalise spills, sm_90, {assembler.name}: spills: " in printed
+    # What is not an assembler's is one line.
+    assert f"{2 + len(made)} failures" in printed
+    for name, _, text in FAULTS[1:3]:
+        assert printed.count(f"{name}, sm_90: {text}") == 1
 
 
 def test_no_kernel_of_that_name(unfit):
@@ -177,30 +194,54 @@ def test_no_kernel_of_that_name(unfit):
         compile_all("unfit_cases", capabilities=(75,))
 
 
-SPILL = Compiled("kernel", 90, num_warps=4, registers=255, stack=8)
-FITS = Compiled("kernel", 90, num_warps=4, registers=64)
+NEW, OLD = (f"{name} 1.0" for name in reversed(assemblers.NAMES))
+SPILL = Compiled("kernel", 90, OLD, num_warps=4, registers=255, stack=8)
+FITS = Compiled("kernel", 90, OLD, num_warps=4, registers=64)
+NOT_NEEDED = "its exception (spill) is not needed"
+SPILLS = "spills: 8 bytes of stack, 0 loads and 0 stores"
 
 
 @pytest.mark.parametrize(
-    ("row", "kernel", "whole", "failures"),
+    ("rows", "kernel", "whole", "failures"),
     [
-        (SPILL, "kernel", True, []),
-        (FITS, "kernel", False, ["kernel, sm_90: its exception (spill) is not needed"]),
-        (FITS, "another", False, []),
-        (FITS, "another", True, ["another, sm_90: its exception (spill) is not needed"]),
+        ([SPILL], "kernel", True, []),
+        ([FITS], "kernel", False, [f"kernel, sm_90, ptxas: {NOT_NEEDED}"]),
+        ([FITS], "another", False, []),
+        ([FITS], "another", True, [f"another, sm_90: {NOT_NEEDED}"]),
+        ([SPILL], "another", True, [f"another, sm_90: {NOT_NEEDED}", f"kernel, sm_90, ptxas: {SPILLS}"]),
+        ([SPILL, replace(FITS, assembler=NEW)], "kernel", True, []),
         (
-            SPILL, "another", True,
-            [
-                "another, sm_90: its exception (spill) is not needed",
-                "kernel, sm_90: spills: 8 bytes of stack, 0 loads and 0 stores",
-            ],
+            [FITS, replace(SPILL, assembler=NEW)], "kernel", True,
+            [f"kernel, sm_90, ptxas-blackwell: {SPILLS}", f"kernel, sm_90, ptxas: {NOT_NEEDED}"],
         ),
     ],
-    ids=["silenced", "stale", "not compiled", "renamed", "another kernel's"],
+    ids=["silenced", "stale", "not compiled", "renamed", "another kernel's", "by one", "by the other"],
 )  # fmt: skip
-def test_exceptions(row, kernel, whole, failures):
-    allowed = [Allowed((kernel,), (90,), "spill", reason="of this test")]
-    assert check_kernels.verdict([row], allowed, whole) == failures
+def test_exceptions(rows, kernel, whole, failures):
+    allowed = [Allowed((kernel,), (90,), "spill", reason="of this test", assemblers=("ptxas",))]
+    assert check_kernels.verdict(rows, allowed, whole) == failures
+
+
+def test_what_the_assembler_and_the_scanner_say_is_a_fault():
+    waits = replace(FITS, serialised="non wgmma instructions")
+    touches = replace(FITS, hazards=["R8 in MOV at 0xc0, which 0xb0 still reads"])
+    assert waits.faults == {"serialised": "waits for each wgmma before the next: non wgmma instructions"}
+    assert touches.faults.keys() == {"hazard"}
+    assert "R8 in MOV at 0xc0" in touches.faults["hazard"]
+    (line,) = check_kernels.by_assembler([waits, touches, SPILL, replace(FITS, capability=80)])
+    assert line == "ptxas 1.0: 4 kernels of sm_80, sm_90; 1 spill, 1 wait for each wgmma, 1 with hazards"
+
+
+def test_a_plain_run_compiles_twins_once_and_other_chips_hungriest():
+    def case(name, chips=None, dtype="bf16", **arguments):
+        return Case(name, None, {"x": f"*{dtype}:16", **arguments}, 4, capabilities=chips)
+
+    cases = [
+        case("norm 1", BLOCK=1), case("norm 2", BLOCK=2), case("norm 1 fp16", dtype="fp16", BLOCK=1),
+        case("attention bias", (90, 100), bias="*bf16:16"), case("attention plain", (90, 100), bias=None),
+        case("attention narrow", (80, 86)), case("attention narrow fp16", (80, 86), dtype="fp16"),
+    ]  # fmt: skip
+    assert telling(cases) == [(90,), None, (), (90, 100), (90,), (80, 86), ()]
 
 
 def test_limits_of_shared_and_tensor_memory():
@@ -261,8 +302,6 @@ def test_cases_name_every_argument():
 
 def test_cases_of_one_name_are_one_compilation():
     """What the name hides would be compiled once, as the first of them is, and never as the others are."""
-    from benchmarks.kernel_cases.case import Case, merged
-
     first, same = (Case("kernel", None, {"BLOCK": 64}, 4, capabilities=(chip,)) for chip in (90, 80))
     other_warps, other_block = replace(same, num_warps=8), replace(same, arguments={"BLOCK": 32})
     assert [(case.name, case.capabilities) for case in merged([first, same])] == [("kernel", (80, 90))]

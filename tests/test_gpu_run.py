@@ -97,7 +97,7 @@ def checkout(tmp_path_factory) -> Path:
     for folder in ("tfm", "kernels", "csrc", "benchmarks", "tools", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "benchmarks" / "kernel_cases" / "__init__.py").write_text(KERNEL_CASES)
+    (copy / "benchmarks" / "kernel_cases" / "families.py").write_text(KERNEL_CASES)
     (copy / "tests" / "test_layer_norm.py").write_text(TESTS)
     for name, text in {"broken": BROKEN, "troubled": TROUBLED}.items():
         (copy / "benchmarks" / f"bench_{name}.py").write_text(text)

@@ -35,7 +35,11 @@ def main() -> None:
     if arguments.only and not only:
         append(journal, {"missing": f"no kernel serves {', '.join(arguments.only)}"})
         return
-    rows = compile_all(capabilities=(arguments.capability,), workers=arguments.workers, only=only, report=keep)
+    # All that this GPU will run, as it will run it.
+    rows = compile_all(
+        capabilities=(arguments.capability,), workers=arguments.workers, only=only, report=keep,
+        by_every=False, chosen=False,
+    )  # fmt: skip
     append(journal, {"verdict": verdict(rows, ALLOWED, whole=False)})
 
 

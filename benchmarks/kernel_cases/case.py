@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,53 @@ class Case:
             is_known = is_aligned or not (argument is None or isinstance(argument, str))
             if (parameter.do_not_specialize and is_known) or (parameter.do_not_specialize_on_alignment and is_aligned):
                 raise ValueError(f"{self.name}: {parameter.name} is not specialised on, got {argument!r}")
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Of its tensors, each once."""
+        texts = {argument for argument in self.arguments.values() if isinstance(argument, str)}
+        return tuple(sorted(text for text in texts if text.startswith(("*", "tensordesc"))))
+
+    @property
+    def given(self) -> int:
+        """How many arguments are not absent."""
+        return sum(argument is not None for argument in self.arguments.values())
+
+
+# The chip whose code differs most between assemblers and settings: its cases stand for the other chips'.
+FIRST = 90
+
+
+def telling(cases: Sequence[Case]) -> list[tuple[int, ...] | None]:
+    """The chips that each case is compiled for where not every one is; None for all of its own.
+
+    fp16 has bf16's settings and, but for a few, its registers: one of the two. What other chips share with FIRST is
+    compiled there, and for them only the hungriest of each kernel, types and head dim: of the most arguments, the last.
+    """
+    settings = [repr(replace(case, name="")) for case in cases]
+    twins = [text.replace("*fp16", "*bf16").replace("<fp16", "<bf16") for text in settings]
+    known = set(settings)
+    is_spared = [text != twin and twin in known for text, twin in zip(settings, twins, strict=True)]
+    hungriest: dict[tuple[object, ...], int] = {}
+    for place, case in enumerate(cases):
+        if not is_spared[place]:
+            before = hungriest.setdefault(_group(case), place)
+            if case.given >= cases[before].given:
+                hungriest[_group(case)] = place
+    chips: list[tuple[int, ...] | None] = []
+    for place, case in enumerate(cases):
+        shared = case.capabilities is None or FIRST in case.capabilities
+        if is_spared[place]:
+            chips.append(())
+        elif shared and hungriest[_group(case)] != place:
+            chips.append((FIRST,))
+        else:
+            chips.append(case.capabilities)
+    return chips
+
+
+def _group(case: Case) -> tuple[object, ...]:
+    return case.name.split()[0], case.capabilities, case.types, str(case.arguments.get("DIM"))
 
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:

@@ -98,11 +98,13 @@ def attention_backward_keys_kernel(
     if IS_MASKED:
         whole_first, whole_last = first, first
 
-    for edge in tl.static_range(2):
-        if edge or not IS_MASKED:
-            steps = (last - first) - (whole_last - whole_first) if edge else whole_last - whole_first
-            # One loop over heads and tiles: what a loop within a loop prepares fills the registers of both.
-            for step in range(group * steps if IS_GROUPED else steps):
+    for edge in tl.static_range(1 if IS_MASKED else 0, 2):
+        steps = (last - first) - (whole_last - whole_first) if edge else whole_last - whole_first
+        # One loop over heads and tiles: what a loop within a loop prepares fills the registers of both.
+        turns = group * steps if IS_GROUPED else steps
+        # As in the forward: no sums in flight meet zeros.
+        if turns > 0:
+            for step in range(turns):
                 head, turn = key_head, step
                 if IS_GROUPED:
                     head, turn = key_head * group + step // steps, step % steps

@@ -109,9 +109,10 @@ def attention_forward_kernel(
     if IS_MASKED:
         whole_first, whole_last = first, first
 
-    for edge in tl.static_range(2):
-        if edge or not IS_MASKED:
-            steps = (last - first) - (whole_last - whole_first) if edge else whole_last - whole_first
+    for edge in tl.static_range(1 if IS_MASKED else 0, 2):
+        steps = (last - first) - (whole_last - whole_first) if edge else whole_last - whole_first
+        # Sums that meet the zeros of no step before they are waited for have the assembler wait for every product.
+        if steps > 0:
             for step in range(steps):
                 key_tile = edge_tile(step, first, whole_first, whole_last) if edge else whole_first + step
                 column = key_tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)

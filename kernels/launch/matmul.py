@@ -84,8 +84,8 @@ def linear_activation(
     if not _suits_epilogue(depth, dtype, aligned):
         return None
     tiles = _matmul_tiles(rows, 2 * columns if gated else columns, chip)
-    # Half as much an element as the backward's: slices twice as wide fit the registers.
-    return replace(tiles, slices=tiles.block_columns // 32)
+    # Gated, half as much an element as the backward's: slices twice as wide fit the registers.
+    return replace(tiles, slices=tiles.block_columns // 32) if gated else tiles
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,7 @@ numbers of 4 bytes, and takes 2 to 4 warps so that they are 32 to 64 of a thread
 
 From 65 keys on the forward's tiles have 64 queries (HGMMA; 195 registers, two programs of 4 warps). A bias, whose every
 element takes an address, has 16 at a time. The backward's tiles have the keys as rows, 64 to 256 of them (HGMMA), and
-16 or 32 queries as columns: 8 warps, one program on a multiprocessor, 192 to 255 registers. Chips without wide tensor
+16 queries as columns: 8 warps, one program on a multiprocessor, 192 to 255 registers. Chips without wide tensor
 cores hold the products' first factors in registers, too, and take fewer queries.
 """
 
@@ -71,7 +71,7 @@ SHORT_FORWARD_FP32 = {
 }  # fmt: skip
 # The same, and the passes.
 SHORT_BACKWARD = {
-    (64, 16): (16, 2, 1), (64, 32): (16, 4, 1), (64, 64): (16, 4, 1), (64, 128): (32, 8, 1), (64, 256): (16, 8, 2),
+    (64, 16): (16, 2, 1), (64, 32): (16, 4, 1), (64, 64): (16, 4, 1), (64, 128): (16, 8, 1), (64, 256): (16, 8, 2),
     (128, 16): (16, 4, 1), (128, 32): (16, 4, 1), (128, 64): (16, 4, 2), (128, 128): (16, 8, 2),
     (256, 16): (16, 8, 1), (256, 32): (16, 8, 1),
 }  # fmt: skip
@@ -82,7 +82,7 @@ SHORT_BACKWARD_FP32 = {
 # Left to itself, the assembler spills a few words of these rows on sm_100, to fit one program more.
 CAPPED_FORWARD, CAPPED_BACKWARD = (64, 16), (64, 64)
 # An address for each element of the bias does not fit beside these rows' sums.
-NO_BIAS = ((64, 256), (256, 32))
+NO_BIAS = ((64, 256), (128, 128), (256, 32))
 # Of sm_100: nor do a mask's bits beside this one's, and beside the other's in fp32 a bias takes 8 warps' registers.
 NO_MASK, FEWER_WARPS = (64, 256), (64, 64)
 
@@ -121,9 +121,6 @@ def short_attention_backward(
     if major == 10 and has_words and place == NO_MASK:
         return None
     queries, num_warps, passes = row
-    # Triton 3.6 spills a few words of 32 queries with 128 keys beside a mask's bits.
-    if has_bias or (has_words and place == (64, 128)) or not _has_wide_tensor_cores(major):
-        queries = 16
     if major == 10 and has_bias and dtype == torch.float32 and place == FEWER_WARPS:
         num_warps = 8
     most = 255 if major == 10 and dtype != torch.float32 and place == CAPPED_BACKWARD else None

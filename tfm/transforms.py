@@ -27,7 +27,7 @@ def transforming() -> bool:
 
 
 def wraps_tensors(x: Tensor) -> bool:
-    """Whether the class of `x` runs torch's operations on the tensors inside it, as DTensor does on its shards."""
+    """Whether `x` is of a class that runs torch's operations on tensors inside it, as DTensor does on shards."""
     return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
 
 

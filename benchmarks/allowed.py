@@ -75,8 +75,4 @@ ALLOWED: tuple[Allowed, ...] = (
         ("decode_attention 16 of 128 grouped fp32 without k v parents",), (86, 89), "spill",
         reason="8 bytes under the cap of registers, without which wider calls spill on other chips.",
     ),
-    Allowed(
-        ("attention_forward 64 bias dropout fp32 exact",), (80,), "spill",
-        reason="8 bytes for a fourth program on a multiprocessor; rows without them have fewer warps there.",
-    ),
 )  # fmt: skip

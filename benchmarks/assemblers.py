@@ -71,11 +71,8 @@ def own(capability: int) -> Assembler:
     """The one that Triton takes for this chip."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    path = get_ptxas(capability).path
-    return next(
-        (assembler for assembler in found().values() if assembler.path == path),
-        Assembler("ptxas", get_ptxas(capability).version, path),
-    )
+    tool = get_ptxas(capability)
+    return next(assembler for assembler in found().values() if assembler.path == tool.path)
 
 
 def of(capability: int, every: bool) -> list[Assembler]:

@@ -101,11 +101,12 @@ def test_only_sm_90_is_made_by_both():
 
 def test_a_missing_assembler_is_a_line(monkeypatch):
     assert assemblers.missing() == []
-    ptxas = assemblers.found()["ptxas"]
-    monkeypatch.setattr(assemblers, "found", lambda: {"ptxas": ptxas})
+    own = assemblers.own(90)
+    monkeypatch.setattr(assemblers, "found", lambda: {own.name: own})
     (line,) = assemblers.missing()
-    assert line.endswith("has no ptxas-blackwell: not checked with it")
-    assert assemblers.of(90, every=True) == [ptxas]
+    (other,) = set(assemblers.NAMES) - {own.name}
+    assert line.endswith(f"has no {other}: not checked with it")
+    assert assemblers.of(90, every=True) == [own]
 
 
 def test_words_of_another_are_refused():

@@ -92,6 +92,10 @@ def varlen_attention(new: Tensors) -> Iterator[Outputs]:
     for is_causal in (False, True):
         query, key, value = (new(total, HEADS, HEAD_DIM) for _ in range(3))
         yield ops.varlen_attention(query, key, value, starts, starts, longest, longest, DROPOUT_P, is_causal)
+    most = SHORT if new.short else LONG
+    query, (key, value) = new(7, HEADS, HEAD_DIM), (new(most + 4, HEADS, HEAD_DIM) for _ in range(2))
+    starts, key_starts = new.integers(0, 1, 4, 7), new.integers(0, 3, most + 3, most + 4)
+    yield ops.varlen_attention(query, key, value, starts, key_starts, 3, most)
 
 
 def decode_attention(new: Tensors) -> Iterator[Outputs]:

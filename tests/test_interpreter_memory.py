@@ -16,7 +16,7 @@ from tools.interpreter.findings import Finding
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here, not in the interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:tl.make_block_ptr is deprecated:UserWarning"),
 ]
 SOURCE = Path(planted.__file__).read_text().splitlines()
 ROWS, COLUMNS = 5, 12

@@ -1,11 +1,11 @@
 """torch's own tests of its Transformer classes, run twice: on torch.nn, and with tfm.nn's classes in their place.
 
-    python tests/torch_suite.py FOLDER [FILE ...] [--out tests/torch_suite.json] [--functions]
+    python tests/torch_suite.py FOLDER [FILE ...] [--out tests/torch_suite.json]
 
 FOLDER is `test` in a checkout of torch, of a version near the installed one; its tests need `expecttest` and scipy.
 Prints by file how many tests pass and names each that torch passes and tfm does not, with its reason where the
 difference is kept on purpose; exits with status 1 where one has none. The table that --out names keeps its rows of
-other files. With --functions tfm.ops replaces torch.nn.functional's norms, attention and linear_cross_entropy instead.
+other files.
 """
 
 from __future__ import annotations
@@ -93,15 +93,14 @@ ON_PURPOSE = {
 }
 
 
-def outcomes(folder: Path, file: str, library: str, timeout: int, seconds: int, of: str = "classes") -> dict[str, str]:
+def outcomes(folder: Path, file: str, library: str, timeout: int, seconds: int) -> dict[str, str]:
     """What became of each test of `file`, on `library`: "passed", "skipped", or the first line of its failure."""
     paths = [str(path) for path in (ROOT, ROOT / "tests", folder, (folder / file).parent)]
     with tempfile.TemporaryDirectory() as scratch:
         record, output = Path(scratch, "record"), Path(scratch, "output")
         record.touch()
         wishes = {"TFM_TORCH_SUITE": library, "TFM_TORCH_SUITE_RECORD": str(record)}
-        wishes |= {"TFM_TORCH_SUITE_OF": of, "TFM_TORCH_SUITE_SECONDS": str(seconds)}
-        wishes |= {"PYTHONPATH": os.pathsep.join(paths)}
+        wishes |= {"TFM_TORCH_SUITE_SECONDS": str(seconds), "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "torch_suite_plugin"]
         command += ["-p", "no:cacheprovider", "-o", "addopts=", f"--rootdir={folder}", "-W", "ignore", file]
         with output.open("w") as stream:
@@ -150,15 +149,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table here")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds a file and library")
     parser.add_argument("--test-timeout", type=int, default=300, help="seconds a test")
-    parser.add_argument("--functions", action="store_true", help="exchange functions rather than classes")
     options = parser.parse_args()
     folder = options.folder.resolve()
     version = (folder.parent / "version.txt").read_text().strip()
     table = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"files": {}}
     unexplained = False
     for file in options.files or FILES:
-        wishes = (options.timeout, options.test_timeout, "functions" if options.functions else "classes")
-        theirs, ours = (outcomes(folder, file, library, *wishes) for library in ("torch", "tfm"))
+        limits = options.timeout, options.test_timeout
+        theirs, ours = (outcomes(folder, file, library, *limits) for library in ("torch", "tfm"))
         row = compare(file, theirs, ours)
         unexplained |= any(not case["reason"] for case in row["lost"].values())
         table["files"][file] = {"torch": torch.__version__, "tests of torch": version} | row

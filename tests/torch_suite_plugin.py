@@ -1,14 +1,13 @@
 """The plugin of pytest under which torch_suite.py runs a file of torch's tests.
 
-Puts tfm in torch's place where TFM_TORCH_SUITE says so: the classes or the functions, as TFM_TORCH_SUITE_OF says. Keeps
-the tests that use one of those, stops each after TFM_TORCH_SUITE_SECONDS, and writes what became of it to the file
-TFM_TORCH_SUITE_RECORD, line by line: what a file's time or a crash cuts short leaves the results so far.
+Puts tfm's classes in torch's place where TFM_TORCH_SUITE says so. Keeps the tests that use one of those, stops each
+after TFM_TORCH_SUITE_SECONDS, and writes what became of it to the file TFM_TORCH_SUITE_RECORD, line by line: what a
+file's time or a crash cuts short leaves the results so far.
 """
 
 from __future__ import annotations
 
 import builtins
-import functools
 import inspect
 import json
 import os
@@ -20,12 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch_suite_selection import NAMES, named, reaching
 
 LIBRARY = os.environ.get("TFM_TORCH_SUITE", "torch")
-OF = os.environ.get("TFM_TORCH_SUITE_OF", "classes")
 SECONDS = int(os.environ.get("TFM_TORCH_SUITE_SECONDS", "0"))
 RECORD = os.environ.get("TFM_TORCH_SUITE_RECORD", os.devnull)
 
@@ -95,44 +91,8 @@ def exchange_classes() -> None:
                 setattr(module, theirs.__name__, ours)
 
 
-def exchange_functions() -> None:
-    """tfm.ops' functions under torch.nn.functional's names, for the forms of input that they serve."""
-    from tfm import ops
-
-    layer_norm, rms_norm, attention = F.layer_norm, F.rms_norm, F.scaled_dot_product_attention
-
-    @functools.wraps(layer_norm)
-    def our_layer_norm(
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if len(normalized_shape) != 1 or not input.is_floating_point() or input.is_nested:
-            return layer_norm(input, normalized_shape, weight, bias, eps)
-        return ops.layer_norm(input, weight, bias, eps)
-
-    @functools.wraps(rms_norm)
-    def our_rms_norm(
-        input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-    ) -> Tensor:
-        if len(normalized_shape) != 1 or not input.is_floating_point() or input.is_nested:
-            return rms_norm(input, normalized_shape, weight, eps)
-        computed = torch.promote_types(input.dtype, torch.float32)
-        return ops.rms_norm(input, weight, torch.finfo(computed).eps if eps is None else eps)
-
-    @functools.wraps(attention)
-    def our_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any) -> Tensor:
-        served = query.dim() == key.dim() == value.dim() == 4 and not query.is_nested
-        return (ops.attention if served else attention)(query, key, value, *args, **named)
-
-    F.layer_norm, F.rms_norm, F.scaled_dot_product_attention = our_layer_norm, our_rms_norm, our_attention
-    F.linear_cross_entropy = functools.wraps(F.linear_cross_entropy)(ops.linear_cross_entropy)
-
-
 if LIBRARY == "tfm":
-    {"classes": exchange_classes, "functions": exchange_functions}[OF]()
+    exchange_classes()
 
 
 def _record(name: str, outcome: str) -> None:
@@ -145,8 +105,8 @@ def _uses_one(item: pytest.Item) -> bool:
     code = getattr(inspect.unwrap(getattr(item, "function", item.runtest)), "__code__", None)
     paths = {item.path, Path(code.co_filename)} if code else {item.path}
     # Tests made for a device or a setting carry it behind the method's name.
-    methods = (method for path in paths for method in reaching(path, NAMES[OF]))
-    return named(item.name, NAMES[OF]) or any(f"{item.name}_".startswith(f"{method}_") for method in methods)
+    methods = (method for path in paths for method in reaching(path, NAMES))
+    return named(item.name, NAMES) or any(f"{item.name}_".startswith(f"{method}_") for method in methods)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,14 +7,11 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-# What is exchanged: classes of torch.nn, or functions of torch.nn.functional.
-NAMES = {
-    "classes": frozenset(
-        ("Transformer", "TransformerEncoder", "TransformerDecoder", "TransformerEncoderLayer",
-         "TransformerDecoderLayer", "MultiheadAttention", "LayerNorm", "RMSNorm")
-    ),
-    "functions": frozenset(("layer_norm", "rms_norm", "scaled_dot_product_attention", "linear_cross_entropy")),
-}  # fmt: skip
+# The classes of torch.nn that are exchanged.
+NAMES = frozenset(
+    ("Transformer", "TransformerEncoder", "TransformerDecoder", "TransformerEncoderLayer", "TransformerDecoderLayer",
+     "MultiheadAttention", "LayerNorm", "RMSNorm")
+)  # fmt: skip
 
 
 def named(test: str, names: frozenset[str]) -> bool:

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import sanitized_pass
 from benchmarks.progress import say
+from tools import interpreter
 from tools.interpreter import memory, reached
 from tools.interpreter.findings import Findings, Place, from_root
 
@@ -37,6 +38,7 @@ SEED = 20170612
 
 def check(operation: str, dtype: torch.dtype) -> tuple[Findings, dict[str, memory.Checked]]:
     """What is found in one operation's kernels, and what was checked of each."""
+    interpreter.mend()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN and infinities, which kernels expect.

@@ -16,7 +16,7 @@ from benchmarks.kernel_cases.case import Case, merged, telling
 from benchmarks.sass import count_instructions
 
 # What one process has run and these tests look at is not run by another.
-pytestmark = [pytest.mark.triton, pytest.mark.xdist_group("check_kernels")]
+pytestmark = pytest.mark.triton
 # Most are unfit for sm_90, each in its own way. One warp holds 32 x 255 values; a 16-row tile
 # is too short for HGMMA; five stages of 64 KB are more than 227 KB; nothing is called tl.nothing.
 UNFIT = """

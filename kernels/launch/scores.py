@@ -15,7 +15,7 @@ def bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
     """`dim`: the wider of D and Dv; `major`: of the compute capability.
 
     8 warps: the sums, the bias, scores and their gradients are 16 registers a thread each at 64 x 64; with every rule
-    it takes 220 to 240, so one program on a multiprocessor, its loads one round ahead.
+    it takes 220 to 240, so one program on a multiprocessor, its loads one round ahead where their addresses fit, too.
     """
     if dtype == torch.float32:
         return AttentionTiles(32, 32, 8, 2)
@@ -25,7 +25,7 @@ def bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
         return AttentionTiles(64, 64, 8, 2)
     if major == 10:
         return AttentionTiles(64, 32, 8, 2)
-    return AttentionTiles(64 if dim <= 64 else 32, 32, 8, 2)
+    return AttentionTiles(64, 32, 8, 2) if dim <= 64 else AttentionTiles(32, 32, 8, 1)
 
 
 def bias_splits(places: int, members: int) -> int:

@@ -79,7 +79,7 @@ SHORT_BACKWARD_FP32 = {
     (64, 32): (16, 8, 1), (64, 64): (16, 16, 1),
     (128, 32): (16, 16, 1),
 }  # fmt: skip
-# Left to itself, the assembler spills a few words of these rows on sm_100, to fit one program more.
+# Left to itself, the newer assembler spills a few words of these rows, the first on sm_90 too, to fit one program more.
 CAPPED_FORWARD, CAPPED_BACKWARD = (64, 16), (64, 64)
 # An address for each element of the bias does not fit beside these rows' sums.
 NO_BIAS = ((64, 256), (128, 128), (256, 32))
@@ -106,7 +106,7 @@ def short_attention_forward(
     queries, num_warps = row
     if queries == 64 and (has_bias or (has_words and place == (64, 256)) or not _has_wide_tensor_cores(major)):
         queries = 16 if has_bias or has_words else 32
-    most = 255 if major == 10 and dtype != torch.float32 and place == CAPPED_FORWARD else None
+    most = 255 if major in (9, 10) and dtype != torch.float32 and place == CAPPED_FORWARD else None
     return ShortForwardTiles(queries, place[1], num_warps, takes_all=place[1] <= 64, max_registers=most)
 
 

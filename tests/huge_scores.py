@@ -222,14 +222,17 @@ def decoded_results(problem: Problem, tensors: Tensors, impl: str, dtype: torch.
 
 
 def assert_right(found: dict[str, Tensor], truth: Expected, dtype: torch.dtype) -> None:
-    """Each element errs by at most so many ROUNDINGS for each of its terms, and is 0 where it has none."""
+    """Each element errs by at most so many ROUNDINGS for each of its terms, and is 0 where it has none.
+
+    A rounding is no finer than the step of the smallest numbers, which weights and gradients of fp16 reach.
+    """
     for name, result in found.items():
         true, size = (part[:, :, -result.shape[2] :] if name == "output" else part for part in truth[name])
         assert result.shape == true.shape, f"{name}: expected shape {tuple(true.shape)}, got {tuple(result.shape)}"
         assert result.isfinite().all(), f"{name}: {(~result.isfinite()).sum().item()} elements are not finite"
         kind = torch.float32 if name == "lse" else dtype
-        eps = torch.finfo(kind).eps
-        excess = (result.double() - true).abs() - ROUNDINGS[kind] * eps * size
+        eps, step = torch.finfo(kind).eps, torch.finfo(kind).smallest_normal * torch.finfo(kind).eps
+        excess = (result.double() - true).abs() - ROUNDINGS[kind] * (eps * size + step * (size > 0))
         worst = int(excess.argmax())
         assert excess.flatten()[worst] <= 0, (
             f"{name}: expected {true.flatten()[worst]:.6e}, got {result.flatten()[worst]:.6e},"

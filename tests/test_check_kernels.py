@@ -238,10 +238,13 @@ def test_a_plain_run_compiles_twins_once_and_other_chips_hungriest():
 
     cases = [
         case("norm 1", BLOCK=1), case("norm 2", BLOCK=2), case("norm 1 fp16", dtype="fp16", BLOCK=1),
-        case("attention bias", (90, 100), bias="*bf16:16"), case("attention plain", (90, 100), bias=None),
+        case("norm 1 fp32", dtype="fp32", BLOCK=1), case("norm 2 fp32 weight", weight="*fp32:16", BLOCK=2),
+        case("attention 64 bias", (90, 100), DIM=64, bias="*bf16:16"), case("attention 64 plain", (90, 100), DIM=64),
+        case("attention 128 bias", (90, 100), DIM=128, bias="*bf16:16"),
         case("attention narrow", (80, 86)), case("attention narrow fp16", (80, 86), dtype="fp16"),
     ]  # fmt: skip
-    assert telling(cases) == [(90,), None, (), (90, 100), (90,), (80, 86), ()]
+    chips = [(90,), (90,), (), None, None, (90,), (90,), (90, 100), (80, 86), ()]
+    assert telling(cases) == chips
 
 
 def test_limits_of_shared_and_tensor_memory():

@@ -68,7 +68,8 @@ def telling(cases: Sequence[Case]) -> list[tuple[int, ...] | None]:
     """The chips that each case is compiled for where not every one is; None for all of its own.
 
     fp16 has bf16's settings and, but for a few, its registers: one of the two. What other chips share with FIRST is
-    compiled there, and for them only the hungriest of each kernel, types and head dim: of the most arguments, the last.
+    compiled there, and for them only the hungriest of each kernel and dtype: of the most arguments, the last, which is
+    the widest.
     """
     settings = [repr(replace(case, name="")) for case in cases]
     twins = [text.replace("*fp16", "*bf16").replace("<fp16", "<bf16") for text in settings]
@@ -93,7 +94,9 @@ def telling(cases: Sequence[Case]) -> list[tuple[int, ...] | None]:
 
 
 def _group(case: Case) -> tuple[object, ...]:
-    return case.name.split()[0], case.capabilities, case.types, str(case.arguments.get("DIM"))
+    # fp32 beside data of 16 bits is statistics, weights or sums.
+    halves = tuple(kind for kind in case.types if "bf16" in kind or "fp16" in kind)
+    return case.name.split()[0], case.capabilities, halves
 
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:

@@ -35,8 +35,8 @@ native: $(INSTALLED)
 # Triton's kernels under the memory checker of its interpreter, and the CPU kernels under the address, undefined
 # behaviour and thread sanitizers: minutes.
 sanitize: $(INSTALLED)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m tools.interpreter.sanitize
-	$(BIN)/python -m benchmarks.native_sanitizers
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m tools.sanitize.interpreter
+	$(BIN)/python -m tools.sanitize.native
 
 # Format, lint, types, and who may import whom.
 check: $(INSTALLED)
@@ -50,11 +50,11 @@ check: $(INSTALLED)
 # missing or serialised HGMMA and on hazards around it.
 # Those of csrc too, where nvcc is.
 check-kernels: $(INSTALLED)
-	$(BIN)/python -m benchmarks.check_kernels
+	$(BIN)/python -m tools.check_kernels
 
 # The full product of settings and chips, sm_86, sm_89 and sm_120 too.
 check-kernels-all: $(INSTALLED)
-	$(BIN)/python -m benchmarks.check_kernels --every
+	$(BIN)/python -m tools.check_kernels --every
 
 # What the host does for every operation, without a GPU: launches, syncs, compilations and time, and what has changed
 # since the committed record, which it renews. ONLY=encoder for some rows, which renew nothing.
@@ -73,13 +73,13 @@ bench: native
 # Everything on one NVIDIA GPU, in nine minutes: ONLY=attention,layer_norm QUICK=1 DATA=dir OUT=file COMMIT=hash. Takes
 # the python3 on PATH where there is no virtual environment.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) \
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu $(if $(ONLY),--only $(ONLY)) \
 		$(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
 
 # Launch settings and backends tried on a GPU, every family or FAMILY=layer_norm: SECONDS=540 SIZE=8192x1024 DTYPE=fp16
 # OUT=file.
 tune:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tune $(or $(FAMILY),all) \
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.tune $(or $(FAMILY),all) \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(SIZE),--size "$(SIZE)") $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(OUT),--out "$(OUT)")
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.ceilings import Work, copy_rates, matmul_rates
 from benchmarks.progress import say
 from benchmarks.record import ROOT, environment, sources, write
+from tools.gpu.ceilings import Work, copy_rates, matmul_rates
 
 FORMAT = 1
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.run import Options, Run
-from benchmarks.report.records import ROOT, Record, sha256
-from benchmarks.report.sources import sources_of
 from benchmarks.suite import FORWARD, Case, Peer, Suite, Work
+from tools.gpu.run import Options, Run
+from tools.report.records import ROOT, Record, sha256
+from tools.report.sources import sources_of
 
 CEILINGS = {"copy": {"GB/s": 4300.0, "samples": [4300.0]}, "matmul": {"TFLOP/s": 780.0, "samples": [780.0]}}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from triton.runtime.errors import PTXASError
 
-from benchmarks import assemblers, sass
+from tools.check_kernels import assemblers, sass
 
 pytestmark = pytest.mark.triton
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import assemblers, check_kernels
-from benchmarks.allowed import ALLOWED, Allowed
-from benchmarks.chips import CHIPS, resident_blocks
-from benchmarks.compiled import CASES, Compiled, cases_of, compile_all
-from benchmarks.kernel_cases.case import Case, merged, telling
-from benchmarks.sass import count_instructions
+from tools.check_kernels import __main__ as command
+from tools.check_kernels import assemblers
+from tools.check_kernels.allowed import ALLOWED, Allowed
+from tools.check_kernels.cases.case import Case, merged, telling
+from tools.check_kernels.chips import CHIPS, resident_blocks
+from tools.check_kernels.compiled import CASES, Compiled, cases_of, compile_all
+from tools.check_kernels.sass import count_instructions
+from tools.check_kernels.verdict import by_assembler, verdict
 
 # What one process has run and these tests look at is not run by another.
 pytestmark = pytest.mark.triton
@@ -25,7 +27,7 @@ import os
 import triton
 import triton.language as tl
 
-from benchmarks.kernel_cases.case import Case
+from tools.check_kernels.cases.case import Case
 
 
 @triton.jit
@@ -165,9 +167,9 @@ def test_a_second_run_compiles_nothing(unfit, rows, monkeypatch, capsys):
         return {path: path.stat().st_mtime_ns for path in (unfit / "cache").rglob("*") if path.is_file()}
 
     before = cached()
-    command = ["check_kernels", "--cases", "unfit_cases", "--capabilities", "90", "--only", "normalise,multiply"]
-    monkeypatch.setattr(sys, "argv", [*command, "--workers", "1", "--json", str(unfit / "rows.json")])
-    assert check_kernels.main() == 1
+    words = ["check_kernels", "--cases", "unfit_cases", "--capabilities", "90", "--only", "normalise,multiply"]
+    monkeypatch.setattr(sys, "argv", [*words, "--workers", "1", "--json", str(unfit / "rows.json")])
+    assert command.main() == 1
     assert cached() == before
     written = json.loads((unfit / "rows.json").read_text())
     first = {(row.name, row.assembler): row for made in rows for row in made}
@@ -219,7 +221,7 @@ SPILLS = "spills: 8 bytes of stack, 0 loads and 0 stores"
 )  # fmt: skip
 def test_exceptions(rows, kernel, whole, failures):
     allowed = [Allowed((kernel,), (90,), "spill", reason="of this test", assemblers=("ptxas",))]
-    assert check_kernels.verdict(rows, allowed, whole) == failures
+    assert verdict(rows, allowed, whole) == failures
 
 
 def test_what_the_assembler_and_the_scanner_say_is_a_fault():
@@ -228,7 +230,7 @@ def test_what_the_assembler_and_the_scanner_say_is_a_fault():
     assert waits.faults == {"serialised": "waits for each wgmma before the next: non wgmma instructions"}
     assert touches.faults.keys() == {"hazard"}
     assert "R8 in MOV at 0xc0" in touches.faults["hazard"]
-    (line,) = check_kernels.by_assembler([waits, touches, SPILL, replace(FITS, capability=80)])
+    (line,) = by_assembler([waits, touches, SPILL, replace(FITS, capability=80)])
     assert line == "ptxas 1.0: 4 kernels of sm_80, sm_90; 1 spill, 1 wait for each wgmma, 1 with hazards"
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import check_kernels, native_kernels
-from benchmarks.allowed import Allowed
 from tfm.native import toolchain
+from tools.check_kernels import __main__ as command
+from tools.check_kernels import native
+from tools.check_kernels.allowed import Allowed
+from tools.check_kernels.verdict import verdict
 
 NVCC, WHY_NOT = toolchain.find_nvcc()
 SOURCE = """
@@ -54,7 +56,7 @@ def csrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_registers_shared_memory_and_spills_are_found_once(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert NVCC is not None
     seen: list[object] = []
-    rows = native_kernels.compile_all(NVCC, (80, 90), csrc=csrc, report=seen.append)
+    rows = native.compile_all(NVCC, (80, 90), csrc=csrc, report=seen.append)
     assert seen == rows
     assert [(row.name, row.capability) for row in rows] == [
         (f"some.cu {name}", chip) for name in ("scale<float, 4>", "spills", "turn, dynamic shared") for chip in (80, 90)
@@ -65,23 +67,23 @@ def test_registers_shared_memory_and_spills_are_found_once(csrc: Path, monkeypat
     assert scale.instructions == {"LDG.32": 1, "STG.32": 1}
     assert (spills.num_warps, spills.faults.keys()) == (32, {"spill"})
     excused = Allowed((spills.name,), (80, 90), "spill", reason="")
-    assert len(check_kernels.verdict(rows, (), whole=True)) == 2
-    assert check_kernels.verdict(rows, (excused,), whole=True) == []
-    assert native_kernels.concerns(excused)
+    assert len(verdict(rows, (), whole=True)) == 2
+    assert verdict(rows, (excused,), whole=True) == []
+    assert native.concerns(excused)
     # What is unchanged is not compiled again; a header counts.
-    monkeypatch.setattr(native_kernels, "_compile_anew", lambda *_: pytest.fail("compiled again"))
-    again = native_kernels.compile_all(NVCC, (80, 90), csrc=csrc, only=("scale",))
+    monkeypatch.setattr(native, "_compile_anew", lambda *_: pytest.fail("compiled again"))
+    again = native.compile_all(NVCC, (80, 90), csrc=csrc, only=("scale",))
     assert [row.registers for row in again] == [row.registers for row in rows[:2]]
     (csrc / "common" / "rows.h").write_text("constexpr int ROWS = 32;\n")
     with pytest.raises(pytest.fail.Exception):
-        native_kernels.compile_all(NVCC, (80,), csrc=csrc)
+        native.compile_all(NVCC, (80,), csrc=csrc)
 
 
 @needs_nvcc
 def test_what_does_not_compile_is_a_fault_not_an_end(csrc: Path) -> None:
     assert NVCC is not None
     (csrc / "common" / "rows.h").write_text("constexpr int ROWS = nothing;\n")
-    (row,) = native_kernels.compile_all(NVCC, (80,), csrc=csrc)
+    (row,) = native.compile_all(NVCC, (80,), csrc=csrc)
     assert "nothing" in row.faults["error"]
     assert row.name.startswith("some.cu")
 
@@ -90,10 +92,8 @@ def test_without_nvcc_triton_is_checked_alone_and_a_line_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: (None, "no nvcc in CUDA_HOME or on PATH"))
-    monkeypatch.setattr(
-        check_kernels, "compile_all", lambda *_, **__: [native_kernels.Compiled("one", 80, num_warps=4)]
-    )
-    monkeypatch.setattr(check_kernels.sys, "argv", ["check_kernels"])
-    assert check_kernels.main() == 0
+    monkeypatch.setattr(command, "compile_all", lambda *_, **__: [native.Compiled("one", 80, num_warps=4)])
+    monkeypatch.setattr(command.sys, "argv", ["check_kernels"])
+    assert command.main() == 0
     printed = capsys.readouterr().out
     assert "csrc/cuda was not compiled: no nvcc in CUDA_HOME or on PATH\n" in printed

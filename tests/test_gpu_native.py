@@ -17,14 +17,14 @@ from native import Called
 from rich.console import Console
 
 from benchmarks import bench_attention, bench_feed_forward, bench_layer_norm, bench_rms_norm, bench_varlen_attention
-from benchmarks.gpu import child, native, proof, table
-from benchmarks.gpu.run import Options, Run, subject
 from benchmarks.measure import measure
-from benchmarks.report import charts
-from benchmarks.report.sources import sources_of
 from benchmarks.shapes import BERT, LONG, T5, FeedForward, Norm, Sentences, Sequences
 from benchmarks.suite import BOTH, FORWARD, OURS, Case, Peer
 from tfm.native import build, plan, toolchain
+from tools.gpu import child, native, proof, table
+from tools.gpu.run import Options, Run, subject
+from tools.report import charts
+from tools.report.sources import sources_of
 
 ROOT = Path(__file__).parent.parent
 NATIVE = f"{OURS}, native"

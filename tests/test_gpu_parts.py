@@ -1,4 +1,4 @@
-"""The command line of `python -m benchmarks.gpu`, how its parts share time, and what becomes of processes that fail."""
+"""The command line of `python -m tools.gpu`, how its parts share time, and what becomes of processes that fail."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 from measured import a_run
 
-from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import child, proof, pytest_journal, speed
-from benchmarks.gpu.run import Part
+from tools.gpu import __main__ as command
+from tools.gpu import child, proof, pytest_journal, speed
+from tools.gpu.run import Part
 
 
 def test_a_lost_gpu_ends_the_process(tmp_path, monkeypatch):
@@ -158,6 +158,6 @@ def test_mistakes_are_one_line(words, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("benchmarks.gpu: ")
+    assert said.startswith("tools.gpu: ")
     assert message in said
     assert said.count("\n") == 1

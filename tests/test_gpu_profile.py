@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import record
 from benchmarks.bench_layer_norm import SUITE
-from benchmarks.gpu import profile as module
-from benchmarks.gpu.profile import bound, brief, find, kernels, ncu, profile, worst
-from benchmarks.gpu.run import Options, Run
+from tools.gpu import profile as module
+from tools.gpu.profile import bound, brief, find, kernels, ncu, profile, worst
+from tools.gpu.run import Options, Run
 
 OUTPUT = (Path(__file__).parent / "ncu_output.txt").read_text()
 REFUSED = """#!/bin/sh

@@ -13,13 +13,13 @@ import torch
 from small_run import pairs
 
 from benchmarks.bench_training import parse
-from benchmarks.gpu import child
-from benchmarks.gpu.quality import LOADING, REHEARSED_UPDATES, TRANSLATING, quality
-from benchmarks.gpu.run import Options, Run
 from benchmarks.timed_training import Task, TimedTraining, learns
 from tfm.config import PRESETS
 from tfm.data import ParallelText, encode_parallel
 from tfm.tokenizer import Tokenizer
+from tools.gpu import child
+from tools.gpu.quality import LOADING, REHEARSED_UPDATES, TRANSLATING, quality
+from tools.gpu.run import Options, Run
 
 SENTENCES = 60
 

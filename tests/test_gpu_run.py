@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` without a GPU: from a bare copy of the checkout, with parts that fail, die or are late."""
+"""`python -m tools.gpu` without a GPU: from a bare copy of the checkout, with parts that fail, die or are late."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from measured import a_run
 
-from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import child, speed
 from tfm.native import toolchain
+from tools.gpu import __main__ as command
+from tools.gpu import child, speed
 
 ROOT = Path(command.ROOT)
 HAS_COMPILER = not toolchain.missing()
@@ -24,7 +24,7 @@ HAS_COMPILER = not toolchain.missing()
 KERNEL_CASES = """
 from itertools import islice
 
-from benchmarks.kernel_cases.layer_norm import layer_norm_cases
+from tools.check_kernels.cases.layer_norm import layer_norm_cases
 
 ALL = (lambda every: islice(layer_norm_cases(every), 1),)
 """
@@ -97,7 +97,7 @@ def checkout(tmp_path_factory) -> Path:
     for folder in ("tfm", "kernels", "csrc", "benchmarks", "tools", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "benchmarks" / "kernel_cases" / "families.py").write_text(KERNEL_CASES)
+    (copy / "tools" / "check_kernels" / "cases" / "families.py").write_text(KERNEL_CASES)
     (copy / "tests" / "test_layer_norm.py").write_text(TESTS)
     for name, text in {"broken": BROKEN, "troubled": TROUBLED}.items():
         (copy / "benchmarks" / f"bench_{name}.py").write_text(text)
@@ -117,7 +117,7 @@ def rehearsed(checkout) -> tuple[dict, subprocess.CompletedProcess[str]]:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(checkout / "cache")}
     environment |= {"COMMIT": "1234abcd", "OUT": str(checkout / "out" / "record.json")}
-    words = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--quick", "--minutes", "60"]
+    words = [sys.executable, "-m", "tools.gpu", "--rehearse", "--quick", "--minutes", "60"]
     words += ["--only", "layer_norm,broken,training"]
     # On one core: every process at a time that a larger machine has takes seconds to start.
     core = {min(os.sched_getaffinity(0))}

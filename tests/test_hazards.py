@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.hazards import hazards
+from tools.check_kernels.hazards import hazards
 
 # As the assemblers write a loop of attention: scores of a factor in R4 to R7, waited for; sums in R24 to R27 of the
 # weights in R8 to R11, which go on behind the loop's end until the next round's wait.

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from selection import EVERY
 
-from benchmarks.kernel_cases.case import Case
 from tfm import ops
 from tfm.ops import backends
+from tools.check_kernels.cases.case import Case
 from tools.host.batches import MOST
 from tools.host.launches import Counting, Launches, Watching
 from tools.host.record import exact_changes, over_budget

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 from measured import entry, gpu_record
 
-from benchmarks.report import charts, presets, tables
-from benchmarks.report.__main__ import BEGIN, BEGIN_PRESETS, BEGIN_VERSIONS, END, END_PRESETS, END_VERSIONS, main
-from benchmarks.report.records import ROOT, load, newest, sha256
-from benchmarks.report.sources import sources_of
 from tfm.config import PRESETS
+from tools.report import charts, presets, tables
+from tools.report.__main__ import BEGIN, BEGIN_PRESETS, BEGIN_VERSIONS, END, END_PRESETS, END_VERSIONS, main
+from tools.report.records import ROOT, load, newest, sha256
+from tools.report.sources import sources_of
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from benchmarks import cpu
-from benchmarks.report import tables
-from benchmarks.report.records import load
-from benchmarks.report.words import in_words
 from benchmarks.shapes import MULTI30K_LENGTHS, draw_lengths
 from benchmarks.suite import Work
+from tools.report import tables
+from tools.report.records import load
+from tools.report.words import in_words
 
 ROOT = Path(__file__).parent.parent
 # Suites are chosen when they are imported, so another process believes in a GPU; nothing is put on it.

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks import device
-from benchmarks.candidates import FAMILIES
-from benchmarks.candidates.sweep import BackendSweep, LaunchSweep
-from benchmarks.tune.problems import listed, sweeps
-from benchmarks.tune.trials import Notes, try_all
 from tfm import native
 from tfm.kernels import launch
 from tfm.ops import backends
+from tools.tune.candidates import FAMILIES
+from tools.tune.candidates.sweep import BackendSweep, LaunchSweep
+from tools.tune.problems import listed, sweeps
+from tools.tune.trials import Notes, try_all
 
 pytestmark = pytest.mark.triton
 

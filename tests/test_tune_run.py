@@ -14,13 +14,13 @@ import torch
 import tune_cases
 from tune_cases import SWEEP
 
-from benchmarks.candidates import FAMILIES
-from benchmarks.gpu import child
-from benchmarks.tune import __main__ as command
-from benchmarks.tune import run, worker
-from benchmarks.tune.findings import findings
-from benchmarks.tune.problems import Task, tasks
-from benchmarks.tune.trials import Trial
+from tools.gpu import child
+from tools.tune import __main__ as command
+from tools.tune import run, worker
+from tools.tune.candidates import FAMILIES
+from tools.tune.findings import findings
+from tools.tune.problems import Task, tasks
+from tools.tune.trials import Trial
 
 pytestmark = pytest.mark.triton
 
@@ -31,8 +31,8 @@ import sys
 
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_tune_run
-from benchmarks.candidates import FAMILIES
-from benchmarks.tune import worker
+from tools.tune.candidates import FAMILIES
+from tools.tune import worker
 
 FAMILIES["deadly"] = test_tune_run.DEADLY
 worker.main()

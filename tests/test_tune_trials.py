@@ -11,10 +11,10 @@ import torch
 from tune_cases import SUITE, SWEEP, TODAYS, Doubled
 
 from benchmarks.suite import OURS, Peer
-from benchmarks.tune.findings import Finding, summary
-from benchmarks.tune.problems import Task
-from benchmarks.tune.trials import Notes, Trial, best_of, timed, try_all
 from tfm.kernels import launch
+from tools.tune.findings import Finding, summary
+from tools.tune.problems import Task
+from tools.tune.trials import Notes, Trial, best_of, timed, try_all
 
 pytestmark = pytest.mark.triton
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import versions as report
-from benchmarks.report.records import load, rows_of_versions
 from tools import versions
+from tools.report import versions as report
+from tools.report.records import load, rows_of_versions
 from tools.versions import PAIRS, Pair
 
 PYTEST = """
@@ -123,7 +123,7 @@ def test_make_takes_the_environment_as_made():
     """The Makefile would put its own torch in where constraints.txt is newer than the environment."""
     words = ["make", "--dry-run", "--old-file=/nowhere/.installed", "check-kernels", "VENV=/nowhere"]
     printed = subprocess.run(words, cwd=versions.ROOT, capture_output=True, text=True, check=True).stdout
-    assert "/nowhere/bin/python -m benchmarks.check_kernels" in printed
+    assert "/nowhere/bin/python -m tools.check_kernels" in printed
     assert "pip" not in printed
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.candidates.sweep import LaunchSweep
 from benchmarks.suite import BOTH, OURS, Peer, Suite, Work
 from tfm.kernels import launch
+from tools.tune.candidates.sweep import LaunchSweep
 
 TABLE = ((2, 0.9), (4, 0.7), (16, 0.6), (32, 0.8))
 # Of a candidate that does not come back.

@@ -6,7 +6,7 @@ Each pair has a virtual environment of its own, several gigabytes where torch's 
 else ~/.cache/tfm/versions; it is made once, and made again where what it was asked to hold has changed. What a part
 found is written to the record as soon as the part ends, and a part whose record is of these sources is not run again:
 a run that was interrupted goes on, and the pairs can be run one at a time. README's table is written from the record by
-python -m benchmarks.report.
+python -m tools.report.
 
 Exit status 1 where a part failed, in this run or in the record.
 """
@@ -29,8 +29,8 @@ import torch
 
 from benchmarks import record
 from benchmarks.progress import say
-from benchmarks.report.versions import table
 from tfm.native import plan
+from tools.report.versions import table
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "versions.json"

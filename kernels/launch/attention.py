@@ -19,9 +19,9 @@ dk and dv   Four accumulators of a tile are alive at once (s, dp, dk, dv), which
 Dropout, whose mask passes from its own layout to the product's, and a bias or a mask as bits take 60 to 90 registers:
 smaller tiles, so that two or three programs still share the multiprocessor; still smaller ones for both at once, so
 that neither triton 3.6, whose code takes more registers than 3.7's, nor the newer of triton's two assemblers, which
-takes up to 30 more than the older, spills on sm_90 (what does is in benchmarks/allowed.py). Every row of sm_80, sm_86,
-sm_89 and sm_120 fits 99 KB; there products hold their first factor in registers, too. fp32 is multiplied without tensor
-cores, or by tf32 of the same small tiles.
+takes up to 30 more than the older, spills on sm_90 (what does is in tools/check_kernels/allowed.py). Every row of
+sm_80, sm_86, sm_89 and sm_120 fits 99 KB; there products hold their first factor in registers, too. fp32 is multiplied
+without tensor cores, or by tf32 of the same small tiles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The CPU kernels called from threads, for the thread sanitizer (benchmarks/native_sanitizers.py compiles this folder
+// The CPU kernels called from threads, for the thread sanitizer (tools/sanitize/native.py compiles this folder
 // once for each instruction set). Each case runs twice, on one thread and on several that take their share of the
 // units; the outputs must be the same to the bit, and no two threads may touch the same number.
 //

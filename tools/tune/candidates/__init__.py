@@ -1,0 +1,45 @@
+"""What tools.tune tries: open questions about launch settings and backends, candidates and predictions.
+
+One file for each family. A new one adds its SWEEPS to FAMILIES. Every function of tfm.kernels.launch whose result is a
+choice has a sweep (tests/test_tune_candidates.py). The numbers that predictions rest on are an H200's: 4.3 TB/s of
+copying, 790 TFLOP/s of bf16 products, 1.3 µs a kernel inside a graph.
+
+What no function chooses today is settled by the record of `make gpu` instead:
+
+loads by the tensor memory accelerator or by pointers    The streamed cross-entropy takes descriptors, all other kernels
+    pointers. Where `linear_activation` stays below 500 TFLOP/s, or attention below 390 at a head dim of 64, and ncu's
+    first reason to stall is the long scoreboard, descriptors are worth writing there.
+dq, dk and dv in one pass over tiles    Seven products in two passes for five in one, which would add dq by atomics, so
+    that sums had no order. Two passes should reach 71 % of cuDNN's backward; below 60 % the tiles are at fault.
+norms beyond 32,768 columns    Triton's loop over chunks has no end; TABLE in tfm/ops/backends.py stops where the tests
+    do. No model in use is as wide.
+"""
+
+from tools.tune.candidates import (
+    attention,
+    backends,
+    cross_entropy,
+    decode_attention,
+    embedding,
+    layer_norm,
+    matmul,
+    rms_norm,
+    rotary,
+    scores,
+    short_attention,
+)
+from tools.tune.candidates.sweep import Sweep
+
+FAMILIES: dict[str, tuple[Sweep, ...]] = {
+    "layer_norm": layer_norm.SWEEPS,
+    "rms_norm": rms_norm.SWEEPS,
+    "attention": attention.SWEEPS,
+    "short_attention": short_attention.SWEEPS,
+    "decode_attention": decode_attention.SWEEPS,
+    "scores": scores.SWEEPS,
+    "matmul": matmul.SWEEPS,
+    "cross_entropy": cross_entropy.SWEEPS,
+    "embedding": embedding.SWEEPS,
+    "rotary": rotary.SWEEPS,
+    "backends": backends.SWEEPS,
+}

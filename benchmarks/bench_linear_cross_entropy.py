@@ -34,5 +34,5 @@ SUITE = Suite("linear_cross_entropy", VOCABULARIES, {OURS: Peer(ours), **LINEAR_
 
 
 @pytest.mark.parametrize("case", SUITE.cases(), ids=str)
-def test_linear_cross_entropy(benchmark, case):
+def test_cross_entropy(benchmark, case):
     measure(benchmark, case)

@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
           " float dropout_p, Tensor? seed, int site, bool recompute, ScalarType? dbias)"
           " -> (Tensor, Tensor?, Tensor?)");
 
-    // Of a chunk of logits, in place; what tfm/native/linear_cross_entropy.py calls between its products.
+    // Of a chunk of logits, in place; what tfm/native/cross_entropy.py calls between its products.
     m.def("cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor(b!)? losses, int ignore_index,"
           " float label_smoothing, float z_loss, float? softcap, bool want_gradient, Tensor? grad, Tensor? divisor)"
           " -> ()");

@@ -35,8 +35,9 @@ from tfm import ops
 from tfm.kernels import launch
 from tfm.kernels.attention import call, operators
 from tfm.kernels.attention.mask_bits import aligned
-from tfm.kernels.launch import AttentionTiles, short_attention
-from tfm.kernels.launch import attention as attention_tables
+from tfm.kernels.launch import AttentionTiles
+from tfm.kernels.launch.attention import any_length as attention_tables
+from tfm.kernels.launch.attention import short
 from tfm.operators.attention import Attention
 from tfm.operators.mask_bits import KEYS_OF_A_ROW
 
@@ -220,8 +221,8 @@ def test_packed_rows_do_not_see_the_maxima(kernel_device):
 def test_a_bias_and_a_mask_as_bits_together(is_short, shape, dropout_p, kernel_device, monkeypatch):
     """What the operator takes, whatever ops.attention makes of its one mask; a mask of one row has words, too."""
     if is_short:
-        monkeypatch.setattr(launch, "short_attention_forward", short_attention.short_attention_forward)
-        monkeypatch.setattr(launch, "short_attention_backward", short_attention.short_attention_backward)
+        monkeypatch.setattr(launch, "short_attention_forward", short.short_attention_forward)
+        monkeypatch.setattr(launch, "short_attention_backward", short.short_attention_backward)
     mask = torch.rand(shape, device=kernel_device) < 0.7
     bias = torch.randn(1, 2, 33, 40, device=kernel_device)
     bias[..., 7], mask[0, ..., 9] = float("-inf"), False

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
-from tfm.kernels.linear_activation import NAMESPACE
+from tfm.kernels.feed_forward.linear_activation import NAMESPACE
 from tfm.operators import feed_forward as operators
 
 

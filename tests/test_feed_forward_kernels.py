@@ -26,7 +26,7 @@ from feed_forward_cases import (
 from oracle import DTYPES, HALVES
 
 from tfm import ops
-from tfm.kernels.activation_dropout import activation_dropout
+from tfm.kernels.feed_forward.activation_dropout import activation_dropout
 from tfm.ops.feed_forward import ACTIVATIONS
 from tfm.reference.dropout import keep_scale
 

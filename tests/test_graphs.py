@@ -11,7 +11,7 @@ from training_runs import BATCHES, assert_same_weights, resumed_in, training_in
 
 import tfm
 from tfm.graphs import GraphedSteps
-from tfm.operators import linear_cross_entropy
+from tfm.operators import cross_entropy
 
 
 def rounds_on_any_device(training):
@@ -90,8 +90,8 @@ class ReadsNothing(TorchDispatchMode):
 @pytest.mark.triton
 def test_a_step_reads_nothing_back(tmp_path, monkeypatch):
     # What is read where reading costs nothing: on CPUs.
-    monkeypatch.setattr(sys.modules["tfm.ops.linear_cross_entropy"], "_check_range", lambda *_: None)
-    monkeypatch.setattr(linear_cross_entropy, "_is_one", lambda factor: False)
+    monkeypatch.setattr(sys.modules["tfm.ops.cross_entropy"], "_check_range", lambda *_: None)
+    monkeypatch.setattr(cross_entropy, "_is_one", lambda factor: False)
     training = rounds_on_any_device(training_in(tmp_path))
     batch = training._prepared(training._plan()[0])
     with tfm.use("triton"):

@@ -187,7 +187,7 @@ def test_what_no_record_covers_is_printed(tmp_path, readme, capsys):
     assert "No record of a GPU yet" in capsys.readouterr().out
     gpu_record(tmp_path, benchmarks=[entry("ours", 1e-3, suite="training")])
     assert main(arguments) == 0
-    assert "`layer_norm`" in capsys.readouterr().out
+    assert "`norm`" in capsys.readouterr().out
     assert "No record of a GPU covers: " in readme.read_text()
 
 

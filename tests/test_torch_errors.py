@@ -255,7 +255,7 @@ def test_embedding(changes: dict[str, object]) -> None:
         {"label_smoothing": 1.5},
     ],
 )
-def test_linear_cross_entropy(changes: dict[str, object]) -> None:
+def test_cross_entropy(changes: dict[str, object]) -> None:
     call = {"input": zeros(9, 5), "linear_weight": zeros(7, 5), "target": zeros(9, dtype=int64)} | changes
 
     def theirs() -> Tensor:

@@ -1,4 +1,4 @@
-// Cross-entropy of rows of logits, and its gradient written over them: the formulas of kernels/cross_entropy.py.
+// Cross-entropy of rows of logits, and its gradient written over them: the formulas of kernels/cross_entropy/stored.py.
 //
 // A row goes through three short passes while it lies in the nearest caches. The first forms z, in fp32, and its
 // maximum: over the logits themselves where they are fp32, in a scratch row where they are bf16. The second leaves

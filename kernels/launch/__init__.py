@@ -4,13 +4,25 @@ Matmuls apart, block sizes never depend on the number of rows, so that a row's n
 around it.
 """
 
-from tfm.kernels.launch.attention import (
+from tfm.kernels.launch.attention.any_length import (
     AttentionTiles,
     attention_backward_keys,
     attention_backward_queries,
     attention_forward,
     mask_bits,
     split_dim,
+)
+from tfm.kernels.launch.attention.scores import BIAS_PROGRAMS, attention_weights, bias_gradient, bias_splits
+from tfm.kernels.launch.attention.short import (
+    SHORT_BACKWARD,
+    SHORT_BACKWARD_FP32,
+    SHORT_FORWARD,
+    SHORT_FORWARD_FP32,
+    ShortBackwardTiles,
+    ShortForwardTiles,
+    short_attention_backward,
+    short_attention_forward,
+    short_block,
 )
 from tfm.kernels.launch.cross_entropy import (
     CrossEntropyTiles,
@@ -23,7 +35,7 @@ from tfm.kernels.launch.cross_entropy import (
 )
 from tfm.kernels.launch.decode_attention import COMBINED_SPLITS, DecodeTiles, decode_attention
 from tfm.kernels.launch.device import are_aligned, multiprocessors
-from tfm.kernels.launch.matmul import (
+from tfm.kernels.launch.feed_forward import (
     Chip,
     ElementTiles,
     MatmulTiles,
@@ -42,18 +54,6 @@ from tfm.kernels.launch.rows import (
     norm_forward,
     rotary,
     sum_partials,
-)
-from tfm.kernels.launch.scores import BIAS_PROGRAMS, attention_weights, bias_gradient, bias_splits
-from tfm.kernels.launch.short_attention import (
-    SHORT_BACKWARD,
-    SHORT_BACKWARD_FP32,
-    SHORT_FORWARD,
-    SHORT_FORWARD_FP32,
-    ShortBackwardTiles,
-    ShortForwardTiles,
-    short_attention_backward,
-    short_attention_forward,
-    short_block,
 )
 
 __all__ = [

@@ -33,7 +33,7 @@ struct Case {
 
 using Cases = std::vector<Case>;
 
-Cases activation_dropout_cases();
+Cases feed_forward_cases();
 Cases attention_cases();
 Cases cross_entropy_cases();
 Cases decode_attention_cases();

@@ -84,7 +84,7 @@ void* input(int place, bool narrow) {
 int main() {
     using namespace tfm::threads;
     int failures = 0;
-    for (const Cases& cases : {norm_cases(), activation_dropout_cases(), cross_entropy_cases(), embedding_cases(),
+    for (const Cases& cases : {norm_cases(), feed_forward_cases(), cross_entropy_cases(), embedding_cases(),
                                attention_cases(), decode_attention_cases(), rotary_cases()})
         for (const Case& item : cases) {
             const char* const wrong = verdict(item);

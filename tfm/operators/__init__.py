@@ -6,7 +6,7 @@ operators: an autograd.Function around them costs half of what torch's register_
 
 import torch
 
-from tfm.operators import attention, decode_attention, embedding, feed_forward, linear_cross_entropy, norm, rotary
+from tfm.operators import attention, cross_entropy, decode_attention, embedding, feed_forward, norm, rotary
 from tfm.operators.operator import Operator
 
 __all__ = ["NATIVE", "TWINS", "Operator", "register_fakes"]
@@ -21,7 +21,7 @@ TWINS = (
     *rotary.OPERATORS,
 )
 # Of csrc: the twins, and what it alone has.
-NATIVE = (*TWINS, attention.ATTENTION_BACKWARD_JOINED, linear_cross_entropy.CROSS_ENTROPY_IN_PLACE)
+NATIVE = (*TWINS, attention.ATTENTION_BACKWARD_JOINED, cross_entropy.CROSS_ENTROPY_IN_PLACE)
 
 
 def register_fakes(namespace: str) -> None:

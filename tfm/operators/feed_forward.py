@@ -1,6 +1,6 @@
 """The position-wise feed-forward network, plain and gated: two matmuls with an activation and dropout between them.
 
-With the hidden layer of tfm.kernels.activation_dropout,
+With the hidden layer of tfm.kernels.feed_forward.activation_dropout,
 
     y = hidden w2ᵀ + b2                      pre = x w1ᵀ + b1
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from tfm.operators.operator import Operator, distinct
-from tfm.reference.layer_norm import add_residual, layer_norm
-from tfm.reference.rms_norm import rms_norm
+from tfm.reference.norm import add_residual, layer_norm, rms_norm
 from tfm.transforms import Recomputed, differentiable_by
 
 

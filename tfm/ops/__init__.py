@@ -2,13 +2,12 @@
 
 from tfm.operators.heads import split_heads
 from tfm.ops.attention import attention, varlen_attention
+from tfm.ops.cross_entropy import linear_cross_entropy
 from tfm.ops.decode_attention import decode_attention
 from tfm.ops.dropout import draw_seed, dropout
 from tfm.ops.embedding import embedding, sinusoid
 from tfm.ops.feed_forward import feed_forward, gated_feed_forward
-from tfm.ops.layer_norm import layer_norm, residual_layer_norm
-from tfm.ops.linear_cross_entropy import linear_cross_entropy
-from tfm.ops.rms_norm import residual_rms_norm, rms_norm
+from tfm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from tfm.ops.rotary import rotary, rotary_, rotary_table
 
 __all__ = [

@@ -66,7 +66,7 @@ def feed_forward(
             return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
         namespace = native.NAMESPACE
         if backend == "triton":
-            from tfm.kernels import linear_activation as kernels
+            from tfm.kernels.feed_forward import linear_activation as kernels
 
             namespace = kernels.NAMESPACE
 
@@ -124,7 +124,7 @@ def gated_feed_forward(
             return reference.gated_feed_forward(*arguments)
         namespace = native.NAMESPACE
         if backend == "triton":
-            from tfm.kernels import linear_activation as kernels
+            from tfm.kernels.feed_forward import linear_activation as kernels
 
             namespace = kernels.NAMESPACE
 

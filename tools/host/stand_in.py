@@ -17,12 +17,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from tfm.kernels import launch
-from tfm.operators import linear_cross_entropy
+from tfm.operators import cross_entropy
 from tfm.ops import backends
 
 DEVICE, CAPABILITY, MULTIPROCESSORS = 0, 90, 132
 # By name: tfm.ops has functions of these names.
-READERS = [linear_cross_entropy, *map(import_module, ("tfm.ops.attention", "tfm.ops.linear_cross_entropy"))]
+READERS = [cross_entropy, *map(import_module, ("tfm.ops.attention", "tfm.ops.cross_entropy"))]
 
 
 class Driver:
@@ -44,9 +44,9 @@ def as_on_gpu() -> Iterator[None]:
     told: list[tuple[Any, str, Any]] = [
         (backends, "triton_obstacle", lambda device, automatic: ""),
         (launch, "multiprocessors", lambda device: MULTIPROCESSORS),
-        (launch.matmul, "multiprocessors", lambda device: MULTIPROCESSORS),
-        (linear_cross_entropy, "_add_product", _add_product),
-        (linear_cross_entropy, "_add_rows", _add_rows),
+        (launch.feed_forward, "multiprocessors", lambda device: MULTIPROCESSORS),
+        (cross_entropy, "_add_product", _add_product),
+        (cross_entropy, "_add_rows", _add_rows),
         # Values on a GPU are not looked at: that would wait for it.
         *((reader, "is_readable", lambda x: False) for reader in READERS),
     ]

@@ -12,9 +12,15 @@ ROOT = Path(__file__).parent.parent.parent
 OPERATOR = re.compile(r"(?:Operator\(\s*f?\"|torch\.ops\.tfm_native\.)(\w+)")
 
 
-def operations(root: Path = ROOT) -> list[str]:
-    """The files of operations that kernels serve, by name: what a record should cover."""
+def subjects(root: Path = ROOT) -> list[str]:
+    """The subjects that kernels serve, by their files in tfm/ops/: what a record should cover."""
     return [path.stem for path in sorted((root / "tfm" / "ops").glob("*.py")) if sources_of(path.stem, root)]
+
+
+def subject_of(operation: str, root: Path = ROOT) -> str:
+    """The subject whose file in tfm/ops/ defines the operation; "" where none does."""
+    file = _operation_file(operation, root)
+    return file.stem if file else ""
 
 
 def sources_of(operation: str, root: Path = ROOT, folder: str = "kernels") -> list[str]:

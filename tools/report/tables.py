@@ -11,7 +11,7 @@ from tools.report import host
 from tools.report.charts import label
 from tools.report.markdown import table_lines
 from tools.report.records import ROOT, Record, Row, newest
-from tools.report.sources import operations
+from tools.report.sources import subject_of, subjects
 
 NAMES = {
     "tfm": "tfm, fp32",
@@ -239,10 +239,10 @@ def _profile(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def missing(records: Sequence[Record], root: Path = ROOT) -> str:
-    """One paragraph: the operations with kernels that no record of a GPU covers."""
+    """One paragraph: the subjects with kernels that no record of a GPU covers."""
     gpus = [record for record in newest(records) if record.environment["gpu"]]
-    covered = {suite for record in gpus for suite in record.suites}
-    bare = [name for name in operations(root) if name not in covered]
+    covered = {subject_of(suite, root) for record in gpus for suite in record.suites}
+    bare = [name for name in subjects(root) if name not in covered]
     if not gpus:
         return "No record of a GPU yet: nothing is claimed for one."
     return f"No record of a GPU covers: {', '.join(f'`{name}`' for name in bare)}." if bare else ""

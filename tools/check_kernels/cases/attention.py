@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from tfm.kernels import launch
 from tfm.kernels.attention import backward_keys, backward_queries, forward, mask_bits
-from tfm.kernels.launch import attention as tables
+from tfm.kernels.launch.attention import any_length as tables
 from tools.check_kernels.cases.case import Case
 
 # D and Dv of each class of the tables; with `every` more of it: split in two, padded, unequal.

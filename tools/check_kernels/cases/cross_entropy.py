@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from tfm.kernels import cross_entropy, launch, streaming_cross_entropy
+from tfm.kernels import launch
+from tfm.kernels.cross_entropy import stored, streamed
 from tools.check_kernels.cases.case import Case
 
 SINGLE = "*fp32:16"
@@ -30,7 +31,7 @@ def cross_entropy_cases(every: bool) -> Iterator[Case]:
                     "largest": weighed, "classes": "i32", "width": "i32:16",
                     "GRADIENT": True, "BLOCK": tiles.block, "CHUNKS": tiles.chunks,
                 }  # fmt: skip
-                kernel = cross_entropy.cross_entropy_kernel
+                kernel = stored.cross_entropy_kernel
                 yield Case(f"cross_entropy {classes} {dtype}{name}", kernel, arguments, tiles.num_warps)
 
     tiles = launch.mean_loss(8192)
@@ -38,14 +39,14 @@ def cross_entropy_cases(every: bool) -> Iterator[Case]:
         **TARGET, "losses": SINGLE, "loss": SINGLE, "scale": SINGLE, "rows": "i32", "chunks": "i32",
         "MEAN": True, "BLOCK": tiles.block,
     }  # fmt: skip
-    yield Case("mean_loss fp32", cross_entropy.mean_loss_kernel, arguments, tiles.num_warps)
+    yield Case("mean_loss fp32", stored.mean_loss_kernel, arguments, tiles.num_warps)
 
     for dtype in ("bf16", "fp16"):
         yield from _streaming(dtype, 512)
 
 
 def _streaming(dtype: str, dim: int) -> Iterator[Case]:
-    folded = dict.fromkeys(streaming_cross_entropy.PARTS, "*fp32")
+    folded = dict.fromkeys(streamed.PARTS, "*fp32")
     numbers = {"rows": "i32", "classes": "i32"}
     for name, options, major in (
         (" sm_90", USUAL, 9),
@@ -61,7 +62,7 @@ def _streaming(dtype: str, dim: int) -> Iterator[Case]:
             "DIM_TILES": dim // tiles.block_dim, "TILES": tiles.tiles,
             "BLOCK_ROWS": tiles.block_rows, "BLOCK_CLASSES": tiles.block_classes, "BLOCK_DIM": tiles.block_dim,
         }  # fmt: skip
-        kernel = streaming_cross_entropy.streaming_statistics_kernel
+        kernel = streamed.streaming_statistics_kernel
         yield Case(
             f"streaming_statistics {dtype}{name}", kernel, arguments, tiles.num_warps, tiles.num_stages,
             matrix=True, capabilities=(10 * major,),
@@ -72,4 +73,4 @@ def _streaming(dtype: str, dim: int) -> Iterator[Case]:
         "losses": SINGLE, "dim": "i32:16", "shares": "i32",
         "BLOCK_ROWS": ends.block_rows, "BLOCK_DIM": ends.block_columns,
     }  # fmt: skip
-    yield Case(f"streaming_losses {dtype}", streaming_cross_entropy.streaming_losses_kernel, arguments, ends.num_warps)
+    yield Case(f"streaming_losses {dtype}", streamed.streaming_losses_kernel, arguments, ends.num_warps)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from tfm.kernels import activation_dropout, launch, linear_activation
+from tfm.kernels import launch
+from tfm.kernels.feed_forward import activation_dropout, linear_activation
 from tfm.ops.feed_forward import ACTIVATIONS
 from tools.check_kernels.cases.case import CHIPS, Case
 

@@ -1,5 +1,5 @@
 // The hidden layer of a feed-forward network around torch's own products: the formulas of
-// kernels/activation_dropout.py.
+// kernels/feed_forward/activation_dropout.py.
 //
 // Forward: torch multiplies x by the weight, and one pass goes over the product where it lies: bias, activation, gate
 // and dropout. It leaves the pre-activation in place and hidden beside it, or hidden in place where nothing is kept.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
-from tfm.native import linear_cross_entropy as native
-from tfm.operators import linear_cross_entropy as operators
+from tfm.native import cross_entropy as native
+from tfm.operators import cross_entropy as operators
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_softcap, check_vector
-from tfm.reference import linear_cross_entropy as reference
+from tfm.reference import cross_entropy as reference
 from tfm.transforms import is_differentiated, is_readable
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -103,7 +103,7 @@ def linear_cross_entropy(
         else:
             namespace = native.NAMESPACE
             if backend == "triton":
-                from tfm.kernels import linear_cross_entropy as kernels
+                from tfm.kernels.cross_entropy import linear as kernels
 
                 namespace = kernels.NAMESPACE
             losses = operators.linear_cross_entropy(

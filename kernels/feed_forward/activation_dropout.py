@@ -8,12 +8,12 @@ Backward, of the gradient d of hidden, with e = mask · d / (1 - p):
 
     da = e · f'(a)                        dg = e · u · f'(g)        du = e · f(g)
 
-The two tile functions stand in the epilogues of the matmuls of tfm.kernels.linear_activation; the kernels run them
-alone, beside a matmul of cuBLAS. Pre-activations are [rows, columns], gated ones [rows, 2 · columns], gate first. The
-backward also gives hidden, which the second weight's gradient needs, and the sum of da over the rows, the first bias's
-gradient: each tile's sums are stored and added up in one order by a second launch, so that the bits are the same on
-every run. ReLU alone keeps its hidden instead of its pre-activation: it is positive where the derivative is 1 and the
-mask kept it, so that nothing is drawn or computed again.
+The two tile functions stand in the epilogues of the matmuls of tfm.kernels.feed_forward.linear_activation; the kernels
+run them alone, beside a matmul of cuBLAS. Pre-activations are [rows, columns], gated ones [rows, 2 · columns], gate
+first. The backward also gives hidden, which the second weight's gradient needs, and the sum of da over the rows, the
+first bias's gradient: each tile's sums are stored and added up in one order by a second launch, so that the bits are
+the same on every run. ReLU alone keeps its hidden instead of its pre-activation: it is positive where the derivative is
+1 and the mask kept it, so that nothing is drawn or computed again.
 """
 
 from __future__ import annotations

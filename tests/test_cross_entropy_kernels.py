@@ -9,9 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from linear_cross_entropy_cases import (
+from cross_entropy_cases import (
     EVERYTHING,
     MEAN,
     OPTIONS,
@@ -29,6 +27,8 @@ from linear_cross_entropy_cases import (
     some_ignored,
     streams,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import DTYPES, HALVES
 
 from tfm.kernels import launch

@@ -1,5 +1,5 @@
 """A linear layer with activation, gate and dropout, and the gradient of its pre-activation: see the formulas of
-tfm.kernels.activation_dropout.
+tfm.kernels.feed_forward.activation_dropout.
 
 Forward: hidden of x weightᵀ + bias, or of x weightᵀ gated by x up_weightᵀ, whose rows are read alternately, so that a
 gate and what it lets through lie in neighbouring columns of one tile and in the registers of one thread.
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.activation_dropout import (
+from tfm.kernels.feed_forward.activation_dropout import (
     activation_dropout,
     activation_dropout_backward,
     backward_tile,
@@ -24,7 +24,7 @@ from tfm.kernels.activation_dropout import (
 )
 from tfm.kernels.library import NAMESPACE as NAMESPACE
 from tfm.kernels.library import register
-from tfm.kernels.linear import halves, multiply, tile_of
+from tfm.kernels.matmul import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.rows import as_rows, sum_partials
 from tfm.operators.feed_forward import (

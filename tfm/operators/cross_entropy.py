@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's output, its gradients formed on the way, and never more logits than a chunk.
 
-With X [N, D], W [V, D], loss and dz of kernels/cross_entropy.py, for a chunk of rows at a time:
+With X [N, D], W [V, D], loss and dz of kernels/cross_entropy/stored.py, for a chunk of rows at a time:
 
     logits = X Wᵀ          one product
     loss, dz               one kernel, dz in place of the logits
@@ -14,7 +14,7 @@ dW cannot be rescaled by rows: its backward forms the chunks again, 8 N D V flop
 saved from other roundings of the logits would leave an error in p - 1 where p is near 1.
 
 Here are the operators' schemas and fakes, their autograd, and the loop over the chunks. A backend brings the kernel and
-how many rows a chunk has: kernels/linear_cross_entropy.py, tfm/native/linear_cross_entropy.py.
+how many rows a chunk has: kernels/cross_entropy/linear.py, tfm/native/cross_entropy.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tfm.autocast import without_autocast
 from tfm.operators.operator import Operator, distinct
-from tfm.reference import linear_cross_entropy as reference
+from tfm.reference import cross_entropy as reference
 from tfm.transforms import Recomputed, differentiable_by, is_readable
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -223,7 +223,7 @@ def linear_cross_entropy(
     namespace: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, reduction: str,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """See tfm.ops.linear_cross_entropy, which has flattened `input` to [N, D] and `target` to [N]."""
+    """See tfm.ops.cross_entropy, which has flattened `input` to [N, D] and `target` to [N]."""
     given = (input, linear_weight, linear_bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in given]
     options = (ignore_index, label_smoothing, z_loss, softcap, needs)

@@ -9,7 +9,7 @@ import launches
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cross_entropy_cases import (
+from cross_entropy_cases import (
     MEAN,
     ROW,
     SMALL_TILES,
@@ -27,9 +27,9 @@ from triton.runtime.jit import KernelInterface
 
 from tfm import ops
 from tfm.kernels import launch
-from tfm.kernels import linear_cross_entropy as kernels
-from tfm.operators import linear_cross_entropy as operators
-from tfm.reference import linear_cross_entropy as reference
+from tfm.kernels.cross_entropy import linear as kernels
+from tfm.operators import cross_entropy as operators
+from tfm.reference import cross_entropy as reference
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cross_entropy_cases import (
+from cross_entropy_cases import (
     MEAN,
     OPTIONS,
     ROW,

@@ -1,4 +1,4 @@
-#include "cpu/activation_dropout.cpp"
+#include "cpu/feed_forward.cpp"
 
 #include "case.h"
 
@@ -71,7 +71,7 @@ Case backward(bool gated) {
 
 } // namespace
 
-Cases activation_dropout_cases() {
+Cases feed_forward_cases() {
     return {forward(false), forward(true), forward_in_place(), backward(false), backward(true)};
 }
 

@@ -1,4 +1,4 @@
-// A linear layer with activation, gate and dropout: torch's product, then what kernels/activation_dropout.py writes of
+// A linear layer with activation, gate and dropout: torch's product, then what kernels/feed_forward/activation_dropout.py writes of
 // its elements, forward and backward, in one kernel each.
 //
 //     hidden = mask · f(a) / (1 - p)        hidden = mask · f(g) · u / (1 - p)

@@ -1,8 +1,9 @@
 """Cross-entropy of a linear layer's output whose logits are never written: they live in registers, a tile at a time.
 
-The forward half of tfm.kernels.cross_entropy, same formulas, for where no gradient is formed beside it. A program holds
-a tile of rows and goes through one share of the classes: each tile of logits is a matrix product in fp32 accumulators,
-folded at once into three numbers a row, in the manner of the online softmax (Milakov and Gimelshein, 2018):
+The forward half of tfm.kernels.cross_entropy.stored, same formulas, for where no gradient is formed beside it. A
+program holds a tile of rows and goes through one share of the classes: each tile of logits is a matrix product in fp32
+accumulators, folded at once into three numbers a row, in the manner of the online softmax (Milakov and Gimelshein,
+2018):
 
     m = max z        s = sum exp(z - m)        u = sum z        (u with label smoothing only)
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tfm.kernels import launch
-from tfm.kernels.cross_entropy import LN_2, LOG2_E, LOWEST, loss_of_row, softcapped
+from tfm.kernels.cross_entropy.stored import LN_2, LOG2_E, LOWEST, loss_of_row, softcapped
 from tfm.kernels.softmax import natural_top, power
 
 # Parts of one tensor, which begin where the number of rows has it.

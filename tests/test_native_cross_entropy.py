@@ -9,9 +9,7 @@ import native
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from linear_cross_entropy_cases import (
+from cross_entropy_cases import (
     EVERYTHING,
     OPTIONS,
     assert_all_ignored_is_no_loss,
@@ -29,9 +27,11 @@ from linear_cross_entropy_cases import (
     run,
     some_ignored,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tfm.native import linear_cross_entropy as implementation
-from tfm.operators import linear_cross_entropy as operators
+from tfm.native import cross_entropy as implementation
+from tfm.operators import cross_entropy as operators
 
 pytestmark = native.MARKS
 CPU = torch.device("cpu")

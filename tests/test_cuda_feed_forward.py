@@ -21,7 +21,7 @@ DTYPES = [SINGLE, HALF, BFLOAT16]
 
 @pytest.fixture(autouse=True)
 def operators(cuda_device, monkeypatch, filled_with_nan):
-    return emulated.operators("activation_dropout", cuda_device, monkeypatch)
+    return emulated.operators("feed_forward", cuda_device, monkeypatch)
 
 
 def assert_matches(inputs, activation="gelu", p=0.3, gated=False, cotangent=None):

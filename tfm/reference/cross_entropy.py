@@ -22,7 +22,7 @@ DEFAULT_CHUNK_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """What shapes the loss besides its tensors: see tfm.ops.linear_cross_entropy."""
+    """What shapes the loss besides its tensors: see tfm.ops.cross_entropy."""
 
     ignore_index: int
     label_smoothing: float
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     reduction: str,
     options: Options,
 ) -> Tensor:
-    """See tfm.ops.linear_cross_entropy, which has flattened `input` to [N, D] and `target` to [N] or [N, V]."""
+    """See tfm.ops.cross_entropy, which has flattened `input` to [N, D] and `target` to [N] or [N, V]."""
     if not torch.is_grad_enabled():
         # An autograd.Function is told that a gradient is needed even then.
         input, linear_weight = input.detach(), linear_weight.detach()

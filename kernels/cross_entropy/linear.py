@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear layer's output: cuBLAS's products around the kernel of tfm.kernels.cross_entropy.
+"""Cross-entropy of a linear layer's output: cuBLAS's products around the kernel of tfm.kernels.cross_entropy.stored.
 
-tfm/operators/linear_cross_entropy.py gives the mathematics and the loop over chunks of rows. Here the loss and the
+tfm/operators/cross_entropy.py gives the mathematics and the loop over chunks of rows. Here the loss and the
 mean's factor 1 / (targets that count) stay on the device: the gradients leave the forward without it, and the backward
 multiplies it by the incoming gradient. Without gradients there is only the loss, from logits that are not even stored
-where tfm.kernels.streaming_cross_entropy is faster.
+where tfm.kernels.cross_entropy.streamed is faster.
 
 Memory beside the results: one chunk of logits (launch.logits_rows), the chunk's rows of X where dW is wanted, and dW in
 fp32. Launches: a product, the kernel, a product and a mask for dX and dW each chunk, and one to sum the losses; nothing
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.cross_entropy import PADDING, cross_entropy_, mean_loss
+from tfm.kernels.cross_entropy.stored import PADDING, cross_entropy_, mean_loss
+from tfm.kernels.cross_entropy.streamed import streaming_cross_entropy
 from tfm.kernels.library import NAMESPACE as NAMESPACE
 from tfm.kernels.library import register
-from tfm.kernels.streaming_cross_entropy import streaming_cross_entropy
-from tfm.operators.linear_cross_entropy import (
+from tfm.operators.cross_entropy import (
     LINEAR_CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY_BACKWARD,
     Chunks,

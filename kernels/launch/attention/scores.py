@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tfm.kernels.launch.attention import AttentionTiles
+from tfm.kernels.launch.attention.any_length import AttentionTiles
 
 # Programs that a bias gradient is split into: two to four on each multiprocessor of the largest GPUs. The same on every
 # GPU, so that the sums' order is, too; and all that partial sums take, in tiles.

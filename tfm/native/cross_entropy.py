@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's output on CPUs: torch's own products around csrc/cpu/cross_entropy.cpp.
 
-What it adds to the loop of tfm/operators/linear_cross_entropy.py: a CPU may look at the targets. Ignored rows are left
+What it adds to the loop of tfm/operators/cross_entropy.py: a CPU may look at the targets. Ignored rows are left
 out before the first product, and the mean's 1 / count goes into each dz as it is rounded, so that a backward whose
 gradient is 1 has nothing to do.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tfm.native import NAMESPACE
-from tfm.operators.linear_cross_entropy import (
+from tfm.operators.cross_entropy import (
     LINEAR_CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY_BACKWARD,
     Chunks,

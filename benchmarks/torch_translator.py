@@ -124,7 +124,7 @@ class TorchTranslator(nn.Module):
             padding_mask = self.causal_mask.new_zeros(padded.shape).masked_fill_(padded == PAD, -math.inf)
         hidden = self.hidden(padded, target.padded(), padding_mask).flatten(0, 1)
         rows = target.layout.rows
-        return hidden if len(hidden) == rows else hidden.index_select(0, target.layout.places.to_packed)
+        return hidden if len(hidden) == rows else hidden.index_select(0, target.layout.indices.to_packed)
 
     def hidden(self, source: Tensor, target: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Padded [B, S] and [B, T] and an additive mask [B, S] to [B, T, dim].

@@ -75,17 +75,17 @@ def test_padding_gets_no_gradient_from_the_packed_side():
     assert grad.tolist() == [[1.0, 1.0], *[[2.0, 2.0]] * 3]
 
 
-def test_places_are_inverse_to_each_other():
+def test_indices_are_inverse_to_each_other():
     layout = Layout.of(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 4, 5)
-    to_packed, to_padded, padding = layout.places
+    to_packed, to_padded, padding = layout.indices
     assert to_packed.tolist() == [0, 1, 8, 9, 10]
     assert to_padded[to_packed].tolist() == [0, 1, 2, 3, 4]
     assert sorted(padding.tolist()) == [2, 3, 4, 5, 6, 7, 11]
     assert not layout.is_rectangular
-    assert layout.places is layout.places
+    assert layout.indices is layout.indices
 
 
-def test_a_layout_that_takes_another_finds_its_places_anew():
+def test_a_layout_that_takes_another_finds_its_indices_anew():
     held, other = (Layout.of(sequences.offsets(torch.tensor(lengths)), 4, 6) for lengths in ([2, 4], [3, 3]))
     padded = padded_batch([4, 4])
     assert not torch.equal(held.pack(padded), other.pack(padded))
@@ -106,6 +106,27 @@ def test_token_ids_lie_end_to_end():
     assert ragged.padded().tolist() == [[5, 6, 0], [0, 0, 0], [7, 8, 9]]
     assert (len(ragged), ragged.layout.lengths.tolist()) == (3, [2, 0, 3])
     assert len(Ragged.of([])) == 0
+
+
+def test_nothing_is_read_from_the_device():
+    # Tensors without values have none to read.
+    layout = Layout.of(torch.empty(3, dtype=torch.int32, device="meta"), 4, 5)
+    assert layout.unpack(layout.pack(torch.empty(2, 4, device="meta"))).shape == (2, 4)
+
+
+def test_indices_found_in_inference_serve_in_training():
+    layout, padded = Layout.of(torch.tensor([0, 2, 5], dtype=torch.int32), 4, 5), torch.randn(2, 4, requires_grad=True)
+    with torch.inference_mode():
+        layout.pack(padded)
+    (grad,) = torch.autograd.grad(layout.unpack(layout.pack(padded)).sum(), padded)
+    assert grad.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+
+
+def test_indices_found_under_a_transform_end_with_it():
+    layout, x = Layout.of(torch.tensor([0, 2, 5], dtype=torch.int32), 4, 5), torch.randn(5)
+    grad = torch.func.grad(lambda x: layout.pack(layout.unpack(x)).square().sum())(x)
+    assert torch.equal(grad, 2 * x)
+    assert "_indices" not in vars(layout)
 
 
 def test_what_fills_a_layout_up_stands_behind():

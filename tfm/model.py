@@ -65,12 +65,12 @@ class Transformer(nn.Module):
         return self.decode(target, self.encode(source, seed), seed)
 
     def encode(self, source: Ragged, seed: Tensor | None) -> Ragged:
-        """Source tokens [Ns] to the memory [Ns, dim]."""
+        """Turns source tokens [Ns] into the memory [Ns, dim]."""
         embedded = self.embed(source.values, source.layout.positions, seed, site=0)
         return Ragged(self.encoder(embedded, source.layout, seed), source.layout)
 
     def decode(self, target: Ragged, memory: Ragged, seed: Tensor | None) -> Tensor:
-        """Target tokens [Nt] and the memory [Ns, dim] to [Nt, dim]."""
+        """Turns target tokens [Nt] and the memory [Ns, dim] into [Nt, dim]."""
         embedded = self.embed(target.values, target.layout.positions, seed, site=1)
         return self.decoder(embedded, target.layout, memory, seed)
 

@@ -21,20 +21,20 @@ Record = TypeVar("Record", bound="TensorRecord")
 
 
 def offsets(lengths: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-    """Lengths [B] of any integer dtype to offsets [B + 1]: 0, then the running sum."""
+    """Turns lengths [B] of any integer dtype into offsets [B + 1]: 0, then the running sum."""
     return F.pad(lengths.cumsum(0, dtype=dtype), (1, 0))
 
 
 def valid_positions(lengths: Tensor, max_length: int) -> Tensor:
-    """Lengths [B] to bool [B, max_length], True where a position lies inside its sequence."""
+    """Turns lengths [B] into bool [B, max_length], True where a position lies inside its sequence."""
     return torch.arange(max_length, device=lengths.device) < lengths[:, None]
 
 
 class TensorRecord:
-    """A frozen dataclass of tensors, of other such records and of numbers: moved and overwritten as a whole."""
+    """Base of frozen dataclasses of tensors, other such records and numbers, to move and overwrite as a whole."""
 
     def map(self: Record, function: Callable[[Tensor], Tensor]) -> Record:
-        """The record with `function` of each tensor."""
+        """Returns the record with `function` applied to each tensor."""
         changed: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -47,7 +47,7 @@ class TensorRecord:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: Record) -> Record:
-        """The record in page-locked memory, which `to(..., non_blocking=True)` needs to run beside the host."""
+        """Returns the record in page-locked memory, which `to(..., non_blocking=True)` needs to run beside the host."""
         return self.map(Tensor.pin_memory)
 
     def clone(self: Record) -> Record:
@@ -62,8 +62,8 @@ class TensorRecord:
                 value.copy_(getattr(other, name))
 
 
-class Places(NamedTuple):
-    """Where rows of one form of a batch lie in the other.
+class RowIndices(NamedTuple):
+    """Rows of one form of a batch by their numbers in the other.
 
     Attributes:
         to_packed: [N] int64, for each packed row its row in the padded tensor [B * S].
@@ -79,7 +79,7 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout(TensorRecord):
-    """How the B sequences of a ragged batch lie in memory, N rows in all.
+    """The layout of B sequences, N rows in all, packed end to end or padded to one length.
 
     Attributes:
         cu_seq: [B + 1] int32, where each sequence begins in the packed tensor.
@@ -93,7 +93,7 @@ class Layout(TensorRecord):
 
     @classmethod
     def of(cls, cu_seq: Tensor, max_length: int, rows: int) -> Layout:
-        """The layout of sequences at offsets `cu_seq` [B + 1], `rows` in all, padded to `max_length`. Reads nothing."""
+        """Lays out sequences at offsets `cu_seq` [B + 1], `rows` in all, without reading from the device."""
         first = cu_seq[:-1].repeat_interleave(cu_seq.diff(), output_size=rows)
         return cls(cu_seq, max_length, torch.arange(rows, device=cu_seq.device) - first)
 
@@ -107,7 +107,7 @@ class Layout(TensorRecord):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(B, S, N): all that the host's work follows from."""
+        """(B, S, N): all that launches follow from."""
         return self.cu_seq.shape[0] - 1, self.max_length, self.rows
 
     @property
@@ -117,22 +117,22 @@ class Layout(TensorRecord):
 
     @property
     def is_rectangular(self) -> bool:
-        """Whether all sequences are known to have the padded length: both forms are then one piece of memory."""
+        """True where all sequences are known to have the padded length: both forms are then one piece of memory."""
         return not torch.compiler.is_compiling() and self.rows == self.shape[0] * self.max_length
 
     @property
-    def places(self) -> Places:
-        """Where rows of one form lie in the other; found at first use, without reading from the device."""
+    def indices(self) -> RowIndices:
+        """Indices between the two forms, found at first use, without reading from the device."""
         # A graph computes what is the same once, and a transform's tensors end with it.
         if torch.compiler.is_compiling() or transforming():
-            return self._find_places()
-        found: Places | None = vars(self).get("_places")
+            return self._find_indices()
+        found: RowIndices | None = vars(self).get("_indices")
         if found is None:
-            found = self._find_places()
-            object.__setattr__(self, "_places", found)
+            found = self._find_indices()
+            object.__setattr__(self, "_indices", found)
         return found
 
-    def _find_places(self) -> Places:
+    def _find_indices(self) -> RowIndices:
         position = torch.arange(self.max_length, device=self.cu_seq.device)
         valid = position < self.lengths[:, None]
         to_padded = torch.where(valid, self.cu_seq[:-1, None].long() + position, 0).flatten()
@@ -140,32 +140,33 @@ class Layout(TensorRecord):
         if torch.compiler.is_compiling():
             first = torch.arange(self.shape[0], device=valid.device) * self.max_length
             first = first.repeat_interleave(self.lengths, output_size=self.rows)
-            return Places(first + self.positions, to_padded, ~valid)
+            return RowIndices(first + self.positions, to_padded, ~valid)
         # Sorting puts padding first; unlike nonzero it needs no read of the device.
         padding_first = valid.byte().argsort(stable=True)
         count = valid.shape[0] - self.rows
-        return Places(padding_first[count:], to_padded, padding_first[:count])
+        return RowIndices(padding_first[count:], to_padded, padding_first[:count])
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[N, ...] to [B, S, ...] with zeros at padding."""
+        """Pads [N, ...] to [B, S, ...], with zeros."""
         shape = (*self.shape[:2], *packed.shape[1:])
         if self.is_rectangular:
             return packed.reshape(shape)
         # Transforms take no such Function.
-        padded = _unpacked(packed, self.places) if transforming() else _Unpack.apply(packed, self.places)
+        padded = _unpacked(packed, self.indices) if transforming() else _Unpack.apply(packed, self.indices)
         return padded.view(shape)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """[B, S, ...] to [N, ...]; what lies at padding is left behind."""
+        """Packs [B, S, ...] into [N, ...]; what lies at padding is left behind."""
         rows = padded.flatten(0, 1)
         if self.is_rectangular:
             return rows
-        return rows.index_select(0, self.places.to_packed) if transforming() else _Pack.apply(rows, self.places)
+        return rows.index_select(0, self.indices.to_packed) if transforming() else _Pack.apply(rows, self.indices)
 
     def filled(self, rows: int, sequences: int, max_length: int) -> Layout:
-        """The layout filled up to so many rows and sequences by some of `max_length`, which is the longest's, at most.
+        """Returns the layout with sequences added behind, until there are so many rows and sequences.
 
-        The last of them may be empty. What fills it stands behind, all at position 0.
+        Those added have `max_length`, which is to be at least this layout's, as long as rows are left, and then none.
+        Their rows are all at position 0.
         """
         added = torch.arange(1, sequences - len(self) + 1, dtype=self.cu_seq.dtype, device=self.cu_seq.device)
         cu_seq = torch.cat((self.cu_seq, (self.cu_seq[-1] + added * max_length).clamp(max=rows)))
@@ -176,19 +177,19 @@ class Layout(TensorRecord):
         if other.shape != self.shape:
             raise ValueError(f"other: expected a layout of (B, S, N) {self.shape}, got {other.shape}")
         super().copy_(other)
-        vars(self).pop("_places", None)
+        vars(self).pop("_indices", None)
 
 
 @dataclass(frozen=True, eq=False)
 class Ragged(TensorRecord):
-    """A ragged batch, packed: `values` [N, ...], sequence after sequence, and how they lie."""
+    """A packed batch: `values` [N, ...], sequence after sequence, and their layout."""
 
     values: Tensor
     layout: Layout
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> Ragged:
-        """Sequences of token ids, int64 in the host's memory."""
+        """Packs lists of token ids, as int64 in the host's memory."""
         lengths = list(map(len, sequences))
         cu_seq = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         values = torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64)
@@ -196,7 +197,7 @@ class Ragged(TensorRecord):
 
     @classmethod
     def pack(cls, padded: Tensor, lengths: Tensor) -> Ragged:
-        """A padded batch [B, S, ...] of sequences of these lengths [B]. One device-to-host read."""
+        """Packs a padded batch [B, S, ...] of sequences of these lengths [B], with one read from the device."""
         cu_seq = offsets(lengths)
         layout = Layout.of(cu_seq, padded.shape[1], int(cu_seq[-1]))
         return cls(layout.pack(padded), layout)
@@ -209,40 +210,40 @@ class Ragged(TensorRecord):
         return self.values.device
 
     def padded(self) -> Tensor:
-        """[B, S, ...], zeros at padding."""
+        """Returns [B, S, ...], zeros at padding."""
         return self.layout.unpack(self.values)
 
 
 class _Unpack(torch.autograd.Function):
-    """Rows [N, ...] to [B * S, ...], 0 at padding. Its backward is `_Pack`, a gather like the forward."""
+    """Turns rows [N, ...] into [B * S, ...], 0 at padding. Its backward is `_Pack`, a gather like the forward."""
 
     @staticmethod
-    def forward(ctx, rows, places):
-        ctx.places = places
-        return _unpacked(rows, places)
+    def forward(ctx, rows, indices):
+        ctx.indices = indices
+        return _unpacked(rows, indices)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Pack.apply(grad, ctx.places), None
+        return _Pack.apply(grad, ctx.indices), None
 
 
 class _Pack(torch.autograd.Function):
     """The inverse of `_Unpack`: what lies at padding is left behind."""
 
     @staticmethod
-    def forward(ctx, rows, places):
-        ctx.places = places
-        return rows.index_select(0, places.to_packed)
+    def forward(ctx, rows, indices):
+        ctx.indices = indices
+        return rows.index_select(0, indices.to_packed)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Unpack.apply(grad, ctx.places), None
+        return _Unpack.apply(grad, ctx.indices), None
 
 
-def _unpacked(rows: Tensor, places: Places) -> Tensor:
+def _unpacked(rows: Tensor, indices: RowIndices) -> Tensor:
     if rows.shape[0] == 0:
-        return rows.new_zeros((places.to_padded.shape[0], *rows.shape[1:]))
-    padded = rows.index_select(0, places.to_padded)
-    if places.padding.dtype == torch.bool:
-        return padded.masked_fill(places.padding.view(-1, *[1] * (rows.dim() - 1)), 0)
-    return padded.index_fill_(0, places.padding, 0)
+        return rows.new_zeros((indices.to_padded.shape[0], *rows.shape[1:]))
+    padded = rows.index_select(0, indices.to_padded)
+    if indices.padding.dtype == torch.bool:
+        return padded.masked_fill(indices.padding.view(-1, *[1] * (rows.dim() - 1)), 0)
+    return padded.index_fill_(0, indices.padding, 0)

@@ -16,9 +16,9 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class Batch(TensorRecord):
-    """B sentence pairs, token ids int64, all on one device.
+    """B sentence pairs as token ids, int64, all on one device.
 
-    Teacher forcing: `target_input` is BOS + target; `target_output` [N], its row's next token each, is target + EOS.
+    Teacher forcing: `target_input` is BOS + target, and `target_output` [N], which lies as it does, target + EOS.
     """
 
     source: Ragged
@@ -39,7 +39,7 @@ class Batch(TensorRecord):
         return *self.source.layout.shape, *self.target_input.layout.shape
 
     def rounded(self, tokens: int, sentences: int = 1, length: int = 1) -> Batch:
-        """The batch filled up, so that each side has a multiple of `tokens` and there is a multiple of `sentences`.
+        """Fills the batch up, so that each side has a multiple of `tokens` and there is a multiple of `sentences`.
 
         What fills it stands behind the batch: sentences of PAD no longer than the longest, whose length is rounded up
         to a multiple of `length` before, and empty ones. Their targets are IGNORED, and no sentence sees another. So

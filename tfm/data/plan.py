@@ -146,7 +146,7 @@ def _mix(seed: int, epoch: int) -> int:
 
 
 def _packed(tokens: Tensor, first_tokens: Tensor, indices: Tensor) -> Ragged:
-    """The sentences at `indices` of flat tokens; sentence i begins at `first_tokens[i]`."""
+    """Packs the sentences at `indices` of flat tokens; sentence i begins at `first_tokens[i]`."""
     first = first_tokens[indices]
     lengths = first_tokens[indices + 1] - first
     cu_seq = offsets(lengths)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tfm import ops
 from tfm.config import TransformerConfig
-from tfm.model import Sequences, Transformer
-from tfm.sequences import Layout
+from tfm.model import Transformer
+from tfm.sequences import Ragged
 from tfm.tokenizer import PAD
 
 # Logits of so many rows at a time stay in a CPU's cache and below malloc's mmap threshold: a sixth of the step.
@@ -111,29 +111,20 @@ class TorchTranslator(nn.Module):
         self.cross_entropy = torch.compile(self.cross_entropy, dynamic=True)  # type: ignore[method-assign]
         self.loss_rows = 1 << 30  # Inductor fuses the softmax, and would compile each chunk
 
-    def forward(
-        self,
-        source: Tensor,
-        source_positions: Tensor,
-        source_sequences: Sequences,
-        target: Tensor,
-        target_positions: Tensor,
-        target_sequences: Sequences,
-    ) -> Tensor:
-        """Packed source [Ns] and target [Nt] to the decoder's output [Nt, dim].
+    def forward(self, source: Ragged, target: Ragged) -> Tensor:
+        """Source tokens [Ns] and target tokens [Nt] to the decoder's output [Nt, dim].
 
         Only token ids are padded and unpadded around the stacks. Dropping padding before the loss is faster than
         computing its logits and ignoring them.
         """
-        source_layout = Layout.of(source_sequences.cu_seq, source_sequences.max_length, len(source))
-        target_layout = Layout.of(target_sequences.cu_seq, target_sequences.max_length, len(target))
-        padded = source_layout.unpack(source)
+        padded = source.padded()
         # Sorted by length, most batches have no padding in the source, and then attention needs no mask.
         padding_mask = None
-        if padded.numel() > len(source):
+        if padded.numel() > source.layout.rows:
             padding_mask = self.causal_mask.new_zeros(padded.shape).masked_fill_(padded == PAD, -math.inf)
-        hidden = self.hidden(padded, target_layout.unpack(target), padding_mask).flatten(0, 1)
-        return hidden if len(hidden) == len(target) else hidden.index_select(0, target_layout.to_packed)
+        hidden = self.hidden(padded, target.padded(), padding_mask).flatten(0, 1)
+        rows = target.layout.rows
+        return hidden if len(hidden) == rows else hidden.index_select(0, target.layout.indices.to_packed)
 
     def hidden(self, source: Tensor, target: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Padded [B, S] and [B, T] and an additive mask [B, S] to [B, T, dim].

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfm.config import TransformerConfig
 from tfm.data import Batch, BatchPlan, EncodedPairs
-from tfm.model import Sequences, Transformer
+from tfm.model import Transformer
 from tfm.tokenizer import EOS
 
 
@@ -53,14 +53,7 @@ def pairs_of(pairs: Sequence[tuple[list[int], list[int]]]) -> EncodedPairs:
 
 def run_model(model: Transformer, batch: Batch) -> Tensor:
     """The decoder's output [Nt, dim]."""
-    return model(
-        batch.source,
-        batch.source_positions,
-        Sequences(batch.cu_seq_source, batch.max_source),
-        batch.target_input,
-        batch.target_positions,
-        Sequences(batch.cu_seq_target, batch.max_target),
-    )
+    return model(batch.source, batch.target_input)
 
 
 def parallel_lines(count: int, seed: int = 7) -> tuple[list[str], list[str]]:

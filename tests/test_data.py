@@ -5,6 +5,7 @@ import gzip
 import lzma
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -252,8 +253,9 @@ def test_every_pair_once_and_within_the_budget(lengths, batch_tokens, seed, shuf
     for k, batch in enumerate(plan):
         chosen = [lengths[i] for i in plan.indices(k).tolist()]
         assert len(batch) == len(chosen)
-        assert (batch.max_source, batch.max_target) == tuple(map(max, zip(*chosen, strict=True)))
-        assert len(batch) * max(batch.max_source, batch.max_target) <= batch_tokens
+        longest = (batch.source.layout.max_length, batch.target_input.layout.max_length)
+        assert longest == tuple(map(max, zip(*chosen, strict=True)))
+        assert len(batch) * max(longest) <= batch_tokens
         assert batch.tokens == sum(s + t for s, t in chosen)
 
 
@@ -272,31 +274,33 @@ def test_packed_tokens_are_the_sentences():
     sources, targets = rows_of(pairs.source, pairs.source_offsets), rows_of(pairs.target, pairs.target_offsets)
     for k, batch in enumerate(plan):
         chosen = plan.indices(k).tolist()
-        assert rows_of(batch.source, batch.cu_seq_source) == [sources[i] for i in chosen]
-        assert rows_of(batch.target_output, batch.cu_seq_target) == [targets[i] for i in chosen]
-        assert rows_of(batch.target_input, batch.cu_seq_target) == [[BOS, *targets[i][:-1]] for i in chosen]
-        assert batch.source_positions.tolist() == [j for i in chosen for j in range(len(sources[i]))]
-        assert batch.target_positions.tolist() == [j for i in chosen for j in range(len(targets[i]))]
-        assert batch.cu_seq_source.dtype == batch.cu_seq_target.dtype == torch.int32
-        assert {tensor.dtype for tensor in (batch.source, batch.target_input, batch.target_output)} == {torch.int64}
-        assert {batch.source_positions.dtype, batch.target_positions.dtype} == {torch.int64}
+        source, target = batch.source.layout, batch.target_input.layout
+        assert rows_of(batch.source.values, source.cu_seq) == [sources[i] for i in chosen]
+        assert rows_of(batch.target_output, target.cu_seq) == [targets[i] for i in chosen]
+        assert rows_of(batch.target_input.values, target.cu_seq) == [[BOS, *targets[i][:-1]] for i in chosen]
+        assert source.positions.tolist() == [j for i in chosen for j in range(len(sources[i]))]
+        assert target.positions.tolist() == [j for i in chosen for j in range(len(targets[i]))]
+        assert source.cu_seq.dtype == target.cu_seq.dtype == torch.int32
+        tokens = (batch.source.values, batch.target_input.values, batch.target_output)
+        assert {tensor.dtype for tensor in (*tokens, source.positions, target.positions)} == {torch.int64}
 
 
 def test_padded_and_packed_agree():
     for batch in batches(random_pairs(50), 100, seed=1):
-        dense = batch.padded()
-        cases = [
-            (dense.source, batch.source, batch.cu_seq_source, batch.max_source),
-            (dense.target_input, batch.target_input, batch.cu_seq_target, batch.max_target),
-            (dense.target_output, batch.target_output, batch.cu_seq_target, batch.max_target),
-        ]
-        for padded, packed, cu_seq, longest in cases:
-            rows = [row + [PAD] * (longest - len(row)) for row in rows_of(packed, cu_seq)]
-            assert_close(padded, torch.tensor(rows))
+        for side in (batch.source, batch.target_input, replace(batch.target_input, values=batch.target_output)):
+            rows = rows_of(side.values, side.layout.cu_seq)
+            expected = [row + [PAD] * (side.layout.max_length - len(row)) for row in rows]
+            assert_close(side.padded(), torch.tensor(expected))
+
+
+def tensors_of(batch):
+    found = []
+    batch.map(lambda tensor: found.append(tensor) or tensor)
+    return found
 
 
 def contents(batch):
-    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in vars(batch).values()]
+    return [batch.shape, *(tensor.tolist() for tensor in tensors_of(batch))]
 
 
 def test_a_plan_is_a_pure_function_of_its_arguments():
@@ -320,7 +324,7 @@ def test_seed_and_epoch_each_change_the_order():
 
 def test_shuffling_mixes_equal_lengths_and_the_order_of_batches():
     plan = batches(encoded([(3, 3)] * 40 + [(9, 9)] * 40), 36, seed=0, epoch=0)
-    widths = [batch.max_source for batch in plan]
+    widths = [batch.source.layout.max_length for batch in plan]
     assert widths != sorted(widths)
     assert any(indices != sorted(indices) for indices in (plan.indices(k).tolist() for k in range(len(plan))))
 
@@ -351,10 +355,10 @@ def test_past_the_last_batch_is_an_index_error():
 
 def test_to_moves_every_tensor():
     batch = batches(random_pairs(5), 100)[0].to("meta", non_blocking=True)
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    tensors = tensors_of(batch)
     assert len(tensors) == 7
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert isinstance(batch.max_source, int)
+    assert isinstance(batch.source.layout.max_length, int)
 
 
 @pytest.mark.gpu
@@ -363,8 +367,8 @@ def test_on_a_gpu_nothing_changes():
     batch = batches(random_pairs(50), 200)[0]
     moved = batch.pin_memory().to("cuda", non_blocking=True)
     assert contents(moved) == contents(batch)
-    for dense, expected in zip(moved.padded(), batch.padded(), strict=True):
-        assert_close(dense.cpu(), expected)
+    for side, expected in ((moved.source, batch.source), (moved.target_input, batch.target_input)):
+        assert_close(side.padded().cpu(), expected.padded())
 
 
 @pytest.mark.parametrize("multiples", [(16,), (1,), (64, 8, 4), (7, 3, 1), (32, 1, 5)], ids=str)
@@ -373,19 +377,17 @@ def test_a_rounded_batch_is_filled_up_behind_its_sentences(multiples):
     batch = batches(random_pairs(30), 150, shuffle=False)[2]
     rounded = batch.rounded(*multiples)
     assert len(rounded) % sentences == 0
-    for side, longest in (("source", "max_source"), ("target", "max_target")):
-        cu_seq, before = (getattr(one, f"cu_seq_{side}") for one in (rounded, batch))
-        names = ["source", "source_positions"] if side == "source" else ["target_input", "target_positions"]
-        for name in names:
-            values, own = getattr(rounded, name), getattr(batch, name)
+    for side, before in ((rounded.source, batch.source), (rounded.target_input, batch.target_input)):
+        filled, layout = side.layout, before.layout
+        for values, own in ((side.values, before.values), (filled.positions, layout.positions)):
             assert len(values) % tokens == 0
             assert len(values) - len(own) < tokens
             assert torch.equal(values[: len(own)], own)
             assert not values[len(own) :].any()
-        assert getattr(rounded, longest) == -(-getattr(batch, longest) // length) * length
-        assert torch.equal(cu_seq[: len(before)], before)
-        assert (cu_seq[0], cu_seq[-1]) == (0, len(getattr(rounded, names[0])))
-        assert 0 <= cu_seq.diff().min() <= cu_seq.diff().max() <= getattr(rounded, longest)
+        assert filled.max_length == -(-layout.max_length // length) * length
+        assert torch.equal(filled.cu_seq[: len(layout.cu_seq)], layout.cu_seq)
+        assert (filled.cu_seq[0], filled.cu_seq[-1]) == (0, len(side.values))
+        assert 0 <= filled.lengths.min() <= filled.lengths.max() <= filled.max_length
     assert torch.equal(rounded.target_output[: len(batch.target_output)], batch.target_output)
     assert (rounded.target_output[len(batch.target_output) :] == IGNORED).all()
     assert rounded.rounded(*multiples).shape == rounded.shape
@@ -395,7 +397,7 @@ def test_a_batch_takes_the_numbers_of_another():
     one, other = (batches(random_pairs(30), 150, seed)[0].rounded(150, 30, 30) for seed in (1, 2))
     assert one.shape == other.shape
     held = one.clone()
-    pointers = [value.data_ptr() for value in vars(held).values() if isinstance(value, torch.Tensor)]
+    pointers = [tensor.data_ptr() for tensor in tensors_of(held)]
     held.copy_(other)
     assert contents(held) == contents(other) != contents(one)
-    assert pointers == [value.data_ptr() for value in vars(held).values() if isinstance(value, torch.Tensor)]
+    assert pointers == [tensor.data_ptr() for tensor in tensors_of(held)]

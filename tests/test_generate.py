@@ -19,8 +19,9 @@ from torch.testing import assert_close
 from tfm.data import BatchPlan
 from tfm.errors import UserError
 from tfm.generate import EXTRA_LENGTH, Cache, Search, beam_search, translate
-from tfm.model import Sequences, Transformer
+from tfm.model import Transformer
 from tfm.ops.backends import use
+from tfm.sequences import Ragged
 from tfm.tokenizer import BOS, EOS, PAD, Tokenizer
 
 WORDS = 9
@@ -50,11 +51,7 @@ def random_model(**changes: Any) -> Transformer:
 @torch.no_grad()
 def full_decode(model: Transformer, source: list[int], prefix: list[int]) -> Tensor:
     """Log-probabilities of each token's successor, [len(prefix), vocab_size], by the whole decoder at once."""
-    sides = [
-        (torch.tensor(side), torch.arange(len(side)), Sequences(torch.tensor([0, len(side)]).int(), len(side)))
-        for side in (source, prefix)
-    ]
-    return model.logits(model(*sides[0], *sides[1])).log_softmax(-1)
+    return model.logits(model(Ragged.of([source]), Ragged.of([prefix]))).log_softmax(-1)
 
 
 def length_limit(model: Transformer, source: list[int]) -> int:

@@ -46,7 +46,7 @@ CONTRACT = {
     "model": May("config nn ops sequences", "torch"),
     "checkpoint": May("config errors files model records tokenizer", "torch safetensors"),
     "state": May("checkpoint config errors model records", "torch"),
-    "attend": May("errors model tokenizer", "torch"),
+    "attend": May("errors model sequences tokenizer", "torch"),
     "generate": May("checkpoint config data errors memory model ops sequences tokenizer", "torch"),
     "evaluate": May("errors", "sacrebleu"),
     "graphs": May("data", "torch"),

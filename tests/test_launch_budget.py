@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from launch_counts import count
-from samples import Sequences, small_model
+from samples import small_model
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import tfm
 from tfm import ops
 from tfm.model import State
+from tfm.sequences import Layout
 
 LENGTHS = (5, 4, 17)
 DIM, HEADS = 64, 2
@@ -25,17 +26,17 @@ def layer_and_inputs(kind, device):
     dropouts = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
     model = small_model(torch.float16, dim=DIM, heads=HEADS, ffn_dim=DIM, **dropouts).to(device)
     offsets = torch.tensor([0, *LENGTHS], device=device).cumsum(0).to(torch.int32)
-    sequences = Sequences(offsets, max(LENGTHS))
+    layout = Layout.of(offsets, max(LENGTHS), sum(LENGTHS))
     x = torch.randn(sum(LENGTHS), DIM, dtype=torch.float16, device=device, requires_grad=True)
     seed = ops.draw_seed(device)
     if kind == "encoder":
-        return lambda: model.encoder.layers[0](State(x, x), sequences, seed).normed, [
+        return lambda: model.encoder.layers[0](State(x, x), layout, seed).normed, [
             x,
             *model.encoder.layers[0].parameters(),
         ]
     memory = torch.randn(sum(LENGTHS), 2, HEADS, DIM // HEADS, dtype=torch.float16, device=device, requires_grad=True)
     layer = model.decoder.layers[0]
-    return lambda: layer(State(x, x), sequences, memory, sequences, seed).normed, [x, memory, *layer.parameters()]
+    return lambda: layer(State(x, x), layout, memory, layout, seed).normed, [x, memory, *layer.parameters()]
 
 
 @pytest.mark.parametrize("kind", FORWARD)

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from tfm import ops
 from tfm.config import PRESETS
 from tfm.data import Batch
-from tfm.model import Sequences, Transformer
+from tfm.model import Transformer
+from tfm.sequences import Ragged
 from tfm.tokenizer import PAD
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -92,7 +93,8 @@ def paper_positions(length: int, dim: int) -> Tensor:
 
 def torch_loss(model: Transformer, batch: Batch, label_smoothing: float) -> Tensor:
     """The loss by torch.nn.Transformer on the padded batch, with our parameters."""
-    source, target_input, target_output = batch.padded()
+    source, target_input = batch.source.padded(), batch.target_input.padded()
+    target_output = batch.target_input.layout.unpack(batch.target_output)
     positions = paper_positions(max(source.shape[1], target_input.shape[1]), model.config.dim)
 
     def embed(tokens: Tensor) -> Tensor:
@@ -135,15 +137,10 @@ def test_equals_torch_nn_transformer(norm_first, activation, label_smoothing):
 def test_a_packed_batch_is_its_sentences_one_by_one(lengths, norm_first):
     model = small_model(norm_first=norm_first).eval()
     batch = batch_of(lengths)
-    packed = run_model(model, batch).split(batch.cu_seq_target.diff().tolist())
-    sources = batch.source.split(batch.cu_seq_source.diff().tolist())
-    targets = batch.target_input.split(batch.cu_seq_target.diff().tolist())
-    for source, target, expected in zip(sources, targets, packed, strict=True):
-        sides = [
-            (side, torch.arange(len(side)), Sequences(torch.tensor([0, len(side)], dtype=torch.int32), len(side)))
-            for side in (source, target)
-        ]
-        assert_close(model(*sides[0], *sides[1]), expected, **EXACT)
+    packed = run_model(model, batch).split(batch.target_input.layout.lengths.tolist())
+    sides = (side.values.split(side.layout.lengths.tolist()) for side in (batch.source, batch.target_input))
+    for source, target, expected in zip(*sides, packed, strict=True):
+        assert_close(model(Ragged.of([source.tolist()]), Ragged.of([target.tolist()])), expected, **EXACT)
 
 
 @given(data=st.data(), length=st.integers(2, 12))
@@ -153,7 +150,7 @@ def test_no_token_sees_a_later_one(data, length):
     batch = batch_of([(4, length), (3, 5)])
     before = run_model(model, batch)
     place = data.draw(st.integers(0, length - 1))
-    batch.target_input[place] = 3 + (batch.target_input[place] - 2) % 20
+    batch.target_input.values[place] = 3 + (batch.target_input.values[place] - 2) % 20
     after = run_model(model, batch)
     changed = (before != after).any(dim=1)
     # What follows in the same sentence changes, the next sentence does not.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfm import precision
-from tfm.model import Sequences, Transformer
+from tfm.model import Transformer
 
 LENGTHS = [(5, 4), (1, 1), (9, 12), (3, 7)]
 
@@ -19,11 +19,7 @@ LENGTHS = [(5, 4), (1, 1), (9, 12), (3, 7)]
 def step(run, model, batch):
     """The decoder's output and every gradient, from the same dropout masks."""
     torch.manual_seed(3)
-    sides = (
-        (batch.source, batch.source_positions, Sequences(batch.cu_seq_source, batch.max_source)),
-        (batch.target_input, batch.target_positions, Sequences(batch.cu_seq_target, batch.max_target)),
-    )
-    hidden = run(model, *sides[0], *sides[1])
+    hidden = run(model, batch.source, batch.target_input)
     gradients = torch.autograd.grad(hidden, list(model.parameters()), torch.ones_like(hidden), allow_unused=True)
     return [hidden.detach(), *gradients]
 

@@ -31,7 +31,6 @@ from tfm.errors import UserError
 from tfm.evaluate import TOKENIZERS, score
 from tfm.generate import Search, translate
 from tfm.model import Transformer
-from tfm.sequences import Layout
 from tfm.tokenizer import PAD
 from tfm.train import Options, Training, batch_loss
 
@@ -164,9 +163,8 @@ def test_runs_of_one_seed_are_equal_and_of_two_differ(tmp_path):
 @settings(deadline=None, max_examples=25)
 def test_the_loss_is_torchs_on_the_padded_batch(lengths, label_smoothing):
     model, batch = small_model().eval(), batch_of(lengths)
-    layout = Layout.of(batch.cu_seq_target, batch.max_target, len(batch.target_output))
-    logits = layout.unpack(model.logits(run_model(model, batch)))
-    target = batch.padded().target_output
+    layout = batch.target_input.layout
+    logits, target = layout.unpack(model.logits(run_model(model, batch))), layout.unpack(batch.target_output)
     expected = F.cross_entropy(
         logits.flatten(0, 1), target.flatten(), ignore_index=PAD, label_smoothing=label_smoothing
     )
@@ -385,4 +383,4 @@ def test_batches_have_few_shapes_where_shapes_cost(dtype, tmp_path):
     training = training_in(tmp_path, dtype=dtype)
     batch = training._plan()[0]
     assert (training._prepared(batch) is batch) == (dtype == "float32")
-    assert dtype == "float32" or len(training._prepared(batch).source) % 64 == 0
+    assert dtype == "float32" or training._prepared(batch).source.layout.rows % 64 == 0

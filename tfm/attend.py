@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tfm.errors import UserError
-from tfm.model import CrossAttention, SelfAttention, Sequences, Transformer
+from tfm.model import CrossAttention, SelfAttention, Transformer
+from tfm.sequences import Layout, Ragged
 from tfm.tokenizer import BOS, EOS, SPECIAL_TOKENS, Tokenizer
 
 
@@ -74,12 +75,12 @@ def attention_weights(model: Transformer, source: list[int], target: list[int]) 
     decoder: list[Tensor] = []
     cross: list[Tensor] = []
 
-    def of_self(module: SelfAttention, inputs: tuple[Tensor, Sequences, bool, Tensor | None]) -> None:
+    def of_self(module: SelfAttention, inputs: tuple[Tensor, Layout, bool, Tensor | None]) -> None:
         x, _, is_causal, _ = inputs
         query, key, _ = module.project(x)
         (decoder if is_causal else encoder).append(_weights(query, key, is_causal))
 
-    def of_cross(module: CrossAttention, inputs: tuple[Tensor, Sequences, Tensor, Sequences, Tensor | None]) -> None:
+    def of_cross(module: CrossAttention, inputs: tuple[Tensor, Layout, Tensor, Layout, Tensor | None]) -> None:
         x, _, key_value, _, _ = inputs
         cross.append(_weights(module.project(x), key_value[:, 0], False))
 
@@ -90,7 +91,7 @@ def attention_weights(model: Transformer, source: list[int], target: list[int]) 
         elif isinstance(module, CrossAttention):
             hooks.append(module.register_forward_pre_hook(of_cross))
     try:
-        model(*_packed(source, model), *_packed(target, model))
+        model(*(Ragged.of([tokens]).to(model.embedding.device) for tokens in (source, target)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -103,14 +104,6 @@ def _weights(query: Tensor, key: Tensor, is_causal: bool) -> Tensor:
     if is_causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     return scores.softmax(dim=-1).cpu()
-
-
-def _packed(tokens: list[int], model: Transformer) -> tuple[Tensor, Tensor, Sequences]:
-    """Tokens, positions and offsets of a batch of one sentence."""
-    device = model.embedding.device
-    cu_seq = torch.tensor([0, len(tokens)], dtype=torch.int32, device=device)
-    positions = torch.arange(len(tokens), device=device)
-    return torch.tensor(tokens, device=device), positions, Sequences(cu_seq, len(tokens))
 
 
 def _labels(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from tfm import ops
 from tfm.errors import UserError
 from tfm.memory import available, readable
-from tfm.model import DecoderLayer, Sequences, State, Transformer
-from tfm.sequences import Layout, offsets
+from tfm.model import DecoderLayer, State, Transformer
+from tfm.sequences import Ragged
 from tfm.tokenizer import BOS, EOS, PAD, Tokenizer
 
 # A translation may be this much longer than its source (section 6.1 of the paper).
@@ -239,20 +239,14 @@ class Cache:
     @classmethod
     def of(cls, model: Transformer, sources: list[list[int]], beam: int) -> Cache:
         """Encodes the sources and projects their memory once for the whole search."""
-        device, config = model.embedding.device, model.config
-        lengths = torch.tensor([len(source) for source in sources], dtype=torch.int32)
-        longest = int(lengths.max())
-        cu_seq = offsets(lengths).to(device)
-        tokens = torch.tensor([token for source in sources for token in source], device=device)
-        positions = torch.tensor([place for source in sources for place in range(len(source))], device=device)
-        memory = model.encode(tokens, positions, Sequences(cu_seq, longest), seed=None)
-        layout = Layout.of(cu_seq, longest, len(tokens))
+        config = model.config
+        memory = model.encode(Ragged.of(sources).to(model.embedding.device), seed=None)
         projected = []
-        for key_value in model.decoder.project_memory(memory):
-            key, value = layout.unpack(key_value).permute(2, 0, 3, 1, 4).contiguous()
+        for key_value in model.decoder.project_memory(memory.values):
+            key, value = memory.layout.unpack(key_value).permute(2, 0, 3, 1, 4).contiguous()
             projected.append((key, value))
         empty = projected[0][0].new_empty((len(sources) * beam, 0, config.heads, config.dim // config.heads))
-        return cls(model, beam, projected, lengths.to(device), [(empty, empty)] * config.decoder_layers)
+        return cls(model, beam, projected, memory.layout.lengths, [(empty, empty)] * config.decoder_layers)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The latest token of each hypothesis, [B, K], to the logits of its successor, fp32 [B, K, vocab_size]."""

@@ -1,6 +1,6 @@
 """The encoder-decoder Transformer of "Attention Is All You Need" (Vaswani et al. 2017), on packed batches.
 
-Sentences lie end to end, without padding: tokens are [N], activations [N, dim], and `Sequences` says where each
+Sentences lie end to end, without padding: tokens are [N], activations [N, dim], and a `Layout` says where each
 sentence begins. Read from the top: the whole model, its stacks, their layers, the sublayers.
 
 Every layer norm stands *after* a sublayer, fused with that sublayer's dropout and residual connection. A post-norm
@@ -19,17 +19,10 @@ from torch import Tensor, nn
 
 from tfm import ops
 from tfm.config import TransformerConfig
+from tfm.sequences import Layout, Ragged
 
 # Dropouts of one step share a seed; each is numbered, so that no two draw the same mask.
 SITES_PER_LAYER = 8
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Where the sentences of a packed batch begin: `cu_seq` [B + 1] int32, and the longest one's length."""
-
-    cu_seq: Tensor
-    max_length: int
 
 
 @dataclass(frozen=True)
@@ -59,45 +52,27 @@ class Transformer(nn.Module):
         self.decoder = Decoder(config, first_site=2 + SITES_PER_LAYER * config.encoder_layers)
         nn.init.normal_(self.embedding, std=config.dim**-0.5)
 
-    def forward(
-        self,
-        source: Tensor,
-        source_positions: Tensor,
-        source_sequences: Sequences,
-        target: Tensor,
-        target_positions: Tensor,
-        target_sequences: Sequences,
-    ) -> Tensor:
+    def forward(self, source: Ragged, target: Ragged) -> Tensor:
         """The decoder's output for each target token given those before it.
 
         Args:
-            source, target: int64 [Ns] and [Nt], packed tokens; `target` begins with BOS.
-            source_positions, target_positions: int64, each token's place in its sentence.
-            source_sequences, target_sequences: where the B sentences of each side begin.
+            source, target: token ids int64 [Ns] and [Nt], of B sentences each; those of `target` begin with BOS.
 
         Returns:
             [Nt, dim]; `loss` and `logits` apply the final linear layer.
         """
         seed = self.draw_seed()
-        memory = self.encode(source, source_positions, source_sequences, seed)
-        return self.decode(target, target_positions, target_sequences, memory, source_sequences, seed)
+        return self.decode(target, self.encode(source, seed), seed)
 
-    def encode(self, tokens: Tensor, positions: Tensor, sequences: Sequences, seed: Tensor | None) -> Tensor:
-        """Packed source tokens [Ns] to the memory [Ns, dim]."""
-        return self.encoder(self.embed(tokens, positions, seed, site=0), sequences, seed)
+    def encode(self, source: Ragged, seed: Tensor | None) -> Ragged:
+        """Turns source tokens [Ns] into the memory [Ns, dim]."""
+        embedded = self.embed(source.values, source.layout.positions, seed, site=0)
+        return Ragged(self.encoder(embedded, source.layout, seed), source.layout)
 
-    def decode(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        sequences: Sequences,
-        memory: Tensor,
-        memory_sequences: Sequences,
-        seed: Tensor | None,
-    ) -> Tensor:
-        """Packed target tokens [Nt] and the memory [Ns, dim] to [Nt, dim]."""
-        embedded = self.embed(tokens, positions, seed, site=1)
-        return self.decoder(embedded, sequences, memory, memory_sequences, seed)
+    def decode(self, target: Ragged, memory: Ragged, seed: Tensor | None) -> Tensor:
+        """Turns target tokens [Nt] and the memory [Ns, dim] into [Nt, dim]."""
+        embedded = self.embed(target.values, target.layout.positions, seed, site=1)
+        return self.decoder(embedded, target.layout, memory, seed)
 
     def embed(self, tokens: Tensor, positions: Tensor, seed: Tensor | None, site: int) -> Tensor:
         """Token rows times sqrt(dim), plus sinusoidal positions (sections 3.4 and 3.5), dropped out (5.4)."""
@@ -145,11 +120,11 @@ class Encoder(nn.Module):
         sites = range(first_site, first_site + SITES_PER_LAYER * config.encoder_layers, SITES_PER_LAYER)
         self.layers = nn.ModuleList(EncoderLayer(config, site) for site in sites)
 
-    def forward(self, x: Tensor, sequences: Sequences, seed: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, seed: Tensor | None) -> Tensor:
         """[N, dim] to [N, dim]."""
         state = State(x, x if self.first_norm is None else self.first_norm(x))
         for layer in self.layers:
-            state = layer(state, sequences, seed)
+            state = layer(state, layout, seed)
         return state.normed
 
 
@@ -163,8 +138,8 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(config, site + 2)
         self.feed_forward_norm = AddAndNorm(config, site + 3)
 
-    def forward(self, state: State, sequences: Sequences, seed: Tensor | None) -> State:
-        state = self.self_attention_norm(self.self_attention(state.normed, sequences, False, seed), state, seed)
+    def forward(self, state: State, layout: Layout, seed: Tensor | None) -> State:
+        state = self.self_attention_norm(self.self_attention(state.normed, layout, False, seed), state, seed)
         return self.feed_forward_norm(self.feed_forward(state.normed, seed), state, seed)
 
 
@@ -179,13 +154,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, site) for site in sites)
         self.heads = config.heads
 
-    def forward(
-        self, x: Tensor, sequences: Sequences, memory: Tensor, memory_sequences: Sequences, seed: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, memory: Ragged, seed: Tensor | None) -> Tensor:
         """[Nt, dim] and the memory [Ns, dim] to [Nt, dim]."""
         state = State(x, x if self.first_norm is None else self.first_norm(x))
-        for layer, key_value in zip(self.layers, self.project_memory(memory), strict=True):
-            state = layer(state, sequences, key_value, memory_sequences, seed)
+        for layer, key_value in zip(self.layers, self.project_memory(memory.values), strict=True):
+            state = layer(state, layout, key_value, memory.layout, seed)
         return state.normed
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, ...]:
@@ -207,10 +180,10 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = AddAndNorm(config, site + 5)
 
     def forward(
-        self, state: State, sequences: Sequences, key_value: Tensor, memory_sequences: Sequences, seed: Tensor | None
+        self, state: State, layout: Layout, key_value: Tensor, memory_layout: Layout, seed: Tensor | None
     ) -> State:
-        state = self.self_attention_norm(self.self_attention(state.normed, sequences, True, seed), state, seed)
-        attended = self.cross_attention(state.normed, sequences, key_value, memory_sequences, seed)
+        state = self.self_attention_norm(self.self_attention(state.normed, layout, True, seed), state, seed)
+        attended = self.cross_attention(state.normed, layout, key_value, memory_layout, seed)
         state = self.cross_attention_norm(attended, state, seed)
         return self.feed_forward_norm(self.feed_forward(state.normed, seed), state, seed)
 
@@ -224,11 +197,11 @@ class SelfAttention(nn.Module):
         self.projection = linear(config.dim, config.dim, config.dim, config.dim, gain=2**-0.5)
         self.output = Output(config.dim)
 
-    def forward(self, x: Tensor, sequences: Sequences, is_causal: bool, seed: Tensor | None) -> Unbiased:
+    def forward(self, x: Tensor, layout: Layout, is_causal: bool, seed: Tensor | None) -> Unbiased:
         """[N, dim] to [N, dim]."""
         query, key, value = self.project(x)
         attended = ops.varlen_attention(
-            query, key, value, sequences.cu_seq, sequences.cu_seq, sequences.max_length, sequences.max_length,
+            query, key, value, layout.cu_seq, layout.cu_seq, layout.max_length, layout.max_length,
             self.dropout if self.training else 0.0, is_causal, seed=seed, site=self.site,
         )  # fmt: skip
         return self.output(attended.flatten(1))
@@ -248,13 +221,13 @@ class CrossAttention(nn.Module):
         self.output = Output(config.dim)
 
     def forward(
-        self, x: Tensor, sequences: Sequences, key_value: Tensor, memory_sequences: Sequences, seed: Tensor | None
+        self, x: Tensor, layout: Layout, key_value: Tensor, memory_layout: Layout, seed: Tensor | None
     ) -> Unbiased:
         """[Nt, dim] and keys and values [Ns, 2, heads, dim / heads] to [Nt, dim]."""
         key, value = key_value.unbind(1)
         attended = ops.varlen_attention(
-            self.project(x), key, value, sequences.cu_seq, memory_sequences.cu_seq,
-            sequences.max_length, memory_sequences.max_length,
+            self.project(x), key, value, layout.cu_seq, memory_layout.cu_seq,
+            layout.max_length, memory_layout.max_length,
             self.dropout if self.training else 0.0, seed=seed, site=self.site,
         )  # fmt: skip
         return self.output(attended.flatten(1))

@@ -21,7 +21,7 @@ from tfm.evaluate import TOKENIZERS, score
 from tfm.files import write_atomically
 from tfm.generate import Search, translate
 from tfm.graphs import CudaGraphs, GraphedSteps
-from tfm.model import Sequences, Transformer
+from tfm.model import Transformer
 from tfm.records import Place
 from tfm.state import State
 from tfm.tokenizer import Tokenizer
@@ -316,16 +316,8 @@ def _line(record: dict[str, Any]) -> str:
 
 def batch_loss(model: Transformer, batch: Batch, label_smoothing: float, dtype: str = "float32") -> Tensor:
     """The mean cross-entropy of a batch's target tokens, a scalar."""
-    arguments = (
-        batch.source,
-        batch.source_positions,
-        Sequences(batch.cu_seq_source, batch.max_source),
-        batch.target_input,
-        batch.target_positions,
-        Sequences(batch.cu_seq_target, batch.max_target),
-    )
     if dtype == "float32":
-        return model.loss(model(*arguments), batch.target_output, label_smoothing)
-    hidden = precision.call(model, *arguments)
-    with torch.autocast(batch.source.device.type, torch.bfloat16):
+        return model.loss(model(batch.source, batch.target_input), batch.target_output, label_smoothing)
+    hidden = precision.call(model, batch.source, batch.target_input)
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         return model.loss(hidden, batch.target_output, label_smoothing)

@@ -3,7 +3,7 @@
 text.py reads it, compressed.py what of it is compressed, plan.py encodes and cuts it, batch.py is what is trained on.
 """
 
-from tfm.data.batch import IGNORED, Batch, PaddedBatch
+from tfm.data.batch import IGNORED, Batch
 from tfm.data.compressed import opened
 from tfm.data.plan import BatchPlan, EncodedPairs, batches, encode_parallel
 from tfm.data.text import ParallelText, lines_of, read_lines, read_parallel, split_lines
@@ -13,7 +13,6 @@ __all__ = [
     "Batch",
     "BatchPlan",
     "EncodedPairs",
-    "PaddedBatch",
     "ParallelText",
     "batches",
     "encode_parallel",

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tfm.data.batch import Batch
 from tfm.data.text import ParallelText
 from tfm.errors import UserError
+from tfm.sequences import Layout, Ragged, offsets
 from tfm.tokenizer import BOS, EOS, Tokenizer
 
 LINES_PER_ENCODING = 16_384
@@ -66,9 +66,9 @@ def encode_parallel(text: ParallelText, tokenizer: Tokenizer, max_length: int) -
         raise UserError(f"none of {len(text)} pairs has at most {max_length} tokens a side, end of sentence included")
     return EncodedPairs(
         source=torch.frombuffer(source, dtype=torch.int32),
-        source_offsets=_cumulate(torch.frombuffer(source_lengths, dtype=torch.int64)),
+        source_offsets=offsets(torch.frombuffer(source_lengths, dtype=torch.int64), torch.int64),
         target=torch.frombuffer(target, dtype=torch.int32),
-        target_offsets=_cumulate(torch.frombuffer(target_lengths, dtype=torch.int64)),
+        target_offsets=offsets(torch.frombuffer(target_lengths, dtype=torch.int64), torch.int64),
         skipped=len(text) - len(source_lengths),
     )
 
@@ -94,11 +94,10 @@ class BatchPlan:
 
     def __getitem__(self, k: int) -> Batch:
         indices = self.indices(k)
-        source = _pack(self.pairs.source, self.pairs.source_offsets, indices)
-        target = _pack(self.pairs.target, self.pairs.target_offsets, indices)
-        target_output, target_positions = target[:2]
-        target_input = target_output.roll(1).masked_fill_(target_positions == 0, BOS)
-        return Batch(*source, target_input, *target)
+        source = _packed(self.pairs.source, self.pairs.source_offsets, indices)
+        target = _packed(self.pairs.target, self.pairs.target_offsets, indices)
+        shifted = target.values.roll(1).masked_fill_(target.layout.positions == 0, BOS)
+        return Batch(source, Ragged(shifted, target.layout), target.values)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[k] for k in range(len(self)))
@@ -146,17 +145,11 @@ def _mix(seed: int, epoch: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _cumulate(lengths: Tensor) -> Tensor:
-    """int64 [n] to int64 [n + 1], from 0."""
-    return F.pad(lengths.cumsum(0), (1, 0))
-
-
-def _pack(tokens: Tensor, offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Tokens [N], positions [N], cu_seq [B + 1] and the greatest length of the sentences at `indices`."""
-    first = offsets[indices]
-    lengths = offsets[indices + 1] - first
-    cu_seq = _cumulate(lengths)
-    total = int(cu_seq[-1])
-    positions = torch.arange(total) - cu_seq[:-1].repeat_interleave(lengths, output_size=total)
-    packed = tokens[positions + first.repeat_interleave(lengths, output_size=total)].long()
-    return packed, positions, cu_seq.int(), int(lengths.max())
+def _packed(tokens: Tensor, first_tokens: Tensor, indices: Tensor) -> Ragged:
+    """Packs the sentences at `indices` of flat tokens; sentence i begins at `first_tokens[i]`."""
+    first = first_tokens[indices]
+    lengths = first_tokens[indices + 1] - first
+    cu_seq = offsets(lengths)
+    layout = Layout.of(cu_seq, int(lengths.max()), int(cu_seq[-1]))
+    chosen = layout.positions + first.repeat_interleave(lengths, output_size=layout.rows)
+    return Ragged(tokens[chosen].long(), layout)

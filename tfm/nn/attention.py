@@ -9,8 +9,8 @@ from torch import Tensor
 from tfm import ops
 from tfm.errors import AssertedArgument, BadArgument
 from tfm.nn.leaf import leaf
-from tfm.nn.padding import Side, check_same_batch, padded_scope
-from tfm.nn.scope import Packed, Padded, merge_masks
+from tfm.nn.masks import AttentionMask, PaddedMask, merge_masks
+from tfm.nn.packing import SequenceInput, check_same_batch, padded_mask
 
 
 @leaf
@@ -57,8 +57,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         _check_dimensions(query, key, value)
-        queries = Side.of("query", query, self.batch_first)
-        keys = Side.of("key", key, self.batch_first, key_padding_mask)
+        queries = SequenceInput.of("query", query, self.batch_first)
+        keys = SequenceInput.of("key", key, self.batch_first, key_padding_mask)
         check_same_batch(query=queries, key=keys)
         if key.shape[:-1] != value.shape[:-1]:
             raise AssertedArgument(
@@ -69,26 +69,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q, k, v = q[None], k[None], v[None]
         # torch, too, reads the mask rather than the hint where it returns weights.
         hint = is_causal and (attn_mask is None or not need_weights)
-        scope = padded_scope(queries, keys, self.num_heads, attn_mask, hint)
+        mask = padded_mask(queries, keys, self.num_heads, attn_mask, hint)
         if self.bias_k is not None or self.add_zero_attn:
-            scope = _seeing_extra_keys(self, scope, attn_mask, queries, keys)
-            k, v = self._with_extra_keys(k, self.bias_k, scope), self._with_extra_keys(v, self.bias_v, scope)
+            mask = _seeing_extra_keys(self, mask, attn_mask, queries, keys)
+            k, v = self._with_extra_keys(k, self.bias_k, mask), self._with_extra_keys(v, self.bias_v, mask)
         dropout_p = attention_dropout(self)
         seed = ops.draw_seed(query.device) if dropout_p > 0.0 else None
         weights = None
         if need_weights:
-            output, weights = scope.attention_and_weights(q, k, v, dropout_p, seed, 0)
+            output, weights = mask.attention_and_weights(q, k, v, dropout_p, seed, 0)
             weights = weights.mean(dim=1) if average_attn_weights else weights
         else:
-            output = scope.attention(q, k, v, dropout_p, seed, 0)
+            output = mask.attention(q, k, v, dropout_p, seed, 0)
         output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
         if queries.batched:
             return output, weights
         return output[0], None if weights is None else weights[0]
 
-    def _with_extra_keys(self, x: Tensor, bias: Tensor | None, scope: Padded) -> Tensor:
+    def _with_extra_keys(self, x: Tensor, bias: Tensor | None, mask: PaddedMask) -> Tensor:
         """Keys or values [..., H, D] with `bias` [1, 1, E] and zeros behind those of each sequence."""
-        dim = 1 if scope.batch_first else 0
+        dim = 1 if mask.batch_first else 0
         shape = list(x.shape)
         shape[dim] = 1
         parts = [x]
@@ -136,16 +136,16 @@ def attend(
     module: torch.nn.MultiheadAttention,
     query: Tensor,
     memory: Tensor,
-    scope: Padded | Packed,
+    mask: AttentionMask,
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
-    """The multi-head attention of a layer: [..., E] queries over [..., E] memory, padded or packed as `scope` says.
+    """Runs the multi-head attention of a layer: [..., E] queries over [..., E] memory, padded or packed as `mask` says.
 
     Without the bias of `module.out_proj`, which the norm behind it adds.
     """
     q, k, v = project(module, query, memory, memory)
-    output = scope.attention(q, k, v, attention_dropout(module), seed, site)
+    output = mask.attention(q, k, v, attention_dropout(module), seed, site)
     return F.linear(output, module.out_proj.weight)
 
 
@@ -162,16 +162,20 @@ def _check_dimensions(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _seeing_extra_keys(
-    module: torch.nn.MultiheadAttention, scope: Padded, attn_mask: Tensor | None, queries: Side, keys: Side
-) -> Padded:
-    """`scope` with the module's own keys behind, which every query sees (in torch under masks, not under the hint)."""
-    mask = scope.attn_mask
-    if scope.is_causal:
+    module: torch.nn.MultiheadAttention,
+    mask: PaddedMask,
+    attn_mask: Tensor | None,
+    queries: SequenceInput,
+    keys: SequenceInput,
+) -> PaddedMask:
+    """Returns `mask` with the module's own keys behind, which every query sees: in torch under masks, not the hint."""
+    seen = mask.attn_mask
+    if mask.is_causal:
         shape = (queries.shape[0], module.num_heads, queries.shape[1], keys.shape[1])
         if attn_mask is None:
             attn_mask = torch.ones(shape[2:], dtype=torch.bool, device=queries.x.device).triu(1)
-        mask = merge_masks(attn_mask, keys.padding_mask, shape, queries.batched)
-    if mask is not None:
+        seen = merge_masks(attn_mask, keys.padding_mask, shape, queries.batched)
+    if seen is not None:
         extra = (module.bias_k is not None) + module.add_zero_attn
-        mask = F.pad(mask, (0, extra), value=mask.dtype == torch.bool)
-    return Padded(scope.batch_first, mask)
+        seen = F.pad(seen, (0, extra), value=seen.dtype == torch.bool)
+    return PaddedMask(mask.batch_first, seen)

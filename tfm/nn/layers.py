@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.nn.attention import MultiheadAttention, attend, attention_dropout
-from tfm.nn.children import DECODER_CHILDREN, ENCODER_CHILDREN, layer_obstacle, own_calls
+from tfm.nn.fusible import DECODER_CHILDREN, ENCODER_CHILDREN, own_calls, why_layer_unfusible
 from tfm.nn.leaf import leaf
+from tfm.nn.masks import AttentionMask, as_added
 from tfm.nn.norm import LayerNorm, widened
-from tfm.nn.padding import Side, check_same_batch, padded_scope
-from tfm.nn.scope import Packed, Padded, as_added
+from tfm.nn.packing import SequenceInput, check_same_batch, padded_mask
 
 SELF_WEIGHTS, SELF_RESIDUAL, CROSS_WEIGHTS, CROSS_RESIDUAL, HIDDEN, LAST_RESIDUAL = range(6)
 
@@ -77,25 +77,25 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        side = Side.of("src", src, self.self_attn.batch_first, src_key_padding_mask)
-        if layer_obstacle(self, ENCODER_CHILDREN):
+        source = SequenceInput.of("src", src, self.self_attn.batch_first, src_key_padding_mask)
+        if why_layer_unfusible(self, ENCODER_CHILDREN):
             mask, padding = as_added(src_mask, src.dtype), as_added(src_key_padding_mask, src.dtype)
-            return side.leave(side.enter(self._call_children(src, mask, padding, is_causal)))
-        return side.leave(
-            self.run(side.blank(side.x), padded_scope(side, side, self.self_attn.num_heads, src_mask, is_causal))
+            return source.leave(source.enter(self._call_children(src, mask, padding, is_causal)))
+        return source.leave(
+            self.run(source.blank(source.x), padded_mask(source, source, self.self_attn.num_heads, src_mask, is_causal))
         )
 
-    def run(self, x: Tensor, scope: Padded | Packed) -> Tensor:
-        """The layer on [..., E], padded or packed as `scope` says."""
+    def run(self, x: Tensor, mask: AttentionMask) -> Tensor:
+        """Runs the layer on [..., E], padded or packed as `mask` says."""
         seed = _draw_seed(self.self_attn, self.dropout, self.dropout1, self.dropout2, device=x.device)
         if self.norm_first:
             y = _norm(x, self.norm1)
-            y = attend(self.self_attn, y, y, scope, seed, SELF_WEIGHTS)
+            y = attend(self.self_attn, y, y, mask, seed, SELF_WEIGHTS)
             y, x = _add_norm(y, self.self_attn.out_proj, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
             y = _feed_forward(self, y, seed)
             return _add(y, self.linear2, x, self.dropout2, seed, LAST_RESIDUAL)
         x = widened(x)
-        y = attend(self.self_attn, x, x, scope, seed, SELF_WEIGHTS)
+        y = attend(self.self_attn, x, x, mask, seed, SELF_WEIGHTS)
         x, _ = _add_norm(y, self.self_attn.out_proj, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
         y = _feed_forward(self, x, seed)
         x, _ = _add_norm(y, self.linear2, x, self.norm2, self.dropout2, seed, LAST_RESIDUAL)
@@ -166,35 +166,35 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             ValueError: shapes or dtypes that do not fit.
         """
         batch_first = self.self_attn.batch_first
-        queries = Side.of("tgt", tgt, batch_first, tgt_key_padding_mask)
-        if layer_obstacle(self, DECODER_CHILDREN):
+        queries = SequenceInput.of("tgt", tgt, batch_first, tgt_key_padding_mask)
+        if why_layer_unfusible(self, DECODER_CHILDREN):
             output = super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
             return queries.leave(queries.enter(output))
-        keys = Side.of("memory", memory, batch_first, memory_key_padding_mask)
+        keys = SequenceInput.of("memory", memory, batch_first, memory_key_padding_mask)
         check_same_batch(tgt=queries, memory=keys)
-        scope = padded_scope(queries, queries, self.self_attn.num_heads, tgt_mask, tgt_is_causal)
-        memory_scope = padded_scope(queries, keys, self.multihead_attn.num_heads, memory_mask, memory_is_causal)
-        return queries.leave(self.run(queries.blank(queries.x), keys.blank(keys.x), scope, memory_scope))
+        self_mask = padded_mask(queries, queries, self.self_attn.num_heads, tgt_mask, tgt_is_causal)
+        cross_mask = padded_mask(queries, keys, self.multihead_attn.num_heads, memory_mask, memory_is_causal)
+        return queries.leave(self.run(queries.blank(queries.x), keys.blank(keys.x), self_mask, cross_mask))
 
-    def run(self, x: Tensor, memory: Tensor, scope: Padded | Packed, memory_scope: Padded | Packed) -> Tensor:
-        """The layer on [..., E] tokens and memory, padded or packed as the scopes say."""
+    def run(self, x: Tensor, memory: Tensor, self_mask: AttentionMask, cross_mask: AttentionMask) -> Tensor:
+        """Runs the layer on [..., E] tokens and memory, padded or packed as the masks say."""
         dropouts = (self.dropout, self.dropout1, self.dropout2, self.dropout3)
         seed = _draw_seed(self.self_attn, self.multihead_attn, *dropouts, device=x.device)
         if self.norm_first:
             y = _norm(x, self.norm1)
-            y = attend(self.self_attn, y, y, scope, seed, SELF_WEIGHTS)
+            y = attend(self.self_attn, y, y, self_mask, seed, SELF_WEIGHTS)
             y, x = _add_norm(y, self.self_attn.out_proj, x, self.norm2, self.dropout1, seed, SELF_RESIDUAL)
-            y = attend(self.multihead_attn, y, memory, memory_scope, seed, CROSS_WEIGHTS)
+            y = attend(self.multihead_attn, y, memory, cross_mask, seed, CROSS_WEIGHTS)
             y, x = _add_norm(y, self.multihead_attn.out_proj, x, self.norm3, self.dropout2, seed, CROSS_RESIDUAL)
             y = _feed_forward(self, y, seed)
             return _add(y, self.linear2, x, self.dropout3, seed, LAST_RESIDUAL)
         x = widened(x)
-        y = attend(self.self_attn, x, x, scope, seed, SELF_WEIGHTS)
+        y = attend(self.self_attn, x, x, self_mask, seed, SELF_WEIGHTS)
         x, _ = _add_norm(y, self.self_attn.out_proj, x, self.norm1, self.dropout1, seed, SELF_RESIDUAL)
-        y = attend(self.multihead_attn, x, memory, memory_scope, seed, CROSS_WEIGHTS)
+        y = attend(self.multihead_attn, x, memory, cross_mask, seed, CROSS_WEIGHTS)
         x, _ = _add_norm(y, self.multihead_attn.out_proj, x, self.norm2, self.dropout2, seed, CROSS_RESIDUAL)
         y = _feed_forward(self, x, seed)
         x, _ = _add_norm(y, self.linear2, x, self.norm3, self.dropout3, seed, LAST_RESIDUAL)

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfm.errors import BadArgument
-from tfm.nn.children import own_calls, stack_obstacle
+from tfm.nn.fusible import own_calls, why_stack_unfusible
 from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer, fused_activation
 from tfm.nn.leaf import leaf
+from tfm.nn.masks import AttentionMask, PackedMask, as_added
 from tfm.nn.norm import LayerNorm
-from tfm.nn.padding import Lengths, Side, check_same_batch, padded_scope, survey
-from tfm.nn.scope import Packed, Padded, as_added
+from tfm.nn.packing import Lengths, SequenceInput, check_same_batch, padded_mask, plan_packing
 
 
 @leaf
@@ -58,26 +58,28 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         """
         if src.is_nested:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        side = Side.of("src", src, _batch_first(self), src_key_padding_mask, lengths)
-        obstacle = stack_obstacle(self.layers, self.norm, TransformerEncoderLayer)
-        packing = not obstacle and _knows_activations(self.layers)
-        [causal], layouts = survey([side], [(mask, is_causal)], packing)
-        if obstacle:
-            mask, padding = as_added(mask, src.dtype), as_added(side.callers_mask(), src.dtype)
+        source = SequenceInput.of("src", src, _batch_first(self), src_key_padding_mask, lengths)
+        unfusible = why_stack_unfusible(self.layers, self.norm, TransformerEncoderLayer)
+        packing = not unfusible and _knows_activations(self.layers)
+        [causal], layouts = plan_packing([source], [(mask, is_causal)], packing)
+        if unfusible:
+            mask, padding = as_added(mask, src.dtype), as_added(source.callers_mask(), src.dtype)
             for layer in self.layers:
                 src = layer(src, src_mask=mask, is_causal=causal, src_key_padding_mask=padding)
-            return side.leave(side.enter(src if self.norm is None else self.norm(src)))
+            return source.leave(source.enter(src if self.norm is None else self.norm(src)))
         if layouts:
-            packed = self.run(side.pack(layouts[0]), Packed(layouts[0], layouts[0], causal))
-            return side.unpack(packed, layouts[0])
-        return side.leave(
-            self.run(side.blank(side.x), padded_scope(side, side, self.layers[0].self_attn.num_heads, mask, causal))
+            packed = self.run(source.pack(layouts[0]), PackedMask(layouts[0], layouts[0], causal))
+            return source.unpack(packed, layouts[0])
+        return source.leave(
+            self.run(
+                source.blank(source.x), padded_mask(source, source, self.layers[0].self_attn.num_heads, mask, causal)
+            )
         )
 
-    def run(self, x: Tensor, scope: Padded | Packed) -> Tensor:
-        """The stack on [..., E], padded or packed as `scope` says."""
+    def run(self, x: Tensor, mask: AttentionMask) -> Tensor:
+        """Runs the stack on [..., E], padded or packed as `mask` says."""
         for layer in self.layers:
-            x = layer.run(x, scope)
+            x = layer.run(x, mask)
         return x if self.norm is None else self.norm(x)
 
 
@@ -123,13 +125,13 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             ValueError: shapes or dtypes that do not fit, lengths outside [0, length] or beside a padding mask.
         """
         batch_first = _batch_first(self)
-        queries = Side.of("tgt", tgt, batch_first, tgt_key_padding_mask, tgt_lengths)
-        keys = Side.of("memory", memory, batch_first, memory_key_padding_mask, memory_lengths)
+        queries = SequenceInput.of("tgt", tgt, batch_first, tgt_key_padding_mask, tgt_lengths)
+        keys = SequenceInput.of("memory", memory, batch_first, memory_key_padding_mask, memory_lengths)
         check_same_batch(tgt=queries, memory=keys)
-        obstacle = stack_obstacle(self.layers, self.norm, TransformerDecoderLayer)
-        packing = not obstacle and memory_mask is None and _knows_activations(self.layers)
-        [causal], layouts = survey([queries, keys], [(tgt_mask, tgt_is_causal)], packing)
-        if obstacle:
+        unfusible = why_stack_unfusible(self.layers, self.norm, TransformerDecoderLayer)
+        packing = not unfusible and memory_mask is None and _knows_activations(self.layers)
+        [causal], layouts = plan_packing([queries, keys], [(tgt_mask, tgt_is_causal)], packing)
+        if unfusible:
             output = super().forward(
                 tgt,
                 memory,
@@ -143,18 +145,16 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             return queries.leave(queries.enter(output))
         if layouts:
             inner, outer = layouts
-            scopes = Packed(inner, inner, causal), Packed(inner, outer, memory_is_causal)
-            return queries.unpack(self.run(queries.pack(inner), keys.pack(outer), *scopes), inner)
-        scope = padded_scope(queries, queries, self.layers[0].self_attn.num_heads, tgt_mask, causal)
-        memory_scope = padded_scope(
-            queries, keys, self.layers[0].multihead_attn.num_heads, memory_mask, memory_is_causal
-        )
-        return queries.leave(self.run(queries.blank(queries.x), keys.blank(keys.x), scope, memory_scope))
+            masks = PackedMask(inner, inner, causal), PackedMask(inner, outer, memory_is_causal)
+            return queries.unpack(self.run(queries.pack(inner), keys.pack(outer), *masks), inner)
+        self_mask = padded_mask(queries, queries, self.layers[0].self_attn.num_heads, tgt_mask, causal)
+        cross_mask = padded_mask(queries, keys, self.layers[0].multihead_attn.num_heads, memory_mask, memory_is_causal)
+        return queries.leave(self.run(queries.blank(queries.x), keys.blank(keys.x), self_mask, cross_mask))
 
-    def run(self, x: Tensor, memory: Tensor, scope: Padded | Packed, memory_scope: Padded | Packed) -> Tensor:
-        """The stack on [..., E] tokens and memory, padded or packed as the scopes say."""
+    def run(self, x: Tensor, memory: Tensor, self_mask: AttentionMask, cross_mask: AttentionMask) -> Tensor:
+        """Runs the stack on [..., E] tokens and memory, padded or packed as the masks say."""
         for layer in self.layers:
-            x = layer.run(x, memory, scope, memory_scope)
+            x = layer.run(x, memory, self_mask, cross_mask)
         return x if self.norm is None else self.norm(x)
 
 
@@ -236,9 +236,9 @@ class Transformer(torch.nn.Transformer):
             ValueError: shapes or dtypes that do not fit, lengths beside a padding mask, or given to a custom encoder or
                 decoder that does not know them.
         """
-        side = 0 if self.batch_first else 1
-        if src.dim() == 3 and src.shape[side] != tgt.shape[side]:
-            raise BadArgument(f"tgt: expected batch {src.shape[side]} as src, got shape {tuple(tgt.shape)}")
+        dim = 0 if self.batch_first else 1
+        if src.dim() == 3 and src.shape[dim] != tgt.shape[dim]:
+            raise BadArgument(f"tgt: expected batch {src.shape[dim]} as src, got shape {tuple(tgt.shape)}")
         for name, x in (("src", src), ("tgt", tgt)):
             if x.shape[-1] != self.d_model:
                 raise BadArgument(f"{name}: expected [..., {self.d_model}], got shape {tuple(x.shape)}")
@@ -247,16 +247,16 @@ class Transformer(torch.nn.Transformer):
         )
         same_padding = memory_key_padding_mask is (src_key_padding_mask if src_lengths is None else None)
         if ragged and same_padding and memory_mask is None and _hands_on_packed(self.encoder, self.decoder):
-            sources = Side.of("src", src, _batch_first(self.encoder), src_key_padding_mask, src_lengths)
-            targets = Side.of("tgt", tgt, _batch_first(self.decoder), tgt_key_padding_mask, tgt_lengths)
+            sources = SequenceInput.of("src", src, _batch_first(self.encoder), src_key_padding_mask, src_lengths)
+            targets = SequenceInput.of("tgt", tgt, _batch_first(self.decoder), tgt_key_padding_mask, tgt_lengths)
             check_same_batch(src=sources, tgt=targets)
             masks = [(src_mask, src_is_causal), (tgt_mask, tgt_is_causal)]
-            causal, layouts = survey([sources, targets], masks, packing=True)
+            causal, layouts = plan_packing([sources, targets], masks, packing=True)
             if layouts:
                 outer, inner = layouts
-                memory = self.encoder.run(sources.pack(outer), Packed(outer, outer, causal[0]))
-                scopes = Packed(inner, inner, causal[1]), Packed(inner, outer, memory_is_causal)
-                return targets.unpack(self.decoder.run(targets.pack(inner), memory, *scopes), inner)
+                memory = self.encoder.run(sources.pack(outer), PackedMask(outer, outer, causal[0]))
+                decoder_masks = PackedMask(inner, inner, causal[1]), PackedMask(inner, outer, memory_is_causal)
+                return targets.unpack(self.decoder.run(targets.pack(inner), memory, *decoder_masks), inner)
         encoder_lengths, decoder_lengths = {}, {}
         if src_lengths is not None:
             encoder_lengths, decoder_lengths = {"lengths": src_lengths}, {"memory_lengths": src_lengths}
@@ -279,7 +279,7 @@ class Transformer(torch.nn.Transformer):
 
 
 def _hands_on_packed(encoder: Any, decoder: Any) -> bool:
-    """The memory may go from `encoder` to `decoder` packed, as nobody is to see it between them."""
+    """Tells whether the memory may go from `encoder` to `decoder` packed, as nobody is to see it between them."""
     kinds = (
         (encoder, TransformerEncoder, TransformerEncoderLayer),
         (decoder, TransformerDecoder, TransformerDecoderLayer),
@@ -287,7 +287,7 @@ def _hands_on_packed(encoder: Any, decoder: Any) -> bool:
     return all(
         type(stack) is kind
         and not own_calls(stack)
-        and not stack_obstacle(stack.layers, stack.norm, layer_type)
+        and not why_stack_unfusible(stack.layers, stack.norm, layer_type)
         and _knows_activations(stack.layers)
         for stack, kind, layer_type in kinds
     )

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Module
 
 from tfm import nn
-from tfm.nn.children import DECODER_CHILDREN, ENCODER_CHILDREN, layer_obstacle
+from tfm.nn.fusible import DECODER_CHILDREN, ENCODER_CHILDREN, why_layer_unfusible
 from tfm.patching.report import Left, Report, Swapped
 
 PAIRS: dict[type[Module], type[Module]] = {
@@ -135,5 +135,5 @@ def _why_left(module: Module) -> str:
 
 def _note(module: Any) -> str:
     expected = {nn.TransformerEncoderLayer: ENCODER_CHILDREN, nn.TransformerDecoderLayer: DECODER_CHILDREN}
-    reason = layer_obstacle(module, expected[type(module)]) if type(module) in expected else ""
+    reason = why_layer_unfusible(module, expected[type(module)]) if type(module) in expected else ""
     return f"calls its children one by one, unfused: {reason}" if reason else ""

@@ -1,4 +1,4 @@
-"""One side of a batch at the door of a layer or stack: which of its positions are padding, and the way out of it."""
+"""Sequences at the door of a layer or stack: which of their positions are padding, and whether they run packed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tfm.errors import AssertedArgument, BadArgument
-from tfm.nn.scope import Padded, check_attention_mask, check_mask_dtype, merge_masks
+from tfm.nn.masks import PaddedMask, check_attention_mask, check_mask_dtype, merge_masks
 from tfm.ops.checks import check_integers
 from tfm.sequences import Layout, offsets, valid_positions
 
@@ -18,7 +18,7 @@ Lengths = Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
-class Side:
+class SequenceInput:
     """A batch of sequences as the caller gave it.
 
     Attributes:
@@ -40,8 +40,8 @@ class Side:
     @classmethod
     def of(
         cls, name: str, x: Tensor, batch_first: bool, padding_mask: Tensor | None = None, lengths: Lengths | None = None
-    ) -> Side:
-        """The side called `name` in messages.
+    ) -> SequenceInput:
+        """Checks the sequences, called `name` in messages.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, lengths outside [0, S] (on CPU), both a mask and lengths.
@@ -75,11 +75,11 @@ class Side:
 
     @property
     def is_ragged(self) -> bool:
-        """The caller said that there may be padding."""
+        """True where the caller said that there may be padding."""
         return self.padding_mask is not None or self.lengths is not None
 
     def padding(self) -> Tensor | None:
-        """bool [B, S], True where a position is padding. A float mask says so by -inf."""
+        """Returns bool [B, S], True where a position is padding. A float mask says so by -inf."""
         if self.lengths is not None:
             return ~valid_positions(self.lengths, self.shape[1])
         if self.padding_mask is None or self.padding_mask.dtype == torch.bool:
@@ -87,39 +87,39 @@ class Side:
         return self.padding_mask == float("-inf")
 
     def callers_mask(self) -> Tensor | None:
-        """The padding mask in torch's form, [B, S] or [S], made from the lengths where those were given."""
+        """Returns the padding mask in torch's form, [B, S] or [S], made from the lengths where those were given."""
         mask = self.padding_mask if self.lengths is None else self.padding()
         return mask if mask is None or self.batched else mask[0]
 
     def blank(self, x: Tensor) -> Tensor:
-        """`x`, laid out as the side's own tensor, with zeros at padding."""
+        """Returns `x`, laid out as `self.x`, with zeros at padding."""
         padding = self.padding()
         if padding is None:
             return x
         return x.masked_fill((padding if self.batch_first else padding.t())[..., None], 0)
 
     def enter(self, x: Tensor) -> Tensor:
-        """A tensor in the caller's form, laid out as the side's own."""
+        """Lays out a tensor in the caller's form as `self.x`."""
         return x if self.batched else x[None]
 
     def leave(self, x: Tensor) -> Tensor:
-        """`x`, laid out as the side's own tensor, blanked and in the caller's form."""
+        """Returns `x`, laid out as `self.x`, blanked and in the caller's form."""
         x = self.blank(x)
         return x if self.batched else x[0]
 
     def pack(self, layout: Layout) -> Tensor:
-        """The valid tokens [N, E]."""
+        """Returns the valid tokens [N, E]."""
         return layout.pack(self.x if self.batch_first else self.x.transpose(0, 1))
 
     def unpack(self, packed: Tensor, layout: Layout) -> Tensor:
-        """[N, E] to the caller's form, zeros at padding."""
+        """Takes [N, E] to the caller's form, zeros at padding."""
         x = layout.unpack(packed)
         if not self.batched:
             return x[0]
         return x if self.batch_first else x.transpose(0, 1).contiguous()
 
     def questions(self) -> list[Tensor]:
-        """What must be read from the device to pack: whether padding stands at the right only, and the token count."""
+        """Asks the device what packing needs: whether padding stands at the right only, and the count of tokens."""
         if self.padding_mask is not None:
             padding = self.padding()
             assert padding is not None
@@ -134,7 +134,7 @@ class Side:
         return []
 
     def layout(self, answers: list[int]) -> Layout | None:
-        """The packed layout, given the answers to `questions`; None where padding is not at the right only."""
+        """Returns the layout, given the answers to `questions`; None where padding is not at the right only."""
         batch, length = self.shape
         if not self.is_ragged:
             cu_seq = torch.arange(batch + 1, dtype=torch.int32, device=self.x.device) * length
@@ -150,9 +150,9 @@ class Side:
         return Layout.of(offsets((~padding).sum(dim=1)), length, tokens) if fits else None
 
 
-def check_same_batch(**sides: Side) -> None:
-    """Two sides, by their names in messages, hold as many sequences, both with a batch or both without."""
-    (first, queries), (name, keys) = sides.items()
+def check_same_batch(**inputs: SequenceInput) -> None:
+    """Checks that both, by their names in messages, hold as many sequences, with a batch or without."""
+    (first, queries), (name, keys) = inputs.items()
     if queries.batched != keys.batched:
         expected = "a batch" if queries.batched else "a sequence without a batch"
         raise AssertedArgument(
@@ -162,8 +162,10 @@ def check_same_batch(**sides: Side) -> None:
         raise BadArgument(f"{name}: expected batch {queries.shape[0]} as {first}, got {keys.shape[0]}")
 
 
-def padded_scope(queries: Side, keys: Side, heads: int, attn_mask: Tensor | None, is_causal: bool) -> Padded:
-    """What padded queries see, given torch's mask and its hint.
+def padded_mask(
+    queries: SequenceInput, keys: SequenceInput, heads: int, attn_mask: Tensor | None, is_causal: bool
+) -> PaddedMask:
+    """Returns what padded queries see, given torch's mask and its hint.
 
     As in torch the hint replaces the mask, unless there is a padding mask to merge it with: then the mask rules.
     """
@@ -171,47 +173,47 @@ def padded_scope(queries: Side, keys: Side, heads: int, attn_mask: Tensor | None
     causal = is_causal and (attn_mask is None or keys.padding_mask is None)
     shape = (queries.shape[0], heads, queries.shape[1], keys.shape[1])
     mask = merge_masks(None if causal else attn_mask, keys.padding_mask, shape, queries.batched)
-    return Padded(queries.batch_first, mask, causal, keys.lengths)
+    return PaddedMask(queries.batch_first, mask, causal, keys.lengths)
 
 
-def survey(
-    sides: Sequence[Side], masks: Sequence[tuple[Tensor | None, bool | None]], packing: bool
+def plan_packing(
+    inputs: Sequence[SequenceInput], masks: Sequence[tuple[Tensor | None, bool | None]], packing: bool
 ) -> tuple[list[bool], list[Layout] | None]:
-    """Which self-attentions are causal, and the sides' layouts where the stack shall run packed.
+    """Tells which self-attentions are causal; returns the layouts of `inputs` where the stack shall run packed.
 
-    Reads from the device once where there is padding to measure or a mask to recognise, and not at all where `sides`
+    Reads from the device once where there is padding to measure or a mask to recognise, and not at all where `inputs`
     came with lengths the host knows and the masks with hints.
 
     Args:
-        sides: of which one at least may be ragged; those with a self-attention first.
+        inputs: of which one at least may be ragged; those with a self-attention first.
         masks: for each self-attention torch's mask and its hint; None = look at the mask.
         packing: whether the stack's layers can run packed.
     """
-    readable = may_read(sides[0].x)
-    frozen = not any(side.padding_mask is not None and side.padding_mask.requires_grad for side in sides)
-    packing = packing and readable and frozen and any(side.is_ragged for side in sides)
+    readable = may_read(inputs[0].x)
+    frozen = not any(given.padding_mask is not None and given.padding_mask.requires_grad for given in inputs)
+    packing = packing and readable and frozen and any(given.is_ragged for given in inputs)
     # Where padding is read anyway, a mask itself is looked at, not its hint.
-    measured = packing and any(side.padding_mask is not None for side in sides)
+    measured = packing and any(given.padding_mask is not None for given in inputs)
     questions = []
     looked = []
-    for side, (mask, hint) in zip(sides, masks, strict=False):
+    for given, (mask, hint) in zip(inputs, masks, strict=False):
         check_attention_mask(mask)
-        look = mask is not None and readable and _may_be_causal(mask, side) and (hint is None or measured)
+        look = mask is not None and readable and _may_be_causal(mask, given) and (hint is None or measured)
         looked.append(look)
         if look and mask is not None:
             questions.append(_equals_causal(mask))
         packing = packing and (look or mask is None or (hint is True and not measured))
     if packing:
-        for side in sides:
-            questions += side.questions()
+        for given in inputs:
+            questions += given.questions()
     answers = torch.stack(questions).tolist() if questions else []
     causal = [bool(answers.pop(0)) if look else bool(hint) for look, (_, hint) in zip(looked, masks, strict=True)]
     if not packing or not all(flag or mask is None for flag, (mask, _) in zip(causal, masks, strict=True)):
         return causal, None
     layouts = []
-    for side in sides:
-        asked = 2 * (side.is_ragged and side.tokens is None)
-        layout = side.layout(answers[:asked])
+    for given in inputs:
+        asked = 2 * (given.is_ragged and given.tokens is None)
+        layout = given.layout(answers[:asked])
         del answers[:asked]
         if layout is None:
             return causal, None
@@ -220,7 +222,7 @@ def survey(
 
 
 def may_read(x: Tensor) -> bool:
-    """Whether values may be read from the device here: not while a graph is being traced or captured."""
+    """Tells whether values may be read from the device here: not while a graph is being traced or captured."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or isinstance(x, FakeTensor):
         return False
     if torch._C._are_functorch_transforms_active():
@@ -228,8 +230,8 @@ def may_read(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _may_be_causal(mask: Tensor, side: Side) -> bool:
-    return tuple(mask.shape) == (side.shape[1], side.shape[1]) and not mask.requires_grad
+def _may_be_causal(mask: Tensor, given: SequenceInput) -> bool:
+    return tuple(mask.shape) == (given.shape[1], given.shape[1]) and not mask.requires_grad
 
 
 def _equals_causal(mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a module is as torch made it, so that its parameters may be used without calling it."""
+"""Which modules are as torch made them, so that their parameters may be used without calling them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ENCODER_CHILDREN = {
 DECODER_CHILDREN = {**ENCODER_CHILDREN, "multihead_attn": ATTENTION, "norm3": NORM, "dropout3": DROPOUT}
 
 
-def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]) -> str:
-    """Why a layer must call its children, as torch does, one by one; empty where their parameters suffice."""
+def why_layer_unfusible(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]) -> str:
+    """Tells why a layer must call its children, as torch does, one by one; empty where their parameters suffice."""
     if _has_any_global_hook():
         return "hooks for all modules are set"
     for name, torchs in BLOCKS.items():
@@ -48,7 +48,7 @@ def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]
     self_attn: Any = layer._modules["self_attn"]
     for name, types in expected.items():
         child: Any = layer._modules[name]
-        reason = _obstacle(child, types)
+        reason = _how_altered(child, types)
         if reason:
             return f"{name} {reason}"
         if types is NORM and len(child.normalized_shape) != 1:
@@ -60,21 +60,21 @@ def layer_obstacle(layer: torch.nn.Module, expected: dict[str, tuple[type, ...]]
     return ""
 
 
-def stack_obstacle(layers: torch.nn.ModuleList, norm: Any, layer_type: type) -> str:
-    """Why a stack must call its layers as modules, on padded tensors; empty where it may reach inside them."""
+def why_stack_unfusible(layers: torch.nn.ModuleList, norm: Any, layer_type: type) -> str:
+    """Tells why a stack must call its layers as modules, on padded tensors; empty where it may reach inside them."""
     children = DECODER_CHILDREN if "multihead_attn" in layers[0]._modules else ENCODER_CHILDREN
     for index, layer in enumerate(layers):
-        reason = _obstacle(layer, (layer_type,)) or layer_obstacle(layer, children)
+        reason = _how_altered(layer, (layer_type,)) or why_layer_unfusible(layer, children)
         if reason:
             return f"layers.{index} {reason}"
-    reason = _obstacle(norm, TOKEN_WISE_NORM) if norm is not None else ""
+    reason = _how_altered(norm, TOKEN_WISE_NORM) if norm is not None else ""
     if not reason and norm is not None and len(norm.normalized_shape) != 1:
         reason = "normalises over several dimensions"
     return f"norm {reason}" if reason else ""
 
 
 def own_calls(module: torch.nn.Module) -> str:
-    """What a call of `module` does besides its class's forward, in words; empty where nothing."""
+    """Tells what a call of `module` does besides its class's forward; empty where nothing."""
     if "forward" in module.__dict__:
         return "has a forward of its own"
     if module._compiled_call_impl is not None:
@@ -83,7 +83,8 @@ def own_calls(module: torch.nn.Module) -> str:
     return "carries hooks" if hooks else ""
 
 
-def _obstacle(module: torch.nn.Module, types: tuple[type, ...]) -> str:
+def _how_altered(module: torch.nn.Module, types: tuple[type, ...]) -> str:
+    """Tells how a module differs from those that torch made of `types`; empty where it does not."""
     if type(module) not in types:
         return f"is a {type(module).__name__}"
     for name, parameter in module._parameters.items():

@@ -14,8 +14,8 @@ from tfm.sequences import Layout
 
 
 @dataclass(frozen=True)
-class Padded:
-    """Tokens lie in [B, S, E] (batch_first) or [S, B, E].
+class PaddedMask:
+    """The mask of attention over tokens that lie in [B, S, E] (batch_first) or [S, B, E].
 
     Attributes:
         batch_first: which of the two.
@@ -32,18 +32,18 @@ class Padded:
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
     ) -> Tensor:
-        """[..., H, D] query, key and value to the heads' outputs side by side, [..., H · D]."""
-        return self.beside(self._attend(query, key, value, dropout_p, seed, site, False))
+        """Takes [..., H, D] query, key and value to the heads' outputs side by side, [..., H · D]."""
+        return self.merge_heads(self._attend(query, key, value, dropout_p, seed, site, False))
 
     def attention_and_weights(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
     ) -> tuple[Tensor, Tensor]:
-        """The same, and the softmax weights [B, H, Sq, Sk] as dropout leaves them."""
+        """Returns the same, and the softmax weights [B, H, Sq, Sk] as dropout leaves them."""
         output, weights = self._attend(query, key, value, dropout_p, seed, site, True)
-        return self.beside(output), weights
+        return self.merge_heads(output), weights
 
-    def beside(self, output: Tensor) -> Tensor:
-        """[B, H, S, D] to [B, S, H · D] or [S, B, H · D]."""
+    def merge_heads(self, output: Tensor) -> Tensor:
+        """Takes [B, H, S, D] to [B, S, H · D] or [S, B, H · D]."""
         return output.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(-2)
 
     def _attend(
@@ -65,8 +65,8 @@ class Padded:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Tokens lie in [N, E], sequences end to end; `is_causal` as in `Padded`."""
+class PackedMask:
+    """The mask of attention over tokens that lie in [N, E], sequences end to end; `is_causal` as in `PaddedMask`."""
 
     queries: Layout
     keys: Layout
@@ -75,7 +75,7 @@ class Packed:
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
     ) -> Tensor:
-        """[N, H, D] query, key and value to the heads' outputs side by side, [N, H · D]."""
+        """Takes [N, H, D] query, key and value to the heads' outputs side by side, [N, H · D]."""
         output = ops.varlen_attention(
             query, key, value, self.queries.cu_seq, self.keys.cu_seq, self.queries.max_length, self.keys.max_length,
             dropout_p, self.is_causal, seed=seed, site=site,
@@ -83,10 +83,13 @@ class Packed:
         return output.flatten(-2)
 
 
+AttentionMask = PaddedMask | PackedMask
+
+
 def merge_masks(
     attn_mask: Tensor | None, padding_mask: Tensor | None, shape: tuple[int, int, int, int], batched: bool
 ) -> Tensor | None:
-    """torch's two masks as one for tfm.ops.attention.
+    """Returns torch's two masks as one for tfm.ops.attention.
 
     Args:
         attn_mask: [Sq, Sk] or [B · H, Sq, Sk]: bool (True = masked) or floating point, added to the scores.
@@ -123,7 +126,7 @@ def merge_masks(
 
 
 def check_attention_mask(mask: Tensor | None) -> None:
-    """What torch asks of a mask even where the hint stands for it."""
+    """Checks what torch asks of a mask even where the hint stands for it."""
     if mask is None:
         return
     check_mask_dtype(mask)
@@ -142,7 +145,7 @@ def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor: ...
 @overload
 def as_added(mask: None, dtype: torch.dtype) -> None: ...
 def as_added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask of torch's (bool, True = masked, or already added) in the form that is added to the scores."""
+    """Returns a mask of torch's (bool, True = masked, or already added) in the form that is added to the scores."""
     if mask is None or mask.is_floating_point():
         return mask
     check_mask_dtype(mask)

@@ -10,7 +10,7 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all test-processors native sanitize check check-kernels check-kernels-all host versions bench \
-	gpu tune clean
+	gpu tune docs clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: native
@@ -83,11 +83,15 @@ tune:
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(SIZE),--size "$(SIZE)") $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(OUT),--out "$(OUT)")
 
+# The site, in build/docs; a broken link or an unknown name fails it.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # torch comes first, pinned: every other package would pull the newest one.
 $(INSTALLED): constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[translate,build,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[translate,build,test,docs]'
 	touch $(INSTALLED)
 
 clean:

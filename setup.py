@@ -47,9 +47,9 @@ def say(line: str) -> None:
 
 
 def description() -> str:
-    """README for an index of packages: a picture there is its name."""
+    """README for an index of packages: what it links to in the repository is named instead."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"!\[([^]]*)\]\(([^)]*)\)", r"(Picture of the repository: \1, `\2`.)", readme)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)([^)]*)\)", r"\1 (in the repository: `\2`)", readme)
 
 
 class Copy(build_ext):

@@ -237,13 +237,14 @@ def test_metadata_says_what_each_part_needs(installed):
     assert needs[""] == {"torch", "triton"}
     assert needs["translate"] >= {"tokenizers", "safetensors", "sacrebleu", "matplotlib", "typer", "rich", "numpy"}
     assert needs["build"] == {"ninja", "setuptools", "typer", "rich"}
-    assert needs.keys() == {"", "translate", "build", "test"}
+    assert needs["docs"] == {"mkdocs", "mkdocs-material", "mkdocstrings"}
+    assert needs.keys() == {"", "translate", "build", "test", "docs"}
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
     # An index of packages cannot show what lies in the repository.
     described = metadata.get_payload()
     assert "# tfm" in described
-    assert "`benchmarks/results/cpu_roofline.png`" in described
-    assert "](benchmarks/" not in described
+    assert "All measurements (in the repository: `benchmarks/README.md`)" in described
+    assert not re.findall(r"\]\((?!https?:)", described)
 
 
 def test_an_installation_finds_the_sources_to_compile(installed, tmp_path):

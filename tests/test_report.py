@@ -1,4 +1,4 @@
-"""README says what the records say, and what it says of a record is marked when the sources have moved on."""
+"""Pages say what the records say, and what they say of a record is marked when the sources have moved on."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from matplotlib.figure import Figure
 from measured import entry, gpu_record
 
 from tfm.config import PRESETS
-from tools.report import charts, presets, tables
-from tools.report.__main__ import BEGIN, BEGIN_PRESETS, BEGIN_VERSIONS, END, END_PRESETS, END_VERSIONS, main
+from tools.report import charts, front, presets, tables
+from tools.report.__main__ import main
+from tools.report.pages import PAGES, PARTS
 from tools.report.records import ROOT, load, newest, sha256
 from tools.report.sources import sources_of
 
 
 @pytest.fixture
-def readme(tmp_path):
-    path = tmp_path / "README.md"
-    generated = ((BEGIN_VERSIONS, END_VERSIONS), (BEGIN_PRESETS, END_PRESETS), (BEGIN, END))
-    path.write_text("\n".join(["before", *(f"{begin}\nold\n{end}\n" for begin, end in generated), "after\n"]))
-    return path
+def site(tmp_path):
+    """A folder with every page that is written, its parts old."""
+    folder = tmp_path / "pages"
+    for page in PAGES:
+        parts = [f"{part.begin}\nOLD\n{part.end}\n" for part in PARTS if part.page == page]
+        (folder / page).parent.mkdir(parents=True, exist_ok=True)
+        (folder / page).write_text("\n".join(["before", *parts, "after\n"]))
+    return folder
 
 
-def test_readme_matches_the_records(capsys):
+def test_pages_match_the_records(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -34,7 +38,11 @@ def test_readme_says_first_whether_anything_has_run_on_a_gpu():
     assert ("**Nothing of it has run on a GPU yet.**" in head) != has_run
 
 
-def test_every_picture_in_readme_is_there():
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+
+
+def test_every_picture_of_a_record_is_there():
     for record in newest(load(ROOT / "benchmarks" / "results")):
         assert len(tables.charts_of(record)) == 2, record.path
 
@@ -181,26 +189,32 @@ def test_newest_record_of_each_device_counts(tmp_path):
     assert [record.path.stem for record in newest(load(tmp_path))] == ["c", "a"]
 
 
-def test_what_no_record_covers_is_printed(tmp_path, readme, capsys):
-    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+def test_what_no_record_covers_is_printed(tmp_path, site, capsys):
+    arguments = ["--results", str(tmp_path), "--pages", str(site)]
     assert main(arguments) == 0
     assert "No record of a GPU yet" in capsys.readouterr().out
     gpu_record(tmp_path, benchmarks=[entry("ours", 1e-3, suite="training")])
     assert main(arguments) == 0
     assert "`norm`" in capsys.readouterr().out
-    assert "No record of a GPU covers: " in readme.read_text()
+    assert "No record of a GPU covers: " in (site / "README.md").read_text()
+    assert "No record of a GPU covers: " in (site / "benchmarks" / "README.md").read_text()
 
 
-def test_writes_readme_and_pictures_once(tmp_path, readme, capsys):
+def test_writes_pages_and_pictures_once(tmp_path, site, capsys):
     gpu_record(tmp_path)
-    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    arguments = ["--results", str(tmp_path), "--pages", str(site)]
     assert main([*arguments, "--check"]) == 1
-    assert "old" in readme.read_text()
+    said = capsys.readouterr().err
+    for page in PAGES:
+        assert page in said
+        assert "OLD" in (site / page).read_text()
     assert main(arguments) == 0
-    written = readme.read_text()
-    assert written.startswith("before\n")
-    assert written.endswith("\nafter\n")
-    assert "![h200 roofline](h200_roofline.png)" in written
+    for page in PAGES:
+        written = (site / page).read_text()
+        assert written.startswith("before\n")
+        assert written.endswith("\nafter\n")
+        assert "OLD" not in written
+    assert "![h200 roofline](h200_roofline.png)" in (site / "benchmarks" / "README.md").read_text()
     assert (tmp_path / "h200_roofline.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "h200_speed_up.png").read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "--check"]) == 0
@@ -219,19 +233,52 @@ def test_of_two_trainings_the_newer_speaks_of_speed(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 99}', '{"format": 1}'])
-def test_damaged_records_are_one_line(damage, tmp_path, readme, capsys):
+def test_damaged_records_are_one_line(damage, tmp_path, site, capsys):
     (tmp_path / "broken.json").write_text(damage)
-    assert main(["--results", str(tmp_path), "--readme", str(readme)]) == 2
+    assert main(["--results", str(tmp_path), "--pages", str(site)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("report: ")
     assert "broken.json: expected a record" in error
     assert error.count("\n") == 1
 
 
-def test_readme_without_markers_is_one_line(tmp_path, readme, capsys):
-    readme.write_text("nothing\n")
-    assert main(["--results", str(tmp_path), "--readme", str(readme)]) == 2
-    assert "expected the lines" in capsys.readouterr().err
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_without_markers_is_one_line(page, tmp_path, site, capsys):
+    (site / page).write_text("nothing\n")
+    assert main(["--results", str(tmp_path), "--pages", str(site)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"report: {page}: expected the lines ")
+    assert error.count("\n") == 1
+
+
+def test_an_operation_is_a_row_of_the_front_page(tmp_path):
+    """The median of its cases, and their range; other ways of ours are no cases of their own."""
+    times = {"64x64": (1e-6, 2e-6), "64x128": (1e-6, 4e-6), "64x256": (2e-6, 2e-6)}
+    rows = [
+        entry(peer, time, size=size)
+        for size, pair in times.items()
+        for peer, time in zip(("ours", "eager"), pair, strict=True)
+    ]
+    rows += [entry("ours, padded", 1e-9, size="64x64"), entry("liger", size="64x64")]
+    text = front.operations([gpu_record(tmp_path, benchmarks=rows)], ROOT)
+    assert "| operation | cases | eager / ours | liger / ours |" in text
+    assert "| `layer_norm` | 3 | 2.00 (1.00-4.00) |  |" in text
+    assert "NVIDIA H200, torch " in text
+    moved_on = gpu_record(tmp_path, benchmarks=rows, sources={})
+    assert "| `layer_norm` (stale) |" in front.operations([moved_on], ROOT)
+
+
+def test_the_front_page_shows_the_newest_training(tmp_path):
+    assert front.training_speed([], tmp_path) == "No training has a record yet."
+    record = json.loads((ROOT / "benchmarks" / "results" / "multi30k_cpu.json").read_text())
+    for name, date in (("new", "2099-01-01"), ("old", "2098-01-01")):
+        record["environment"] |= {"date": f"{date}T00:00:00+00:00"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    text = front.training_speed(load(tmp_path), tmp_path)
+    assert "`new.json`, 2099-01-01" in text
+    assert "| tfm, fp32 |" in text
+    assert "old.json" not in text
+    assert "greedy BLEU" not in text
 
 
 def test_sources_follow_imports_and_names(tmp_path):

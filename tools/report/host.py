@@ -1,4 +1,4 @@
-"""README's table of what the host does: launches, its time, and how much is compiled."""
+"""The table of benchmarks/README.md of what the host does: launches, its time, and how much is compiled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from tools.report.markdown import table_lines
 from tools.report.records import ROOT, Record
 
-# The rows of the record that README has room for.
+# The rows of the record that the page has room for.
 SHOWN = (
     "attention, packed",
     "attention, bool mask of padding",

@@ -1,4 +1,4 @@
-"""README's table of presets, computed from tfm.config: sizes, and what training holds whatever the batch."""
+"""The table of presets in docs/translation.md, from tfm.config: sizes, and what training holds whatever the batch."""
 
 from __future__ import annotations
 

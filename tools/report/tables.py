@@ -1,4 +1,4 @@
-"""README's tables, in Markdown."""
+"""The tables of benchmarks/README.md, in Markdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BOUNDS = {"copy": "memory", "cache": "cache", "matmul": "matmul"}
 
 
 def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
-    """Everything that README generates: the training records, the newest record of each device, and what is missing."""
+    """Returns every measurement: the training records, the newest record of each device, and what is missing."""
     of_training = [record for record in records if record.data.get("benchmark") == "training"]
     # Of several that measured the same the newest speaks of speed; an older one only of what was learnt.
     fastest = {_task(record): record for record in of_training if record.data.get("throughput")}
@@ -45,13 +45,7 @@ def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
 
 def device(record: Record, root: Path = ROOT) -> str:
     """The newest record of a device: its ceilings, its tests, a table for each operation."""
-    environment = record.environment
-    versions = ", ".join(
-        f"{name} {environment[name]}" for name in ("torch", "triton", "driver") if environment.get(name)
-    )
-    if environment["gpu"] is None:
-        versions += f", {environment['threads']} thread" + "s" * (environment["threads"] > 1)
-    lines = [f"### {record.device}", "", f"{versions}; `{_shown(record.path, root)}`, {environment['date'][:10]}."]
+    lines = [f"### {record.device}", "", f"{provenance(record, root)}."]
     if ceilings := record.data.get("ceilings"):
         lines.append(f"Measured in the same run: {', '.join(_ceilings(ceilings)) or 'no ceilings'}.")
     if any(_is_cached(row) for row in record.rows):
@@ -61,7 +55,7 @@ def device(record: Record, root: Path = ROOT) -> str:
             f"Tests there: {tests['passed']:,} passed, {tests['failed']:,} failed, {tests['skipped']:,} skipped."
         )
     for chart in charts_of(record):
-        lines += ["", f"![{chart.stem.replace('_', ' ')}]({_shown(chart, root)})"]
+        lines += ["", f"![{chart.stem.replace('_', ' ')}]({_linked(chart, root)})"]
     for suite in record.suites:
         stale = record.changed_sources(suite, root)
         mark = f" ({STALE}: {', '.join(stale)} changed since)" if stale else ""
@@ -74,6 +68,16 @@ def device(record: Record, root: Path = ROOT) -> str:
     if profiled := record.data.get("profile"):
         lines += ["", "**What bounds the slowest kernels** (Nsight Compute, one call)", "", *_profile(profiled)]
     return "\n".join(lines)
+
+
+def provenance(record: Record, root: Path) -> str:
+    """Returns on what a record of a device was made: its versions, its threads where it is a CPU, its file, its day."""
+    environment = record.environment
+    names = ("torch", "triton", "driver")
+    versions = ", ".join(f"{name} {environment[name]}" for name in names if environment.get(name))
+    if environment["gpu"] is None:
+        versions += f", {environment['threads']} thread" + "s" * (environment["threads"] > 1)
+    return f"{versions}; `{shown(record.path, root)}`, {environment['date'][:10]}"
 
 
 def _suite(record: Record, suite: str, stale: bool) -> list[str]:
@@ -140,8 +144,8 @@ def _flops(rate: float) -> str:
     return f"{rate:,.0f} TFLOP/s" if rate >= 10 else f"{1e3 * rate:,.0f} GFLOP/s"
 
 
-def training(record: Record, with_speed: bool = True) -> str:
-    """A record of the training benchmark: tokens a second, then what the same minutes taught."""
+def training(record: Record, with_speed: bool = True, with_learnt: bool = True) -> str:
+    """Returns what a record of the training benchmark says: tokens a second, then what the same minutes taught."""
     environment, arguments = record.environment, record.data["arguments"]
     corpus, preset, _ = _task(record)
     lines = [
@@ -155,7 +159,7 @@ def training(record: Record, with_speed: bool = True) -> str:
             f"{arguments['throughput_seconds']:.0f} seconds in turn:"
         )
         lines += ["", *_throughput(record.data.get("throughput", {}), "eager")]
-    if record.data.get("quality"):
+    if with_learnt and record.data.get("quality"):
         lines += ["", *_learnt(record.data)]
     return "\n".join(lines)
 
@@ -254,5 +258,11 @@ def charts_of(record: Record) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _shown(path: Path, root: Path) -> str:
+def shown(path: Path, root: Path) -> str:
+    """Returns a path as people name it: from the root, where it lies there."""
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+
+def _linked(path: Path, root: Path) -> str:
+    """Returns a path as benchmarks/README.md links to it."""
+    return shown(path, root / "benchmarks")

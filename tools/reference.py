@@ -1,0 +1,40 @@
+"""A hook of MkDocs: pages of docs/reference/ name what is public, and this finds where each name is defined.
+
+A page says `::: tfm.ops.attention`; what is documented is the object that this name has once tfm is imported, so that a
+definition may move from file to file.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import reduce
+from importlib import import_module
+from typing import Any
+
+DIRECTIVE = re.compile(r"^::: (tfm(?:\.\w+)+)$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Returns a page whose directives name definitions, under headings that name what users import."""
+    return DIRECTIVE.sub(lambda found: _directive(found[1]), markdown)
+
+
+def _directive(name: str) -> str:
+    definition = public(name)
+    heading = name.removeprefix("tfm.") if name.count(".") > 1 else name
+    where = f"{definition.__module__}.{definition.__qualname__}"
+    return f"::: {where}\n    options:\n      heading: {heading}\n      toc_label: {heading}"
+
+
+def public(name: str) -> Any:
+    """Returns the object that users reach by this dotted name.
+
+    Raises:
+        AttributeError, ModuleNotFoundError: there is none.
+    """
+    package, *rest = name.split(".")
+    found = import_module(package)
+    try:
+        return reduce(getattr, rest, found)
+    except AttributeError:
+        return getattr(import_module(name.rpartition(".")[0]), rest[-1])

@@ -31,11 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.library import NAMESPACE as NAMESPACE
-from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
-from tfm.kernels.rows import as_rows, cover, load, sum_partials
-from tfm.operators.norm import RESIDUAL_NORM, RESIDUAL_NORM_BACKWARD, backward_outputs, forward_outputs
+from tfm.kernels.rows import as_rows, as_vector, cover, load, sum_partials
+from tfm.kernels.tape import Tape
+from tfm.operators.norm import ResidualNorm, ResidualNormBackward
 
 
 @triton.jit
@@ -226,65 +225,52 @@ def norm_backward_kernel(
             tl.store(partial + dx_bias_part * columns, tl.sum(dx_bias, axis=0), mask=column < columns)
 
 
-def residual_norm_forward(
-    x: Tensor, x_bias: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    seed: Tensor | None, eps: float, dropout_p: float, site: int, centred: bool, weight_offset: float,
-    round_first: bool, out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(y, h, statistics); h is None where there is no residual. One launch."""
-    y, h, statistics = forward_outputs(x, residual, centred, out_dtype)
-    rows, columns = statistics.shape[1], x.shape[-1]
-    (x_rows, x_stride), (residual_rows, residual_stride) = as_rows(x), as_rows(residual)
-    threshold, scale = threshold_and_scale(dropout_p)
+def residual_norm(tape: Tape, call: ResidualNorm) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(y, h, statistics), as the operator says. One launch."""
+    y, h, statistics = outputs = tape.outputs(call)
+    rows, columns = statistics.shape[1], call.x.shape[-1]
+    (x, x_stride), (residual, residual_stride) = as_rows(call.x), as_rows(call.residual)
+    threshold, scale = threshold_and_scale(call.dropout_p)
     tiles = launch.norm_forward(rows, columns, launch.are_aligned(columns, x_stride, residual_stride))
-    with torch.cuda.device_of(x):
-        norm_forward_kernel[(tiles.programs,)](
-            x=x_rows, x_bias=as_rows(x_bias)[0], residual=residual_rows,
-            weight=as_rows(weight)[0], bias=as_rows(bias)[0], seed=seed, y=y, h=h, statistics=statistics,
-            rows=rows, columns=columns, x_stride=x_stride, residual_stride=residual_stride,
-            eps=eps, threshold=threshold, scale=scale, site=site,
-            CENTRED=centred, WEIGHT_OFFSET=weight_offset, ROUND_FIRST=round_first,
-            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, CHUNKS=tiles.chunks,
-            num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
-        )  # fmt: skip
-    return y, h, statistics
-
-
-def residual_norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, statistics: Tensor, weight: Tensor | None, seed: Tensor | None,
-    dropout_p: float, site: int, weight_offset: float, *dtypes: torch.dtype | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dx, dx_bias, dresidual, dweight, dbias) in these dtypes, None where None is given.
-
-    One launch, two with the gradient of a parameter.
-    """
-    dx, dx_bias, dresidual, dweight, dbias = outputs = backward_outputs(h, *dtypes)
-    rows, columns = statistics.shape[1], h.shape[-1]
-    (dy_rows, dy_stride), (dh_rows, dh_stride), (h_rows, h_stride) = as_rows(dy), as_rows(dh), as_rows(h)
-    threshold, scale = threshold_and_scale(dropout_p)
-    sums = [given for given in (dweight, dbias, dx_bias) if given is not None]
-    aligned = launch.are_aligned(columns, dy_stride, dh_stride, h_stride)
-    crowded = dx_bias is not None or dtypes[0] not in (None, h.dtype)
-    tiles = launch.norm_backward(rows, columns, aligned, crowded, launch.multiprocessors(h.device))
-    partials = None
-    if sums:
-        allocate = torch.empty if tiles.chunks == 1 else torch.zeros
-        partials = allocate((tiles.programs, len(sums), columns), dtype=torch.float32, device=h.device)
-    with torch.cuda.device_of(h):
-        norm_backward_kernel[(tiles.programs,)](
-            dy=dy_rows, dh=dh_rows, h=h_rows, statistics=statistics, weight=as_rows(weight)[0], seed=seed,
-            dx=dx, dresidual=dresidual, partials=partials,
-            rows=rows, columns=columns, dy_stride=dy_stride, dh_stride=dh_stride, h_stride=h_stride,
-            threshold=threshold, scale=scale, site=site,
-            DWEIGHT=dweight is not None, DBIAS=dbias is not None, DX_BIAS=dx_bias is not None,
-            CENTRED=len(statistics) == 2, WEIGHT_OFFSET=weight_offset,
-            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, CHUNKS=tiles.chunks, STAGES=tiles.stages,
-            num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
-        )  # fmt: skip
-        if partials is not None:
-            sum_partials(partials, *sums)
+    tape.launch(
+        norm_forward_kernel, (tiles.programs,), tiles.options,
+        x=x, x_bias=as_vector(call.x_bias), residual=residual, weight=as_vector(call.weight),
+        bias=as_vector(call.bias), seed=call.seed, y=y, h=h, statistics=statistics,
+        rows=rows, columns=columns, x_stride=x_stride, residual_stride=residual_stride,
+        eps=call.eps, threshold=threshold, scale=scale, site=call.site,
+        CENTRED=call.centred, WEIGHT_OFFSET=call.weight_offset, ROUND_FIRST=call.round_first,
+        BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, CHUNKS=tiles.chunks,
+    )  # fmt: skip
     return outputs
 
 
-register(RESIDUAL_NORM, residual_norm_forward)
-register(RESIDUAL_NORM_BACKWARD, residual_norm_backward)
+def residual_norm_backward(tape: Tape, call: ResidualNormBackward) -> tuple[Tensor | None, ...]:
+    """(dx, dx_bias, dresidual, dweight, dbias), as the operator says.
+
+    One launch, two with the gradient of a parameter.
+    """
+    dx, dx_bias, dresidual, dweight, dbias = outputs = tape.outputs(call)
+    rows, columns = call.statistics.shape[1], call.h.shape[-1]
+    (dy, dy_stride), (dh, dh_stride), (h, h_stride) = as_rows(call.dy), as_rows(call.dh), as_rows(call.h)
+    threshold, scale = threshold_and_scale(call.dropout_p)
+    sums = [sum for sum in (dweight, dbias, dx_bias) if sum is not None]
+    aligned = launch.are_aligned(columns, dy_stride, dh_stride, h_stride)
+    crowded = dx_bias is not None or call.dx not in (None, call.h.dtype)
+    tiles = launch.norm_backward(rows, columns, aligned, crowded, tape.chip(h.device).multiprocessors)
+    partials = None
+    if sums:
+        allocate = tape.empty if tiles.chunks == 1 else tape.zeros
+        partials = allocate((tiles.programs, len(sums), columns), torch.float32, h.device)
+    tape.launch(
+        norm_backward_kernel, (tiles.programs,), tiles.options,
+        dy=dy, dh=dh, h=h, statistics=call.statistics, weight=as_vector(call.weight), seed=call.seed,
+        dx=dx, dresidual=dresidual, partials=partials,
+        rows=rows, columns=columns, dy_stride=dy_stride, dh_stride=dh_stride, h_stride=h_stride,
+        threshold=threshold, scale=scale, site=call.site,
+        DWEIGHT=dweight is not None, DBIAS=dbias is not None, DX_BIAS=dx_bias is not None,
+        CENTRED=len(call.statistics) == 2, WEIGHT_OFFSET=call.weight_offset,
+        BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, CHUNKS=tiles.chunks, STAGES=tiles.stages,
+    )  # fmt: skip
+    if partials is not None:
+        sum_partials(tape, partials, *sums)
+    return outputs

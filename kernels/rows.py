@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
+from tfm.kernels.tape import Tape
 
 
 def as_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
@@ -22,6 +23,11 @@ def as_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     matrix = x.reshape(-1, x.shape[-1])
     matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
     return matrix, matrix.stride(0)
+
+
+def as_vector(x: Tensor | None) -> Tensor | None:
+    """`x` [columns] with neighbouring columns side by side, copied where they are not; None stays None."""
+    return x if x is None or x.is_contiguous() else x.contiguous()
 
 
 @triton.jit
@@ -63,15 +69,16 @@ def sum_partials_kernel(
             tl.store(third + column, result, mask=column < columns)
 
 
-def sum_partials(partials: Tensor, *sums: Tensor | None) -> None:
+def sum_partials(tape: Tape, partials: Tensor, *sums: Tensor | None) -> None:
     """Fills each of `sums` [columns] with the sum of its part of partials [programs, parts, columns], rounded once.
 
-    As many `sums` as parts, at most three; None leaves a part unread by its user.
+    As many `sums` as parts, at most three; None leaves a part unread by its user. One launch.
     """
     programs, parts, columns = partials.shape
     tiles = launch.sum_partials(columns)
     first, second, third = (*sums, None, None)[:3]
-    sum_partials_kernel[(tiles.programs, parts)](
+    tape.launch(
+        sum_partials_kernel, (tiles.programs, parts), tiles.options,
         partials=partials, first=first, second=second, third=third, programs=programs, columns=columns,
-        PARTS=parts, BLOCK_PROGRAMS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, num_warps=tiles.num_warps,
+        PARTS=parts, BLOCK_PROGRAMS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns,
     )  # fmt: skip

@@ -39,7 +39,7 @@ def inputs_of(rows, dim, classes, device, dtype=torch.float32, parameter_dtype=N
 
 def streams(device, dtype):
     """Whether logits of aligned inputs are not stored where no gradient is formed beside them."""
-    major = launch.chip(device).major
+    major = launch.chip_of(device).major
     return launch.streaming_cross_entropy(24, dtype, aligned=True, plain=True, major=major) is not None
 
 

@@ -21,20 +21,21 @@ import pytest
 import torch
 
 from tfm import native
-from tfm.native import plan
-from tfm.operators import register_fakes
+from tfm.native import header, plan
+from tfm.operators import define, register_fakes
 from tfm.ops import backends
 
 NAMESPACE = "tfm_emulated"
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 TORCH = Path(torch.__file__).parent
+FOLDER = plan.cache().parent / "emulated"
 FLAGS = (
     "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
     *plan.DEFINES, f"-Dtfm_native={NAMESPACE}",
 )  # fmt: skip
 INCLUDES = (
-    f"-I{EMULATION}", f"-I{ROOT / 'csrc'}",
+    f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", f"-I{header.write(FOLDER / header.digest())}",
     "-isystem", str(TORCH / "include"), "-isystem", sysconfig.get_paths()["include"],
 )  # fmt: skip
 # g++ announces what the code touches; tests/cuda_emulation/race_check.cpp listens. Never linked to a sanitizer.
@@ -56,14 +57,15 @@ def operators(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) 
 @cache
 def load(name: str) -> None:
     """Registers the operators of csrc/cuda/`name`.cu, compiled for the CPU."""
-    _schemas()
+    _module()
     torch.ops.load_library(str(library(name, ROOT / "csrc" / "cuda" / f"{name}.cu")))
 
 
 @cache
-def _schemas() -> None:
-    torch.ops.load_library(str(library("schemas", ROOT / "csrc" / "schemas.cpp")))
+def _module() -> torch.library.Library:
+    torch.ops.load_library(str(library("module", ROOT / "csrc" / "module.cpp")))
     register_fakes(NAMESPACE)
+    return define(NAMESPACE, native=True)
 
 
 def library(name: str, source: Path) -> Path:
@@ -73,17 +75,15 @@ def library(name: str, source: Path) -> Path:
     runtime = sorted(EMULATION.glob("*.cpp")) if source.suffix == ".cu" else []
     folders = (EMULATION, ROOT / "csrc" / "common", ROOT / "csrc" / "cuda")
     headers = [path for folder in folders for path in sorted(folder.glob("*.*h"))]
-    digest = hashlib.sha256(repr((torch.__version__, FLAGS, CHECKED)).encode())
+    digest = hashlib.sha256(repr((torch.__version__, FLAGS, CHECKED, header.digest())).encode())
     for path in (source, *runtime, *headers):
         digest.update(path.read_bytes())
-    folder = plan.cache().parent / "emulated"
-    built = folder / f"{name}-{digest.hexdigest()[:20]}.so"
-    folder.mkdir(parents=True, exist_ok=True)
+    built = FOLDER / f"{name}-{digest.hexdigest()[:20]}.so"
     # The other workers of a test run wait for the first.
-    with (folder / f"{name}.lock").open("w") as lock:
+    with (FOLDER / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.is_file():
-            for old in folder.glob(f"{name}-*"):
+            for old in FOLDER.glob(f"{name}-*"):
                 old.unlink()
             _compile(source, runtime, built)
     return built

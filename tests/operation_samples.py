@@ -176,7 +176,7 @@ def on_backends(samples: list[Sample]) -> list[Any]:
     """(sample, impl) for each sample and each backend that computes it on a CPU, as parameters of a test."""
     parameters = []
     for sample in samples:
-        of_operation = {row.backend for row in backends.TABLE if row.operation == sample.operation}
+        of_operation = {row.backend for row in backends.TABLE if sample.operation in row.operations}
         if sample.name == "linear_cross_entropy probabilities":
             of_operation = set()
         for impl in ("reference", *sorted(of_operation)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tfm
-from tfm.reference import dropout, linear_cross_entropy
+from tfm.reference import cross_entropy, dropout
 
 # Compiling takes its time: `make test` goes through each case once, long tests through every combination.
 CASES = (*OPERATIONS, *MODULES)
@@ -86,7 +86,7 @@ DYNAMIC = (
 def test_two_graphs_of_the_reference_serve_every_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Smaller than the largest batch, larger than the smallest.
     monkeypatch.setattr(dropout, "CHUNK", 64)
-    monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 512)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 512)
     check_graphs(name, "reference", differentiates=True)
 
 

@@ -59,4 +59,4 @@ def test_few_rows_still_fill_the_chip():
 
 
 def test_the_interpreter_is_taken_for_hopper():
-    assert launch.chip(torch.device("cpu")) == launch.Chip(9, 2)
+    assert launch.chip_of(torch.device("cpu")) == launch.Chip(9, 2)

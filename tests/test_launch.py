@@ -112,7 +112,7 @@ def test_rotary_tiles_cover_tokens_and_columns(tokens, half, rest):
 
 
 def test_interpreter_strides():
-    assert launch.multiprocessors(torch.device("cpu")) == 2
+    assert launch.chip_of(torch.device("cpu")).multiprocessors == 2
 
 
 def test_odd_strides_take_smaller_tiles():

@@ -19,7 +19,7 @@ from small_run import tfm
 
 from tfm import native
 from tfm.cli import doctor
-from tfm.native import build, plan, toolchain
+from tfm.native import build, header, plan, toolchain
 from tfm.native.plan import BuildError
 
 ROOT = Path(__file__).parent.parent
@@ -104,12 +104,13 @@ def test_kernels_are_compiled_for_each_instruction_set_and_the_rest_once(small: 
 
 
 def test_a_librarys_place_follows_from_sources_and_torch(small: Path) -> None:
-    place = plan.library(small, "2.13.0")
-    assert plan.library(small, "2.13.0") == place != plan.library(small, "2.12.0")
+    place = plan.library(small, "2.13.0", "declared")
+    assert plan.library(small, "2.13.0", "declared") == place != plan.library(small, "2.12.0", "declared")
+    assert plan.library(small, "2.13.0", "declared anew") != place
     (small / "notes.txt").write_text("no source")
-    assert plan.library(small, "2.13.0") == place
+    assert plan.library(small, "2.13.0", "declared") == place
     (small / "cpu" / "add.h").write_text("#pragma once\n// changed\n")
-    assert plan.library(small, "2.13.0") != place
+    assert plan.library(small, "2.13.0", "declared") != place
 
 
 # Builds
@@ -144,7 +145,7 @@ def test_a_failure_is_one_line_with_the_first_error_and_leaves_no_library(small:
     assert "\n" not in message
     log = Path(message.rpartition("everything: ")[2].removesuffix(")"))
     assert "wrong" in log.read_text()
-    assert not plan.library(small, torch.__version__).exists()
+    assert not plan.library(small, torch.__version__, header.digest()).exists()
     result = tfm("build")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith("tfm: error: csrc/cpu/add.h:2:14: error: ")
@@ -325,8 +326,8 @@ def test_says_why_there_is_no_library(
 
 @needs_compiler
 def test_a_library_of_another_version_is_an_obstacle(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = SimpleNamespace(name="an_operator_that_it_lacks", fake=lambda: None)
-    monkeypatch.setattr("tfm.operators.NATIVE", (lacking,))
+    monkeypatch.setenv("TFM_NATIVE", str(native.library()))
+    monkeypatch.setattr(header, "digest", lambda: "of other declarations")
     assert " is of another version of tfm: " in native.obstacle(CPU)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tfm.kernels.rows import as_rows, sum_partials
+from tfm.kernels.tape import Tape
 
 BASE = torch.arange(3 * 4 * 20.0).view(3, 4, 20)
 
@@ -54,7 +55,7 @@ def test_sum_partials(programs, columns, dtypes, kernel_device, monkeypatch):
     launched = launches.watch(monkeypatch)
     partials = torch.randn(programs, len(dtypes), columns, device=kernel_device)
     sums = [None if kind is None else torch.empty(columns, dtype=kind, device=kernel_device) for kind in dtypes]
-    sum_partials(partials, *sums)
+    sum_partials(Tape(), partials, *sums)
     for i, found in enumerate(sums):
         if found is not None:
             # Row after row, as the interpreter adds.

@@ -38,10 +38,13 @@ def is_readable(x: Tensor) -> bool:
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
     """Whether a gradient of any of them is recorded, or its tangent carried on."""
-    given = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def gradients(

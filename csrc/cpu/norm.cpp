@@ -168,6 +168,7 @@ void norm_backward(const NormBackward& call, float* scratch, int64_t first_block
 #else
 
 #include "cpu/rows.h"
+#include "operators/norm.h"
 
 namespace tfm {
 
@@ -188,20 +189,17 @@ std::vector<float> parameters(const MaybeTensor& x, int64_t columns, float absen
     return result;
 }
 
-std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bias, MaybeTensor residual,
-                                                      MaybeTensor weight, MaybeTensor bias, MaybeTensor seed,
-                                                      double eps, double dropout_p, int64_t site, bool centred,
-                                                      double weight_offset, bool round_first, MaybeType out_dtype) {
-    const ScalarType stored = residual ? promote(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
-    const Rows x_rows(x), residual_rows(residual ? *residual : x);
+std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(const arguments::ResidualNorm& a) {
+    const ScalarType stored = a.residual ? promote(a.x.scalar_type(), a.residual->scalar_type()) : a.x.scalar_type();
+    const Rows x_rows(a.x), residual_rows(a.residual ? *a.residual : a.x);
     const int64_t rows = x_rows.rows, columns = x_rows.columns;
-    const std::vector<float> x_biases = parameters(x_bias, columns, 0, 0), biases = parameters(bias, columns, 0, 0);
-    const std::vector<float> weights = parameters(weight, columns, 1, weight_offset);
-    Tensor y = empty(shape_of(x), out_dtype.value_or(stored), x);
+    const std::vector<float> x_biases = parameters(a.x_bias, columns, 0, 0), biases = parameters(a.bias, columns, 0, 0);
+    const std::vector<float> weights = parameters(a.weight, columns, 1, a.weight_offset);
+    Tensor y = empty(shape_of(a.x), a.out_dtype.value_or(stored), a.x);
     MaybeTensor h;
-    if (residual)
-        h = empty(shape_of(x), stored, x);
-    Tensor statistics = empty({centred ? 2 : 1, rows}, ScalarType::Float, x);
+    if (a.residual)
+        h = empty(shape_of(a.x), stored, a.x);
+    Tensor statistics = empty({a.centred ? 2 : 1, rows}, ScalarType::Float, a.x);
     float* const means = static_cast<float*>(statistics.data_ptr());
     const NormForward call{
         .x = matrix(x_rows),
@@ -211,13 +209,13 @@ std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bi
         .x_bias = x_biases.data(),
         .weight = weights.data(),
         .bias = biases.data(),
-        .mean = centred ? means : nullptr,
-        .rstd = centred ? means + rows : means,
+        .mean = a.centred ? means : nullptr,
+        .rstd = a.centred ? means + rows : means,
         .columns = columns,
-        .eps = static_cast<float>(eps),
-        .has_residual = residual.has_value(),
-        .round_first = round_first,
-        .dropout = dropout_of(seed, dropout_p, site),
+        .eps = static_cast<float>(a.eps),
+        .has_residual = a.residual.has_value(),
+        .round_first = a.round_first,
+        .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     for_rows(rows, columns, [&](int64_t begin, int64_t end) {
         const Scratch scratch(4, columns);
@@ -228,27 +226,26 @@ std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bi
 
 using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
-Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor statistics, MaybeTensor weight,
-                                 MaybeTensor seed, double dropout_p, int64_t site, double weight_offset, MaybeType dx,
-                                 MaybeType dx_bias, MaybeType dresidual, MaybeType dweight, MaybeType dbias) {
-    const Rows dy_rows(dy), h_rows(h), dh_rows(dh ? *dh : dy);
-    const int64_t rows = statistics.size(1), columns = h_rows.columns;
-    const std::vector<float> weights = parameters(weight, columns, 1, weight_offset);
+Gradients residual_norm_backward(const arguments::ResidualNormBackward& a) {
+    const Rows dy_rows(a.dy), h_rows(a.h), dh_rows(a.dh ? *a.dh : a.dy);
+    const int64_t rows = a.statistics.size(1), columns = h_rows.columns;
+    const std::vector<float> weights = parameters(a.weight, columns, 1, a.weight_offset);
     const auto output = [&](MaybeType type, std::vector<int64_t> shape) {
-        return type ? MaybeTensor(empty(shape, *type, h)) : MaybeTensor();
+        return type ? MaybeTensor(empty(shape, *type, a.h)) : MaybeTensor();
     };
-    const Gradients gradients{output(dx, shape_of(h)), output(dx_bias, {columns}), output(dresidual, shape_of(h)),
-                              output(dweight, {columns}), output(dbias, {columns})};
+    const Gradients gradients{output(a.dx, shape_of(a.h)), output(a.dx_bias, {columns}),
+                              output(a.dresidual, shape_of(a.h)), output(a.dweight, {columns}),
+                              output(a.dbias, {columns})};
     const auto& [d_x, d_x_bias, d_residual, d_weight, d_bias] = gradients;
     const RowBlocks blocks(rows);
     MaybeTensor sums;
     if (d_weight || d_bias || d_x_bias)
-        sums = empty({blocks.count, 3, padded(columns)}, ScalarType::Float, h);
-    const float* const means = static_cast<const float*>(statistics.const_data_ptr());
-    const bool centred = statistics.size(0) == 2;
+        sums = empty({blocks.count, 3, padded(columns)}, ScalarType::Float, a.h);
+    const float* const means = static_cast<const float*>(a.statistics.const_data_ptr());
+    const bool centred = a.statistics.size(0) == 2;
     const NormBackward call{
         .dy = matrix(dy_rows),
-        .dh = dh ? matrix(dh_rows) : Matrix{},
+        .dh = a.dh ? matrix(dh_rows) : Matrix{},
         .h = matrix(h_rows),
         .dx = d_x ? matrix(Rows(*d_x)) : Matrix{},
         .dresidual = d_residual ? matrix(Rows(*d_residual)) : Matrix{},
@@ -259,7 +256,7 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
         .rows = rows,
         .columns = columns,
         .block_rows = blocks.rows,
-        .dropout = dropout_of(seed, dropout_p, site),
+        .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     for_rows(blocks.count, blocks.rows * columns, [&](int64_t begin, int64_t end) {
         const Scratch scratch(5, columns);
@@ -273,8 +270,8 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
-    m.impl("residual_norm", TORCH_BOX(&residual_norm));
-    m.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+    implement<arguments::ResidualNorm, residual_norm>(m);
+    implement<arguments::ResidualNormBackward, residual_norm_backward>(m);
 }
 
 } // namespace tfm

@@ -21,47 +21,45 @@
 // the host's time, and inside a graph nothing at all.
 #include "cuda/norm_backward.cuh"
 #include "cuda/norm_forward.cuh"
+#include "operators/norm.h"
 
 namespace tfm::cuda {
 namespace {
 
 constexpr int64_t LONGEST_KEPT_ROW = 8192, LONGEST_KEPT_GRADIENT = 4096;
 
-std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bias, MaybeTensor residual,
-                                                      MaybeTensor weight, MaybeTensor bias, MaybeTensor seed,
-                                                      double eps, double dropout_p, int64_t site, bool centred,
-                                                      double weight_offset, bool round_first, MaybeType out_dtype) {
-    const OnDevice device(x);
-    const ScalarType stored = residual ? promote(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
-    const Rows x_rows(x), residual_rows(residual ? *residual : x);
-    const Vector x_biases(x_bias), weights(weight), biases(bias);
+std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(const arguments::ResidualNorm& a) {
+    const OnDevice device(a.x);
+    const ScalarType stored = a.residual ? promote(a.x.scalar_type(), a.residual->scalar_type()) : a.x.scalar_type();
+    const Rows x_rows(a.x), residual_rows(a.residual ? *a.residual : a.x);
+    const Vector x_biases(a.x_bias), weights(a.weight), biases(a.bias);
     const int64_t rows = x_rows.rows, columns = x_rows.columns;
-    Tensor y = empty(shape_of(x), out_dtype.value_or(stored), x);
+    Tensor y = empty(shape_of(a.x), a.out_dtype.value_or(stored), a.x);
     MaybeTensor h;
-    if (residual)
-        h = empty(shape_of(x), stored, x);
-    Tensor statistics = empty({centred ? 2 : 1, rows}, ScalarType::Float, x);
+    if (a.residual)
+        h = empty(shape_of(a.x), stored, a.x);
+    Tensor statistics = empty({a.centred ? 2 : 1, rows}, ScalarType::Float, a.x);
     float* const means = static_cast<float*>(statistics.data_ptr());
     const Matrix h_rows = h ? matrix(Rows(*h)) : matrix(x_rows), y_rows = matrix(Rows(y));
     NormForward call{
         .x = matrix(x_rows),
-        .residual = residual ? matrix(residual_rows) : Matrix{},
+        .residual = a.residual ? matrix(residual_rows) : Matrix{},
         .y = y_rows,
         .h = h_rows,
         .x_bias = matrix(x_biases),
         .weight = matrix(weights),
         .bias = matrix(biases),
-        .mean = centred ? means : nullptr,
-        .rstd = centred ? means + rows : means,
+        .mean = a.centred ? means : nullptr,
+        .rstd = a.centred ? means + rows : means,
         .rows = rows,
         .columns = static_cast<int>(columns),
         .team_warps = 1,
-        .eps = static_cast<float>(eps),
-        .weight_offset = static_cast<float>(weight_offset),
-        .rounding = !round_first                                                   ? Width::FLOAT
+        .eps = static_cast<float>(a.eps),
+        .weight_offset = static_cast<float>(a.weight_offset),
+        .rounding = !a.round_first                                                 ? Width::FLOAT
                     : h_rows.width == Width::FLOAT && y_rows.width != Width::FLOAT ? y_rows.width
                                                                                    : h_rows.width,
-        .dropout = dropout_of(seed, dropout_p, site),
+        .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     if (rows == 0)
         return {y, h, statistics};
@@ -90,18 +88,17 @@ std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(Tensor x, MaybeTensor x_bi
 
 using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
-Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor statistics, MaybeTensor weight,
-                                 MaybeTensor seed, double dropout_p, int64_t site, double weight_offset, MaybeType dx,
-                                 MaybeType dx_bias, MaybeType dresidual, MaybeType dweight, MaybeType dbias) {
-    const OnDevice device(h);
-    const Rows dy_rows(dy), h_rows(h), dh_rows(dh ? *dh : dy);
-    const Vector weights(weight);
-    const int64_t rows = statistics.size(1), columns = h_rows.columns;
+Gradients residual_norm_backward(const arguments::ResidualNormBackward& a) {
+    const OnDevice device(a.h);
+    const Rows dy_rows(a.dy), h_rows(a.h), dh_rows(a.dh ? *a.dh : a.dy);
+    const Vector weights(a.weight);
+    const int64_t rows = a.statistics.size(1), columns = h_rows.columns;
     const auto output = [&](MaybeType type, std::vector<int64_t> shape) {
-        return type ? MaybeTensor(empty(shape, *type, h)) : MaybeTensor();
+        return type ? MaybeTensor(empty(shape, *type, a.h)) : MaybeTensor();
     };
-    const Gradients gradients{output(dx, shape_of(h)), output(dx_bias, {columns}), output(dresidual, shape_of(h)),
-                              output(dweight, {columns}), output(dbias, {columns})};
+    const Gradients gradients{output(a.dx, shape_of(a.h)), output(a.dx_bias, {columns}),
+                              output(a.dresidual, shape_of(a.h)), output(a.dweight, {columns}),
+                              output(a.dbias, {columns})};
     const auto& [d_x, d_x_bias, d_residual, d_weight, d_bias] = gradients;
 
     // Eight or sixteen columns a lane, as many warps as the row then takes, as many rows as make a block of 8 warps.
@@ -114,12 +111,12 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
     MaybeTensor partials;
     const int parts = d_bias.has_value() + d_x_bias.has_value() + d_weight.has_value();
     if (parts > 0)
-        partials = empty({blocks, parts, columns}, ScalarType::Float, h);
-    float* const means = static_cast<float*>(statistics.data_ptr());
-    const bool centred = statistics.size(0) == 2;
+        partials = empty({blocks, parts, columns}, ScalarType::Float, a.h);
+    float* const means = static_cast<float*>(a.statistics.data_ptr());
+    const bool centred = a.statistics.size(0) == 2;
     const NormBackward call{
         .dy = matrix(dy_rows),
-        .dh = dh ? matrix(dh_rows) : Matrix{},
+        .dh = a.dh ? matrix(dh_rows) : Matrix{},
         .h = matrix(h_rows),
         .dx = d_x ? matrix(Rows(*d_x)) : Matrix{},
         .dresidual = d_residual ? matrix(Rows(*d_residual)) : Matrix{},
@@ -133,8 +130,8 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
         .dbias = d_bias.has_value(),
         .dx_bias = d_x_bias.has_value(),
         .dweight = d_weight.has_value(),
-        .weight_offset = static_cast<float>(weight_offset),
-        .dropout = dropout_of(seed, dropout_p, site),
+        .weight_offset = static_cast<float>(a.weight_offset),
+        .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     if (blocks > 0)
         with_access(columns, {call.h, call.dy, call.dh, call.dx, call.dresidual}, {call.weight}, [&](auto way) {
@@ -153,8 +150,8 @@ Gradients residual_norm_backward(Tensor dy, MaybeTensor dh, Tensor h, Tensor sta
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, TFM_CUDA_KEY, m) {
-    m.impl("residual_norm", TORCH_BOX(&residual_norm));
-    m.impl("residual_norm_backward", TORCH_BOX(&residual_norm_backward));
+    implement<arguments::ResidualNorm, residual_norm>(m);
+    implement<arguments::ResidualNormBackward, residual_norm_backward>(m);
 }
 
 } // namespace tfm::cuda

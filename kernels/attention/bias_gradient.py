@@ -152,7 +152,7 @@ def bias_gradient(call: Call, dout: Tensor, statistics: Tensor, delta: Tensor) -
     bias = call.bias
     dbias = rows_like(bias, bias.shape[-1])
     shared_sequences, shared_heads, shared_queries = (size == 1 for size in bias.shape[:3])
-    tiles = launch.bias_gradient(max(call.dims), call.query.dtype, launch.chip(dout.device).major)
+    tiles = launch.bias_gradient(max(call.dims), call.query.dtype, launch.chip_of(dout.device).major)
     query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
     members = call.sequences if shared_sequences else 1
     members *= call.heads if shared_heads else 1

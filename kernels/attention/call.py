@@ -27,7 +27,7 @@ class Call(operators.Call):
     def launch_problem(self) -> tuple[int, int, torch.dtype, int, int]:
         """What the launch settings ask: D, Dv, dtype, extras and the chip's major number."""
         extras = (self.seed is not None) + (self.bias is not None or self.words is not None)
-        return *self.dims, self.query.dtype, extras, launch.chip(self.query.device).major
+        return *self.dims, self.query.dtype, extras, launch.chip_of(self.query.device).major
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes under these names, tiles and outputs apart."""

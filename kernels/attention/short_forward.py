@@ -137,7 +137,7 @@ def short_problem(call: Call) -> dict[str, Any]:
         "dtype": call.query.dtype,
         "has_bias": call.bias is not None,
         "has_words": call.words is not None,
-        "major": launch.chip(call.query.device).major,
+        "major": launch.chip_of(call.query.device).major,
     }
 
 

@@ -87,7 +87,7 @@ def attention_weights_kernel(
 def attention_weights(call: Call, statistics: Tensor) -> Tensor:
     """[B, Hq, Sq, Sk] in the dtype of the query, of a padded call whose forward gave `statistics`. One launch."""
     weights = empty_weights(call)
-    tiles = launch.attention_weights(call.query.dtype, launch.chip(call.query.device).major)
+    tiles = launch.attention_weights(call.query.dtype, launch.chip_of(call.query.device).major)
     query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
     with torch.cuda.device_of(call.query):
         attention_weights_kernel[(query_tiles * key_tiles * call.sequences * call.heads,)](

@@ -90,7 +90,7 @@ def _streaming_tiles(
 ) -> launch.StreamingTiles | None:
     aligned = all(x.data_ptr() % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0 for x in (input, weight))
     plain = bias is None and softcap is None
-    major = launch.chip(input.device).major
+    major = launch.chip_of(input.device).major
     return launch.streaming_cross_entropy(input.shape[1], input.dtype, aligned, plain, major)
 
 

@@ -28,6 +28,7 @@ from tfm.kernels.activations import activate, activate_with_derivative
 from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import sum_partials
+from tfm.kernels.tape import Tape
 from tfm.operators.feed_forward import ACTIVATION_DROPOUT, hidden_columns
 
 
@@ -162,7 +163,7 @@ def activation_dropout_backward(
                 num_warps=tiles.num_warps,
             )  # fmt: skip
         if dbias is not None:
-            sum_partials(partials, dbias)
+            sum_partials(Tape(), partials, dbias)
 
 
 register(ACTIVATION_DROPOUT, activation_dropout)

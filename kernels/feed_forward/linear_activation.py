@@ -27,6 +27,7 @@ from tfm.kernels.library import register
 from tfm.kernels.matmul import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.rows import as_rows, sum_partials
+from tfm.kernels.tape import Tape
 from tfm.operators.feed_forward import (
     LINEAR_ACTIVATION,
     LINEAR_ACTIVATION_BACKWARD,
@@ -174,7 +175,7 @@ def linear_activation(
     gate, up = weight.chunk(2) if gated and up_weight is None else (weight, up_weight)
     (x_rows, x_stride), (gate_rows, weight_stride), (up_rows, up_stride) = as_rows(x), as_rows(gate), as_rows(up)
     aligned = launch.are_aligned(depth, columns, x_stride, weight_stride, up_stride)
-    tiles = launch.linear_activation(rows, columns, depth, gated, x.dtype, aligned, launch.chip(x.device))
+    tiles = launch.linear_activation(rows, columns, depth, gated, x.dtype, aligned, launch.chip_of(x.device))
     if tiles is None:
         pre = products(x, weight, up_weight, bias)
         hidden = activation_dropout(pre, gated, activation, dropout_p, seed, site)
@@ -223,7 +224,7 @@ def linear_activation_backward(
     rows, depth = dy.shape
     (dy_rows, dy_stride), (weight_rows, weight_stride) = as_rows(dy), as_rows(weight)
     aligned = launch.are_aligned(depth, columns, dy_stride, weight_stride)
-    tiles = launch.linear_activation_backward(rows, columns, depth, dy.dtype, aligned, launch.chip(dy.device))
+    tiles = launch.linear_activation_backward(rows, columns, depth, dy.dtype, aligned, launch.chip_of(dy.device))
     if tiles is None:
         activation_dropout_backward(
             torch.mm(dy, weight), saved, gated, activation, dropout_p, seed, site, dpre, hidden, sums
@@ -244,7 +245,7 @@ def linear_activation_backward(
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
             )  # fmt: skip
         if sums is not None:
-            sum_partials(partials, sums)
+            sum_partials(Tape(), partials, sums)
     return dpre, hidden, sums
 
 

@@ -34,14 +34,12 @@ from tfm.kernels.launch.cross_entropy import (
     streaming_losses,
 )
 from tfm.kernels.launch.decode_attention import COMBINED_SPLITS, DecodeTiles, decode_attention
-from tfm.kernels.launch.device import are_aligned, multiprocessors
+from tfm.kernels.launch.device import Chip, are_aligned, chip_of
 from tfm.kernels.launch.feed_forward import (
-    Chip,
     ElementTiles,
     MatmulTiles,
     activation_dropout,
     activation_dropout_backward,
-    chip,
     linear_activation,
     linear_activation_backward,
 )
@@ -83,7 +81,7 @@ __all__ = [
     "attention_weights",
     "bias_gradient",
     "bias_splits",
-    "chip",
+    "chip_of",
     "cross_entropy",
     "decode_attention",
     "embedding_backward",
@@ -93,7 +91,6 @@ __all__ = [
     "logits_rows",
     "mask_bits",
     "mean_loss",
-    "multiprocessors",
     "norm_backward",
     "norm_forward",
     "rotary",

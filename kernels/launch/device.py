@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Of `device`; the interpreter is given two, so that its programs, too, stride over several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+@dataclass(frozen=True)
+class Chip:
+    """What the settings ask of a GPU: the major number of its compute capability, and its multiprocessors."""
+
+    major: int
+    multiprocessors: int
+
+
+# What the interpreter is taken for: Hopper, with so few multiprocessors that its programs, too, stride over many tiles.
+INTERPRETER = Chip(major=9, multiprocessors=2)
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip of `device`."""
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.major, properties.multi_processor_count)
 
 
 def are_aligned(*numbers: int) -> bool:

@@ -21,17 +21,9 @@ from functools import lru_cache
 
 import torch
 
-from tfm.kernels.launch.device import multiprocessors
+from tfm.kernels.launch.device import Chip
 
 DEEPEST = 1024
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What the settings ask of a GPU: the major number of its compute capability, and its multiprocessors."""
-
-    major: int
-    multiprocessors: int
 
 
 @dataclass(frozen=True)
@@ -65,12 +57,6 @@ class ElementTiles:
 
 # From the largest, which is the fastest that still has a program for each multiprocessor.
 SIZES = ((128, 128), (64, 128), (64, 64), (64, 32))
-
-
-def chip(device: torch.device) -> Chip:
-    """Of `device`; the interpreter is taken for Hopper."""
-    major = torch.cuda.get_device_properties(device).major if device.type == "cuda" else 9
-    return Chip(major, multiprocessors(device))
 
 
 @lru_cache(maxsize=1024)

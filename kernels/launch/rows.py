@@ -27,6 +27,11 @@ class RowTiles:
     stages: int = 1
     max_registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
+
 
 @dataclass(frozen=True)
 class RotaryTiles:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tfm.native import plan
+from tfm.native import header, plan
+from tfm.operators import define, register_fakes
 
 # Of the native operators, in torch.ops.
 NAMESPACE = "tfm_native"
@@ -22,6 +23,8 @@ INSTRUCTION_SET = "TFM_INSTRUCTION_SET"
 # Why not on the CPU, and why not on a GPU, as far as the library alone decides; None until it has been loaded.
 _obstacles: tuple[str, str] | None = None
 _of_gpu: dict[int, str] = {}
+# What Python defined of the library.
+_kept: list[torch.library.Library] = []
 
 
 def library() -> Path | None:
@@ -42,7 +45,7 @@ def library() -> Path | None:
     sources = plan.sources()
     if sources is None:
         return None
-    built = plan.library(sources, torch.__version__)
+    built = plan.library(sources, torch.__version__, header.digest())
     return built if built.is_file() else None
 
 
@@ -88,12 +91,12 @@ def _load() -> str:
         reason = str(error.__cause__ or error).splitlines()[0]
         return f"tfm_native does not load: {reason}"
 
-    from tfm.operators import register_fakes
-
-    try:
-        register_fakes(NAMESPACE)
-    except RuntimeError as error:
-        return f"tfm_native at {path} is of another version of tfm: {str(error).splitlines()[0]}"
+    declarations = getattr(torch.ops.tfm_native, "declarations", None)
+    if declarations is None or declarations() != header.digest():
+        return f"tfm_native at {path} is of another version of tfm: it was compiled from other declarations"
+    if not _kept:
+        _kept.append(define(NAMESPACE, native=True))
+    register_fakes(NAMESPACE)
     return ""
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tfm.files import write_atomically
-from tfm.native import plan, toolchain
+from tfm.native import header, plan, toolchain
 from tfm.native.plan import BuildError, Object
 from tfm.native.toolchain import Cuda
 
@@ -86,7 +86,7 @@ def build(force: bool = False, with_cuda: bool = True, listener: Listener = SILE
         raise BuildError("the sources, csrc, are not installed with this package")
     cxx, cuda = toolchain.compiler(), toolchain.cuda(with_cuda)
     versions = [toolchain.version_of(command) for command in (cxx, *([[str(cuda.nvcc)]] if cuda.nvcc else []))]
-    library = plan.library(csrc, torch.__version__)
+    library = plan.library(csrc, torch.__version__, header.digest())
     stamp = library.with_suffix(".json")
     made = json.dumps({"compilers": versions, "command": cxx, "gencode": cuda.gencode})
     if not force and library.is_file() and stamp.is_file() and stamp.read_text() == made:
@@ -97,7 +97,7 @@ def build(force: bool = False, with_cuda: bool = True, listener: Listener = SILE
         product = compile_library(folder, csrc, cuda, force=force, listener=listener)
     except BuildError as error:
         raise (BuildError(f"{error}; `tfm build --no-cuda` leaves CUDA out") if cuda.gencode else error) from None
-    if plan.library(csrc, torch.__version__) != library:
+    if plan.library(csrc, torch.__version__, header.digest()) != library:
         raise BuildError("the sources changed while they were compiled: run it again")
     write_atomically(library, product.read_bytes())
     write_atomically(stamp, made.encode())
@@ -144,7 +144,8 @@ def run_ninja(
         if force:
             for path in folder.glob("*.o"):
                 path.unlink()
-        rules = _ninja_file(objects, product, csrc, link_flags, compiler, cuda)
+        header.write(folder)
+        rules = _ninja_file(objects, product, toolchain.includes(csrc, folder), link_flags, compiler, cuda)
         (folder / "build.ninja").write_text(rules)
         command = [ninja, "-C", str(folder)] + ["-v"] * listener.verbose
         if os.environ.get("MAX_JOBS"):
@@ -176,9 +177,9 @@ def run_ninja(
 
 
 def _ninja_file(
-    objects: Sequence[Object], product: str, csrc: Path, link_flags: Sequence[str], compiler: Sequence[str], cuda: Cuda
-) -> str:
-    includes = toolchain.includes(csrc)
+    objects: Sequence[Object], product: str, includes: Sequence[str], link_flags: Sequence[str],
+    compiler: Sequence[str], cuda: Cuda,
+) -> str:  # fmt: skip
     lines = [f"compiler = {_words(compiler)}", f"nvcc = {_words([str(cuda.nvcc), '-ccbin', compiler[0]])}", RULES]
     for item in objects:
         rule = "device" if item.is_device else "host"

@@ -69,7 +69,7 @@ class Object:
 def sources() -> Path | None:
     """The folder of the sources: beside the package in a checkout, inside it where it is installed."""
     for folder in tfm.__path__:
-        if (Path(folder) / "csrc" / "schemas.cpp").is_file():
+        if (Path(folder) / "csrc" / "module.cpp").is_file():
             return Path(folder) / "csrc"
     return None
 
@@ -91,9 +91,9 @@ def cache() -> Path:
         ) from None
 
 
-def library(csrc: Path, torch_version: str) -> Path:
-    """Where `tfm build` puts the library of exactly these sources, flags and torch."""
-    flags = (torch_version, HOST_FLAGS, DEVICE_FLAGS, variants())
+def library(csrc: Path, torch_version: str, declarations: str) -> Path:
+    """Where `tfm build` puts the library of exactly these sources, flags, torch and declarations of operators."""
+    flags = (torch_version, declarations, HOST_FLAGS, DEVICE_FLAGS, variants())
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted(path for path in csrc.rglob("*") if path.suffix in SUFFIXES):
         code = path.read_bytes()

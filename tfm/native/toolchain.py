@@ -86,9 +86,9 @@ def torch_folder() -> Path:
     return Path(torch.__file__).parent
 
 
-def includes(csrc: Path) -> list[str]:
-    """Where compilers look for headers: ours first, torch's and Python's without warnings."""
-    return [f"-I{csrc}", "-isystem", str(torch_folder() / "include"), "-isystem", str(python_headers())]
+def includes(csrc: Path, made: Path) -> list[str]:
+    """Where compilers look for headers: ours first, those `made` too, torch's and Python's without warnings."""
+    return [f"-I{csrc}", f"-I{made}", "-isystem", str(torch_folder() / "include"), "-isystem", str(python_headers())]
 
 
 def version_of(command: list[str]) -> str:

@@ -1,30 +1,33 @@
-"""The operators that several backends compute: each one's schema, its empty outputs and its autograd, once for all.
+"""The operators that several backends compute: each stated once, with its gradients, in the file of its subject.
 
-Backend "triton" computes tfm::name (tfm.kernels), backend "native" tfm_native::name (csrc). Gradients stay outside the
-operators: an autograd.Function around them costs half of what torch's register_autograd costs.
+Backend "triton" computes tfm::name (tfm.kernels), backend "native" tfm_native::name (csrc).
 """
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 import torch
 
-from tfm.operators import attention, cross_entropy, decode_attention, embedding, feed_forward, norm, rotary
-from tfm.operators.operator import Operator
+from tfm.operators.declaration import OPERATORS, Operator, Row, define
 
-__all__ = ["NATIVE", "TWINS", "Operator", "register_fakes"]
+# Whoever adds a subject adds a file here, and a row of a backend to its ROWS.
+SUBJECTS = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+ROWS: tuple[Row, ...] = tuple(row for subject in SUBJECTS for row in getattr(subject, "ROWS", ()))
 
-# Of Triton and of csrc, whose csrc/schemas.cpp declares them once more.
+__all__ = ["OPERATORS", "ROWS", "Operator", "Row", "define"]
+
+from tfm.operators import attention, cross_entropy, decode_attention, embedding, feed_forward, rotary  # noqa: E402
+
 TWINS = (
     *attention.OPERATORS,
     *decode_attention.OPERATORS,
     *embedding.OPERATORS,
     *feed_forward.OPERATORS,
-    *norm.OPERATORS,
     *rotary.OPERATORS,
 )
-# Of csrc: the twins, and what it alone has.
 NATIVE = (*TWINS, attention.ATTENTION_BACKWARD_JOINED, cross_entropy.CROSS_ENTROPY_IN_PLACE)
 
 
 def register_fakes(namespace: str) -> None:
-    """Gives the native operators, which `namespace` defines already, their fakes."""
     for operator in NATIVE:
         torch.library.register_fake(f"{namespace}::{operator.name}", operator.fake)

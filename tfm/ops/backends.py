@@ -10,73 +10,43 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tfm import native
+from tfm.operators import ROWS, Row
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY
 from tfm.tracing import tracing
 from tfm.transforms import transforming, wraps_tensors
 
 BACKENDS = ("reference", "triton", "native")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# What csrc computes on CPUs.
-CPU_FLOATS = (torch.float32, torch.bfloat16)
-# As many columns as there are.
-MANY = 1 << 30
-
-
-@dataclass(frozen=True)
-class Row:
-    """`backend` serves `operation` on tensors of these dtypes with at most `max_columns` in the last dimension.
-
-    `device`: the type of device that it serves so; a row of Triton says itself what other devices lack.
-    """
-
-    operation: str
-    backend: str
-    dtypes: tuple[torch.dtype, ...]
-    max_columns: int
-    device: str = ""
-
 
 # On GPUs csrc stands behind Triton, and serves where Triton is not, until a record says where it is faster.
 TABLE = (
-    Row("attention", "triton", FLOATS, max_columns=256),
-    Row("varlen_attention", "triton", FLOATS, max_columns=256),
-    Row("decode_attention", "triton", FLOATS, max_columns=256),
-    Row("embedding", "triton", FLOATS, max_columns=MANY),
-    Row("feed_forward", "triton", FLOATS, max_columns=MANY),
-    Row("gated_feed_forward", "triton", FLOATS, max_columns=MANY),
-    Row("layer_norm", "triton", FLOATS, max_columns=32768),
-    Row("linear_cross_entropy", "triton", FLOATS, max_columns=MANY),
-    Row("residual_layer_norm", "triton", FLOATS, max_columns=32768),
-    Row("residual_rms_norm", "triton", FLOATS, max_columns=32768),
-    Row("rms_norm", "triton", FLOATS, max_columns=32768),
-    Row("rotary", "triton", FLOATS, max_columns=1024),
-    Row("rotary_", "triton", FLOATS, max_columns=1024),
-    Row("attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("varlen_attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("decode_attention", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("embedding", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("feed_forward", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("gated_feed_forward", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("layer_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("linear_cross_entropy", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("residual_layer_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("residual_rms_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("rms_norm", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("rotary", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("rotary_", "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row("attention", "native", FLOATS, max_columns=64, device="cuda"),
-    Row("varlen_attention", "native", FLOATS, max_columns=64, device="cuda"),
-    Row("feed_forward", "native", FLOATS, max_columns=MANY, device="cuda"),
-    Row("gated_feed_forward", "native", FLOATS, max_columns=MANY, device="cuda"),
-    Row("layer_norm", "native", FLOATS, max_columns=32768, device="cuda"),
-    Row("residual_layer_norm", "native", FLOATS, max_columns=32768, device="cuda"),
-    Row("residual_rms_norm", "native", FLOATS, max_columns=32768, device="cuda"),
-    Row("rms_norm", "native", FLOATS, max_columns=32768, device="cuda"),
+    *ROWS,
+    Row(("attention",), "triton", FLOATS, max_columns=256),
+    Row(("varlen_attention",), "triton", FLOATS, max_columns=256),
+    Row(("decode_attention",), "triton", FLOATS, max_columns=256),
+    Row(("embedding",), "triton", FLOATS, max_columns=MANY),
+    Row(("feed_forward",), "triton", FLOATS, max_columns=MANY),
+    Row(("gated_feed_forward",), "triton", FLOATS, max_columns=MANY),
+    Row(("linear_cross_entropy",), "triton", FLOATS, max_columns=MANY),
+    Row(("rotary",), "triton", FLOATS, max_columns=1024),
+    Row(("rotary_",), "triton", FLOATS, max_columns=1024),
+    Row(("attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("varlen_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("decode_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("embedding",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("feed_forward",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("gated_feed_forward",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("linear_cross_entropy",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("rotary",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("rotary_",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(("attention",), "native", FLOATS, max_columns=64, device="cuda"),
+    Row(("varlen_attention",), "native", FLOATS, max_columns=64, device="cuda"),
+    Row(("feed_forward",), "native", FLOATS, max_columns=MANY, device="cuda"),
+    Row(("gated_feed_forward",), "native", FLOATS, max_columns=MANY, device="cuda"),
 )
 
 # Once, here: Dynamo cannot trace it.
@@ -137,7 +107,7 @@ def choose(
         reference_only = f"{type(x).__name__} knows torch's own operations alone"
     if tracing():
         reference_only = "a trace holds torch's own operations alone"
-    rows = [row for row in TABLE if row.operation == operation and impl in ("auto", row.backend)]
+    rows = [row for row in TABLE if operation in row.operations and impl in ("auto", row.backend)]
     reason = "" if rows else f"{operation} has no backend of that name"
     for row in rows:
         if row.device not in ("", x.device.type):

@@ -36,7 +36,7 @@ def draw_seed(device: torch.device | str) -> Tensor:
 
 
 def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:
-    """The seed that an operation uses: the caller's, or a fresh one; None where nothing is dropped."""
+    """The seed that an operation uses, on `device`: the caller's, or a fresh one; None where nothing is dropped."""
     check_dropout(dropout_p)
     if dropout_p == 0.0:
         return None
@@ -50,7 +50,7 @@ def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) 
         raise ValueError(
             f"seed: expected an int or an int64 scalar tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
         )
-    return seed
+    return seed if seed.device == device else seed.to(device)
 
 
 def dropout(x: Tensor, dropout_p: float, *, seed: Tensor | int | None = None, site: int = 0) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm import native
 from tfm.errors import BadArgument
-from tfm.operators import norm as operators
+from tfm.operators.autograd import apply
+from tfm.operators.norm import Norm, ResidualNorm
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
+from tfm.ops.registry import namespace_of
 from tfm.reference import norm as reference
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -48,16 +49,11 @@ def layer_norm(
     backend = choose("layer_norm", impl, x, reason, out_dtype, *dtypes_of(weight, bias))
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps, out_dtype)
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import norm as kernels
-
-        namespace = kernels.NAMESPACE
-
-    return operators.norm(
-        namespace, x, weight, bias, eps,
+    call = ResidualNorm(
+        x, None, None, weight, bias, None, eps, dropout_p=0.0, site=0,
         centred=True, weight_offset=0.0, round_first=False, out_dtype=out_dtype,
     )  # fmt: skip
+    return apply(Norm, namespace_of(backend), call)[0]
 
 
 def residual_layer_norm(
@@ -108,16 +104,11 @@ def residual_layer_norm(
     drawn = seed_for(dropout_p, seed, x.device)
     if backend == "reference":
         return reference.residual_layer_norm(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype, drawn, site)
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import norm as kernels
-
-        namespace = kernels.NAMESPACE
-
-    return operators.residual_norm(
-        namespace, x, x_bias, residual, weight, bias, eps, dropout_p, drawn, site,
+    call = ResidualNorm(
+        x, x_bias, residual, weight, bias, drawn, eps, dropout_p, site,
         centred=True, weight_offset=0.0, round_first=False, out_dtype=out_dtype,
     )  # fmt: skip
+    return apply(Norm, namespace_of(backend), call)
 
 
 def rms_norm(
@@ -162,16 +153,11 @@ def rms_norm(
     backend = choose("rms_norm", impl, x, reference_only(x.dtype, out_dtype), out_dtype, *dtypes_of(weight))
     if backend == "reference":
         return reference.rms_norm(x, weight, eps, weight_offset, round_first, out_dtype)
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import norm as kernels
-
-        namespace = kernels.NAMESPACE
-
-    return operators.norm(
-        namespace, x, weight, None, eps,
+    call = ResidualNorm(
+        x, None, None, weight, None, None, eps, dropout_p=0.0, site=0,
         centred=False, weight_offset=weight_offset, round_first=round_first, out_dtype=out_dtype,
     )  # fmt: skip
+    return apply(Norm, namespace_of(backend), call)[0]
 
 
 def residual_rms_norm(
@@ -208,16 +194,11 @@ def residual_rms_norm(
         return reference.residual_rms_norm(
             x, residual, weight, eps, dropout_p, x_bias, weight_offset, round_first, out_dtype, drawn, site
         )
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import norm as kernels
-
-        namespace = kernels.NAMESPACE
-
-    return operators.residual_norm(
-        namespace, x, x_bias, residual, weight, None, eps, dropout_p, drawn, site,
+    call = ResidualNorm(
+        x, x_bias, residual, weight, None, drawn, eps, dropout_p, site,
         centred=False, weight_offset=weight_offset, round_first=round_first, out_dtype=out_dtype,
     )  # fmt: skip
+    return apply(Norm, namespace_of(backend), call)
 
 
 def check_norm(x: Tensor, out_dtype: torch.dtype | None, **parameters: Tensor | None) -> None:

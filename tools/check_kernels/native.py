@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tfm.files import write_atomically
-from tfm.native import plan, toolchain
+from tfm.native import header, plan, toolchain
 from tools.check_kernels.allowed import Allowed
 from tools.check_kernels.compiled import Compiled
 from tools.check_kernels.sass import disassemble
@@ -80,7 +80,7 @@ def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int
     headers = sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
     read = b"".join(path.read_bytes() for path in (Path(__file__), source, *headers))
     columns = [field.name for field in fields(Compiled)]
-    options = repr((version, plan.DEVICE_FLAGS, source.name, capability, columns))
+    options = repr((version, plan.DEVICE_FLAGS, header.digest(), source.name, capability, columns))
     stored = plan.cache() / "checks" / f"{hashlib.sha256(options.encode() + read).hexdigest()[:20]}.json"
     if stored.is_file():
         return [Compiled(**row) for row in json.loads(stored.read_text())]
@@ -101,9 +101,10 @@ def _compile_anew(
     chip = ARCHITECTURES.get(capability, str(capability))
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernels.cubin", Path(folder) / f"{source.stem}.ptx"
+        made = header.write(Path(folder) / "made")
         command = [
             str(nvcc), "-cubin", f"-arch=sm_{chip}", "-Xptxas=-v", "--keep", f"--keep-dir={folder}",
-            *plan.DEVICE_FLAGS, plan.CUDA_DEFINE, *toolchain.includes(csrc), str(source), "-o", str(cubin),
+            *plan.DEVICE_FLAGS, plan.CUDA_DEFINE, *toolchain.includes(csrc, made), str(source), "-o", str(cubin),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = done.stdout + done.stderr

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from tfm.kernels import launch
+from tfm.kernels import launch, tape
 from tfm.operators import cross_entropy
 from tfm.ops import backends
 
-DEVICE, CAPABILITY, MULTIPROCESSORS = 0, 90, 132
+DEVICE, CAPABILITY = 0, 90
+CHIP = launch.Chip(major=9, multiprocessors=132)
 # By name: tfm.ops has functions of these names.
 READERS = [cross_entropy, *map(import_module, ("tfm.ops.attention", "tfm.ops.cross_entropy"))]
 
@@ -43,8 +44,7 @@ def as_on_gpu() -> Iterator[None]:
     """Within the block, what tfm does with CPU tensors is what it does with a GPU's."""
     told: list[tuple[Any, str, Any]] = [
         (backends, "triton_obstacle", lambda device, automatic: ""),
-        (launch, "multiprocessors", lambda device: MULTIPROCESSORS),
-        (launch.feed_forward, "multiprocessors", lambda device: MULTIPROCESSORS),
+        *((module, "chip_of", lambda device: CHIP) for module in (launch, tape)),
         (cross_entropy, "_add_product", _add_product),
         (cross_entropy, "_add_rows", _add_rows),
         # Values on a GPU are not looked at: that would wait for it.

@@ -204,7 +204,11 @@ def served(backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, .
     rows = [row for row in backends.TABLE if row.backend == backend and row.device in ("", device.type)]
     halves = torch.float16, torch.bfloat16
     csrcs = backend == "native" and device.type == "cuda"
-    return {row.operation: halves if csrcs and "attention" in row.operation else row.dtypes for row in rows}
+    return {
+        operation: halves if csrcs and "attention" in operation else row.dtypes
+        for row in rows
+        for operation in row.operations
+    }
 
 
 def missing(backend: str, device: torch.device) -> str:

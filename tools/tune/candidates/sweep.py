@@ -116,7 +116,7 @@ class BackendSweep(Sweep):
 
     @contextmanager
     def recorded(self) -> Iterator[list[tuple[Arguments, Any]]]:
-        rows = (row for row in backends.TABLE if row.operation == self.subject and row.device in ("", "cuda"))
+        rows = (row for row in backends.TABLE if self.subject in row.operations and row.device in ("", "cuda"))
         today = next(rows).backend
         with tfm.use(today):
             yield [({}, today)]

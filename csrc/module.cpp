@@ -1,25 +1,21 @@
-// Every operator of the extension, and the module that Python imports.
+// What the library says of itself, and the module that Python imports.
 //
-// An operator has the schema of its Triton twin, tfm::name, so that tfm/operators/ gives both one fake and one
-// autograd. Its implementations stand at the foot of cpu/name.cpp and cuda/name.cu.
+// Python defines the operators, as it does those of Triton (tfm/operators). Their implementations stand at the foot of
+// the files of their subjects, cpu/name.cpp and cuda/name.cu.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
 
 #include "common/tensor.h"
+#include "operators/digest.h"
 
 STABLE_TORCH_LIBRARY(tfm_native, m) {
     // "avx512", "avx2", "neon", or "none" where no kernel for CPUs can run.
     m.def("instruction_set() -> str");
     m.def("use_instruction_set(str name) -> ()");
     m.def("has_cuda() -> bool");
-
-    m.def("residual_norm(Tensor x, Tensor? x_bias, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed,"
-          " float eps, float dropout_p, int site, bool centred, float weight_offset, bool round_first,"
-          " ScalarType? out_dtype) -> (Tensor y, Tensor? h, Tensor statistics)");
-    m.def("residual_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor statistics, Tensor? weight, Tensor? seed,"
-          " float dropout_p, int site, float weight_offset, ScalarType? dx, ScalarType? dx_bias, ScalarType? dresidual,"
-          " ScalarType? dweight, ScalarType? dbias) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+    // A word for the declarations that it was compiled from.
+    m.def("declarations() -> str");
 
     m.def("embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed,"
           " float scale, float dropout_p, int site) -> Tensor");
@@ -73,12 +69,17 @@ bool has_cuda() {
 #endif
 }
 
+std::string declarations() { return TFM_DECLARATIONS; }
+
 PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "tfm_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tfm_native, CompositeExplicitAutograd, m) { m.impl("has_cuda", TORCH_BOX(&has_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CompositeExplicitAutograd, m) {
+    m.impl("has_cuda", TORCH_BOX(&has_cuda));
+    m.impl("declarations", TORCH_BOX(&declarations));
+}
 
 // Importing it registers the operators; it has no other contents.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit_tfm_native(void) {

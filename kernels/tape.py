@@ -1,0 +1,55 @@
+"""What a launch function does: it makes its outputs, makes scratch memory, and launches kernels, each through a tape.
+
+`Tape` does it at once. tools/check_kernels has one that takes down what would be launched, for tensors without memory
+(torch's device "meta") and for any chip: so the cases that are compiled follow from the launch functions themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import KernelInterface
+
+from tfm.kernels.launch.device import Chip, chip_of
+
+
+class Tape:
+    """Runs launch functions."""
+
+    def chip(self, device: torch.device) -> Chip:
+        """The chip that settings are for."""
+        return chip_of(device)
+
+    def outputs(self, call: Any) -> Any:
+        """The results of an operator's call, still empty."""
+        return call.outputs()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Scratch memory."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Scratch memory that sums are added to."""
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def launch(self, kernel: KernelInterface, grid: tuple[int, ...], options: dict[str, Any], **arguments: Any) -> None:
+        """Launches `kernel` with all of its arguments; they go by place, which takes Triton half the time.
+
+        Args:
+            kernel: a function under triton.jit.
+            grid: how many programs there are.
+            options: num_warps and whatever else the compiler is told.
+            arguments: by the names of the kernel's parameters.
+
+        Raises:
+            TypeError: an argument too many.
+            KeyError: an argument too few.
+        """
+        names = kernel.arg_names  # type: ignore[attr-defined]
+        if len(arguments) != len(names):
+            odd = sorted(set(arguments) ^ set(names))
+            raise TypeError(f"{kernel.fn.__name__}: expected its {len(names)} parameters, got others: {', '.join(odd)}")  # type: ignore[attr-defined]
+        kernel[grid](*[arguments[name] for name in names], **options)  # type: ignore[index]

@@ -1,0 +1,47 @@
+"""The operators of Triton's kernels, `torch.ops.tfm`: opaque to torch.compile, and imported when they are first called.
+
+Without triton, or where nobody asks for it, the kernels' modules stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from tfm import native
+from tfm.operators import OPERATORS, Operator, define
+
+NAMESPACE = "tfm"
+
+
+def namespace_of(backend: str) -> str:
+    """The namespace in torch.ops whose operators the backend, "triton" or "native", computes."""
+    return native.NAMESPACE if backend == "native" else NAMESPACE
+
+
+def _kernel(item: Operator) -> Callable:
+    """What torch calls for the operator: its launch function, run on the device of the first argument, a tensor."""
+    launch: Callable | None = None
+    tape: Any = None
+    make = item.arguments._make
+
+    def computed(*arguments: Any) -> Any:
+        nonlocal launch, tape
+        if launch is None:
+            launch = getattr(import_module(f"tfm.kernels.{item.subject}"), item.name)
+            tape = import_module("tfm.kernels.tape").Tape()
+        with torch.cuda.device_of(arguments[0]):
+            return launch(tape, make(arguments))
+
+    return computed
+
+
+_library = define(NAMESPACE, native=False)
+for _item in OPERATORS.values():
+    if not _item.is_native_only:
+        # On CPU tensors in Triton's interpreter.
+        for _device in ("CUDA", "CPU"):
+            _library.impl(_item.name, _kernel(_item), _device)

@@ -203,8 +203,15 @@ def _compiling() -> Iterator[None]:
 
 @cache
 def cases_of(module: str, every: bool) -> list[Case]:
-    """The cases that `module` lists; imported late, so that only workers import triton."""
-    return [case for family in importlib.import_module(module).ALL for case in family(every)]
+    """The cases that `module` lists, those that differ in nothing but their names once.
+
+    Imported late, so that only workers import triton.
+    """
+    found: dict[str, Case] = {}
+    for family in importlib.import_module(module).ALL:
+        for case in family(every):
+            found.setdefault(repr(replace(case, name="")), case)
+    return list(found.values())
 
 
 def _names_and_chips(module: str, every: bool, chosen: bool) -> list[tuple[str, tuple[int, ...] | None]]:

@@ -5,8 +5,7 @@ from tools.check_kernels.cases.cross_entropy import cross_entropy_cases
 from tools.check_kernels.cases.decode_attention import decode_attention_cases
 from tools.check_kernels.cases.embedding import embedding_cases
 from tools.check_kernels.cases.feed_forward import feed_forward_cases
-from tools.check_kernels.cases.layer_norm import layer_norm_cases
-from tools.check_kernels.cases.rms_norm import rms_norm_cases
+from tools.check_kernels.cases.norm import norm_cases
 from tools.check_kernels.cases.rotary import rotary_cases
 from tools.check_kernels.cases.short_attention import score_cases, short_attention_cases
 
@@ -15,9 +14,8 @@ ALL = (
     cross_entropy_cases,
     decode_attention_cases,
     feed_forward_cases,
-    layer_norm_cases,
+    norm_cases,
     embedding_cases,
-    rms_norm_cases,
     rotary_cases,
     score_cases,
     short_attention_cases,

@@ -1,51 +1,46 @@
-"""What LayerNorm and RMSNorm are compiled with."""
+"""LayerNorm and RMSNorm behind bias, dropout and residual, with fp32 parameters and every gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from tfm.kernels import launch, norm
+from tfm.kernels import norm
+from tfm.operators.norm import ResidualNorm, ResidualNormBackward
 from tools.check_kernels.cases.case import DTYPES, Case
+from tools.check_kernels.described import chip, described, meta
 
 POWERS = [1 << bits for bits in range(4, 16)]
 EVERYTHING = POWERS + [power - 1 for power in POWERS]
+# Rows of odd length need the most registers.
+HUNGRY = {True: (63, 1024, 4095, 8192, 32767), False: (1024, 8191)}
 
 
-def norm_cases(operation: str, hungry: tuple[int, ...], every: bool, centred: bool) -> Iterator[Case]:
-    """Bias, dropout, residual, fp32 parameters and every gradient, at the `hungry` columns or at all; those whose rows
-    are of odd length need the most registers."""
-    weighting = {"CENTRED": centred, "WEIGHT_OFFSET": 0.0 if centred else 1.0}
-    for given, stored in DTYPES:
-        dtype = given if given == stored else f"{given}+{stored}"
-        data, stream, single = f"*{given}:16", f"*{stored}:16", "*fp32:16"
-        numbers = {"rows": "i32", "threshold": "i32", "scale": "fp32", "site": "i32", "seed": "*i64:16"}
-        saved = {"h": stream, "statistics": single, "weight": single}
-        for columns in EVERYTHING if every else hungry:
-            aligned = columns % 16 == 0
-
-            tiles = launch.norm_forward(columns, columns, aligned)
-            tensors: dict[str, Any] = {"x": data, "x_bias": single, "residual": stream, "y": stream, "eps": "fp32"}
-            tensors |= {"bias": single if centred else None, "ROUND_FIRST": not centred}
-            shape = _shape(columns, tiles, "columns", "x_stride", "residual_stride")
-            yield Case(
-                f"{operation}_forward {columns} {dtype}", norm.norm_forward_kernel,
-                {**saved, **numbers, **weighting, **tensors, **shape},
-                tiles.num_warps, max_registers=tiles.max_registers,
-            )  # fmt: skip
-
-            for x_bias in (False, True) if every else (True,):
-                tiles = launch.norm_backward(columns, columns, aligned, x_bias or given != stored, multiprocessors=132)
-                tensors = {"dy": stream, "dh": stream, "dx": data, "dresidual": stream, "partials": single}
-                tensors |= {"DWEIGHT": True, "DBIAS": centred, "DX_BIAS": x_bias, "STAGES": tiles.stages}
-                shape = _shape(columns, tiles, "columns", "dy_stride", "dh_stride", "h_stride")
-                yield Case(
-                    f"{operation}_backward{' x_bias' * x_bias} {columns} {dtype}", norm.norm_backward_kernel,
-                    {**saved, **numbers, **weighting, **tensors, **shape},
-                    tiles.num_warps, max_registers=tiles.max_registers,
-                )  # fmt: skip
+def norm_cases(every: bool) -> Iterator[Case]:
+    """Both norms in every dtype: LayerNorm, and an RMSNorm of 1 + weight that rounds before the weight."""
+    for centred in (True, False):
+        for given, stored in DTYPES:
+            for columns in EVERYTHING if every else HUNGRY[centred]:
+                yield from _cases(centred, given, stored, columns, (False, True) if every else (True,))
 
 
-def _shape(columns: int, tiles: launch.RowTiles, *numbers: str) -> dict[str, Any]:
-    blocks = {"BLOCK_ROWS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns, "CHUNKS": tiles.chunks}
-    return {**blocks, **dict.fromkeys(numbers, "i32" if columns % 16 else "i32:16")}
+def _cases(centred: bool, given: str, stored: str, columns: int, with_x_bias: tuple[bool, ...]) -> Iterator[Case]:
+    name = "layer_norm" if centred else "rms_norm"
+    label = f"{name} {columns} {given if given == stored else f'{given}+{stored}'}"
+    rows, on = columns, chip(9)
+    x, residual, seed = meta(rows, columns, dtype=given), meta(rows, columns, dtype=stored), meta(dtype="i64")
+    vector = meta(columns, dtype="fp32")
+    bias = vector if centred else None
+    call = ResidualNorm(
+        x, vector, residual, vector, bias, seed, eps=1e-5, dropout_p=0.1, site=0,
+        centred=centred, weight_offset=0.0 if centred else 1.0, round_first=not centred, out_dtype=None,
+    )  # fmt: skip
+    yield from described(label, norm.residual_norm, call, on)
+    y, h, statistics = call.outputs()
+    assert h is not None
+    for x_bias in with_x_bias:
+        backward = ResidualNormBackward(
+            y, h, h, statistics, vector, seed, call.dropout_p, call.site, call.weight_offset, dx=x.dtype,
+            dx_bias=vector.dtype if x_bias else None, dresidual=residual.dtype, dweight=vector.dtype,
+            dbias=vector.dtype if centred else None,
+        )  # fmt: skip
+        yield from described(f"{'x_bias ' * x_bias}{label}", norm.residual_norm_backward, backward, on)

@@ -1,0 +1,95 @@
+"""The cases that a launch function comes to: it runs on tensors without memory, and what it would launch is taken down.
+
+Triton specialises on the same things here as at a launch: absent tensors and constants, numbers that are 1 and those
+that are multiples of 16, where the kernel does not forbid it. Addresses count as aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from tfm.kernels.launch import Chip
+from tfm.kernels.tape import Tape
+from tools.check_kernels.cases.case import Case
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.int16: "i16", torch.bool: "i1", torch.uint8: "u8",
+}  # fmt: skip
+# Multiprocessors of the chips whose settings ask for their number.
+MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}
+
+
+def chip(major: int) -> Chip:
+    """A chip of this generation for settings."""
+    return Chip(major, MULTIPROCESSORS[major])
+
+
+def meta(*shape: int, dtype: str = "bf16") -> Tensor:
+    """A tensor of this shape without memory; its dtype by Triton's name."""
+    types = {name: dtype for dtype, name in TYPES.items()}
+    return torch.empty(shape, dtype=types[dtype], device="meta")
+
+
+class DescribingTape(Tape):
+    """Takes down what would be launched on a chip."""
+
+    def __init__(self, on: Chip) -> None:
+        self.on = on
+        self.launches: list[tuple[JITFunction, dict[str, Any], dict[str, Any]]] = []
+
+    def chip(self, device: torch.device) -> Chip:
+        """The chip that settings are for."""
+        return self.on
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], options: dict[str, Any], **arguments: Any) -> None:
+        """Keeps the kernel, its options and its arguments."""
+        self.launches.append((kernel, options, arguments))
+
+
+def described(
+    label: str, launch: Callable[..., Any], call: Any, on: Chip, *, matrix: Sequence[str] = (),
+    capabilities: tuple[int, ...] | None = None,
+) -> Iterator[Case]:  # fmt: skip
+    """A case for each launch of `launch(tape, call)`, named by the kernel and `label`.
+
+    Args:
+        label: what the case's name has behind the kernel's.
+        launch: a launch function of tfm.kernels.
+        call: the operator's arguments, on meta tensors.
+        on: the chip that its settings are for.
+        matrix: the kernels, by the beginnings of their names, that multiply matrices.
+        capabilities: the chips that are given these settings; None for all.
+    """
+    tape = DescribingTape(on)
+    launch(tape, call)
+    for kernel, options, arguments in tape.launches:
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        written = {parameter.name: _written(parameter, arguments[parameter.name]) for parameter in kernel.params}
+        case = Case(f"{name} {label}", kernel, written, options["num_warps"], matrix=name.startswith(tuple(matrix)))
+        if "num_stages" in options:
+            case = replace(case, num_stages=options["num_stages"])
+        yield replace(case, max_registers=options.get("maxnreg"), capabilities=capabilities)
+
+
+def _written(parameter: Any, argument: Any) -> Any:
+    """An argument as Case writes it."""
+    if parameter.is_constexpr or argument is None:
+        return argument
+    aligned = "" if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment else ":16"
+    if isinstance(argument, Tensor):
+        return f"*{TYPES[argument.dtype]}{aligned}"
+    if isinstance(argument, bool):
+        return "i1"
+    if isinstance(argument, float):
+        return "fp32"
+    if argument == 1 and not parameter.do_not_specialize:
+        return 1
+    kind = "i32" if -(2**31) <= argument < 2**31 else "i64"
+    return kind + aligned if argument % 16 == 0 else kind

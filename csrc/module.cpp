@@ -26,19 +26,6 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
           " bool inverse) -> (Tensor, Tensor?)");
     m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved) -> ()");
 
-    m.def("activation_dropout(Tensor pre, bool gated, str activation, float dropout_p, Tensor? seed, int site)"
-          " -> Tensor");
-    m.def("linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"
-          " float dropout_p, Tensor? seed, int site, bool save) -> (Tensor hidden, Tensor pre)");
-    m.def("linear_activation_backward(Tensor dy, Tensor weight, Tensor saved, bool gated, str activation,"
-          " float dropout_p, Tensor? seed, int site, bool recompute, ScalarType? dbias)"
-          " -> (Tensor, Tensor?, Tensor?)");
-
-    // Of a chunk of logits, in place; what tfm/native/cross_entropy.py calls between its products.
-    m.def("cross_entropy_(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor(b!)? losses, int ignore_index,"
-          " float label_smoothing, float z_loss, float? softcap, bool want_gradient, Tensor? grad, Tensor? divisor)"
-          " -> ()");
-
 #define ATTENTION                                                                                                      \
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? words, Tensor? reach, Tensor? sinks,"               \
     " Tensor? cu_seq_q, Tensor? cu_seq_k, Tensor? key_lengths, Tensor? starts, Tensor? seed, SymInt max_q,"            \

@@ -19,6 +19,7 @@ from cross_entropy_cases import (
     assert_operators_obey_torch,
     inputs_of,
     kernel,
+    losses_of,
     run,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,8 +28,7 @@ from triton.runtime.jit import KernelInterface
 
 from tfm import ops
 from tfm.kernels import launch
-from tfm.kernels.cross_entropy import linear as kernels
-from tfm.operators import cross_entropy as operators
+from tfm.operators.cross_entropy import times
 from tfm.reference import cross_entropy as reference
 
 
@@ -68,7 +68,7 @@ def test_a_target_that_is_no_class(wrong, kernel_device, streamed, monkeypatch):
     given = (*inputs, target)
     spoilt = torch.tensor([False, True, False], device=kernel_device)
     for losses in (
-        operators.linear_cross_entropy(kernels.NAMESPACE, *given, "none", -100, 0.1, 0.0, None),  # streamed
+        losses_of("tfm", *given),  # streamed
         _stored_losses(monkeypatch, given),
     ):
         assert torch.equal(losses.isnan(), spoilt)
@@ -78,7 +78,7 @@ def test_a_target_that_is_no_class(wrong, kernel_device, streamed, monkeypatch):
 
 def _stored_losses(monkeypatch, given):
     monkeypatch.setattr(launch, "streaming_cross_entropy", lambda *_: None)
-    return operators.linear_cross_entropy(kernels.NAMESPACE, *given, "none", -100, 0.1, 0.0, None)
+    return losses_of("tfm", *given)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -103,11 +103,11 @@ def test_waits_for_nothing(reduction, kernel_device, chunks_of_3, request):
         target[0].item()
     with NoWaiting():
         for needs in ([True] * 3, [False] * 3):
-            loss, scale, *_ = kernels.linear_cross_entropy_forward(*given, target, reduction, *options, needs)
+            loss, scale, *_ = torch.ops.tfm.linear_cross_entropy(*given, target, reduction, *options, needs)
         if reduction == "none":
-            kernels.linear_cross_entropy_backward(torch.ones_like(loss), *given, target, *options, [True] * 3)
+            torch.ops.tfm.linear_cross_entropy_backward(torch.ones_like(loss), *given, target, *options, [True] * 3)
         else:
-            operators.times(given[0], scale, torch.float16)
+            times(given[0], scale, torch.float16)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
-from tfm.kernels.feed_forward.linear_activation import NAMESPACE
-from tfm.operators import feed_forward as operators
+from tfm.operators.autograd import apply
+from tfm.operators.feed_forward import FeedForward, Network
 
 
 @pytest.fixture
@@ -165,8 +165,11 @@ def test_explicit_triton_says_why_not(kernel_device):
 
 
 def test_the_function_itself_is_for_one_backward_alone(kernel_device):
-    x, *parameters = inputs_of(5, 17, 20, 9, kernel_device)
-    function = lambda x: operators.feed_forward(NAMESPACE, x, *parameters, "gelu", 0.0, None, 0)  # noqa: E731
+    x, w1, b1, w2, b2 = inputs_of(5, 17, 20, 9, kernel_device)
+
+    def function(x):
+        return apply(FeedForward, "tfm", Network(x, w1, None, b1, w2, b2, False, "gelu", 0.0, None, 0))
+
     with pytest.raises(RuntimeError, match="must override the setup_context"):
         torch.vmap(function)(x)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):

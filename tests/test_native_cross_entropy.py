@@ -24,14 +24,16 @@ from cross_entropy_cases import (
     assert_takes_expanded_gradients,
     fused,
     inputs_of,
+    losses_of,
     run,
     some_ignored,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tfm.native import NAMESPACE
 from tfm.native import cross_entropy as implementation
-from tfm.operators import cross_entropy as operators
+from tfm.operators.chunks import Chunks
 
 pytestmark = native.MARKS
 CPU = torch.device("cpu")
@@ -135,9 +137,9 @@ def test_nan_in_ignored_rows_stays_there(reduction, chunks_of_3):
 def test_ignored_rows_cost_nothing_but_a_look(monkeypatch):
     shapes = []
     kernel = implementation.CHUNKS.cross_entropy_
-    watched = lambda logits, *args: shapes.append(tuple(logits.shape)) or kernel(logits, *args)  # noqa: E731
+    watched = lambda call: shapes.append(tuple(call.logits.shape)) or kernel(call)  # noqa: E731
     monkeypatch.setattr(
-        implementation, "CHUNKS", operators.Chunks(watched, implementation.logits_rows, implementation.CHUNKS.padding)
+        implementation, "CHUNKS", Chunks(watched, implementation.logits_rows, implementation.CHUNKS.padding)
     )
     inputs, target = inputs_of(8, 8, 17, CPU)
     run(fused("native"), inputs, some_ignored(target))
@@ -153,7 +155,7 @@ def test_obeys_autocast(reduction, chunks_of_3):
 def test_a_target_that_is_no_class(wrong):
     inputs, target = inputs_of(3, 8, 17, CPU)
     target[1] = wrong
-    losses = operators.linear_cross_entropy(implementation.NAMESPACE, *inputs, target, "none", -100, 0.1, 0.0, None)
+    losses = losses_of(NAMESPACE, *inputs, target)
     spoilt = torch.tensor([False, True, False])
     assert torch.equal(losses.isnan(), spoilt)
     assert torch.equal(torch.autograd.grad(losses.sum(), inputs[0])[0].isnan().all(dim=1), spoilt)
@@ -251,7 +253,7 @@ def test_chunks_of_logits_fit_their_budget(rows, width, itemsize):
 
 
 def test_operators_obey_torch(chunks_of_3):
-    assert_operators_obey_torch(implementation.NAMESPACE, CPU, torch.bfloat16)
+    assert_operators_obey_torch(NAMESPACE, CPU, torch.bfloat16)
 
 
 def test_compiles_whole():

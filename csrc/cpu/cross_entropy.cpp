@@ -176,6 +176,7 @@ void cross_entropy(const CrossEntropy& call, float* scratch, int64_t first_row, 
 #include <memory>
 
 #include "cpu/rows.h"
+#include "operators/cross_entropy.h"
 
 namespace tfm {
 
@@ -183,26 +184,24 @@ namespace {
 
 // In place: of logits whose rows are contiguous, with contiguous vectors, all but the target in fp32. The gradient is
 // that of the loss times grad[row] / divisor.
-void cross_entropy_(Tensor logits, MaybeTensor bias, Tensor target, MaybeTensor losses, int64_t ignore_index,
-                    double label_smoothing, double z_loss, std::optional<double> softcap, bool want_gradient,
-                    MaybeTensor grad, MaybeTensor divisor) {
-    const int64_t rows = logits.size(0), classes = logits.size(1);
-    const Width width = width_of(logits.scalar_type());
+void cross_entropy_(const arguments::CrossEntropy_& a) {
+    const int64_t rows = a.logits.size(0), classes = a.logits.size(1);
+    const Width width = width_of(a.logits.scalar_type());
     STD_TORCH_CHECK(width != Width::HALF, "logits: expected float32 or bfloat16, got float16");
     const bool narrow = width == Width::BFLOAT16;
     const CrossEntropy call{
-        .logits = {logits.data_ptr(), narrow, logits.stride(0)},
-        .bias = data_of<float>(bias),
-        .target = static_cast<const int64_t*>(target.const_data_ptr()),
-        .losses = data_of<float>(losses),
-        .grad = data_of<float>(grad),
-        .divisor = data_of<float>(divisor),
+        .logits = {a.logits.data_ptr(), narrow, a.logits.stride(0)},
+        .bias = data_of<float>(a.bias),
+        .target = static_cast<const int64_t*>(a.target.const_data_ptr()),
+        .losses = data_of<float>(a.losses),
+        .grad = data_of<float>(a.grad),
+        .divisor = data_of<float>(a.divisor),
         .classes = classes,
-        .ignore_index = ignore_index,
-        .smoothing = static_cast<float>(label_smoothing),
-        .z_loss = static_cast<float>(z_loss),
-        .softcap = static_cast<float>(softcap.value_or(0.0)),
-        .want_gradient = want_gradient,
+        .ignore_index = a.ignore_index,
+        .smoothing = static_cast<float>(a.label_smoothing),
+        .z_loss = static_cast<float>(a.z_loss),
+        .softcap = static_cast<float>(a.softcap.value_or(0.0)),
+        .want_gradient = a.want_gradient,
     };
     for_rows(rows, classes, [&](int64_t begin, int64_t end) {
         const auto scratch = narrow ? std::make_unique_for_overwrite<float[]>(classes) : nullptr;
@@ -212,7 +211,7 @@ void cross_entropy_(Tensor logits, MaybeTensor bias, Tensor target, MaybeTensor 
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_)); }
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { implement<arguments::CrossEntropy_, cross_entropy_>(m); }
 
 } // namespace tfm
 

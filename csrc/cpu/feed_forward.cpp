@@ -1,5 +1,5 @@
 // The hidden layer of a feed-forward network around torch's own products: the formulas of
-// kernels/feed_forward/activation_dropout.py.
+// kernels/feed_forward/elementwise.py.
 //
 // Forward: torch multiplies x by the weight, and one pass goes over the product where it lies: bias, activation, gate
 // and dropout. It leaves the pre-activation in place and hidden beside it, or hidden in place where nothing is kept.
@@ -168,6 +168,7 @@ void hidden_backward(const HiddenBackward& call, int64_t first, int64_t last) {
 #include <array>
 
 #include "cpu/rows.h"
+#include "operators/feed_forward.h"
 
 namespace tfm {
 
@@ -210,54 +211,49 @@ void fill_hidden(const Tensor& product, const MaybeTensor& bias, const Tensor& h
     for_rows(rows, columns, [&](int64_t begin, int64_t end) { TFM_RUN(hidden_forward, call, begin, end); });
 }
 
-Tensor activation_dropout(Tensor pre, bool gated, std::string activation, double dropout_p, MaybeTensor seed,
-                          int64_t site) {
-    const int64_t columns = gated ? pre.size(1) / 2 : pre.size(1);
-    Tensor hidden = empty({pre.size(0), columns}, pre.scalar_type(), pre);
-    fill_hidden(pre, {}, hidden, true, gated, activation_of(activation), dropout_of(seed, dropout_p, site));
+Tensor activation_dropout(const arguments::ActivationDropout& a) {
+    const int64_t columns = a.gated ? a.pre.size(1) / 2 : a.pre.size(1);
+    Tensor hidden = empty({a.pre.size(0), columns}, a.pre.scalar_type(), a.pre);
+    fill_hidden(a.pre, {}, hidden, true, a.gated, activation_of(a.activation), dropout_of(a.seed, a.dropout_p, a.site));
     return hidden;
 }
 
-std::tuple<Tensor, Tensor> linear_activation(Tensor x, Tensor weight, MaybeTensor up_weight, MaybeTensor bias,
-                                             bool gated, std::string activation, double dropout_p, MaybeTensor seed,
-                                             int64_t site, bool save) {
-    STD_TORCH_CHECK(!(gated && bias), "bias: expected None beside a gate, got a tensor");
-    const Activation function = activation_of(activation);
-    const int64_t rows = x.size(0), columns = gated && !up_weight ? weight.size(0) / 2 : weight.size(0);
-    const bool keep = save && !(function == Activation::RELU && !gated);
+std::tuple<Tensor, Tensor> linear_activation(const arguments::LinearActivation& a) {
+    STD_TORCH_CHECK(!(a.gated && a.bias), "bias: expected None beside a gate, got a tensor");
+    const Activation function = activation_of(a.activation);
+    const int64_t rows = a.x.size(0), columns = a.gated && !a.up_weight ? a.weight.size(0) / 2 : a.weight.size(0);
+    const bool keep = a.save && !(function == Activation::RELU && !a.gated);
     Tensor product;
-    if (bias && x.scalar_type() != ScalarType::Float) {
-        product = linear(x, weight, torch::stable::to(*bias, x.scalar_type()));
+    MaybeTensor bias = a.bias; // none where the product has it
+    if (bias && a.x.scalar_type() != ScalarType::Float) {
+        product = linear(a.x, a.weight, torch::stable::to(*bias, a.x.scalar_type()));
         bias.reset();
-    } else if (up_weight) {
-        product = empty({rows, 2 * columns}, x.scalar_type(), x);
-        linear_into(x, weight, torch::stable::narrow(product, 1, 0, columns));
-        linear_into(x, *up_weight, torch::stable::narrow(product, 1, columns, columns));
+    } else if (a.up_weight) {
+        product = empty({rows, 2 * columns}, a.x.scalar_type(), a.x);
+        linear_into(a.x, a.weight, torch::stable::narrow(product, 1, 0, columns));
+        linear_into(a.x, *a.up_weight, torch::stable::narrow(product, 1, columns, columns));
     } else {
-        product = linear(x, weight, {});
+        product = linear(a.x, a.weight, {});
     }
-    Tensor hidden = keep || gated ? empty({rows, columns}, x.scalar_type(), x) : product;
-    fill_hidden(product, bias, hidden, keep, gated, function, dropout_of(seed, dropout_p, site));
-    return {hidden, keep ? product : empty({0}, x.scalar_type(), x)};
+    Tensor hidden = keep || a.gated ? empty({rows, columns}, a.x.scalar_type(), a.x) : product;
+    fill_hidden(product, bias, hidden, keep, a.gated, function, dropout_of(a.seed, a.dropout_p, a.site));
+    return {hidden, keep ? product : empty({0}, a.x.scalar_type(), a.x)};
 }
 
-std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(Tensor dy, Tensor weight, Tensor saved,
-                                                                        bool gated, std::string activation,
-                                                                        double dropout_p, MaybeTensor seed,
-                                                                        int64_t site, bool recompute, MaybeType dbias) {
-    const Activation function = activation_of(activation);
-    Tensor dhidden = torch::stable::matmul(dy, weight);
+std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const arguments::LinearActivationBackward& a) {
+    const Activation function = activation_of(a.activation);
+    Tensor dhidden = torch::stable::matmul(a.dy, a.weight);
     const int64_t rows = dhidden.size(0), columns = dhidden.size(1);
-    Tensor dpre = gated ? empty({rows, 2 * columns}, dy.scalar_type(), dy) : dhidden;
+    Tensor dpre = a.gated ? empty({rows, 2 * columns}, a.dy.scalar_type(), a.dy) : dhidden;
     const RowBlocks blocks(rows);
     MaybeTensor hidden, sums, dbias_sum;
-    if (recompute)
-        hidden = empty({rows, columns}, saved.scalar_type(), dy);
-    if (dbias) {
-        sums = empty({blocks.count, 1, columns}, ScalarType::Float, dy);
-        dbias_sum = empty({columns}, *dbias, dy);
+    if (a.recompute)
+        hidden = empty({rows, columns}, a.saved.scalar_type(), a.dy);
+    if (a.dbias) {
+        sums = empty({blocks.count, 1, columns}, ScalarType::Float, a.dy);
+        dbias_sum = empty({columns}, *a.dbias, a.dy);
     }
-    const Rows saved_rows(saved);
+    const Rows saved_rows(a.saved);
     const HiddenBackward call{
         .dhidden = matrix(Rows(dhidden)),
         .saved = matrix(saved_rows),
@@ -268,8 +264,8 @@ std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(Tensor d
         .columns = columns,
         .block_rows = blocks.rows,
         .activation = function,
-        .gated = gated,
-        .dropout = dropout_of(seed, dropout_p, site),
+        .gated = a.gated,
+        .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     for_rows(blocks.count, blocks.rows * columns,
              [&](int64_t begin, int64_t end) { TFM_RUN(hidden_backward, call, begin, end); });
@@ -281,9 +277,9 @@ std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(Tensor d
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
-    m.impl("activation_dropout", TORCH_BOX(&activation_dropout));
-    m.impl("linear_activation", TORCH_BOX(&linear_activation));
-    m.impl("linear_activation_backward", TORCH_BOX(&linear_activation_backward));
+    implement<arguments::ActivationDropout, activation_dropout>(m);
+    implement<arguments::LinearActivation, linear_activation>(m);
+    implement<arguments::LinearActivationBackward, linear_activation_backward>(m);
 }
 
 } // namespace tfm

@@ -1,5 +1,5 @@
-// A linear layer with activation, gate and dropout: torch's product, then what kernels/feed_forward/activation_dropout.py writes of
-// its elements, forward and backward, in one kernel each.
+// A linear layer with activation, gate and dropout: torch's product, then what kernels/feed_forward/elementwise.py
+// writes of its elements, forward and backward, in one kernel each.
 //
 //     hidden = mask · f(a) / (1 - p)        hidden = mask · f(g) · u / (1 - p)
 //     da = e · f'(a)                        dg = e · u · f'(g)        du = e · f(g)        e = mask · dhidden / (1 - p)
@@ -20,6 +20,7 @@
 #include "cuda/activations.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/sums.cuh"
+#include "operators/feed_forward.h"
 
 namespace tfm::cuda {
 namespace {
@@ -183,11 +184,10 @@ void fill(const Tensor& pre, const Tensor& hidden, bool gated, const std::string
     });
 }
 
-Tensor activation_dropout(Tensor pre, bool gated, std::string activation, double dropout_p, MaybeTensor seed,
-                          int64_t site) {
-    const OnDevice device(pre);
-    Tensor hidden = empty({pre.size(0), gated ? pre.size(1) / 2 : pre.size(1)}, pre.scalar_type(), pre);
-    fill(pre, hidden, gated, activation, dropout_p, seed, site, device);
+Tensor activation_dropout(const arguments::ActivationDropout& a) {
+    const OnDevice device(a.pre);
+    Tensor hidden = empty({a.pre.size(0), a.gated ? a.pre.size(1) / 2 : a.pre.size(1)}, a.pre.scalar_type(), a.pre);
+    fill(a.pre, hidden, a.gated, a.activation, a.dropout_p, a.seed, a.site, device);
     return hidden;
 }
 
@@ -214,39 +214,34 @@ Tensor gate_and_up(const Tensor& x, const Tensor& gate, const Tensor& up) {
     return pre;
 }
 
-std::tuple<Tensor, Tensor> linear_activation(Tensor x, Tensor weight, MaybeTensor up_weight, MaybeTensor bias,
-                                             bool gated, std::string activation, double dropout_p, MaybeTensor seed,
-                                             int64_t site, bool save) {
-    STD_TORCH_CHECK(!(bias && up_weight), "expected no bias beside an up_weight");
-    const OnDevice device(x);
-    const Tensor pre = up_weight ? gate_and_up(x, weight, *up_weight) : linear(x, weight, bias);
-    const bool kept = save && !keeps_hidden(gated, activation);
-    const int64_t columns = gated ? pre.size(1) / 2 : pre.size(1);
-    const Tensor hidden = kept || gated ? empty({pre.size(0), columns}, x.scalar_type(), x) : pre;
-    fill(pre, hidden, gated, activation, dropout_p, seed, site, device);
-    return {hidden, kept ? pre : empty({0}, x.scalar_type(), x)};
+std::tuple<Tensor, Tensor> linear_activation(const arguments::LinearActivation& a) {
+    STD_TORCH_CHECK(!(a.bias && a.up_weight), "expected no bias beside an up_weight");
+    const OnDevice device(a.x);
+    const Tensor pre = a.up_weight ? gate_and_up(a.x, a.weight, *a.up_weight) : linear(a.x, a.weight, a.bias);
+    const bool kept = a.save && !keeps_hidden(a.gated, a.activation);
+    const int64_t columns = a.gated ? pre.size(1) / 2 : pre.size(1);
+    const Tensor hidden = kept || a.gated ? empty({pre.size(0), columns}, a.x.scalar_type(), a.x) : pre;
+    fill(pre, hidden, a.gated, a.activation, a.dropout_p, a.seed, a.site, device);
+    return {hidden, kept ? pre : empty({0}, a.x.scalar_type(), a.x)};
 }
 
-std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(Tensor dy, Tensor weight, Tensor saved,
-                                                                        bool gated, std::string activation,
-                                                                        double dropout_p, MaybeTensor seed,
-                                                                        int64_t site, bool recompute, MaybeType dbias) {
-    const OnDevice device(saved);
-    const Tensor dhidden = torch::stable::matmul(dy, weight);
-    const Rows dhidden_rows(dhidden), saved_rows(saved);
-    const int64_t rows = dhidden_rows.rows, columns = weight.size(1);
-    const Tensor dpre = empty(shape_of(saved), saved.scalar_type(), saved);
+std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const arguments::LinearActivationBackward& a) {
+    const OnDevice device(a.saved);
+    const Tensor dhidden = torch::stable::matmul(a.dy, a.weight);
+    const Rows dhidden_rows(dhidden), saved_rows(a.saved);
+    const int64_t rows = dhidden_rows.rows, columns = a.weight.size(1);
+    const Tensor dpre = empty(shape_of(a.saved), a.saved.scalar_type(), a.saved);
     MaybeTensor hidden, sums, partials;
-    if (recompute)
-        hidden = empty({rows, columns}, saved.scalar_type(), saved);
+    if (a.recompute)
+        hidden = empty({rows, columns}, a.saved.scalar_type(), a.saved);
     const Strips strips(columns);
     const dim3 block = strips.block();
     int64_t row_blocks = divide_up<int64_t>(rows, block.y);
-    if (dbias) {
-        sums = empty({columns}, *dbias, saved);
+    if (a.dbias) {
+        sums = empty({columns}, *a.dbias, a.saved);
         // Eight blocks a multiprocessor: few partial sums, and still enough loads under way.
         row_blocks = std::min<int64_t>(row_blocks, divide_up(8 * device.multiprocessors, strips.count));
-        partials = empty({row_blocks, 1, columns}, ScalarType::Float, saved);
+        partials = empty({row_blocks, 1, columns}, ScalarType::Float, a.saved);
     }
     const Call call{
         .pre = matrix(saved_rows),
@@ -257,15 +252,15 @@ std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(Tensor d
         .rows = rows,
         .block_rows = row_blocks > 0 ? divide_up(rows, row_blocks) : 0,
         .columns = static_cast<int>(columns),
-        .gated = gated,
-        .keeps_hidden = keeps_hidden(gated, activation),
-        .activation = activation_of(activation),
-        .dropout = dropout_of(seed, dropout_p, site),
+        .gated = a.gated,
+        .keeps_hidden = keeps_hidden(a.gated, a.activation),
+        .activation = activation_of(a.activation),
+        .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     if (rows > 0)
         with_access(columns, {call.pre, call.dhidden, call.dpre, call.hidden}, {}, [&](auto way) {
             launch(activation_dropout_backward_kernel<decltype(way)>, strips.grid(row_blocks), block,
-                   dbias ? THREADS * sizeof(Octet) : 0, device.stream, call);
+                   a.dbias ? THREADS * sizeof(Octet) : 0, device.stream, call);
         });
     if (sums)
         sum_partials(*partials, {sums}, device);
@@ -275,9 +270,9 @@ std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(Tensor d
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, TFM_CUDA_KEY, m) {
-    m.impl("activation_dropout", TORCH_BOX(&activation_dropout));
-    m.impl("linear_activation", TORCH_BOX(&linear_activation));
-    m.impl("linear_activation_backward", TORCH_BOX(&linear_activation_backward));
+    implement<arguments::ActivationDropout, activation_dropout>(m);
+    implement<arguments::LinearActivation, linear_activation>(m);
+    implement<arguments::LinearActivationBackward, linear_activation_backward>(m);
 }
 
 } // namespace tfm::cuda

@@ -18,13 +18,14 @@ running maximum for each column would take two. Where a row fits the registers i
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
 from tfm.kernels.activations import tanh
+from tfm.kernels.tape import Tape
+from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
 
 # Neighbouring columns that share a maximum: what one 16-byte load of 16-bit logits gives a thread.
 GROUP = tl.constexpr(8)
@@ -73,13 +74,13 @@ def loss_of_row(top, logarithm, peak, total, classes, smoothing, z_loss):
 
 @triton.jit(do_not_specialize=["classes", "ignore_index"])
 def cross_entropy_kernel(
-    logits, bias, target, losses, grad, largest,
+    logits, bias, target, losses, grad, divisor,
     classes, width, ignore_index, smoothing, z_loss, softcap,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Each program takes one row: its loss where wanted, and its gradient in place of the logits.
 
-    The gradient is that of the loss times grad[row] / largest, of the loss alone where grad is None.
+    The gradient is that of the loss times grad[row] / divisor, of the loss alone where grad is None.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits + row * width
@@ -133,7 +134,7 @@ def cross_entropy_kernel(
                 floor += tl.cast(smoothing, tl.float32) / classes
             factor = 1.0
             if grad is not None:
-                factor = tl.load(grad + row) / tl.load(largest)
+                factor = tl.load(grad + row) / tl.load(divisor)
             for chunk in range(CHUNKS):
                 column = chunk * BLOCK + group
                 if CHUNKS > 1:
@@ -167,40 +168,35 @@ def mean_loss_kernel(losses, target, loss, scale, rows, chunks, ignore_index, ME
     tl.store(scale, factor)
 
 
-def cross_entropy_(
-    logits: Tensor, bias: Tensor | None, target: Tensor, losses: Tensor | None,
-    ignore_index: int, smoothing: float, z_loss: float, softcap: float | None,
-    gradient: bool, grad: Tensor | None = None, largest: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Fills losses [m] (fp32) from logits [m, V], and turns the logits into their gradient. One launch.
+def cross_entropy_(tape: Tape, call: CrossEntropy_) -> None:
+    """Fills the losses, and turns the logits into their gradient, as the operator says. One launch.
 
-    The rows of `logits` lie in a buffer of a multiple of PADDING columns, which holds 0 beyond the classes, and will
-    again; so does `bias`, fp32 and of the buffer's width. `grad` [m] (fp32) are the losses' gradients, divided by the
-    scalar `largest`; None is 1.
+    The rows of the logits lie in a buffer of a multiple of PADDING columns, which holds 0 beyond the classes, and will
+    again; so does the bias, of the buffer's width.
     """
+    logits = call.logits
     rows, classes = logits.shape
     width = logits.stride(0)
     tiles = launch.cross_entropy(classes)
-    cross_entropy_kernel[(rows,)](
+    tape.launch(
+        cross_entropy_kernel, (rows,), tiles.options,
         # Whole rows of the buffer: all that the kernel touches.
-        logits=logits.as_strided((rows, width), (width, 1)), bias=bias, target=target, losses=losses, grad=grad,
-        largest=largest, classes=classes, width=width, ignore_index=ignore_index,
-        smoothing=smoothing or None, z_loss=z_loss or None, softcap=softcap,
-        GRADIENT=gradient, BLOCK=tiles.block, CHUNKS=tiles.chunks, num_warps=tiles.num_warps,
+        logits=logits.as_strided((rows, width), (width, 1)), bias=call.bias, target=call.target, losses=call.losses,
+        grad=call.grad, divisor=call.divisor, classes=classes, width=width, ignore_index=call.ignore_index,
+        smoothing=call.label_smoothing or None, z_loss=call.z_loss or None, softcap=call.softcap,
+        GRADIENT=call.want_gradient, BLOCK=tiles.block, CHUNKS=tiles.chunks,
     )  # fmt: skip
 
 
-def mean_loss(losses: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
-    """(loss, scale): the sum of losses [N] times scale, 1 / the number of targets that count, 1 unless `mean`.
+def mean_loss(tape: Tape, call: LinearCrossEntropy, losses: Tensor, loss: Tensor, scale: Tensor) -> None:
+    """Fills loss and scale, fp32 scalars: the sum of losses [N] times scale, 1 / the number of targets that count.
 
-    Both fp32 scalars, and no count comes back to the host. One launch.
+    The scale is 1 unless the call asks for the mean. No count comes back to the host. One launch.
     """
-    loss = torch.empty((), dtype=torch.float32, device=losses.device)
-    scale = torch.empty_like(loss)
-    tiles = launch.mean_loss(losses.shape[0])
-    mean_loss_kernel[(1,)](
-        losses=losses, target=target, loss=loss, scale=scale,
-        rows=losses.shape[0], chunks=tiles.chunks, ignore_index=ignore_index,
-        MEAN=mean, BLOCK=tiles.block, num_warps=tiles.num_warps,
+    rows = losses.shape[0]
+    tiles = launch.mean_loss(rows)
+    tape.launch(
+        mean_loss_kernel, (1,), tiles.options,
+        losses=losses, target=call.target, loss=loss, scale=scale, rows=rows, chunks=tiles.chunks,
+        ignore_index=call.ignore_index, MEAN=call.reduction == "mean", BLOCK=tiles.block,
     )  # fmt: skip
-    return loss, scale

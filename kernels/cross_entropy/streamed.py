@@ -27,6 +27,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tfm.kernels import launch
 from tfm.kernels.cross_entropy.stored import LN_2, LOG2_E, LOWEST, loss_of_row, softcapped
 from tfm.kernels.softmax import natural_top, power
+from tfm.kernels.tape import Tape
+from tfm.operators.cross_entropy import LinearCrossEntropy
 
 # Parts of one tensor, which begin where the number of rows has it.
 PARTS = ("maxima", "exponentials", "sums")
@@ -124,35 +126,33 @@ def streaming_losses_kernel(
 
 
 def streaming_cross_entropy(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, losses: Tensor,
-    ignore_index: int, smoothing: float, z_loss: float, softcap: float | None, tiles: launch.StreamingTiles,
-) -> None:  # fmt: skip
-    """Fills losses [N] (fp32) from input [N, D] and weight [V, D], both contiguous; `bias` as for cross_entropy_.
-
-    Two launches.
-    """
-    rows, dim = input.shape
+    tape: Tape, call: LinearCrossEntropy, bias: Tensor | None, losses: Tensor, tiles: launch.StreamingTiles
+) -> None:
+    """Fills losses [N] (fp32), of a weight of the dtype of the input; `bias` as for cross_entropy_. Two launches."""
+    input, weight = call.input.contiguous(), call.linear_weight.contiguous()
+    (rows, dim), classes = input.shape, weight.shape[0]
     if rows == 0:
         return
-    classes = weight.shape[0]
     shares = -(-classes // (tiles.tiles * tiles.block_classes))
-    statistics = torch.empty((3 if smoothing else 2, shares, rows), dtype=torch.float32, device=input.device)
+    smoothing, softcap = call.label_smoothing or None, call.softcap
+    statistics = tape.empty((3 if smoothing else 2, shares, rows), torch.float32, input.device)
     maxima, exponentials = statistics[0], statistics[1]
     sums = statistics[2] if smoothing else None
-    streaming_statistics_kernel[(-(-rows // tiles.block_rows), shares)](
+    tape.launch(
+        streaming_statistics_kernel, (-(-rows // tiles.block_rows), shares), tiles.options,
         input=TensorDescriptor.from_tensor(input, [tiles.block_rows, tiles.block_dim]),
         weight=TensorDescriptor.from_tensor(weight, [tiles.block_classes, tiles.block_dim]),
         bias=bias, maxima=maxima, exponentials=exponentials, sums=sums,
         rows=rows, classes=classes, width=0 if bias is None else len(bias), softcap=softcap,
         DIM_TILES=-(-dim // tiles.block_dim), TILES=tiles.tiles,
         BLOCK_ROWS=tiles.block_rows, BLOCK_CLASSES=tiles.block_classes, BLOCK_DIM=tiles.block_dim,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     ends = launch.streaming_losses(rows, dim)
-    streaming_losses_kernel[(ends.programs,)](
-        input=input, weight=weight, bias=bias, target=target,
+    tape.launch(
+        streaming_losses_kernel, (ends.programs,), ends.options,
+        input=input, weight=weight, bias=bias, target=call.target,
         maxima=maxima, exponentials=exponentials, sums=sums, losses=losses,
-        rows=rows, classes=classes, dim=dim, shares=shares, ignore_index=ignore_index,
-        smoothing=smoothing or None, z_loss=z_loss or None, softcap=softcap,
-        BLOCK_ROWS=ends.block_rows, BLOCK_DIM=ends.block_columns, num_warps=ends.num_warps,
+        rows=rows, classes=classes, dim=dim, shares=shares, ignore_index=call.ignore_index,
+        smoothing=smoothing, z_loss=call.z_loss or None, softcap=softcap,
+        BLOCK_ROWS=ends.block_rows, BLOCK_DIM=ends.block_columns,
     )  # fmt: skip

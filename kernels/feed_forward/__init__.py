@@ -1,5 +1,10 @@
 """The position-wise feed-forward network, plain and gated ("Attention Is All You Need", section 3.3).
 
-linear_activation       the first matmul with bias, activation, gate and dropout in its epilogue, and its backward
-activation_dropout      the same element by element, beside a matmul of cuBLAS
+epilogue       the first matmul with bias, activation, gate and dropout in its epilogue, and its backward
+elementwise    the same element by element, beside a matmul of cuBLAS
 """
+
+from tfm.kernels.feed_forward.elementwise import activation_dropout
+from tfm.kernels.feed_forward.epilogue import linear_activation, linear_activation_backward
+
+__all__ = ["activation_dropout", "linear_activation", "linear_activation_backward"]

@@ -46,6 +46,11 @@ class CrossEntropyTiles:
     chunks: int
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps}
+
 
 @dataclass(frozen=True)
 class StreamingTiles:
@@ -60,6 +65,11 @@ class StreamingTiles:
     tiles: int
     num_warps: int
     num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def cross_entropy(classes: int) -> CrossEntropyTiles:

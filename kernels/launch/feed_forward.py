@@ -43,6 +43,11 @@ class MatmulTiles:
     num_stages: int
     max_registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+
 
 @dataclass(frozen=True)
 class ElementTiles:
@@ -54,6 +59,11 @@ class ElementTiles:
     tiles: int
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps}
+
 
 # From the largest, which is the fastest that still has a program for each multiprocessor.
 SIZES = ((128, 128), (64, 128), (64, 64), (64, 32))
@@ -63,7 +73,7 @@ SIZES = ((128, 128), (64, 128), (64, 64), (64, 32))
 def linear_activation(
     rows: int, columns: int, depth: int, gated: bool, dtype: torch.dtype, aligned: bool, chip: Chip
 ) -> MatmulTiles | None:
-    """Of the forward matmul; None where cuBLAS and an element-wise kernel are faster.
+    """Tiles of the forward matmul; None where cuBLAS and an element-wise kernel are faster.
 
     `columns` and row strides are `aligned` where they are multiples of 16 elements.
     """
@@ -78,7 +88,7 @@ def linear_activation(
 def linear_activation_backward(
     rows: int, columns: int, depth: int, dtype: torch.dtype, aligned: bool, chip: Chip
 ) -> MatmulTiles | None:
-    """Of the matmul that gives the pre-activation's gradient; None as above."""
+    """Tiles of the matmul that gives the pre-activation's gradient; None as above."""
     return _matmul_tiles(rows, columns, chip) if _suits_epilogue(depth, dtype, aligned) else None
 
 

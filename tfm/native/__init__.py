@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tfm.native import header, plan
+from tfm.native import cross_entropy, header, plan
 from tfm.operators import define, register_fakes
 
 # Of the native operators, in torch.ops.
@@ -96,6 +96,7 @@ def _load() -> str:
         return f"tfm_native at {path} is of another version of tfm: it was compiled from other declarations"
     if not _kept:
         _kept.append(define(NAMESPACE, native=True))
+        cross_entropy.implement(_kept[0])
     register_fakes(NAMESPACE)
     return ""
 

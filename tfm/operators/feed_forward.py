@@ -1,6 +1,6 @@
 """The position-wise feed-forward network, plain and gated: two matmuls with an activation and dropout between them.
 
-With the hidden layer of tfm.kernels.feed_forward.activation_dropout,
+With the hidden layer of tfm.kernels.feed_forward.elementwise,
 
     y = hidden w2ᵀ + b2                      pre = x w1ᵀ + b1
 
@@ -15,13 +15,22 @@ dw2 are 5 launches, 6 by cuBLAS, one more for db2; a gate and up with weights of
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from tfm.autocast import without_autocast
-from tfm.operators.operator import Operator, distinct
+from tfm.operators.autograd import Differentiable, Forward
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, operator, run
 from tfm.reference import feed_forward as reference
-from tfm.transforms import Recomputed, differentiable_by
+
+NETWORKS = ("feed_forward", "gated_feed_forward")
+ROWS = (
+    Row(NETWORKS, "triton", FLOATS, max_columns=MANY),
+    Row(NETWORKS, "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
+    Row(NETWORKS, "native", FLOATS, max_columns=MANY, device="cuda"),
+)
 
 
 def keeps_hidden(gated: bool, activation: str) -> bool:
@@ -29,109 +38,194 @@ def keeps_hidden(gated: bool, activation: str) -> bool:
     return activation == "relu" and not gated
 
 
-def hidden_columns(pre: Tensor, gated: bool) -> int:
-    """The columns of the hidden layer whose pre-activation this is."""
-    return pre.shape[1] // 2 if gated else pre.shape[1]
+@operator("feed_forward")
+class ActivationDropout(NamedTuple):
+    """The hidden layer of its pre-activation.
+
+    Attributes:
+        pre: [rows, columns], contiguous; gated [rows, 2 · columns], gate first.
+        gated: whether the activation of one half multiplies the other.
+        activation: a name of tfm.ops.feed_forward.
+        dropout_p: of hidden.
+        seed: int64 scalar; None where nothing is dropped.
+        site: which of the dropouts that share the seed this is.
+    """
+
+    pre: Tensor
+    gated: bool
+    activation: str
+    dropout_p: float
+    seed: Tensor | None
+    site: int
+
+    def outputs(self) -> Tensor:
+        """hidden [rows, columns]."""
+        rows, columns = self.pre.shape
+        return _matrix(rows, columns // 2 if self.gated else columns, self.pre)
 
 
-def forward_shapes(
-    x: Tensor, weight: Tensor, up_weight: Tensor | None, gated: bool, activation: str, save: bool
-) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Of hidden and pre; pre is empty where it is not kept."""
-    columns = weight.shape[0] // 2 if gated and up_weight is None else weight.shape[0]
-    kept = save and not keeps_hidden(gated, activation)
-    return (x.shape[0], columns), (x.shape[0], 2 * columns if gated else columns) if kept else (0,)
+@operator("feed_forward")
+class LinearActivation(NamedTuple):
+    """The hidden layer of x weightᵀ + bias; gated, of x weightᵀ beside x up_weightᵀ.
+
+    Attributes:
+        x: [rows, depth].
+        weight: [columns, depth]; gated without up_weight [2 · columns, depth], gate first.
+        up_weight: [columns, depth] or None.
+        bias: [columns] or None, as it is where gated.
+        gated, activation, dropout_p, seed, site: as in ActivationDropout.
+        save: whether a backward follows.
+    """
+
+    x: Tensor
+    weight: Tensor
+    up_weight: Tensor | None
+    bias: Tensor | None
+    gated: bool
+    activation: str
+    dropout_p: float
+    seed: Tensor | None
+    site: int
+    save: bool
+
+    @property
+    def columns(self) -> int:
+        """The columns of hidden."""
+        rows = self.weight.shape[0]
+        return rows // 2 if self.gated and self.up_weight is None else rows
+
+    @property
+    def keeps_pre(self) -> bool:
+        """Whether the backward needs the pre-activation."""
+        return self.save and not keeps_hidden(self.gated, self.activation)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """(hidden, pre), pre as ActivationDropout takes it, [0] where it is not kept."""
+        x, rows = self.x, self.x.shape[0]
+        hidden = _matrix(rows, self.columns, x)
+        if not self.keeps_pre:
+            return hidden, torch.empty(0, dtype=x.dtype, device=x.device)
+        return hidden, _matrix(rows, 2 * self.columns if self.gated else self.columns, x)
 
 
-def backward_outputs(
-    saved: Tensor, gated: bool, recompute: bool, dbias: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the backward fills, still empty."""
-    columns = hidden_columns(saved, gated)
-    hidden = saved.new_empty((saved.shape[0], columns)) if recompute else None
-    return torch.empty_like(saved), hidden, None if dbias is None else saved.new_empty(columns, dtype=dbias)
+@operator("feed_forward")
+class LinearActivationBackward(NamedTuple):
+    """The gradient of the pre-activation, from that of hidden weightᵀ.
+
+    Attributes:
+        dy: [rows, depth].
+        weight: [depth, columns].
+        saved: hidden where `keeps_hidden`, else the pre-activation.
+        gated, activation, dropout_p, seed, site: as in ActivationDropout.
+        recompute: whether to give hidden, which then was not saved.
+        dbias: the dtype of the bias's gradient; None where it is not wanted.
+    """
+
+    dy: Tensor
+    weight: Tensor
+    saved: Tensor
+    gated: bool
+    activation: str
+    dropout_p: float
+    seed: Tensor | None
+    site: int
+    recompute: bool
+    dbias: torch.dtype | None
+
+    def outputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(dpre, hidden, dbias), None where not wanted."""
+        saved, (rows, width) = self.saved, self.saved.shape
+        columns = width // 2 if self.gated else width
+        hidden = _matrix(rows, columns, saved) if self.recompute else None
+        dbias = None if self.dbias is None else torch.empty(columns, dtype=self.dbias, device=saved.device)
+        return _matrix(rows, width, saved), hidden, dbias
 
 
-ACTIVATION_DROPOUT = Operator(
-    "activation_dropout(Tensor pre, bool gated, str activation, float dropout_p, Tensor? seed, int site) -> Tensor",
-    fake=lambda pre, gated, *_: pre.new_empty((pre.shape[0], hidden_columns(pre, gated))),
-)
-LINEAR_ACTIVATION = Operator(
-    "linear_activation(Tensor x, Tensor weight, Tensor? up_weight, Tensor? bias, bool gated, str activation,"
-    " float dropout_p, Tensor? seed, int site, bool save) -> (Tensor hidden, Tensor pre)",
-    fake=lambda x, weight, up_weight, bias, gated, activation, dropout_p, seed, site, save: tuple(
-        x.new_empty(shape) for shape in forward_shapes(x, weight, up_weight, gated, activation, save)
-    ),
-)
-LINEAR_ACTIVATION_BACKWARD = Operator(
-    "linear_activation_backward(Tensor dy, Tensor weight, Tensor saved, bool gated, str activation, float dropout_p,"
-    " Tensor? seed, int site, bool recompute, ScalarType? dbias) -> (Tensor, Tensor?, Tensor?)",
-    fake=lambda dy, weight, saved, gated, activation, dropout_p, seed, site, recompute, dbias: backward_outputs(
-        saved, gated, recompute, dbias
-    ),
-)
-OPERATORS = (ACTIVATION_DROPOUT, LINEAR_ACTIVATION, LINEAR_ACTIVATION_BACKWARD)
+class Network(NamedTuple):
+    """A call of either network; the weights have the dtype of x.
+
+    Attributes:
+        x: [..., depth].
+        weight, up_weight, b1: of the first layer, as in LinearActivation.
+        w2: [outputs, columns].
+        b2: [outputs] or None.
+        gated, activation, dropout_p, seed, site: as in ActivationDropout.
+    """
+
+    x: Tensor
+    weight: Tensor
+    up_weight: Tensor | None
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    gated: bool
+    activation: str
+    dropout_p: float
+    seed: Tensor | None
+    site: int
 
 
-def _recompute(ctx, dy: Tensor) -> Recomputed:
-    x, weight, up_weight, b1, w2, _, seed = ctx.saved_tensors
-    settings = ctx.activation, ctx.dropout_p, seed, ctx.site
+class FeedForward(Differentiable):
+    """(y,), as the formulas above say."""
 
-    def output(_, x, weight, up_weight, b1, w2, b2, *rest):
-        if ctx.gated:
-            return (reference.gated_feed_forward(x, weight, up_weight, w2, *settings),)
-        return (reference.feed_forward(x, weight, b1, w2, b2, *settings),)
-
-    dtype = ctx.bias_dtypes[1]
-    b2 = None if dtype is None else torch.zeros(w2.shape[:1], dtype=dtype, device=x.device)
-    return output, (None, x, weight, up_weight, b1, w2, b2, *[None] * 6)
-
-
-class FeedForward(torch.autograd.Function):
-    """Autograd of the operators; the pre-activation is kept where `save`."""
+    arguments = Network
+    learns = ("x", "weight", "up_weight", "b1", "w2", "b2")
 
     @staticmethod
-    def forward(ctx, namespace, x, weight, up_weight, b1, w2, b2, gated, activation, dropout_p, seed, site, save):
+    def forward(namespace, call, wanted):
+        x, weight, up_weight, b1, w2, b2, gated, activation, dropout_p, seed, site = call
+        # The gradient of b2 needs nothing of the hidden layer.
+        save = any(wanted[:-1])
         rows = x.reshape(-1, x.shape[-1])
-        hidden, pre = getattr(torch.ops, namespace).linear_activation.default(
-            rows, weight, up_weight, b1, gated, activation, dropout_p, seed, site, save
-        )  # fmt: skip
-        saved = hidden if keeps_hidden(gated, activation) else pre
-        ctx.save_for_backward(x, weight, up_weight, b1, w2, saved, seed)
-        ctx.namespace, ctx.gated, ctx.activation, ctx.dropout_p, ctx.site = (
-            namespace, gated, activation, dropout_p, site
-        )  # fmt: skip
-        ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in (b1, b2))
+        hidden, pre = run(
+            namespace,
+            LinearActivation(rows, weight, up_weight, b1, gated, activation, dropout_p, seed, site, save),
+        )
         y = hidden @ w2.t() if b2 is None else torch.addmm(b2.to(x.dtype), hidden, w2.t())
         # To autograd a view made in here could not be changed in place.
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w2.shape[0]))
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w2.shape[0]))
+        saved = x, weight, up_weight, b1, w2, hidden if keeps_hidden(gated, activation) else pre, seed
+        bias_dtypes = tuple(None if bias is None else bias.dtype for bias in (b1, b2))
+        return Forward((y,), saved, (gated, activation, dropout_p, site, bias_dtypes))
 
     @staticmethod
-    @differentiable_by(_recompute)
-    def backward(ctx, dy):
-        x, weight, up_weight, _, w2, saved, seed = ctx.saved_tensors
-        needs_x, needs_weight, needs_up, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[1:7]
-        hidden_settings = ctx.gated, ctx.activation, ctx.dropout_p, seed, ctx.site
-        operators = getattr(torch.ops, ctx.namespace)
+    def backward(namespace, saved, options, grads, wanted):
+        x, weight, up_weight, _, w2, kept, seed = saved
+        gated, activation, dropout_p, site, (b1_dtype, b2_dtype) = options
+        needs_x, needs_weight, needs_up, needs_b1, needs_w2, needs_b2 = wanted
+        layer = gated, activation, dropout_p, seed, site
         dx = dweight = dup = db1 = dw2 = db2 = None
         # The gradients have the dtypes of their operands, whatever autocast says of this moment.
-        with without_autocast(dy.device):
-            dy = dy.reshape(-1, dy.shape[-1])
-            hidden = saved if keeps_hidden(ctx.gated, ctx.activation) else None
+        with without_autocast(x.device):
+            dy = grads[0].reshape(-1, w2.shape[0])
+            hidden = kept if keeps_hidden(gated, activation) else None
             recompute = needs_w2 and hidden is None
             if needs_x or needs_weight or needs_up or needs_b1:
-                dpre, recomputed, db1 = operators.linear_activation_backward.default(
-                    dy, w2, saved, *hidden_settings, recompute, ctx.bias_dtypes[0] if needs_b1 else None
-                )  # fmt: skip
+                dbias = b1_dtype if needs_b1 else None
+                call = LinearActivationBackward(dy, w2, kept, *layer, recompute, dbias)
+                dpre, recomputed, db1 = run(namespace, call)
                 dx = input_gradient(dpre, weight, up_weight).view(x.shape) if needs_x else None
                 dweight, dup = weight_gradients(dpre, x.reshape(-1, x.shape[-1]), up_weight, needs_weight, needs_up)
             elif recompute:
-                recomputed = operators.activation_dropout.default(saved, *hidden_settings)
+                recomputed = run(namespace, ActivationDropout(kept, *layer))
             if needs_w2:
                 dw2 = dy.t() @ (recomputed if recompute else hidden)
             if needs_b2:
-                db2 = dy.sum(0, dtype=ctx.bias_dtypes[1])
-        return None, dx, dweight, dup, db1, dw2, db2, None, None, None, None, None, None
+                db2 = dy.sum(0, dtype=b2_dtype)
+        return dx, dweight, dup, db1, dw2, db2
+
+    @staticmethod
+    def again(saved, options, grads):
+        x, weight, up_weight, b1, w2, _, seed = saved
+        gated, activation, dropout_p, site, (_, b2_dtype) = options
+
+        def output(x, weight, up_weight, b1, w2, b2):
+            if gated:
+                return (reference.gated_feed_forward(x, weight, up_weight, w2, activation, dropout_p, seed, site),)
+            return (reference.feed_forward(x, weight, b1, w2, b2, activation, dropout_p, seed, site),)
+
+        b2 = None if b2_dtype is None else torch.zeros(w2.shape[:1], dtype=b2_dtype, device=x.device)
+        return output, (x, weight, up_weight, b1, w2, b2)
 
 
 def input_gradient(dpre: Tensor, weight: Tensor, up_weight: Tensor | None) -> Tensor:
@@ -155,29 +249,5 @@ def weight_gradients(
     return (dgate.t() @ x if needs_weight else None), (dup.t() @ x if needs_up else None)
 
 
-def feed_forward(
-    namespace: str, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
-    activation: str, dropout_p: float, seed: Tensor | None, site: int,
-) -> Tensor:  # fmt: skip
-    """See tfm.ops.feed_forward."""
-    return _apply(namespace, x, w1, None, b1, w2, b2, False, activation, dropout_p, seed, site)
-
-
-def gated_feed_forward(
-    namespace: str, x: Tensor, gate_weight: Tensor, up_weight: Tensor | None, down_weight: Tensor,
-    activation: str, dropout_p: float, seed: Tensor | None, site: int,
-) -> Tensor:  # fmt: skip
-    """See tfm.ops.gated_feed_forward."""
-    return _apply(
-        namespace, x, gate_weight, up_weight, None, down_weight, None, True, activation, dropout_p, seed, site
-    )
-
-
-def _apply(namespace, x, weight, up_weight, b1, w2, b2, gated, activation, dropout_p, seed, site):
-    # Weights take the dtype of x, as those of torch's autocast do; a bias is read in its own, or in fp32.
-    weight, up_weight, w2 = (None if matrix is None else matrix.to(x.dtype) for matrix in (weight, up_weight, w2))
-    b1 = b1 if b1 is None or b1.dtype == x.dtype else b1.float()
-    given = (x, weight, up_weight, b1, w2)
-    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
-    seed = None if seed is None else seed.to(x.device)
-    return FeedForward.apply(namespace, *distinct((*given, b2)), gated, activation, dropout_p, seed, site, save)
+def _matrix(rows: int, columns: int, like: Tensor) -> Tensor:
+    return torch.empty((rows, columns), dtype=like.dtype, device=like.device)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
-from tfm.native import cross_entropy as native
-from tfm.operators import cross_entropy as operators
+from tfm.operators.autograd import apply
+from tfm.operators.cross_entropy import LinearCrossEntropy, Loss
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_softcap, check_vector
+from tfm.ops.registry import namespace_of
 from tfm.reference import cross_entropy as reference
 from tfm.transforms import is_differentiated, is_readable
 
@@ -94,26 +95,24 @@ def linear_cross_entropy(
     (input,) = under_autocast(input)
     flat_input = input.reshape(math.prod(rows), input.shape[-1])
     flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+    options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
     with without_autocast(input.device):
         if backend == "reference":
             losses = reference.linear_cross_entropy(
-                flat_input, linear_weight, flat, linear_bias, weight, reduction, reference.Options(*options)
+                flat_input, linear_weight, flat, linear_bias, weight, reduction, options
             )
         else:
-            namespace = native.NAMESPACE
-            if backend == "triton":
-                from tfm.kernels.cross_entropy import linear as kernels
-
-                namespace = kernels.NAMESPACE
-            losses = operators.linear_cross_entropy(
-                namespace, flat_input, linear_weight, linear_bias, flat, reduction, *options
-            )
+            # Which gradients are needed is known where they are recorded.
+            call = LinearCrossEntropy(flat_input, linear_weight, linear_bias, flat, reduction, *options, needs=[])
+            (losses,) = apply(Loss, namespace_of(backend), call)
     return losses.view(rows) if reduction == "none" else losses
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Where reading the target costs nothing: on CPUs, and where the user already waits for every kernel."""
+    """Raises IndexError for a target that is no class, where reading it costs nothing.
+
+    That is on CPUs, and where the user already waits for every kernel.
+    """
     waiting = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
     waited = target.is_cuda and waiting and not torch.cuda.is_current_stream_capturing()
     if not (is_readable(target) or (waited and not torch.compiler.is_compiling())):

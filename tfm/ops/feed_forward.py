@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tfm import native
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
-from tfm.operators import feed_forward as operators
+from tfm.operators.autograd import apply
+from tfm.operators.feed_forward import FeedForward, Network
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_columns, check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
+from tfm.ops.registry import namespace_of
 from tfm.reference import feed_forward as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -64,13 +65,11 @@ def feed_forward(
     with without_autocast(x.device):
         if backend == "reference":
             return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
-        namespace = native.NAMESPACE
-        if backend == "triton":
-            from tfm.kernels.feed_forward import linear_activation as kernels
-
-            namespace = kernels.NAMESPACE
-
-        return operators.feed_forward(namespace, x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
+        # Weights take the dtype of x, as those of torch's autocast do; a bias is read in its own, or in fp32.
+        w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
+        b1 = b1 if b1 is None or b1.dtype == x.dtype else b1.float()
+        call = Network(x, w1, None, b1, w2, b2, False, activation, dropout_p, drawn, site)
+        return apply(FeedForward, namespace_of(backend), call)[0]
 
 
 def gated_feed_forward(
@@ -119,16 +118,16 @@ def gated_feed_forward(
     backend = choose("gated_feed_forward", impl, x, _without_elements(x, gate_weight, down_weight))
     drawn = seed_for(dropout_p, seed, x.device)
     with without_autocast(x.device):
-        arguments = x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site
         if backend == "reference":
-            return reference.gated_feed_forward(*arguments)
-        namespace = native.NAMESPACE
-        if backend == "triton":
-            from tfm.kernels.feed_forward import linear_activation as kernels
-
-            namespace = kernels.NAMESPACE
-
-        return operators.gated_feed_forward(namespace, *arguments)
+            return reference.gated_feed_forward(
+                x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site
+            )
+        gate_weight, down_weight = gate_weight.to(x.dtype), down_weight.to(x.dtype)
+        up_weight = None if up_weight is None else up_weight.to(x.dtype)
+        call = Network(
+            x, gate_weight, up_weight, None, down_weight, None, True, activation, dropout_p, drawn, site
+        )  # fmt: skip
+        return apply(FeedForward, namespace_of(backend), call)[0]
 
 
 def _check_matrix(name: str, weight: Tensor, columns: int) -> None:
@@ -137,7 +136,7 @@ def _check_matrix(name: str, weight: Tensor, columns: int) -> None:
 
 
 def _without_elements(x: Tensor, first: Tensor, second: Tensor) -> str:
-    """Why no kernel multiplies these; empty where one does. No rows of `x` are well."""
+    """Why no kernel multiplies these; empty where one does. `x` may have zero rows."""
     return "" if x.shape[-1] and first.numel() and second.numel() else "expected weights with elements, got none"
 
 

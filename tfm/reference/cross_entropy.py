@@ -7,6 +7,7 @@ q the smoothed target, d loss / d logits = sum(q) p - q (Szegedy et al. 2016, se
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,7 @@ CHUNK_BYTES = {"cpu": 4 << 20}
 DEFAULT_CHUNK_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What shapes the loss besides its tensors: see tfm.ops.cross_entropy."""
 
     ignore_index: int

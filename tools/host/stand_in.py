@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from tfm.kernels import launch, tape
-from tfm.operators import cross_entropy
+from tfm.operators import chunks, cross_entropy
 from tfm.ops import backends
 
 DEVICE, CAPABILITY = 0, 90
@@ -45,8 +45,8 @@ def as_on_gpu() -> Iterator[None]:
     told: list[tuple[Any, str, Any]] = [
         (backends, "triton_obstacle", lambda device, automatic: ""),
         *((module, "chip_of", lambda device: CHIP) for module in (launch, tape)),
-        (cross_entropy, "_add_product", _add_product),
-        (cross_entropy, "_add_rows", _add_rows),
+        (chunks, "_add_product", _add_product),
+        (chunks, "_add_rows", _add_rows),
         # Values on a GPU are not looked at: that would wait for it.
         *((reader, "is_readable", lambda x: False) for reader in READERS),
     ]

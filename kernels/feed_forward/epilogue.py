@@ -1,5 +1,6 @@
-"""A linear layer with activation, gate and dropout, and the gradient of its pre-activation: see the formulas of
-tfm.kernels.feed_forward.activation_dropout.
+"""A linear layer with activation, gate and dropout in its epilogue, and the gradient of its pre-activation.
+
+The formulas are those of tfm.kernels.feed_forward.elementwise.
 
 Forward: hidden of x weightᵀ + bias, or of x weightᵀ gated by x up_weightᵀ, whose rows are read alternately, so that a
 gate and what it lets through lie in neighbouring columns of one tile and in the registers of one thread.
@@ -16,25 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.feed_forward.activation_dropout import (
+from tfm.kernels.feed_forward.elementwise import (
     activation_dropout,
     activation_dropout_backward,
     backward_tile,
     hidden_tile,
 )
-from tfm.kernels.library import NAMESPACE as NAMESPACE
-from tfm.kernels.library import register
 from tfm.kernels.matmul import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
-from tfm.kernels.rows import as_rows, sum_partials
+from tfm.kernels.rows import as_rows, as_vector, sum_partials
 from tfm.kernels.tape import Tape
-from tfm.operators.feed_forward import (
-    LINEAR_ACTIVATION,
-    LINEAR_ACTIVATION_BACKWARD,
-    backward_outputs,
-    forward_shapes,
-    keeps_hidden,
-)
+from tfm.operators.feed_forward import ActivationDropout, LinearActivation, LinearActivationBackward, keeps_hidden
 
 
 @triton.jit
@@ -158,43 +151,36 @@ def linear_activation_backward_kernel(
     )  # fmt: skip
 
 
-def linear_activation(
-    x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor | None, gated: bool,
-    activation: str, dropout_p: float, seed: Tensor | None, site: int, save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """hidden [rows, columns] of x [rows, depth], and the pre-activation where `save` and the backward needs it.
-
-    `weight` is [columns, depth]; gated without `up_weight` [2 · columns, depth], gate first. One launch, or as many
-    as tfm.kernels.launch.linear_activation says.
-    """
-    hidden_shape, pre_shape = forward_shapes(x, weight, up_weight, gated, activation, save)
-    if keeps_hidden(gated, activation) and seed is None and bias is not None:
+def linear_activation(tape: Tape, call: LinearActivation) -> tuple[Tensor, Tensor]:
+    """(hidden, pre), as the operator says. One launch, or as many as tfm.kernels.launch.linear_activation says."""
+    x, weight, up_weight, bias = call.x, call.weight, call.up_weight, call.bias
+    if keeps_hidden(call.gated, call.activation) and call.seed is None and bias is not None:
         # torch's own name for cuBLASLt's epilogue of bias and ReLU, which costs nothing beside the product.
-        return torch._addmm_activation(bias.to(x.dtype), x, weight.t()), x.new_empty(pre_shape)
-    (rows, columns), depth = hidden_shape, x.shape[1]
-    gate, up = weight.chunk(2) if gated and up_weight is None else (weight, up_weight)
+        return torch._addmm_activation(bias.to(x.dtype), x, weight.t()), x.new_empty(0)
+    (rows, depth), columns = x.shape, call.columns
+    gate, up = weight.chunk(2) if call.gated and up_weight is None else (weight, up_weight)
     (x_rows, x_stride), (gate_rows, weight_stride), (up_rows, up_stride) = as_rows(x), as_rows(gate), as_rows(up)
     aligned = launch.are_aligned(depth, columns, x_stride, weight_stride, up_stride)
-    tiles = launch.linear_activation(rows, columns, depth, gated, x.dtype, aligned, launch.chip_of(x.device))
+    tiles = launch.linear_activation(rows, columns, depth, call.gated, x.dtype, aligned, tape.chip(x.device))
     if tiles is None:
         pre = products(x, weight, up_weight, bias)
-        hidden = activation_dropout(pre, gated, activation, dropout_p, seed, site)
-        return hidden, pre if pre.shape == pre_shape else x.new_empty(pre_shape)
-    hidden, pre = x.new_empty(hidden_shape), x.new_empty(pre_shape)
-    threshold, scale = threshold_and_scale(dropout_p)
+        layer = call.gated, call.activation, call.dropout_p, call.seed, call.site
+        hidden = activation_dropout(tape, ActivationDropout(pre, *layer))
+        return hidden, pre if call.keeps_pre else x.new_empty(0)
+    hidden, pre = outputs = tape.outputs(call)
+    threshold, scale = threshold_and_scale(call.dropout_p)
     if tiles.programs:
-        with torch.cuda.device_of(x):
-            linear_activation_kernel[(tiles.programs,)](
-                x=x_rows, weight=gate_rows, up_weight=up_rows, bias=as_rows(bias)[0], seed=seed,
-                hidden=hidden, pre=pre if pre.numel() else None,
-                rows=rows, columns=columns, depth=depth,
-                x_stride=x_stride, weight_stride=weight_stride, up_stride=up_stride,
-                threshold=threshold, scale=scale, site=site,
-                ACTIVATION=activation, EVEN=depth % tiles.block_depth == 0, SLICES=tiles.slices,
-                BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, BLOCK_DEPTH=tiles.block_depth,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
-            )  # fmt: skip
-    return hidden, pre
+        tape.launch(
+            linear_activation_kernel, (tiles.programs,), tiles.options,
+            x=x_rows, weight=gate_rows, up_weight=up_rows, bias=as_vector(bias), seed=call.seed,
+            hidden=hidden, pre=pre if call.keeps_pre else None,
+            rows=rows, columns=columns, depth=depth,
+            x_stride=x_stride, weight_stride=weight_stride, up_stride=up_stride,
+            threshold=threshold, scale=scale, site=call.site,
+            ACTIVATION=call.activation, EVEN=depth % tiles.block_depth == 0, SLICES=tiles.slices,
+            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, BLOCK_DEPTH=tiles.block_depth,
+        )  # fmt: skip
+    return outputs
 
 
 def products(x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -210,44 +196,35 @@ def products(x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor |
 
 
 def linear_activation_backward(
-    dy: Tensor, weight: Tensor, saved: Tensor, gated: bool, activation: str,
-    dropout_p: float, seed: Tensor | None, site: int, recompute: bool, dbias: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dpre, hidden where `recompute`, dbias in this dtype where given).
+    tape: Tape, call: LinearActivationBackward
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dpre, hidden, dbias), as the operator says.
 
-    Of dy [rows, depth] and weight [depth, columns]. `saved` is hidden where `keeps_hidden`, which then need not be
-    recomputed, else the pre-activation. One launch, two with dbias, each one more where
-    tfm.kernels.launch.linear_activation_backward leaves the product to cuBLAS.
+    One launch, two with dbias, each one more where tfm.kernels.launch.linear_activation_backward leaves the product to
+    cuBLAS.
     """
-    dpre, hidden, sums = backward_outputs(saved, gated, recompute, dbias)
-    columns = weight.shape[1]
-    rows, depth = dy.shape
+    dy, weight = call.dy, call.weight
+    (rows, depth), columns = dy.shape, weight.shape[1]
     (dy_rows, dy_stride), (weight_rows, weight_stride) = as_rows(dy), as_rows(weight)
     aligned = launch.are_aligned(depth, columns, dy_stride, weight_stride)
-    tiles = launch.linear_activation_backward(rows, columns, depth, dy.dtype, aligned, launch.chip_of(dy.device))
+    tiles = launch.linear_activation_backward(rows, columns, depth, dy.dtype, aligned, tape.chip(dy.device))
     if tiles is None:
-        activation_dropout_backward(
-            torch.mm(dy, weight), saved, gated, activation, dropout_p, seed, site, dpre, hidden, sums
-        )  # fmt: skip
-        return dpre, hidden, sums
-    threshold, scale = threshold_and_scale(dropout_p)
+        return activation_dropout_backward(tape, call, torch.mm(dy, weight))
+    dpre, hidden, dbias = outputs = tape.outputs(call)
+    threshold, scale = threshold_and_scale(call.dropout_p)
     partials = None
-    if sums is not None:
-        partials = torch.empty((-(-rows // tiles.block_rows), 1, columns), dtype=torch.float32, device=dy.device)
-    with torch.cuda.device_of(dy):
-        if tiles.programs:
-            linear_activation_backward_kernel[(tiles.programs,)](
-                dy=dy_rows, weight=weight_rows, saved=saved, seed=seed, dpre=dpre, hidden=hidden, partials=partials,
-                rows=rows, columns=columns, depth=depth, dy_stride=dy_stride, weight_stride=weight_stride,
-                threshold=threshold, scale=scale, site=site,
-                ACTIVATION=activation, GATED=gated, EVEN=depth % tiles.block_depth == 0, SLICES=tiles.slices,
-                BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, BLOCK_DEPTH=tiles.block_depth,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
-            )  # fmt: skip
-        if sums is not None:
-            sum_partials(Tape(), partials, sums)
-    return dpre, hidden, sums
-
-
-register(LINEAR_ACTIVATION, linear_activation)
-register(LINEAR_ACTIVATION_BACKWARD, linear_activation_backward)
+    if dbias is not None:
+        partials = tape.empty((-(-rows // tiles.block_rows), 1, columns), torch.float32, dy.device)
+    if tiles.programs:
+        tape.launch(
+            linear_activation_backward_kernel, (tiles.programs,), tiles.options,
+            dy=dy_rows, weight=weight_rows, saved=call.saved, seed=call.seed,
+            dpre=dpre, hidden=hidden, partials=partials,
+            rows=rows, columns=columns, depth=depth, dy_stride=dy_stride, weight_stride=weight_stride,
+            threshold=threshold, scale=scale, site=call.site,
+            ACTIVATION=call.activation, GATED=call.gated, EVEN=depth % tiles.block_depth == 0, SLICES=tiles.slices,
+            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, BLOCK_DEPTH=tiles.block_depth,
+        )  # fmt: skip
+    if partials is not None:
+        sum_partials(tape, partials, dbias)
+    return outputs

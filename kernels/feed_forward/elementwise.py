@@ -8,8 +8,8 @@ Backward, of the gradient d of hidden, with e = mask · d / (1 - p):
 
     da = e · f'(a)                        dg = e · u · f'(g)        du = e · f(g)
 
-The two tile functions stand in the epilogues of the matmuls of tfm.kernels.feed_forward.linear_activation; the kernels
-run them alone, beside a matmul of cuBLAS. Pre-activations are [rows, columns], gated ones [rows, 2 · columns], gate
+The two tile functions stand in the epilogues of the matmuls of tfm.kernels.feed_forward.epilogue; the kernels run them
+alone, beside a matmul of cuBLAS. Pre-activations are [rows, columns], gated ones [rows, 2 · columns], gate
 first. The backward also gives hidden, which the second weight's gradient needs, and the sum of da over the rows, the
 first bias's gradient: each tile's sums are stored and added up in one order by a second launch, so that the bits are
 the same on every run. ReLU alone keeps its hidden instead of its pre-activation: it is positive where the derivative is
@@ -25,11 +25,10 @@ from torch import Tensor
 
 from tfm.kernels import launch
 from tfm.kernels.activations import activate, activate_with_derivative
-from tfm.kernels.library import register
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import sum_partials
 from tfm.kernels.tape import Tape
-from tfm.operators.feed_forward import ACTIVATION_DROPOUT, hidden_columns
+from tfm.operators.feed_forward import ActivationDropout, LinearActivationBackward
 
 
 @triton.jit
@@ -123,47 +122,42 @@ def activation_dropout_backward_kernel(
         tl.store(partial, tl.sum(sums, axis=0), mask=column < columns)
 
 
-def activation_dropout(
-    pre: Tensor, gated: bool, activation: str, dropout_p: float, seed: Tensor | None, site: int
-) -> Tensor:
-    """hidden [rows, columns] of contiguous pre-activations, in their dtype. One launch."""
-    rows, columns = len(pre), hidden_columns(pre, gated)
-    hidden = torch.empty((rows, columns), dtype=pre.dtype, device=pre.device)
-    threshold, scale = threshold_and_scale(dropout_p)
+def activation_dropout(tape: Tape, call: ActivationDropout) -> Tensor:
+    """hidden, as the operator says. One launch."""
+    hidden = tape.outputs(call)
+    rows, columns = hidden.shape
+    threshold, scale = threshold_and_scale(call.dropout_p)
     tiles = launch.activation_dropout(rows, columns)
     if tiles.programs:
-        with torch.cuda.device_of(pre):
-            activation_dropout_kernel[(tiles.programs,)](
-                pre=pre, seed=seed, hidden=hidden, rows=rows, columns=columns,
-                threshold=threshold, scale=scale, site=site, ACTIVATION=activation, GATED=gated,
-                BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, num_warps=tiles.num_warps,
-            )  # fmt: skip
+        tape.launch(
+            activation_dropout_kernel, (tiles.programs,), tiles.options,
+            pre=call.pre, seed=call.seed, hidden=hidden, rows=rows, columns=columns,
+            threshold=threshold, scale=scale, site=call.site, ACTIVATION=call.activation, GATED=call.gated,
+            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns,
+        )  # fmt: skip
     return hidden
 
 
 def activation_dropout_backward(
-    dhidden: Tensor, saved: Tensor, gated: bool, activation: str, dropout_p: float, seed: Tensor | None, site: int,
-    dpre: Tensor, hidden: Tensor | None, dbias: Tensor | None,
-) -> None:  # fmt: skip
-    """Fills dpre, and hidden and dbias where given. One launch, two with dbias."""
+    tape: Tape, call: LinearActivationBackward, dhidden: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dpre, hidden, dbias), as the operator says, from its product. One launch, two with dbias."""
+    dpre, hidden, dbias = outputs = tape.outputs(call)
     rows, columns = dhidden.shape
-    threshold, scale = threshold_and_scale(dropout_p)
+    threshold, scale = threshold_and_scale(call.dropout_p)
     tiles = launch.activation_dropout_backward(rows, columns)
-    strips = -(-columns // tiles.block_columns)
     partials = None
     if dbias is not None:
-        partials = torch.empty((tiles.programs // strips, 1, columns), dtype=torch.float32, device=saved.device)
-    with torch.cuda.device_of(saved):
-        if tiles.programs:
-            activation_dropout_backward_kernel[(tiles.programs,)](
-                dhidden=dhidden, saved=saved, seed=seed, dpre=dpre, hidden=hidden, partials=partials,
-                rows=rows, columns=columns, threshold=threshold, scale=scale, site=site,
-                ACTIVATION=activation, GATED=gated,
-                BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, TILES=tiles.tiles,
-                num_warps=tiles.num_warps,
-            )  # fmt: skip
-        if dbias is not None:
-            sum_partials(Tape(), partials, dbias)
-
-
-register(ACTIVATION_DROPOUT, activation_dropout)
+        strips = -(-columns // tiles.block_columns)
+        partials = tape.empty((tiles.programs // strips, 1, columns), torch.float32, dpre.device)
+    if tiles.programs:
+        tape.launch(
+            activation_dropout_backward_kernel, (tiles.programs,), tiles.options,
+            dhidden=dhidden, saved=call.saved, seed=call.seed, dpre=dpre, hidden=hidden, partials=partials,
+            rows=rows, columns=columns, threshold=threshold, scale=scale, site=call.site,
+            ACTIVATION=call.activation, GATED=call.gated,
+            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, TILES=tiles.tiles,
+        )  # fmt: skip
+    if partials is not None:
+        sum_partials(tape, partials, dbias)
+    return outputs

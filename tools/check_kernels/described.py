@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tfm.kernels.launch import Chip
 from tfm.kernels.tape import Tape
@@ -85,6 +86,8 @@ def _written(parameter: Any, argument: Any) -> Any:
     aligned = "" if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment else ":16"
     if isinstance(argument, Tensor):
         return f"*{TYPES[argument.dtype]}{aligned}"
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{TYPES[argument.base.dtype]}{list(argument.block_shape)}>"
     if isinstance(argument, bool):
         return "i1"
     if isinstance(argument, float):

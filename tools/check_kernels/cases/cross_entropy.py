@@ -4,73 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from tfm.kernels import launch
-from tfm.kernels.cross_entropy import stored, streamed
+from tfm.kernels import cross_entropy
+from tfm.kernels.cross_entropy import stored
+from tfm.kernels.launch.cross_entropy import TILE_ROWS
+from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
 from tools.check_kernels.cases.case import Case
+from tools.check_kernels.described import chip, described, meta
 
-SINGLE = "*fp32:16"
-TARGET = {"target": "*i64:16", "ignore_index": "i32"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# With label smoothing, as a translation model is trained; and with everything else too.
-USUAL = {"bias": None, "smoothing": "fp32", "z_loss": None, "softcap": None}
-EVERYTHING = {"bias": SINGLE, "smoothing": "fp32", "z_loss": "fp32", "softcap": "fp32"}
+ROWS, DIM = 8192, 512
+Options = tuple[int, float, float, float | None]
+# Ignored class, label smoothing, z-loss and softcap: as a translation model is trained; and everything.
+USUAL: Options = (-100, 0.1, 0.0, None)
+EVERYTHING: Options = (-100, 0.1, 0.01, 30.0)
 
 
 def cross_entropy_cases(every: bool) -> Iterator[Case]:
     """Rows of one block, of several, and of more warps, each with its gradient; every tile of streamed logits."""
     powers = [1 << bits for bits in range(8, 19)]
-    for dtype in DTYPES:
+    for dtype in ("bf16", "fp16", "fp32"):
         for classes in powers if every else (4096, 32768, 65536):
-            tiles = launch.cross_entropy(classes)
-            for name, options in (("", USUAL), (" everything", EVERYTHING)):
-                weighed = SINGLE if name else None
-                arguments = {
-                    **TARGET, **options, "logits": f"*{dtype}:16", "losses": SINGLE, "grad": weighed,
-                    "largest": weighed, "classes": "i32", "width": "i32:16",
-                    "GRADIENT": True, "BLOCK": tiles.block, "CHUNKS": tiles.chunks,
-                }  # fmt: skip
-                kernel = stored.cross_entropy_kernel
-                yield Case(f"cross_entropy {classes} {dtype}{name}", kernel, arguments, tiles.num_warps)
-
-    tiles = launch.mean_loss(8192)
-    arguments = {
-        **TARGET, "losses": SINGLE, "loss": SINGLE, "scale": SINGLE, "rows": "i32", "chunks": "i32",
-        "MEAN": True, "BLOCK": tiles.block,
-    }  # fmt: skip
-    yield Case("mean_loss fp32", stored.mean_loss_kernel, arguments, tiles.num_warps)
-
+            yield from _stored(dtype, classes)
     for dtype in ("bf16", "fp16"):
-        yield from _streaming(dtype, 512)
+        yield from _streamed(dtype, "sm_90", 9, USUAL)
+        for major in (9, 10):
+            yield from _streamed(dtype, f"sm_{10 * major} everything", major, EVERYTHING)
 
 
-def _streaming(dtype: str, dim: int) -> Iterator[Case]:
-    folded = dict.fromkeys(streamed.PARTS, "*fp32")
-    numbers = {"rows": "i32", "classes": "i32"}
-    for name, options, major in (
-        (" sm_90", USUAL, 9),
-        (" sm_90 everything", EVERYTHING, 9),
-        (" sm_100 everything", EVERYTHING, 10),
-    ):
-        tiles = launch.streaming_cross_entropy(dim, DTYPES[dtype], True, options is USUAL, major)
-        assert tiles is not None
-        arguments = {
-            **folded, **numbers, "bias": options["bias"], "softcap": options["softcap"], "width": "i32:16",
-            "input": f"tensordesc<{dtype}[{tiles.block_rows}, {tiles.block_dim}]>",
-            "weight": f"tensordesc<{dtype}[{tiles.block_classes}, {tiles.block_dim}]>",
-            "DIM_TILES": dim // tiles.block_dim, "TILES": tiles.tiles,
-            "BLOCK_ROWS": tiles.block_rows, "BLOCK_CLASSES": tiles.block_classes, "BLOCK_DIM": tiles.block_dim,
-        }  # fmt: skip
-        kernel = streamed.streaming_statistics_kernel
-        yield Case(
-            f"streaming_statistics {dtype}{name}", kernel, arguments, tiles.num_warps, tiles.num_stages,
-            matrix=True, capabilities=(10 * major,),
-        )  # fmt: skip
-    ends = launch.streaming_losses(8192, dim)
-    arguments = {
-        **TARGET, **folded, **numbers, **EVERYTHING, "input": f"*{dtype}:16", "weight": f"*{dtype}:16",
-        "losses": SINGLE, "dim": "i32:16", "shares": "i32",
-        "BLOCK_ROWS": ends.block_rows, "BLOCK_DIM": ends.block_columns,
-    }  # fmt: skip
-    yield Case(f"streaming_losses {dtype}", streamed.streaming_losses_kernel, arguments, ends.num_warps)
+def _stored(dtype: str, classes: int) -> Iterator[Case]:
+    """Losses and gradients in one launch, as the forward makes them; and with everything, grad and divisor included."""
+    label, target = f"{classes} {dtype}", meta(TILE_ROWS, dtype="i64")
+    input, weight = meta(TILE_ROWS, DIM, dtype=dtype), meta(classes, DIM, dtype=dtype)
+    call = LinearCrossEntropy(input, weight, None, target, "mean", *USUAL, needs=[True] * 3)
+    yield from described(label, cross_entropy.linear_cross_entropy, call, chip(9))
+    bias, losses, divisor = meta(classes, dtype="fp32"), meta(TILE_ROWS, dtype="fp32"), meta(dtype="fp32")
+    logits = meta(TILE_ROWS, classes, dtype=dtype)
+    rows = CrossEntropy_(logits, bias, target, losses, *EVERYTHING, True, grad=losses, divisor=divisor)
+    yield from described(f"{label} everything", stored.cross_entropy_, rows, chip(9))
+
+
+def _streamed(dtype: str, name: str, major: int, options: Options) -> Iterator[Case]:
+    """The loss alone: logits in registers, what combines their shares, and the sum over rows."""
+    input, weight, target = meta(ROWS, DIM, dtype=dtype), meta(32768, DIM, dtype=dtype), meta(ROWS, dtype="i64")
+    bias = None if options is USUAL else meta(32768, dtype="fp32")
+    call = LinearCrossEntropy(input, weight, bias, target, "mean", *options, needs=[False] * 3)
+    yield from described(
+        f"{dtype} {name}", cross_entropy.linear_cross_entropy, call, chip(major),
+        matrix=("streaming_statistics",), capabilities=(10 * major,),
+    )  # fmt: skip

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
 import torch
-import triton.language as tl
+from torch import Tensor
 
-from tfm.kernels import launch
-from tfm.kernels.feed_forward import activation_dropout, linear_activation
+from tfm.kernels import feed_forward
+from tfm.kernels.launch import Chip
+from tfm.operators.feed_forward import ActivationDropout, LinearActivation, LinearActivationBackward, keeps_hidden
 from tfm.ops.feed_forward import ACTIVATIONS
 from tools.check_kernels.cases.case import CHIPS, Case
+from tools.check_kernels.described import chip, described, meta
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NUMBERS = {"rows": "i32", "threshold": "i32", "scale": "fp32", "site": "i32", "seed": "*i64:16"}
-HIDDEN, DEPTH = 2048, 512
+HIDDEN = 2048
 # Each takes smaller tiles than the one before, on 132 multiprocessors.
 ROWS = (8192, 1024, 512, 64)
+# The second ends within a step; the last is cuBLAS's.
+EVEN, ODD, DEEP = 512, 496, 2048
 
 
 def feed_forward_cases(every: bool) -> Iterator[Case]:
@@ -30,74 +31,50 @@ def feed_forward_cases(every: bool) -> Iterator[Case]:
 
 def _matmul_cases(every: bool, gated: bool) -> Iterator[Case]:
     """The largest tiles, those of small chips, and smaller ones with a depth that ends within a step."""
-    everything = dict.fromkeys(product(ROWS, (90, 80), ("bf16", "fp16"), ("gelu", "relu")))
-    everything |= dict.fromkeys(product(ROWS[:1], (90,), ("bf16",), ACTIVATIONS))
-    hungriest = [(8192, 90, "bf16", "gelu"), (8192, 80, "bf16", "gelu"), (1024, 90, "bf16", "gelu")]
+    everything = dict.fromkeys(product(ROWS, (9, 8), ("bf16", "fp16"), ("gelu", "relu")))
+    everything |= dict.fromkeys(product(ROWS[:1], (9,), ("bf16",), ACTIVATIONS))
+    hungriest = [(8192, 9, "bf16", "gelu"), (8192, 8, "bf16", "gelu"), (1024, 9, "bf16", "gelu")]
     # The one that keeps hidden instead of the pre-activation.
-    hungriest += [] if gated else [(8192, 90, "bf16", "relu")]
-    for rows, capability, dtype, activation in everything if every else hungriest:
-        chip = launch.Chip(major=capability // 10, multiprocessors=132)
-        data = f"*{dtype}:16"
-        shape = dict.fromkeys(("columns", "depth", "x_stride", "dy_stride", "weight_stride", "up_stride"), "i32:16")
-        common = {**NUMBERS, **shape, "weight": data, "hidden": data, "EVEN": rows == ROWS[0]}
-        common["ACTIVATION"] = tl.constexpr(activation)
-        name = f"{rows}/sm_{capability} {activation}{' gated' * gated} {dtype}"
-
-        tiles = launch.linear_activation(rows, HIDDEN, DEPTH, gated, DTYPES[dtype], True, chip)
-        tensors: dict[str, Any] = {
-            "x": data,
-            "pre": data,
-            "up_weight": data if gated else None,
-            "bias": None if gated else "*fp32:16",
-        }
-        arguments = {**common, **tensors, **_blocks(tiles)}
-        kernel = linear_activation.linear_activation_kernel
-        yield _matmul_case(f"linear_activation {name}", kernel, arguments, tiles, capability)
-
-        tiles = launch.linear_activation_backward(rows, HIDDEN, DEPTH, DTYPES[dtype], True, chip)
-        tensors = {"dy": data, "saved": data, "dpre": data, "partials": None if gated else "*fp32:16", "GATED": gated}
-        arguments = {**common, **tensors, **_blocks(tiles)}
-        kernel = linear_activation.linear_activation_backward_kernel
-        yield _matmul_case(f"linear_activation_backward {name}", kernel, arguments, tiles, capability)
+    hungriest += [] if gated else [(8192, 9, "bf16", "relu")]
+    for rows, major, dtype, activation in everything if every else hungriest:
+        depth, on = EVEN if rows == ROWS[0] else ODD, Chip(major, multiprocessors=132)
+        capabilities = CHIPS[8] if major == 8 else CHIPS[9] + CHIPS[10]
+        name = f"{rows}/sm_{10 * major} {activation}{' gated' * gated} {dtype}"
+        x, weight = meta(rows, depth, dtype=dtype), meta(HIDDEN, depth, dtype=dtype)
+        bias, layer = None if gated else meta(HIDDEN, dtype="fp32"), _layer(gated, activation)
+        call = LinearActivation(x, weight, weight if gated else None, bias, *layer, save=True)
+        yield from described(
+            name, feed_forward.linear_activation, call, on, matrix=("linear_activation",), capabilities=capabilities
+        )
+        backward = _backward(rows, HIDDEN, depth, dtype, gated, activation)
+        yield from described(
+            name, feed_forward.linear_activation_backward, backward, on,
+            matrix=("linear_activation",), capabilities=capabilities,
+        )  # fmt: skip
 
 
 def _element_cases(every: bool, gated: bool) -> Iterator[Case]:
     """Rows of odd lengths take an address for each element."""
-    everything = product((16, 63, 511, 512), DTYPES, ("gelu",))
+    everything = product((16, 63, 511, 512), ("bf16", "fp16", "fp32"), ("gelu",))
     hungriest = [(511, "bf16", "gelu"), (512, "fp32", "gelu")]
     for columns, dtype, activation in everything if every else hungriest:
-        data = f"*{dtype}:16"
-        flags = {"ACTIVATION": tl.constexpr(activation), "GATED": gated}
-        number = "i32" if columns % 16 else "i32:16"
         name = f"{columns} {activation}{' gated' * gated} {dtype}"
-
-        tiles = launch.activation_dropout(8192, columns)
-        blocks = {"columns": number, "BLOCK_ROWS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns}
-        arguments = {**NUMBERS, **flags, **blocks, "pre": data, "hidden": data}
-        kernel = activation_dropout.activation_dropout_kernel
-        yield Case(f"activation_dropout {name}", kernel, arguments, tiles.num_warps)
-
-        tiles = launch.activation_dropout_backward(8192, columns)
-        blocks = {"columns": number, "BLOCK_ROWS": tiles.block_rows, "BLOCK_COLUMNS": tiles.block_columns}
-        tensors: dict[str, Any] = {"dhidden": data, "saved": data, "dpre": data, "hidden": data}
-        tensors["partials"] = None if gated else "*fp32:16"
-        arguments = {**NUMBERS, **flags, **blocks, **tensors, "TILES": tiles.tiles}
-        kernel = activation_dropout.activation_dropout_backward_kernel
-        yield Case(f"activation_dropout_backward {name}", kernel, arguments, tiles.num_warps)
+        pre = meta(ROWS[0], 2 * columns if gated else columns, dtype=dtype)
+        call = ActivationDropout(pre, *_layer(gated, activation))
+        yield from described(name, feed_forward.activation_dropout, call, chip(9))
+        backward = _backward(ROWS[0], columns, DEEP, dtype, gated, activation)
+        yield from described(name, feed_forward.linear_activation_backward, backward, chip(9))
 
 
-def _blocks(tiles: launch.MatmulTiles) -> dict[str, Any]:
-    return {
-        "SLICES": tiles.slices,
-        "BLOCK_ROWS": tiles.block_rows,
-        "BLOCK_COLUMNS": tiles.block_columns,
-        "BLOCK_DEPTH": tiles.block_depth,
-    }
+def _backward(
+    rows: int, columns: int, depth: int, dtype: str, gated: bool, activation: str
+) -> LinearActivationBackward:
+    dy, weight = meta(rows, depth, dtype=dtype), meta(depth, columns, dtype=dtype)
+    saved = meta(rows, 2 * columns if gated else columns, dtype=dtype)
+    recompute, dbias = not keeps_hidden(gated, activation), None if gated else torch.float32
+    return LinearActivationBackward(dy, weight, saved, *_layer(gated, activation), recompute, dbias)
 
 
-def _matmul_case(name: str, kernel: Any, arguments: dict[str, Any], tiles: launch.MatmulTiles, capability: int) -> Case:
-    arguments = {parameter: arguments[parameter] for parameter in kernel.arg_names}
-    return Case(
-        name, kernel, arguments, tiles.num_warps, tiles.num_stages, matrix=True,
-        max_registers=tiles.max_registers, capabilities=CHIPS[8] if capability == 80 else CHIPS[9] + CHIPS[10],
-    )  # fmt: skip
+def _layer(gated: bool, activation: str) -> tuple[bool, str, float, Tensor, int]:
+    """Returns the arguments from `gated` to `site`, with dropout."""
+    return gated, activation, 0.1, meta(dtype="i64"), 0

@@ -70,7 +70,7 @@ versions: $(INSTALLED)
 bench: native
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable -q --disable-warnings
 
-# Everything on one NVIDIA GPU, in nine minutes: ONLY=attention,layer_norm QUICK=1 DATA=dir OUT=file COMMIT=hash. Takes
+# Everything on one NVIDIA GPU, in nine minutes: ONLY=attention,norm QUICK=1 DATA=dir OUT=file COMMIT=hash. Takes
 # the python3 on PATH where there is no virtual environment.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu $(if $(ONLY),--only $(ONLY)) \

@@ -1,4 +1,4 @@
-"""A step of decoding: attention of one query a hypothesis over a cache, to which its latest key and value are added.
+"""Measures a step of decoding: one query a hypothesis attends to a cache, to which its latest key and value are added.
 
 GB/s counts each key and value that some hypothesis attends to once, queries, outputs and our table of ancestors. The
 peers' beams are put in order by copying the cache, of each layer at each step; ours by copying the table, once a step
@@ -31,7 +31,7 @@ def key_heads(size: Decoding) -> int:
 
 
 def numbers(size: Decoding):
-    """Query, caches [R, capacity, Hkv, D], key and value: the caches as the rows' own steps left them."""
+    """Makes query, caches [R, capacity, Hkv, D], key and value: the caches as the rows' own steps left them."""
     heads, capacity = key_heads(size), -(-size.length // ROOM) * ROOM
     caches = (random(size.rows, capacity, heads, size.head_dim).detach() for _ in range(2))
     latest = (random(size.rows, heads, size.head_dim).detach() for _ in range(2))
@@ -50,7 +50,7 @@ def our_inputs(size: Decoding):
 
 
 def inputs(size: Decoding):
-    """The same as the peers have it: rows in the order that they were in before this step."""
+    """Makes the same as the peers have it: rows in the order that they were in before this step."""
     query, *caches, key, value = numbers(size)
     if size.beam == 1:
         return query, *(cache.transpose(1, 2).contiguous() for cache in caches), key, value, size.length, None

@@ -1,4 +1,4 @@
-"""Token rows, scaled, with sinusoidal positions and dropout.
+"""Measures token rows, scaled, with sinusoidal positions and dropout.
 
 The peers read the sinusoid from a table, as everybody does. GB/s counts a row read and a row written for each token
 forward; backward the row's gradient read, and the weight's written whole.

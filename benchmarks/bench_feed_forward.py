@@ -1,4 +1,4 @@
-"""The feed-forward networks, plain with ReLU and gated with SiLU (SwiGLU), with dropout inside.
+"""Measures the feed-forward networks, plain with ReLU and gated with SiLU (SwiGLU), with dropout inside.
 
 TFLOP/s counts the matmuls: two forward, or three in the gated network, and twice as many backward.
 """

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, the first half of a head's columns paired with the second.
+"""Measures rotary position embedding of queries and keys, the first half of a head's columns paired with the second.
 
 GB/s counts query and key read and written once, and their gradients once more.
 """
@@ -30,7 +30,7 @@ def our_inputs(size: Rotary):
 
 
 def inputs(size: Rotary):
-    """As Hugging Face's models have it: tables [1, S, D] of two equal halves."""
+    """Makes the inputs of Hugging Face's models: tables [1, S, D] of two equal halves."""
     tables = ops.rotary_table(size.length, size.head_dim, device=DEVICE, dtype=DTYPE)
     return *query_and_key(size), *(torch.cat((table, table), dim=-1)[None] for table in tables)
 

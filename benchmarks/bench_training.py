@@ -1,4 +1,4 @@
-"""The bundled model against plain torch.nn.Transformer: tokens per second, and what the same minutes teach each.
+"""Compares the bundled model with plain torch.nn.Transformer: tokens per second, and what the same minutes teach each.
 
     python -m benchmarks.bench_training --data DIR --minutes 20 --threads 2 --out benchmarks/results/training.json
 
@@ -38,14 +38,14 @@ from tfm.errors import UserError
 from tfm.model import Transformer
 from tfm.train import Training
 
-# The first of them that takes part.
+# The peers that ratios refer to: the first of them that takes part.
 BASELINES = ("eager", "eager-bf16")
 # How far a contender's first loss may be from the bundled model's, relatively: they are one function of their weights.
 START_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def measure_throughput(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Contenders in turn, again and again, each round on the same batches; fills `record["throughput"]`."""
+    """Trains the contenders in turn, again and again, each round on the same batches; fills `record["throughput"]`."""
     task, device = load(arguments), torch.device(arguments.device)
     results: dict[str, Any] = {}
     record["throughput"] = results
@@ -58,7 +58,7 @@ def measure_throughput(arguments: argparse.Namespace, record: dict[str, Any]) ->
             _check_start(name, start_loss, results)
             results[name] = {"start_loss": start_loss, "warm_up_seconds": training.warm_up(), "repeats": []}
             running[name] = training
-        # Whatever it is: a peer that cannot run here is a result, not the end of the benchmark.
+        # Any error: a peer that cannot run here is a result, not the end of the benchmark.
         except Exception as error:
             results[name] = {"failed": _reason(error)}
             say(f"{name} failed: {_reason(error)}")
@@ -83,7 +83,7 @@ def measure_throughput(arguments: argparse.Namespace, record: dict[str, Any]) ->
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Median, and the distance between the extremes as a share of it."""
+    """Returns the median, and the distance between the extremes as a share of it."""
     median = statistics.median(samples)
     return {"median": median, "spread": (max(samples) - min(samples)) / median}
 
@@ -96,7 +96,7 @@ def _check_start(name: str, loss: float, results: dict[str, Any]) -> None:
 
 
 def measure_quality(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Each contender in a process of its own, one after the other; fills `record["quality"]`."""
+    """Trains each contender in a process of its own, one after the other; fills `record["quality"]`."""
     record["quality"] = []
     for seed in arguments.train_seeds:
         for name in arguments.train_contenders:
@@ -116,7 +116,7 @@ def _limit(arguments: argparse.Namespace) -> str:
 
 
 def train(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """Train one contender for --minutes or --updates, then translate the test set with its weights."""
+    """Trains one contender for --minutes or --updates, then translates the test set with its weights."""
     torch.set_num_threads(arguments.threads)
     task, device = load(arguments), torch.device(arguments.device)
     training = TimedTraining(name, task, device, seed)
@@ -145,7 +145,7 @@ def _reason(error: Exception) -> str:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """The record's medians."""
+    """Makes a table of the record's medians."""
     rows = Table("contender", "tokens/s", "spread", "x eager", "updates", "epochs", "val loss", "BLEU")
     rows.columns[0].no_wrap = True
     trained = {(result["contender"], result["seed"]): result for result in record.get("quality", [])}
@@ -217,7 +217,7 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
 
 
 def beside(peers: list[str]) -> list[str]:
-    """The peers behind the bundled model, in each of their dtypes."""
+    """Returns the bundled model, in each dtype of the peers, and behind it the peers."""
     dtypes = {CONTENDERS[name].dtype for name in peers} or {"float32"}
     ours = [name for name, contender in CONTENDERS.items() if not contender.torch_model and contender.dtype in dtypes]
     return list(dict.fromkeys([*ours, *peers]))
@@ -225,7 +225,7 @@ def beside(peers: list[str]) -> list[str]:
 
 def main() -> None:
     arguments = parse()
-    # Contenders share this process: none is to push out the matmuls that oneDNN has prepared for another.
+    # Contenders share this process: none may push out the matmuls that oneDNN has prepared for another.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     torch.set_num_threads(arguments.threads)
     if REHEARSAL:

@@ -1,4 +1,4 @@
-"""How `pytest benchmarks` runs: one thread, the device's clock, failed peers kept, ratios in record and on screen."""
+"""Sets up `pytest benchmarks`: one thread, the device's clock, failed peers kept, ratios in record and on screen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """On one thread: a second one would measure what else runs on the machine."""
+    """Runs on one thread: a second one would measure what else runs on the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""What the native kernels are on this machine's processor: each operation beside its peers, on one core, in one record.
+"""Measures the native kernels on this machine's processor: each operation beside its peers, on one core, in one record.
 
     python -m benchmarks.cpu --out benchmarks/results/cpu.json
 
@@ -38,7 +38,7 @@ BENCHMARKS = "not training"
 
 
 def ceilings(work: Work = WORK) -> dict[str, Any]:
-    """Rates of one core: GB/s read and written, in memory and in caches, and TFLOP/s of sgemm, each sample."""
+    """Measures one core: GB/s read and written, in memory and in caches, and TFLOP/s of sgemm, each sample."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
     say("measuring the ceilings")
@@ -54,12 +54,12 @@ def ceilings(work: Work = WORK) -> dict[str, Any]:
 
 
 def of_cache(work: Work, size: int) -> Work:
-    """As long a copy of `size` bytes again and again as `work` is of memory that no cache holds."""
+    """Returns work that copies `size` bytes again and again for as long as `work` copies memory that no cache holds."""
     return replace(work, copied=size // 2, steps=max(1, 2 * work.copied * work.steps // size // CACHE_SHARE))
 
 
 def run_suites(measured: dict[str, Any], chosen: str) -> list[dict[str, Any]]:
-    """The entries of pytest-benchmark for the suites that `chosen` names, as pytest's -k."""
+    """Runs the suites that `chosen` names, as pytest's -k does, and returns pytest-benchmark's entries."""
     with tempfile.TemporaryDirectory() as folder:
         rates, entries = Path(folder) / "ceilings.json", Path(folder) / "entries.json"
         rates.write_text(json.dumps(known(measured)))
@@ -73,7 +73,7 @@ def run_suites(measured: dict[str, Any], chosen: str) -> list[dict[str, Any]]:
 
 
 def known(measured: dict[str, Any]) -> dict[str, Any]:
-    """Of measured ceilings what benchmarks.measure reads."""
+    """Returns the part of measured ceilings that benchmarks.measure reads."""
     caches = [(level["bytes"], level["GB/s"]) for level in measured["caches"]]
     return {"copy": measured["copy"]["GB/s"], "caches": caches, "matmul": measured["matmul"]["TFLOP/s"]}
 

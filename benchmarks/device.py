@@ -1,4 +1,4 @@
-"""The device that is measured, and how to wait for it: a GPU, a CPU, or a CPU that rehearses for a GPU.
+"""Names the device that is measured, and waits for it: a GPU, a CPU, or a CPU that rehearses for a GPU.
 
 Environment: TFM_REHEARSAL=1 takes every path that a GPU takes, on the CPU at tiny shapes: kernels in Triton's
 interpreter, the host's clock for CUDA events, a plain call for the replay of a graph. TFM_QUICK=1 measures the first
@@ -40,19 +40,19 @@ def synchronize() -> None:
 
 
 def clock() -> float:
-    """The time in seconds after the device's last work: pytest-benchmark's timer, around each of its rounds."""
+    """Returns the time in seconds after the device's last work: pytest-benchmark's timer, around each of its rounds."""
     synchronize()
     return time.perf_counter()
 
 
 class HostEvent:
-    """torch.cuda.Event where there is none: what the host has done, it has finished."""
+    """Stands in for torch.cuda.Event where there is none: what the host has done, it has finished."""
 
     def record(self) -> None:
         self.seconds = time.perf_counter()
 
     def elapsed_time(self, end: HostEvent) -> float:
-        """In milliseconds, as torch.cuda.Event counts."""
+        """Returns milliseconds, as torch.cuda.Event does."""
         return 1e3 * (end.seconds - self.seconds)
 
 
@@ -61,7 +61,7 @@ def _event() -> Any:
 
 
 def event_seconds(step: Step, calls: int) -> float:
-    """Seconds of a call among so many, by the device's own clock."""
+    """Returns the seconds of one of so many calls, by the device's own clock."""
     start, end = _event(), _event()
     synchronize()
     start.record()
@@ -73,7 +73,7 @@ def event_seconds(step: Step, calls: int) -> float:
 
 
 def capture(steps: Sequence[Step]) -> Step:
-    """One CUDA graph of all `steps`, in order; a call replays it.
+    """Captures all `steps`, in order, as one CUDA graph; a call of the result replays it.
 
     Raises:
         RuntimeError: a step waits for the device, or does what no graph can hold.
@@ -105,12 +105,12 @@ def _no_waiting() -> Iterator[None]:
 
 
 def cache_bytes() -> int:
-    """Bytes of the GPU's L2 cache, of a rehearsal's as many as its inputs have; 0 on a CPU, whose inputs stay put."""
+    """Returns the size of the GPU's L2 cache, in a rehearsal that of its inputs; 0 on a CPU, whose inputs stay put."""
     return torch.cuda.get_device_properties(DEVICE).L2_cache_size if CUDA else 1024 if REHEARSAL else 0
 
 
 def peak_bytes(step: Step) -> int | None:
-    """What `step` allocates at most, its results included; None where nobody counts."""
+    """Returns the most that `step` holds allocated at once, its results included; None where nobody counts."""
     if not CUDA:
         return None
     synchronize()
@@ -122,14 +122,14 @@ def peak_bytes(step: Step) -> int | None:
 
 
 def forget_failure() -> None:
-    """Gives back what a failed step had allocated."""
+    """Frees what a failed step had allocated."""
     if CUDA:
         torch.cuda.empty_cache()
 
 
 @contextmanager
 def kernels_as_on_a_gpu() -> Iterator[None]:
-    """In a rehearsal impl="auto" takes the interpreter wherever it would take a kernel on a GPU."""
+    """Makes impl="auto" take the interpreter, in a rehearsal, wherever it would take a kernel on a GPU."""
     if not REHEARSAL:
         yield
         return

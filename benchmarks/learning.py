@@ -1,4 +1,4 @@
-"""Does tfm learn as well as plain torch, update for update? The bundled corpus, with dropout, several seeds of each.
+"""Compares how well tfm and plain torch learn, update for update: the bundled corpus, dropout, several seeds of each.
 
     python -m benchmarks.learning --seeds 1,2,3,4,5 --updates 500 --processes 2
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def curve(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """One contender's losses by the update, under one seed: of training since the last point, and of validation."""
+    """Trains one contender under one seed; returns its losses by the update, of training and of validation."""
     torch.set_num_threads(1)
     task = load(arguments)
     task = replace(task, config=replace(task.config, dropout=arguments.dropout))
@@ -50,7 +50,7 @@ def curve(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]
 
 
 def summary(runs: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
-    """Means and standard deviations over the seeds that both sides have finished, point by point, and what differs."""
+    """Returns means and deviations over the seeds that both sides have finished, point by point, and what differs."""
     by_name = {(run["contender"], run["seed"]): run for run in runs}
     paired = [seed for seed in seeds if all((name, seed) in by_name for name in (OURS, PEER))]
     result: dict[str, Any] = {"seeds": paired}
@@ -68,13 +68,13 @@ def summary(runs: list[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
 
 
 def moments(values: Any) -> dict[str, float]:
-    """Mean and standard deviation."""
+    """Returns mean and standard deviation."""
     values = list(values)
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def paired_difference(differences: list[float]) -> dict[str, float | None]:
-    """Mean of the differences, its standard error, and the share of sign patterns whose mean is as far from 0."""
+    """Returns the differences' mean, its standard error, and the share of sign patterns whose mean is as far from 0."""
     mean, count = statistics.fmean(differences), len(differences)
     error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
     signed = [
@@ -102,7 +102,7 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(command_line)
     if arguments.updates < UPDATES_PER_POINT or arguments.updates % UPDATES_PER_POINT:
         parser.error(f"--updates: expected a multiple of {UPDATES_PER_POINT}, got {arguments.updates}")
-    # What `load` reads: the bundled corpus, and something to learn from it.
+    # For `load`: the bundled corpus, and something to learn from it.
     arguments.data, arguments.minutes = None, math.inf
     return arguments
 

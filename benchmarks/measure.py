@@ -1,4 +1,4 @@
-"""How a case is timed, on CPUs and GPUs alike, and what is kept of it: pytest-benchmark runs, extra_info explains.
+"""Times cases, on CPUs and GPUs alike, and keeps the samples: pytest-benchmark runs them, extra_info explains them.
 
 A round is so many calls, one after the other, that it lasts a millisecond at least, between two readings of a clock
 that waits for the device. pytest-benchmark divides by the calls, so that its statistics are seconds a call. On a GPU
@@ -26,7 +26,7 @@ from benchmarks.device import Step
 from benchmarks.suite import BOTH, NOMINAL, Case
 
 ROUND_SECONDS = 1e-3
-# What a case may take, warm-up and compilation apart, within the fewest and the most rounds.
+# Seconds that a case may take, warm-up and compilation apart, within the fewest and the most rounds.
 CASE_SECONDS, ROUNDS = (0.1 if device.CUDA else 1.0), (5, 50)
 if device.QUICK:
     CASE_SECONDS, ROUNDS = CASE_SECONDS / 5, (3, 10)
@@ -40,7 +40,7 @@ CALLS_IN_GRAPH = 8  # at least: the launch of a graph itself takes as long as a 
 
 
 class Unavailable(Exception):
-    """A peer that does not exist here; says why."""
+    """Says why a peer does not exist here."""
 
 
 def measure(benchmark: Any, case: Case) -> None:
@@ -70,7 +70,7 @@ def measure(benchmark: Any, case: Case) -> None:
 
 
 def failure(error: Exception) -> str:
-    """One line that says what went wrong: Dynamo and Inductor wrap the exception that does."""
+    """Returns one line that says what went wrong; Dynamo and Inductor wrap the exception that knows."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -107,7 +107,7 @@ def _measure(benchmark: Any, case: Case) -> None:
 
 
 def step_of(function: Callable[..., Any], tensors: Sequence[Any], direction: str) -> Step:
-    """A call of `function` without gradients, or with those of every tensor that needs one."""
+    """Returns a call of `function` without gradients, or with those of every tensor that needs one."""
     if direction != BOTH:
         plain = [given.detach() if isinstance(given, Tensor) else given for given in tensors]
 
@@ -132,7 +132,7 @@ def _outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 class Turns:
-    """The steps in turn, one a call."""
+    """Runs the steps in turn, one a call."""
 
     calls = 1
 
@@ -145,7 +145,7 @@ class Turns:
 
 
 class Replays:
-    """A graph of several calls as if it were one call each: the first replays them all, the others do nothing."""
+    """Spreads a graph of several calls over as many calls: the first replays them all, the others do nothing."""
 
     def __init__(self, replay: Step, calls: int) -> None:
         self.replay, self.calls, self.done = replay, calls, 0
@@ -157,14 +157,14 @@ class Replays:
 
 
 def input_sets(set_bytes: int, cache_bytes: int) -> int:
-    """How many sets of inputs exceed twice the cache together; one where the cache holds no part of it."""
+    """Returns how many sets of inputs together exceed twice the cache; 1 where there is no cache to exceed."""
     if set_bytes == 0 or cache_bytes == 0:
         return 1
     return min(MOST_INPUTS, 2 * cache_bytes // set_bytes + 1)
 
 
 def plan(step: Step, multiple: int, clock: Callable[[], float] = device.clock) -> tuple[int, int]:
-    """(calls of a round, rounds), after a warm-up; the calls are a multiple of `multiple`."""
+    """Warms up, and returns (calls of a round, rounds); the calls are a multiple of `multiple`."""
     calls, seconds = calibrate(step, multiple, clock)
     warm_until = clock() + WARM_UP_SECONDS
     while clock() < warm_until:
@@ -175,7 +175,7 @@ def plan(step: Step, multiple: int, clock: Callable[[], float] = device.clock) -
 
 
 def calibrate(step: Step, multiple: int, clock: Callable[[], float]) -> tuple[int, float]:
-    """The fewest calls, about, that last ROUND_SECONDS with a tenth to spare, and the seconds that they last."""
+    """Returns about the fewest calls that last ROUND_SECONDS with a tenth to spare, and the seconds that they last."""
     calls, enough = multiple, 1.1 * ROUND_SECONDS
     while True:
         started = clock()
@@ -190,7 +190,7 @@ def calibrate(step: Step, multiple: int, clock: Callable[[], float]) -> tuple[in
 
 
 def achieved(case: Case, seconds: float) -> dict[str, Any]:
-    """Bytes and flops a second, and the share of the ceiling that bounds the case."""
+    """Returns bytes and flops a second, and the share of the ceiling that bounds the case."""
     work, known = case.work, ceilings()
     info: dict[str, Any] = {}
     if work.bytes:
@@ -205,7 +205,7 @@ def achieved(case: Case, seconds: float) -> dict[str, Any]:
 
 @cache
 def ceilings() -> dict[str, Any]:
-    """{"copy": GB/s, "matmul": TFLOP/s, "caches": ...} from the file that TFM_CEILINGS names; empty without one."""
+    """Reads {"copy": GB/s, "matmul": TFLOP/s, "caches": ...} from the file TFM_CEILINGS names; empty without one."""
     path = os.environ.get("TFM_CEILINGS")
     return json.loads(Path(path).read_text()) if path else {}
 
@@ -215,7 +215,7 @@ _compiled_at: list[str] = []
 
 
 def compiled(case: Case) -> Callable[..., Any]:
-    """The peer's function, compiled where it is to be: once for all directions and modes of a size."""
+    """Returns the peer's function, compiled where it is to be: once for all directions and modes of a size."""
     if case.peer.compiled is None:
         return case.peer.function
     place = f"{case.suite.operation} {case.size}"

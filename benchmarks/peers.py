@@ -1,4 +1,4 @@
-"""What each operation is measured against: the functions people would use instead, and each way of running them.
+"""Lists what each operation is measured against: the functions people would use instead, and each way to run them.
 
 Every peer computes what ours does (tests/test_peers.py) and is run as a careful user would: masks, block masks and
 position tables are built once a batch, outside the clock; attention takes heads as views of a projection, as layers
@@ -32,13 +32,13 @@ EPS = 1e-6
 
 
 def ours_natively(ours: Peer, where: Callable[[Any, str], bool] = lambda size, direction: True) -> dict[str, Peer]:
-    """Ours by csrc's kernels beside Triton's, where those serve; on a CPU `ours` is csrc's already."""
+    """Runs ours by csrc's kernels beside Triton's, where csrc has them; on a CPU `ours` is csrc's already."""
     how: dict[str, Any] = {"context": partial(use, "native"), "missing": lambda: obstacle(DEVICE)}
     return {f"{OURS}, native": replace(ours, gpu=True, where=where, **how)}
 
 
 def by_torch(function: Callable[..., Any], autotuned: Sequence[Any] = ()) -> dict[str, Peer]:
-    """Plain torch, eager and compiled; tuned at few sizes, forward: it takes half a minute each."""
+    """Runs plain torch, eager and compiled; autotuned at few sizes, forward alone: that takes half a minute each."""
 
     def where(size: Any, direction: str) -> bool:
         return direction == FORWARD and size in autotuned
@@ -51,7 +51,7 @@ def by_torch(function: Callable[..., Any], autotuned: Sequence[Any] = ()) -> dic
 
 
 def liger(function: Callable[..., Any]) -> dict[str, Peer]:
-    """A function that calls Liger-Kernel."""
+    """Runs a function that calls Liger-Kernel."""
     missing = "" if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
     return {"liger": Peer(function, gpu=True, missing=lambda: missing)}
 
@@ -173,7 +173,7 @@ SDPA["sdpa math"] = Peer(
 
 
 def decode_attention(query, key_cache, value_cache, key, value, length, parent):
-    """As Hugging Face's models decode: caches [R, Hkv, capacity, D], whose rows each step of a beam puts in order."""
+    """Decodes as Hugging Face's models do: caches [R, Hkv, capacity, D], whose rows each step of a beam reorders."""
     if parent is not None:
         key_cache, value_cache = key_cache.index_select(0, parent), value_cache.index_select(0, parent)
     key_cache[:, :, length - 1], value_cache[:, :, length - 1] = key, value
@@ -190,7 +190,7 @@ DECODE_ATTENTION = {
 
 
 def flex(query, key, value, bias, block_mask):
-    """FlexAttention with an additive [1, H, Sq, Sk] that learns, or None, and its own sparse mask, or None."""
+    """Calls FlexAttention with an additive bias [1, H, Sq, Sk] that learns, or None, and its sparse mask, or None."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if bias is None:
@@ -203,7 +203,7 @@ def flex(query, key, value, bias, block_mask):
 
 
 def block_mask(lengths: Tensor | None, is_causal: bool, queries: int, keys: int) -> Any:
-    """FlexAttention's mask: keys before `lengths` [B], and no later than the query; None where all are attended to."""
+    """Makes FlexAttention's mask: keys before `lengths` [B], no later than the query; None where none is masked."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if lengths is not None:
@@ -214,12 +214,12 @@ def block_mask(lengths: Tensor | None, is_causal: bool, queries: int, keys: int)
 
 
 def flex_peer(inputs: Callable[[Any], tuple[Any, ...]]) -> dict[str, Peer]:
-    """`flex` of these inputs, at the few sizes that it is compiled for."""
+    """Runs `flex` on these inputs, at the few sizes that it is compiled for."""
     return {"flex": Peer(flex, compiled="default", inputs=inputs, gpu=True, where=lambda size, _: size in FLEX_AT)}
 
 
 def torch_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal):
-    """Packed flash attention of torch itself."""
+    """Calls torch's own packed flash attention."""
     return _varlen(is_causal)(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
 
 

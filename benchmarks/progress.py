@@ -1,4 +1,4 @@
-"""What a long benchmark says while it runs: lines on stderr, which no record and no table is part of."""
+"""Says how far a long benchmark is: lines on stderr, apart from records and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: its samples, and the machine they are from, as JSON."""
+"""Writes what a benchmark leaves behind: its samples, and the machine they are from, as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from tfm.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
-# What takes part in a measurement where it is installed.
+# Packages whose versions affect a measurement, where they are installed.
 PACKAGES = (
     "triton", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "transformers", "tokenizers", "sacrebleu",
     "liger-kernel",
@@ -28,7 +28,7 @@ CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.d
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and the software that numbers are measured on; None for what is not there."""
+    """Describes the machine and the software that numbers are measured on; None for what is not there."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def sources(root: Path = ROOT) -> dict[str, str]:
-    """SHA-256 of every file of kernels/ and csrc/: numbers are those of these files."""
+    """Returns the SHA-256 of every file of kernels/ and csrc/: the numbers belong to these files."""
     files = sorted(path for folder in ("kernels", "csrc") for path in (root / folder).rglob("*") if path.is_file())
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -60,7 +60,7 @@ def sources(root: Path = ROOT) -> dict[str, str]:
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
-    """The GPU's clocks, power and temperature at this moment. They are read, never set."""
+    """Reads the GPU's clocks, power and temperature at this moment; it never sets them."""
     return _nvidia_smi(device, CLOCKS) if device.type == "cuda" else None
 
 
@@ -70,7 +70,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def installed(package: str) -> str | None:
-    """Its version."""
+    """Returns the package's version, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -78,14 +78,14 @@ def installed(package: str) -> str | None:
 
 
 def cuda_tool(name: str) -> str | None:
-    """Where a program of the CUDA toolkit lies: on PATH, or where toolkits are installed."""
+    """Finds a program of the CUDA toolkit: on PATH, or where toolkits are installed."""
     homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
     folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def last_line(tool: str, *arguments: str) -> str | None:
-    """What a program of the CUDA toolkit prints last; None where it is not there or fails."""
+    """Returns what a program of the CUDA toolkit prints last; None where it is not there or fails."""
     program = cuda_tool(tool)
     lines = (_answer(program, *arguments) or "").splitlines() if program else []
     return lines[-1] if lines else None

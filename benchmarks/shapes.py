@@ -1,4 +1,4 @@
-"""The shapes that benchmarks run at, as data: published ones for GPUs, of milliseconds for CPUs, tiny to rehearse.
+"""Lists the shapes that benchmarks run at: published ones for GPUs, of milliseconds for CPUs, tiny ones to rehearse.
 
 Translation: hidden 512 and 1024, sentences of Multi30k's lengths, vocabularies of 10k and 32k. BERT: 128 to 512 tokens
 with padding. Long: 4k to 16k. Each with the masks that matter there.
@@ -16,12 +16,12 @@ from benchmarks.device import CUDA, QUICK, REHEARSAL
 
 T = TypeVar("T")
 
-# Of Multi30k's sentences in 9,712 tokens, end included: how many of a hundred have 6, 8, ... tokens.
+# How many of a hundred sentences of Multi30k, in 9,712 tokens, have 6, 8, ... of them, the end included.
 MULTI30K_LENGTHS = {6: 1, 8: 6, 10: 15, 12: 22, 14: 19, 16: 13, 18: 9, 21: 7, 24: 4, 28: 3, 34: 1}
 
 
 def draw_lengths(sentences: int, generator: torch.Generator) -> list[int]:
-    """So many lengths, as Multi30k's sentences have them."""
+    """Draws so many lengths, distributed as those of Multi30k's sentences."""
     shares = torch.tensor(list(MULTI30K_LENGTHS.values())).float()
     drawn = torch.multinomial(shares, sentences, replacement=True, generator=generator)
     return [list(MULTI30K_LENGTHS)[k] for k in drawn.tolist()]
@@ -115,7 +115,7 @@ class Decoding:
         return f"{self.rows}x{self.length} heads {self.heads}x{self.head_dim}{grouped} beam {self.beam}"
 
     def ancestry(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 [rows, length], the row that decoded each token, and int64 [rows], whom each row continues.
+        """Returns int32 [rows, length], the row that decoded each token, and int64 [rows], the row that each continues.
 
         Of random parents, the same at each call; of the last step they are a rotation, so that none is lost.
         """
@@ -152,12 +152,12 @@ class Sentences:
 
     @property
     def queries(self) -> list[int]:
-        """The length of each sentence, the same at each call, ascending as in a bucketed batch."""
+        """Returns the length of each sentence, the same at each call, ascending as in a bucketed batch."""
         return sorted(self._draw(seed=1))
 
     @property
     def keys(self) -> list[int]:
-        """The length of each sentence attended to; those of a cross-attention are in no order."""
+        """Returns the length of each sentence attended to; those of a cross-attention are in no order."""
         return self._draw(seed=2) if self.mask == "cross" else self.queries
 
     def _draw(self, seed: int) -> list[int]:
@@ -187,7 +187,7 @@ class Sequences:
 
     @property
     def lengths(self) -> list[int]:
-        """The valid keys of each sequence, the same at each call."""
+        """Returns the valid keys of each sequence, the same at each call."""
         if self.mask != "lengths":
             return [self.length] * self.batch
         generator = torch.Generator().manual_seed(1)
@@ -195,7 +195,7 @@ class Sequences:
 
 
 def _sizes(gpu: Sequence[T], cpu: Sequence[T], rehearsal: Sequence[T]) -> Sequence[T]:
-    """Those of the device; of a quick run the first alone."""
+    """Returns the sizes of the device; in a quick run the first alone."""
     sizes = rehearsal if REHEARSAL else gpu if CUDA else cpu
     return sizes[:1] if QUICK else sizes
 

@@ -1,4 +1,4 @@
-"""What is measured, as data: an operation beside its peers, at each size, direction and mode."""
+"""Describes what is measured: an operation beside its peers, at each size, direction and mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks import device
 FORWARD, BOTH = "forward", "forward and backward"
 OURS = "ours"  # and "ours, ..." where there are two ways
 
-# About what a GPU of today reaches, and one core: they decide what bounds a case where no ceiling was measured.
+# About what a GPU of today and one core reach. They decide what bounds a case where no ceiling was measured.
 NOMINAL = {"copy": 4000.0, "matmul": 700.0} if device.AS_GPU else {"copy": 10.0, "matmul": 0.1}
 # Below it a case takes as long as Python takes to launch some ten kernels.
 LAUNCH_BOUND_SECONDS = 100e-6
@@ -21,13 +21,13 @@ LAUNCH_BOUND_SECONDS = 100e-6
 
 @dataclass(frozen=True)
 class Work:
-    """What a perfect kernel does: the bytes it moves, each tensor once, and its floating-point operations."""
+    """Counts what a perfect kernel does: the bytes it moves, each tensor once, and its floating-point operations."""
 
     bytes: int = 0
     flops: int = 0
 
     def seconds(self, ceilings: dict[str, Any]) -> dict[str, float]:
-        """The least time under each ceiling: "copy" in GB/s, "matmul" in TFLOP/s.
+        """Returns the least time under each ceiling: "copy" in GB/s, "matmul" in TFLOP/s.
 
         Instead of "copy" it is "cache" where ceilings["caches"], (bytes, GB/s) by size, holds as many bytes.
         """
@@ -38,13 +38,13 @@ class Work:
         return {name: self.bytes / (1e9 * rate), "matmul": self.flops / (1e12 * ceilings["matmul"])}
 
     def ceiling(self, ceilings: dict[str, Any]) -> str:
-        """The ceiling that bounds it."""
+        """Names the ceiling that bounds it."""
         seconds = self.seconds(ceilings)
         return max(seconds, key=lambda name: seconds[name])
 
     @property
     def is_launch_bound(self) -> bool:
-        """Whether launches would outlast it on a GPU: a graph's replay then says what the kernels take."""
+        """Says whether launches would outlast it on a GPU; only a graph's replay then shows what the kernels take."""
         return max(self.seconds(NOMINAL).values()) < LAUNCH_BOUND_SECONDS
 
 
@@ -87,7 +87,7 @@ class Suite:
     work: Callable[[Any, str], Work]
 
     def cases(self) -> list[Case]:
-        """Every case, those that differ in their peer alone one after the other; graphs where launches weigh."""
+        """Returns every case, those that differ only in the peer side by side; with graphs where launches weigh."""
         return list(self._cases())
 
     def _cases(self) -> Iterator[Case]:
@@ -125,11 +125,11 @@ class Case:
         return self.name.startswith(OURS)
 
     def inputs(self) -> tuple[Any, ...]:
-        """One set of arguments."""
+        """Makes one set of arguments."""
         return (self.peer.inputs or self.suite.inputs)(self.size)
 
     def info(self) -> dict[str, Any]:
-        """What an entry of the record says of it, but for the numbers."""
+        """Returns what an entry of the record says of the case, apart from the numbers."""
         return {
             "suite": self.suite.operation,
             "direction": self.direction,

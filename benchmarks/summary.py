@@ -1,4 +1,4 @@
-"""Entries of one run beside each other: how much faster ours is than each peer, and a table for the terminal."""
+"""Compares the entries of one run: how much faster ours is than each peer, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Entry = dict[str, Any]
 
 
 def case_of(entry: Entry) -> tuple[str, ...]:
-    """What entries that differ in their peer alone have in common."""
+    """Returns what entries that differ only in the peer have in common."""
     return tuple(entry["extra_info"][name] for name in ("suite", "size", "direction", "mode"))
 
 
 def of_cases(entries: Sequence[Entry]) -> list[Entry]:
-    """Those that name their case: a process that died, or a benchmark of another kind, leaves some that do not."""
+    """Returns the entries that name their case; a process that died, or another kind of benchmark, leaves others."""
     return [entry for entry in entries if "peer" in entry["extra_info"]]
 
 
 def add_speed_ups(entries: Sequence[Entry]) -> None:
-    """Our rows get extra_info["speed_up"]: for each peer of the case its median time over ours."""
+    """Gives our rows extra_info["speed_up"]: for each peer of the case its median time over ours."""
     entries = of_cases(entries)
     for entry in entries:
         if entry["extra_info"]["peer"].startswith(OURS) and "failed" not in entry["extra_info"]:
@@ -36,7 +36,7 @@ def add_speed_ups(entries: Sequence[Entry]) -> None:
 
 
 def tables(entries: Sequence[Entry]) -> Iterator[Table]:
-    """One of each suite: a row a case, a column a peer, with its time and how many times ours that is."""
+    """Makes a table for each suite: a row a case, a column a peer, with its time and how many times ours that is."""
     entries = of_cases(entries)
     for suite in dict.fromkeys(entry["extra_info"]["suite"] for entry in entries):
         rows: dict[tuple[str, ...], dict[str, Entry]] = {}
@@ -53,7 +53,7 @@ def tables(entries: Sequence[Entry]) -> Iterator[Table]:
 
 
 def failures(entries: Sequence[Entry]) -> Iterator[str]:
-    """Who failed and why, one line for each reason."""
+    """Says who failed and why, one line for each reason."""
     cases: dict[str, list[str]] = {}
     for entry in of_cases(entries):
         info = entry["extra_info"]
@@ -72,7 +72,7 @@ def _ours(entry: Entry | None) -> tuple[str, str]:
 
 
 def _rate(info: dict[str, Any]) -> str:
-    """By what bounds the case."""
+    """Returns the rate that bounds the case."""
     if info.get("ceiling") in ("copy", "cache"):
         return f"{info['GB/s']:,.1f} GB/s"
     rate = info.get("TFLOP/s")

@@ -1,4 +1,4 @@
-"""What a training benchmark trains on, and its clock."""
+"""Provides what a training benchmark trains on, and its clock."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tfm.train import Options, Training, batch_loss
 
 WARM_UP_BATCHES = 12
 UPDATES_PER_POINT = 50
-# What a reader of stderr waits for the next line.
+# Seconds between lines on stderr.
 SECONDS_PER_LINE = 30.0
-# Of the presets whose texts are small; Multi30k fills no more.
+# For presets whose texts are small; Multi30k fills no more.
 VOCABULARIES = {"demo": 2000, "tiny": 9712}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: the texts, their tokenizer, the model's shape and the recipe."""
+    """Holds what is learnt: the texts, their tokenizer, the model's shape and the recipe."""
 
     training: ParallelText
     validation: ParallelText
@@ -47,7 +47,7 @@ class Task:
 
 
 class TimedTraining(Training):
-    """A contender's training, by the update of `tfm train`, with a clock around updates alone."""
+    """Trains a contender by the update of `tfm train`, with a clock around updates alone."""
 
     def __init__(self, name: str, task: Task, device: torch.device, seed: int) -> None:
         self.contender = CONTENDERS[name]
@@ -69,7 +69,7 @@ class TimedTraining(Training):
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def start_loss(self) -> float:
-        """The untrained model's loss of the first batch, without dropout."""
+        """Returns the untrained model's loss on the first batch, without dropout."""
         self.model.eval()
         # Compiling what is run once would cost minutes.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -79,7 +79,7 @@ class TimedTraining(Training):
         return loss
 
     def warm_up(self) -> float:
-        """Updates by short to long batches, or by all shapes that become graphs, all undone; returns their seconds."""
+        """Updates on short to long batches, or all shapes that become graphs, and undoes it; returns the seconds."""
         started = time.perf_counter()
         self.model.train()
         parameters = list(self.model.parameters())
@@ -106,7 +106,7 @@ class TimedTraining(Training):
         return 2 * list({self._prepared(batch).shape: batch for batch in plan}.values())
 
     def run_for(self, seconds: float, updates: float = math.inf) -> dict[str, float]:
-        """Train for so long, or so many updates where they take less; what was done, and how fast."""
+        """Trains for so long, or so many updates where they take less; returns what was done, and how fast."""
         tokens, first, plan = 0, self.step, self._plan()
         self._synchronize()
         started, elapsed, said = time.perf_counter(), 0.0, 0.0
@@ -142,12 +142,12 @@ class TimedTraining(Training):
 
 
 def learns(arguments: argparse.Namespace) -> bool:
-    """Whether the command line asks for a training that is to teach something: --minutes 0 does not."""
+    """Says whether the command line asks for a training that is to teach something: --minutes 0 does not."""
     return arguments.minutes != 0
 
 
 def load(arguments: argparse.Namespace) -> Task:
-    """The task that the command line names; without --data the bundled corpus, or random tokens to learn nothing from.
+    """Loads the task the command line names; without --data the bundled corpus, or random tokens that teach nothing.
 
     Raises:
         UserError: a file of --data is missing or damaged.
@@ -178,7 +178,7 @@ def load(arguments: argparse.Namespace) -> Task:
 
 
 def synthetic_task(preset: str = "tiny", batch_tokens: int = 2048) -> Task:
-    """Random tokens in Multi30k's number and lengths, so that sorting leaves as little padding; a preset's shape."""
+    """Makes random tokens in Multi30k's number and lengths, so that sorting leaves as little padding."""
     vocabulary, sentences, changes = VOCABULARIES.get(preset, 32_000), 29_000, {"max_length": 64}
     if REHEARSAL:
         vocabulary, sentences, batch_tokens = 50, 60, 128

@@ -1,4 +1,4 @@
-"""What the bundled model is measured against: plain torch.nn.Transformer, each way of running it in one place.
+"""Builds what the bundled model is measured against: plain torch.nn.Transformer, and each way to run it.
 
 `TorchTranslator` is the same function of the same weights as `tfm.model.Transformer`, and takes the same batches
 through the same interface, so that `tfm.train.Training` trains either. Whatever made it faster, and a user of torch
@@ -28,14 +28,14 @@ CPU_LOSS_ROWS = 256
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train: whose model, in which dtype (bf16 is autocast, weights fp32), compiled or not."""
+    """Names one way to train: whose model, in which dtype (bf16 is autocast, weights fp32), compiled or not."""
 
     torch_model: bool
     dtype: str = "float32"
     compiled: bool = False
 
     def build(self, config: TransformerConfig, device: torch.device) -> nn.Module:
-        """A model in train mode with the recipe's initial weights: under one seed, the same for every contender."""
+        """Returns a model in train mode with the recipe's weights to begin with: under one seed the same for all."""
         ours = Transformer(config)
         if not self.torch_model:
             return ours.to(device)
@@ -58,7 +58,7 @@ CONTENDERS = {
 
 
 class TorchTranslator(nn.Module):
-    """The post-norm encoder-decoder built from torch.nn's layers; `forward` and `loss` as in tfm.model.Transformer."""
+    """Builds the post-norm encoder-decoder from torch.nn's layers; `forward` and `loss` as in tfm.model.Transformer."""
 
     positions: Tensor
     causal_mask: Tensor
@@ -102,7 +102,7 @@ class TorchTranslator(nn.Module):
         self.loss_rows: int | None = None
 
     def compile_parts(self) -> None:
-        """Compile the stacks and the loss, each once for all shapes."""
+        """Compiles the stacks and the loss, each once for all shapes."""
         # Without it, equal lengths in the first batch become a guard, and each later batch compiles anew.
         torch.fx.experimental._config.use_duck_shape = False
         # At that limit Dynamo runs eagerly without a word.
@@ -112,7 +112,7 @@ class TorchTranslator(nn.Module):
         self.loss_rows = 1 << 30  # Inductor fuses the softmax, and would compile each chunk
 
     def forward(self, source: Ragged, target: Ragged) -> Tensor:
-        """Source tokens [Ns] and target tokens [Nt] to the decoder's output [Nt, dim].
+        """Maps source tokens [Ns] and target tokens [Nt] to the decoder's output [Nt, dim].
 
         Only token ids are padded and unpadded around the stacks. Dropping padding before the loss is faster than
         computing its logits and ignoring them.
@@ -127,7 +127,7 @@ class TorchTranslator(nn.Module):
         return hidden if len(hidden) == rows else hidden.index_select(0, target.layout.indices.to_packed)
 
     def hidden(self, source: Tensor, target: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Padded [B, S] and [B, T] and an additive mask [B, S] to [B, T, dim].
+        """Maps padded [B, S] and [B, T] and an additive mask [B, S] to [B, T, dim].
 
         Padding ends each row, so the causal mask already hides it from every real target, and SDPA takes its causal
         path: torch does so where the hint is given and there is no padding mask.
@@ -143,12 +143,12 @@ class TorchTranslator(nn.Module):
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, S] to [B, S, dim]."""
+        """Maps [B, S] to [B, S, dim]."""
         rows = F.embedding(tokens, self.embedding) * math.sqrt(self.config.dim)
         return self.dropout(rows + self.positions[: tokens.shape[1]])
 
     def loss(self, hidden: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy of [N, dim] against [N].
+        """Returns the mean cross-entropy of [N, dim] against [N].
 
         torch's own chunked F.linear_cross_entropy takes no label smoothing (2.13), and its other path is this one.
         """
@@ -164,7 +164,7 @@ class TorchTranslator(nn.Module):
 
 
 class Rows(NamedTuple):
-    """Rows of a parameter of ours, and the rows of a parameter of theirs that mean the same."""
+    """Pairs rows of a parameter of ours with the rows of a parameter of theirs that mean the same."""
 
     ours: Tensor
     our_rows: slice
@@ -185,7 +185,7 @@ def copy_back(theirs: TorchTranslator, ours: Transformer) -> None:
 
 
 def corresponding(ours: Transformer, theirs: TorchTranslator) -> Iterator[Rows]:
-    """Every row of every parameter of both models, once."""
+    """Yields every row of every parameter of both models, once."""
     dim, every = ours.config.dim, slice(None)
     yield Rows(ours.embedding, every, theirs.embedding, every)
     for our_layer, layer in zip(ours.encoder.layers, theirs.transformer.encoder.layers, strict=True):

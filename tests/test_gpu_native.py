@@ -16,7 +16,7 @@ from measured import ENTRIES, FakeBenchmark, case, entry, gpu_record
 from native import Called
 from rich.console import Console
 
-from benchmarks import bench_attention, bench_feed_forward, bench_layer_norm, bench_rms_norm, bench_varlen_attention
+from benchmarks import bench_attention, bench_feed_forward, bench_norm
 from benchmarks.measure import measure
 from benchmarks.shapes import BERT, LONG, T5, FeedForward, Norm, Sentences, Sequences
 from benchmarks.suite import BOTH, FORWARD, OURS, Case, Peer
@@ -156,12 +156,12 @@ def test_on_a_gpu_tests_of_csrc_need_its_library(tmp_path):
 @pytest.mark.parametrize(
     ("suite", "size"),
     [
-        (bench_layer_norm.SUITE, Norm(5, 32, 0.1)),
-        (bench_rms_norm.SUITE, Norm(5, 32)),
+        (bench_norm.LAYER, Norm(5, 32, 0.1)),
+        (bench_norm.RMS, Norm(5, 32)),
         (bench_feed_forward.PLAIN, FeedForward(5, 16, 24)),
         (bench_feed_forward.GATED, FeedForward(5, 16, 24, is_gated=True)),
-        (bench_attention.SUITE, Sequences(2, 16, 2, 16, "lengths")),
-        (bench_varlen_attention.SUITE, Sentences(3, 2, 16)),
+        (bench_attention.PADDED, Sequences(2, 16, 2, 16, "lengths")),
+        (bench_attention.PACKED, Sentences(3, 2, 16)),
     ],
     ids=["layer_norm", "rms_norm", "feed_forward", "gated_feed_forward", "attention", "varlen_attention"],
 )

@@ -128,15 +128,15 @@ def test_a_run_may_be_of_some_parts():
         return [part.name for part in command.parts(command.parse(["--rehearse", *words]))]
 
     assert names("--parts", "tests,native") == ["environment", "native", "tests"]
-    assert names("--parts", "training,layer_norm") == ["environment", "layer_norm", "training tiny"]
+    assert names("--parts", "training,norm") == ["environment", "norm", "training tiny"]
     assert len(names()) == len(command.plan(command.parse(["--rehearse"])))
 
 
 def test_the_record_lies_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("OUT", raising=False)
-    words = ["--rehearse", "--only", "layer_norm"]
-    assert command.parse(words).out == command.ROOT / "runs" / "rehearsal_layer_norm.json"
-    for out, expected in ((tmp_path, tmp_path / "rehearsal_layer_norm.json"), (tmp_path / "x.json",) * 2):
+    words = ["--rehearse", "--only", "norm"]
+    assert command.parse(words).out == command.ROOT / "runs" / "rehearsal_norm.json"
+    for out, expected in ((tmp_path, tmp_path / "rehearsal_norm.json"), (tmp_path / "x.json",) * 2):
         assert command.parse([*words, "--out", str(out)]).out == expected
         monkeypatch.setenv("OUT", str(out))
         assert command.parse(words).out == expected

@@ -24,9 +24,9 @@ HAS_COMPILER = not toolchain.missing()
 KERNEL_CASES = """
 from itertools import islice
 
-from tools.check_kernels.cases.layer_norm import layer_norm_cases
+from tools.check_kernels.cases.norm import norm_cases
 
-ALL = (lambda every: islice(layer_norm_cases(every), 1),)
+ALL = (lambda every: islice(norm_cases(every), 1),)
 """
 TESTS = """
 import pytest
@@ -98,10 +98,10 @@ def checkout(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     (copy / "tools" / "check_kernels" / "cases" / "families.py").write_text(KERNEL_CASES)
-    (copy / "tests" / "test_layer_norm.py").write_text(TESTS)
+    (copy / "tests" / "test_norm.py").write_text(TESTS)
     for name, text in {"broken": BROKEN, "troubled": TROUBLED}.items():
         (copy / "benchmarks" / f"bench_{name}.py").write_text(text)
-    with (copy / "kernels" / "layer_norm.py").open("a") as file:
+    with (copy / "kernels" / "norm.py").open("a") as file:
         file.write("# this copy\n")
     return copy
 
@@ -118,7 +118,7 @@ def rehearsed(checkout) -> tuple[dict, subprocess.CompletedProcess[str]]:
     environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(checkout / "cache")}
     environment |= {"COMMIT": "1234abcd", "OUT": str(checkout / "out" / "record.json")}
     words = [sys.executable, "-m", "tools.gpu", "--rehearse", "--quick", "--minutes", "60"]
-    words += ["--only", "layer_norm,broken,training"]
+    words += ["--only", "norm,broken,training"]
     # On one core: every process at a time that a larger machine has takes seconds to start.
     core = {min(os.sched_getaffinity(0))}
     done = subprocess.run(
@@ -131,7 +131,7 @@ def rehearsed(checkout) -> tuple[dict, subprocess.CompletedProcess[str]]:
 def test_every_part_has_its_section(rehearsed, checkout):
     record, done = rehearsed
     assert [row["name"] for row in record["parts"]] == [
-        "environment", "native", "kernels", "ceilings", "tests", "sanitizer", "warm-up", "layer_norm", "broken",
+        "environment", "native", "kernels", "ceilings", "tests", "sanitizer", "warm-up", "norm", "broken",
         "profile", "training tiny", "quality",
     ]  # fmt: skip
     assert record["format"] == 1
@@ -140,7 +140,7 @@ def test_every_part_has_its_section(rehearsed, checkout):
     kernel = (checkout / "kernels" / "norm.py").read_bytes()
     assert record["sources"]["kernels/norm.py"] == hashlib.sha256(kernel).hexdigest()
     (row,) = record["kernels"]
-    assert row["name"].startswith("layer_norm_forward")
+    assert row["name"].startswith("norm_forward")
     assert row["capability"] == 90
     assert row["registers"] > 0
     assert not row["error"]
@@ -162,7 +162,7 @@ def test_tests_are_counted_and_failures_kept(rehearsed):
     tests = record["tests"]
     assert [tests[name] for name in ("passed", "failed", "skipped", "not_run")] == [1, 1, 1, 0]
     (failure,) = tests["failures"]
-    assert failure["test"] == "tests/test_layer_norm.py::test_fails"
+    assert failure["test"] == "tests/test_norm.py::test_fails"
     assert failure["message"] == "ValueError: not the same numbers"
     assert "def test_fails(kernel_device)" in failure["detail"]
     assert done.returncode == 1
@@ -175,7 +175,7 @@ def test_the_sanitizer_watches_the_operations(rehearsed):
     dtypes = {"triton": ("float32", "float16", "bfloat16")}
     if HAS_COMPILER:
         dtypes["native"] = ("float32", "bfloat16")
-    names = "layer_norm", "residual_layer_norm"
+    names = "layer_norm", "residual_layer_norm", "rms_norm", "residual_rms_norm"
     passes = [f"{backend} {name} {dtype}" for backend in dtypes for name in names for dtype in dtypes[backend]]
     assert record["sanitizer"]["memcheck"]["passes"] == record["sanitizer"]["racecheck"]["passes"] == passes
     # The script knows no races: a tool that sums up nothing has not done its work.
@@ -204,20 +204,19 @@ def test_what_fails_leaves_the_rest(rehearsed):
     assert parts["broken"]["state"] == "failed"
     assert "a peer that moved" in parts["broken"]["reason"]
     assert "bench_broken.py" in parts["broken"]["output"][0]
-    assert parts["layer_norm"]["state"] == parts["training tiny"]["state"] == "done", parts
+    assert parts["norm"]["state"] == parts["training tiny"]["state"] == "done", parts
 
 
-def test_the_worst_case_is_profiled_by_itself(rehearsed):
+def test_each_suites_worst_case_is_profiled_by_itself(rehearsed):
     record, done = rehearsed
-    (row,) = record["profile"]
-    assert row["state"] == "done", row
+    assert {row["suite"] for row in record["profile"]} == {"layer_norm", "rms_norm"}
     shares = {entry["fullname"]: entry["extra_info"].get("share") for entry in record["benchmarks"]}
-    assert row["share"] == shares[row["case"]]
-    assert [kernel["launches"] for kernel in row["kernels"]] == [1, 2]
-    assert (
-        f"{row['suite']} {row['size']} {row['direction']} {row['peer']}, cutlass::device_kernel: latency ("
-        in done.stdout
-    )
+    for row in record["profile"]:
+        assert row["state"] == "done", row
+        assert row["share"] == shares[row["case"]]
+        assert [kernel["launches"] for kernel in row["kernels"]] == [1, 2]
+        case = f"{row['suite']} {row['size']} {row['direction']} {row['peer']}"
+        assert f"{case}, cutlass::device_kernel: latency (" in done.stdout
 
 
 def test_a_suite_keeps_what_it_finished(checkout, tmp_path, monkeypatch):

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from benchmarks import (
     bench_attention,
+    bench_cross_entropy,
     bench_embedding,
     bench_feed_forward,
-    bench_layer_norm,
-    bench_linear_cross_entropy,
-    bench_rms_norm,
+    bench_norm,
     bench_rotary,
-    bench_varlen_attention,
     peers,
 )
 from benchmarks.inputs import integers
@@ -28,15 +26,15 @@ from tfm.sequences import Layout, offsets
 
 # Nothing is dropped: torch draws other masks.
 CASES: list[tuple[ModuleType, str, Any]] = [
-    (bench_layer_norm, "SUITE", Norm(5, 32)),
-    (bench_rms_norm, "SUITE", Norm(5, 32)),
+    (bench_norm, "LAYER", Norm(5, 32)),
+    (bench_norm, "RMS", Norm(5, 32)),
     (bench_feed_forward, "PLAIN", FeedForward(5, 16, 24)),
     (bench_feed_forward, "GATED", FeedForward(5, 16, 24, is_gated=True)),
-    (bench_linear_cross_entropy, "SUITE", Vocabulary(9, 16, 30, 0.1)),
-    (bench_linear_cross_entropy, "SUITE", Vocabulary(90, 16, 30)),
+    (bench_cross_entropy, "SUITE", Vocabulary(9, 16, 30, 0.1)),
+    (bench_cross_entropy, "SUITE", Vocabulary(90, 16, 30)),
     (bench_embedding, "SUITE", Embedding(70, 16, 30)),
     (bench_rotary, "SUITE", Rotary(2, 5, 3, 16)),
-    *((bench_attention, "SUITE", Sequences(3, 16, 2, 8, mask)) for mask in ("none", "causal", "lengths", "bias")),
+    *((bench_attention, "PADDED", Sequences(3, 16, 2, 8, mask)) for mask in ("none", "causal", "lengths", "bias")),
 ]
 # They run the function of another peer, or run on a GPU alone: FlexAttention has no backward on a CPU.
 LEFT_OUT = {"compile", "max-autotune", "liger", "flex", "sdpa flash", "sdpa efficient", "sdpa cudnn", "sdpa math"}
@@ -68,7 +66,7 @@ def results(suite: Suite, name: str, size: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("suite", "size", "name"),
     [
-        pytest.param(suite, size, name, id=f"{module.__name__.partition('bench_')[2]} {size} {name}")
+        pytest.param(suite, size, name, id=f"{suite.name} {size} {name}")
         for module, which, size in CASES
         for suite in [getattr(module, which)]
         for name in suite.peers
@@ -87,7 +85,7 @@ def test_a_peer_computes_what_ours_computes(suite: Suite, size: Any, name: str) 
 @pytest.mark.parametrize("mask", ["none", "causal", "lengths", "bias"])
 def test_flex_attention_sees_the_same_keys(mask: str) -> None:
     size = Sequences(3, 16, 2, 8, mask)
-    suite = bench_attention.SUITE
+    suite = bench_attention.PADDED
     outputs = []
     for name in (OURS, "flex"):
         torch.manual_seed(7)
@@ -105,13 +103,13 @@ def test_packed_and_padded_sentences_are_the_same(mask: str) -> None:
     lengths = [integers(side) for side in (size.queries, size.keys, size.keys)]
     layouts = [Layout.of(offsets(side), int(side.max()), int(side.sum())) for side in lengths]
     torch.manual_seed(7)
-    qkv = [heads.transpose(1, 2) for heads in in_float64(bench_varlen_attention.qkv(size))[0]]
+    qkv = [heads.transpose(1, 2) for heads in in_float64(bench_attention.padded_qkv(size))[0]]
     packed = [layout.pack(x).detach().requires_grad_() for x, layout in zip(qkv, layouts, strict=True)]
     padded = [x.detach().transpose(1, 2).requires_grad_() for x in qkv]
 
     def run(name: str, tensors: list[Tensor], own: Callable[[Any], tuple[Any, ...]]) -> list[Tensor]:
         arguments, _ = in_float64(own(size)[3:])
-        output = bench_varlen_attention.SUITE.peers[name].function(*tensors, *arguments)
+        output = bench_attention.PACKED.peers[name].function(*tensors, *arguments)
         if tensors is padded:
             output = layouts[0].pack(output.transpose(1, 2))
         gradients = torch.autograd.grad(output.sin().sum(), tensors)
@@ -120,10 +118,10 @@ def test_packed_and_padded_sentences_are_the_same(mask: str) -> None:
             gradients = tuple(layout.pack(gradient.transpose(1, 2)) for gradient, layout in sides)
         return [output, *gradients]
 
-    expected = run(OURS, packed, bench_varlen_attention.packed_inputs)
+    expected = run(OURS, packed, bench_attention.packed_inputs)
     for name, own in (
-        (f"{OURS}, padded", bench_varlen_attention.padded_inputs),
-        ("eager", bench_varlen_attention.sdpa_inputs),
+        (f"{OURS}, padded", bench_attention.padded_inputs),
+        ("eager", bench_attention.padded_sdpa_inputs),
     ):
         for one, other in zip(run(name, padded, own), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

@@ -1,6 +1,6 @@
 """One command that measures everything on one NVIDIA GPU, in at most nine minutes by its own clock.
 
-    python -m tools.gpu [--only attention,layer_norm] [--quick] [--data DIR] [--out FILE]
+    python -m tools.gpu [--only attention,norm] [--quick] [--data DIR] [--out FILE]
     python -m tools.gpu --rehearse        # the same without a GPU: interpreted kernels, tiny shapes
 
 Environment, csrc built and every kernel compiled for this GPU, the two ceilings, the GPU tests, compute-sanitizer,

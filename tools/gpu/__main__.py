@@ -120,7 +120,7 @@ def parse(command_line: list[str] | None = None) -> Options:
             raise UserError(f"--only: expected some of {', '.join(known)}, got {name!r}")
     if not named:
         raise UserError(f"--only: expected some of {', '.join(known)}, got none")
-    # attention stands for varlen_attention, too.
+    # attention stands for decode_attention, too.
     chosen = list(dict.fromkeys(suite for name in named for suite in known if f"_{suite}".endswith(f"_{name}")))
     minutes = given.minutes if given.minutes is not None else QUICK_MINUTES if given.quick else MINUTES
     if not 0 < minutes < float("inf"):

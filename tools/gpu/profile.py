@@ -1,6 +1,6 @@
 """What bounds the two cases furthest from their ceiling: Nsight Compute over one call of each.
 
-    ncu ... python -m tools.gpu.profile 'benchmarks/bench_layer_norm.py::test_layer_norm[...]'
+    ncu ... python -m tools.gpu.profile 'benchmarks/bench_norm.py::test_layer_norm[...]'
 
 runs the case that a record names so, eagerly: twice to warm up, then once between cudaProfilerStart and -Stop.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.bench_attention import SUITE
+from benchmarks.bench_attention import PADDED
 from benchmarks.shapes import Sequences as Shape
 from benchmarks.suite import BOTH, FORWARD
 from tfm.kernels.launch import AttentionTiles
@@ -108,7 +108,7 @@ REHEARSED_WIDEST, REHEARSED_BETWEEN = Shape(1, 65, 1, 256, "causal"), Shape(1, 3
 
 SWEEPS = (
     LaunchSweep(
-        "attention_forward", SUITE, FORWARD,
+        "attention_forward", PADDED, FORWARD,
         question="Two programs of 8 warps, held to 128 registers, hold 128 x 64 scores each: do 128 keys at a time or a"
         " third stage hide the softmax better?",
         prediction="128 x 128 gains 2 % at a head dim of 64 without a mask and loses as much where causality wastes its"
@@ -116,46 +116,46 @@ SWEEPS = (
         sizes=SIZES_64, rehearsal=REHEARSAL, table=FORWARD_64, settings=tiles,
     ),
     LaunchSweep(
-        "attention_forward", SUITE, FORWARD,
+        "attention_forward", PADDED, FORWARD,
         question="At a head dim of 128, do two programs of 64 x 64 overlap better than the two warp groups of one?",
         prediction="Within 2 % of each other, 450 TFLOP/s without a mask; a third stage does not fit without spills.",
         sizes=SIZES_128, rehearsal=REHEARSAL, table=FORWARD_128, settings=tiles,
     ),
     LaunchSweep(
-        "attention_backward_queries", SUITE, BOTH,
+        "attention_backward_queries", PADDED, BOTH,
         question="Three products of a tile, k and v read for each: is the loads' latency or the registers the limit?",
         prediction="The pass is a third of the step, 380 TFLOP/s at a head dim of 64; 128 queries held to 128 registers"
         " gain 1 %.",
         sizes=SIZES_64, rehearsal=REHEARSAL, table=QUERIES_64, settings=tiles,
     ),
     LaunchSweep(
-        "attention_backward_queries", SUITE, BOTH,
+        "attention_backward_queries", PADDED, BOTH,
         question="At a head dim of 128 two programs of 64 queries read k and v twice as often as one of 128: which"
         " counts?",
         prediction="128 queries gain 6 % of the pass, 2 % of the step.",
         sizes=SIZES_128, rehearsal=REHEARSAL, table=QUERIES_128, settings=tiles,
     ),
     LaunchSweep(
-        "attention_backward_keys", SUITE, BOTH,
+        "attention_backward_keys", PADDED, BOTH,
         question="Four products of a tile and two sums of them: do 128 keys in 8 warps, so half the programs, hide it?",
         prediction="The pass is 45 % of the step, 350 TFLOP/s at a head dim of 64; 128 keys are within 2 % of 64.",
         sizes=SIZES_64, rehearsal=REHEARSAL, table=KEYS_64, settings=tiles,
     ),
     LaunchSweep(
-        "attention_backward_keys", SUITE, BOTH,
+        "attention_backward_keys", PADDED, BOTH,
         question="At a head dim of 128, do tiles of 64 queries pay for the words that they spill?",
         prediction="64 x 128 gains 1 % of the step in spite of 56 bytes; two programs of 64 x 64 are as fast as today.",
         sizes=SIZES_128, rehearsal=REHEARSAL, table=KEYS_128, settings=tiles,
     ),
     LaunchSweep(
-        "attention_backward_keys", SUITE, BOTH,
+        "attention_backward_keys", PADDED, BOTH,
         question="At a head dim of 256 dk and dv do not fit the registers at 32 x 64: are two passes, 5 products for 4,"
         " cheaper than tiles of 16 queries, or than some words spilt?",
         prediction="16 queries in one pass gain 3 % of the step of some 1.6 ms; 32 queries in one lose 5 %.",
         sizes=WIDEST, rehearsal=REHEARSED_WIDEST, table=PASSES, settings=passes,
     ),
     LaunchSweep(
-        "split_dim", SUITE, FORWARD,
+        "split_dim", PADDED, FORWARD,
         question="A head dim of 96 as 64 + 32 has two products where 128 has one: do they cost more than a quarter of"
         " the work saves?",
         prediction="128 whole takes 1.08 times as long: a third more work in the products, none in the softmax.",

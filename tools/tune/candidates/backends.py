@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks import bench_attention, bench_feed_forward, bench_layer_norm, bench_rms_norm, bench_varlen_attention
+from benchmarks import bench_attention, bench_feed_forward, bench_norm
 from benchmarks.shapes import FeedForward, Norm, Sentences
 from benchmarks.shapes import Sequences as Shape
 from benchmarks.suite import BOTH, FORWARD
@@ -33,7 +33,7 @@ FEW_SENTENCES = Sentences(2, 1, 16, "cross")
 
 SWEEPS = (
     BackendSweep(
-        "residual_layer_norm", bench_layer_norm.SUITE, BOTH,
+        "residual_layer_norm", bench_norm.LAYER, BOTH,
         question="Outside a graph, up to how many rows does what a call costs the host rule?",
         prediction="1,024 x 512: 26 µs for 90, beside 40 of autograd for both; at 8192 x 1024 the kernels' 38 µs still"
         " hide behind either, so 0.5 of Triton's time at both.",
@@ -41,7 +41,7 @@ SWEEPS = (
         table=native(0.50), settings=named, mode=EAGER,
     ),
     BackendSweep(
-        "residual_layer_norm", bench_layer_norm.SUITE, BOTH,
+        "residual_layer_norm", bench_norm.LAYER, BOTH,
         question="In a graph, where the kernels alone count, is either LayerNorm faster?",
         prediction="Both move the same bytes: 41 µs at 8192 x 1024, within 3 %; at 16384 x 4096 Triton's tiles, which"
         " are two rows deep, are as fast.",
@@ -49,31 +49,31 @@ SWEEPS = (
         table=native(1.00), settings=named,
     ),
     BackendSweep(
-        "residual_rms_norm", bench_rms_norm.SUITE, BOTH,
+        "residual_rms_norm", bench_norm.RMS, BOTH,
         question="Outside a graph, is RMSNorm as much faster as LayerNorm?",
         prediction="0.5 of Triton's time at 1,024 x 512.",
         sizes=[Norm(1024, 512, 0.1)], rehearsal=Norm(6, 32, 0.1), table=native(0.50), settings=named, mode=EAGER,
     ),
     BackendSweep(
-        "varlen_attention", bench_varlen_attention.SUITE, FORWARD,
+        "varlen_attention", bench_attention.PACKED, FORWARD,
         question="Sentences of some 14 tokens: a warp a pair and steps of 16 keys, or Triton's tile of 64 keys?",
         prediction="4.5 µs for 7: 0.64.",
         sizes=SENTENCES, rehearsal=FEW_SENTENCES, table=native(0.64), settings=named,
     ),
     BackendSweep(
-        "varlen_attention", bench_varlen_attention.SUITE, BOTH,
+        "varlen_attention", bench_attention.PACKED, BOTH,
         question="And with the backward, of which a multiprocessor holds 5 pairs by csrc and 3 by Triton?",
         prediction="12.5 µs for 20: 0.62.",
         sizes=SENTENCES, rehearsal=FEW_SENTENCES, table=native(0.62), settings=named,
     ),
     BackendSweep(
-        "varlen_attention", bench_varlen_attention.SUITE, BOTH,
+        "varlen_attention", bench_attention.PACKED, BOTH,
         question="Sentences of up to 64 tokens, which fill half of Triton's tile: is csrc still faster?",
         prediction="Memory takes 105 µs of either (453 MB); csrc's skipped steps gain 10 %.",
         sizes=LONGER, rehearsal=FEW_SENTENCES, table=native(0.90), settings=named,
     ),
     BackendSweep(
-        "attention", bench_attention.SUITE, BOTH,
+        "attention", bench_attention.PADDED, BOTH,
         question="From which length on do Triton's tiles of 64 rows, which HGMMA takes, beat csrc's of 16?",
         prediction="At 128 keys memory's 35 µs forward hide either's products; at 256 mma.sync's 350 TFLOP/s lose 5 %.",
         sizes=BERT, rehearsal=Shape(1, 70, 1, 16, "lengths"), table=native(1.05), settings=named,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.bench_linear_cross_entropy import SUITE
+from benchmarks.bench_cross_entropy import SUITE
 from benchmarks.shapes import Vocabulary
 from benchmarks.suite import BOTH, FORWARD
 from tfm.kernels.launch import CrossEntropyTiles, RowTiles, StreamingTiles

@@ -87,14 +87,14 @@ REHEARSAL, PLAIN = Shape(2, 17, 1, 16, "bias"), Shape(1, 65, 1, 16, "none")
 
 SWEEPS = (
     LaunchSweep(
-        "bias_gradient", bench_attention.SUITE, BOTH,
+        "bias_gradient", bench_attention.PADDED, BOTH,
         question="220 to 240 registers a thread let one program of 8 warps run: do two of 4 warps hide the loads, whose"
         " round is one behind?",
         prediction="A quarter of the step, 75 µs for T5's 32 x 512; two programs of 4 warps gain 2 % of the step.",
         sizes=[T5, FEW_PLACES], rehearsal=REHEARSAL, table=BIAS_TILES, settings=bias_tiles,
     ),
     LaunchSweep(
-        "bias_splits", bench_attention.SUITE, BOTH,
+        "bias_splits", bench_attention.PADDED, BOTH,
         question="512 programs are 3.9 rounds of 132: do twice as many, whose partial sums pass through memory once"
         " more, fill the last round better?",
         prediction="T5's 8 MB of partial sums cost what the round gains: 1 % either way. Where 32 places are shared by"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks import bench_attention, bench_varlen_attention
+from benchmarks.bench_attention import PACKED, PADDED
 from benchmarks.shapes import Sentences
 from benchmarks.shapes import Sequences as Shape
 from benchmarks.suite import BOTH, FORWARD
@@ -76,7 +76,7 @@ REHEARSAL = {"sentences": Sentences(2, 1, 16, "cross"), "longer": Shape(1, 70, 1
 
 SWEEPS = (
     LaunchSweep(
-        "short_attention_forward", bench_varlen_attention.SUITE, FORWARD,
+        "short_attention_forward", PACKED, FORWARD,
         question="Half to all of a multiprocessor's pairs are resident with one warp each: are 2 warps or 32 queries"
         " faster?",
         prediction="Today's take 5 µs for 256 sentences of 8 heads; 32 queries in 2 warps are within 2 %, the kernels"
@@ -84,19 +84,19 @@ SWEEPS = (
         sizes=SENTENCES, rehearsal=REHEARSAL["sentences"], table=SENTENCE_FORWARD, settings=forward,
     ),
     LaunchSweep(
-        "short_attention_backward", bench_varlen_attention.SUITE, BOTH,
+        "short_attention_backward", PACKED, BOTH,
         question="A head's backward takes 2 to 4 warps for its sums' registers: do they wait for one another?",
         prediction="The step takes 17 µs for 256 sentences of 8 heads; 2 and 4 warps are within 2 %.",
         sizes=SENTENCES, rehearsal=REHEARSAL["sentences"], table=SENTENCE_BACKWARD, settings=backward,
     ),
     LaunchSweep(
-        "short_attention_forward", bench_attention.SUITE, FORWARD,
+        "short_attention_forward", PADDED, FORWARD,
         question="At 128 and 256 keys the scores of a tile of queries fill the registers: are fewer queries faster?",
         prediction="180 TFLOP/s at 128 keys; the kernels for any length take 1.05 times as long, and less at 256.",
         sizes=LONGER, rehearsal=REHEARSAL["longer"], table=LONGER_FORWARD, settings=forward,
     ),
     LaunchSweep(
-        "short_attention_backward", bench_attention.SUITE, BOTH,
+        "short_attention_backward", PADDED, BOTH,
         question="Does a second pass for dv, with registers of its own, pay for forming the weights twice?",
         prediction="At 256 keys one pass spills and two are right; at 128 keys two lose 6 %. The kernels for any length"
         " take 1.05 times as long at 128 and win at 256.",

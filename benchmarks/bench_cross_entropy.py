@@ -1,4 +1,4 @@
-"""The vocabulary's projection and its smoothed loss: ours, which never holds the logits, against those who do.
+"""Measures the vocabulary's projection and its smoothed loss: ours, which never holds the logits, and those that do.
 
 TFLOP/s counts the matmuls: one forward, two more for the gradients of input and weight. On a GPU an entry also says the
 memory at the peak.

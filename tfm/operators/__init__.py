@@ -16,16 +16,15 @@ ROWS: tuple[Row, ...] = tuple(row for subject in SUBJECTS for row in getattr(sub
 
 __all__ = ["OPERATORS", "ROWS", "Operator", "Row", "define"]
 
-from tfm.operators import attention, cross_entropy, decode_attention, embedding, feed_forward, rotary  # noqa: E402
+from tfm.operators import cross_entropy, decode_attention, embedding, feed_forward, rotary  # noqa: E402
 
 TWINS = (
-    *attention.OPERATORS,
     *decode_attention.OPERATORS,
     *embedding.OPERATORS,
     *feed_forward.OPERATORS,
     *rotary.OPERATORS,
 )
-NATIVE = (*TWINS, attention.ATTENTION_BACKWARD_JOINED, cross_entropy.CROSS_ENTROPY_IN_PLACE)
+NATIVE = (*TWINS, cross_entropy.CROSS_ENTROPY_IN_PLACE)
 
 
 def register_fakes(namespace: str) -> None:

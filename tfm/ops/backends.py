@@ -25,8 +25,6 @@ BACKENDS = ("reference", "triton", "native")
 # On GPUs csrc stands behind Triton, and serves where Triton is not, until a record says where it is faster.
 TABLE = (
     *ROWS,
-    Row(("attention",), "triton", FLOATS, max_columns=256),
-    Row(("varlen_attention",), "triton", FLOATS, max_columns=256),
     Row(("decode_attention",), "triton", FLOATS, max_columns=256),
     Row(("embedding",), "triton", FLOATS, max_columns=MANY),
     Row(("feed_forward",), "triton", FLOATS, max_columns=MANY),
@@ -34,8 +32,6 @@ TABLE = (
     Row(("linear_cross_entropy",), "triton", FLOATS, max_columns=MANY),
     Row(("rotary",), "triton", FLOATS, max_columns=1024),
     Row(("rotary_",), "triton", FLOATS, max_columns=1024),
-    Row(("attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row(("varlen_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("decode_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("embedding",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("feed_forward",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
@@ -43,8 +39,6 @@ TABLE = (
     Row(("linear_cross_entropy",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("rotary",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("rotary_",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row(("attention",), "native", FLOATS, max_columns=64, device="cuda"),
-    Row(("varlen_attention",), "native", FLOATS, max_columns=64, device="cuda"),
     Row(("feed_forward",), "native", FLOATS, max_columns=MANY, device="cuda"),
     Row(("gated_feed_forward",), "native", FLOATS, max_columns=MANY, device="cuda"),
 )

@@ -26,21 +26,6 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
           " bool inverse) -> (Tensor, Tensor?)");
     m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved) -> ()");
 
-#define ATTENTION                                                                                                      \
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? words, Tensor? reach, Tensor? sinks,"               \
-    " Tensor? cu_seq_q, Tensor? cu_seq_k, Tensor? key_lengths, Tensor? starts, Tensor? seed, SymInt max_q,"            \
-    " SymInt max_k, SymInt start, int? left, int? right, float scale, float? softcap, float dropout_p, int site"
-    m.def("attention(" ATTENTION ") -> (Tensor output, Tensor statistics)");
-    m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor output, Tensor statistics, bool[] wanted, " ATTENTION
-          ")"
-          " -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
-    m.def("attention_weights(Tensor statistics, " ATTENTION ") -> Tensor");
-    m.def("attention_mask_bits(Tensor mask, Tensor? starts, SymInt start, int? left, int? right)"
-          " -> (Tensor words, Tensor reach)");
-    // As attention_backward, with the gradients of two or three views of one tensor side by side, [parts, ...].
-    m.def("attention_backward_joined(Tensor dout, Tensor? dlse, Tensor output, Tensor statistics, bool[] wanted,"
-          " int parts, " ATTENTION ") -> (Tensor? dquery, Tensor joined, Tensor? dbias, Tensor? dsinks)");
-#undef ATTENTION
 
     m.def("decode_attention(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor lengths,"
           " Tensor? parents, Tensor? key, Tensor? value, float scale) -> Tensor");

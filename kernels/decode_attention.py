@@ -27,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import precision
 from tfm.kernels.library import NAMESPACE, register
+from tfm.kernels.matmul import precision
 from tfm.kernels.softmax import binary, fma, power, shrinkage
 from tfm.operators.decode_attention import DECODE_ATTENTION, output_like
 

@@ -1,4 +1,4 @@
-"""What kernels that multiply matrices share: the order of their tiles and the loop over the depth.
+"""What kernels that multiply matrices share: the precision of fp32, the order of their tiles, the loop over the depth.
 
 Tiles follow one another in bands of BAND row tiles: the programs that run at once then read few row tiles of one matrix
 and few column tiles of the other, which stay in the second-level cache.
@@ -6,11 +6,18 @@ and few column tiles of the other, which stay in the second-level cache.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 # Of the 264 programs that run at once on 132 multiprocessors, bands of 8 row tiles make 8 x 33: near a square.
 BAND = tl.constexpr(8)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot forms products of this dtype: of fp32 as torch's own setting of TF32 says."""
+    # Not `allow_tf32`, which raises where this is how it was set.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

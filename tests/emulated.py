@@ -58,7 +58,7 @@ def operators(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) 
 def load(name: str) -> None:
     """Registers the operators of csrc/cuda/`name`.cu, compiled for the CPU."""
     _module()
-    torch.ops.load_library(str(library(name, ROOT / "csrc" / "cuda" / f"{name}.cu")))
+    torch.ops.load_library(str(library(name.replace("/", "_"), ROOT / "csrc" / "cuda" / f"{name}.cu")))
 
 
 @cache
@@ -74,7 +74,7 @@ def library(name: str, source: Path) -> Path:
         pytest.skip("compiles CUDA for the CPU, and there is no g++")
     runtime = sorted(EMULATION.glob("*.cpp")) if source.suffix == ".cu" else []
     folders = (EMULATION, ROOT / "csrc" / "common", ROOT / "csrc" / "cuda")
-    headers = [path for folder in folders for path in sorted(folder.glob("*.*h"))]
+    headers = [path for folder in folders for path in sorted(folder.rglob("*.*h"))]
     digest = hashlib.sha256(repr((torch.__version__, FLAGS, CHECKED, header.digest())).encode())
     for path in (source, *runtime, *headers):
         digest.update(path.read_bytes())

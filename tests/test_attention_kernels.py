@@ -27,19 +27,21 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native import Called
 from oracle import DTYPES, HALVES
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
 from tfm.kernels import launch
-from tfm.kernels.attention import call, operators
-from tfm.kernels.attention.mask_bits import aligned
 from tfm.kernels.launch import AttentionTiles
 from tfm.kernels.launch.attention import any_length as attention_tables
 from tfm.kernels.launch.attention import short
-from tfm.operators.attention import Attention
-from tfm.operators.mask_bits import KEYS_OF_A_ROW
+from tfm.kernels.matmul import precision
+from tfm.operators.attention import Attended, Attention
+from tfm.operators.attention.mask_bits import KEYS_OF_A_ROW, aligned
+from tfm.operators.autograd import apply
+from tfm.ops.registry import NAMESPACE
 
 FORWARD, BITS = ["attention_forward_kernel"], ["mask_bits_kernel"]
 BIAS = ["bias_gradient_kernel", "sum_splits_kernel"]
@@ -227,8 +229,7 @@ def test_a_bias_and_a_mask_as_bits_together(is_short, shape, dropout_p, kernel_d
     bias = torch.randn(1, 2, 33, 40, device=kernel_device)
     bias[..., 7], mask[0, ..., 9] = float("-inf"), False
     inputs = [x.detach() for x in qkv(kernel_device, (2, 2, 1, 33, 40, 16, 16))]
-    namespace = operators.NAMESPACE
-    bits = getattr(torch.ops, namespace).attention_mask_bits
+    bits = torch.ops.tfm.attention_mask_bits
     words, reach = bits(mask.expand(-1, -1, 33, -1).contiguous(), None, 0, None, None)
     reach = reach & bits(bias, None, 0, None, None)[1]
     words = words[:, :, : shape[2]]
@@ -240,13 +241,9 @@ def test_a_bias_and_a_mask_as_bits_together(is_short, shape, dropout_p, kernel_d
         if impl == "triton":
             seed = torch.tensor(SEED, device=kernel_device) if dropout_p else None
             rest = 33, 40, 0, None, None, 0.25, None, dropout_p, 0
-            output, statistics, _ = Attention.apply(
-                namespace, False, *learnt, words, reach, None, None, None, None, None, seed, *rest
-            )
-            arguments = [x.detach() for x in learnt]
-            weights = torch.ops.tfm.attention_weights(
-                statistics, *arguments, words, reach, None, None, None, None, None, seed, *rest
-            )
+            call = Attention(*learnt, words, reach, None, None, None, None, None, seed, *rest)
+            output, statistics = apply(Attended, NAMESPACE, call)
+            weights = torch.ops.tfm.attention_weights(statistics, *(x.detach() for x in learnt), *call[4:])
         else:
             masked = learnt[3].masked_fill(~mask, float("-inf"))
             output, weights = ops.attention(
@@ -257,15 +254,15 @@ def test_a_bias_and_a_mask_as_bits_together(is_short, shape, dropout_p, kernel_d
     oracle.assert_all_match(*found, ("output", "weights", "query", "key", "value", "bias"))
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
-def test_products_of_fp32_are_what_torch_is_told(precision, kernel_device):
+@pytest.mark.parametrize("told", ["tf32", "ieee", "none"])
+def test_products_of_fp32_are_what_torch_is_told(told, kernel_device):
     """Through the setting of which torch's older one, allow_tf32, cannot be read beside it."""
     inputs, matmul = qkv(kernel_device), torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = precision
+    matmul.fp32_precision = told
     try:
-        assert call.precision(torch.float32) == ("tf32" if precision == "tf32" else "ieee")
-        assert {call.precision(half) for half in HALVES} == {"ieee"}
+        assert precision(torch.float32) == ("tf32" if told == "tf32" else "ieee")
+        assert {precision(half) for half in HALVES} == {"ieee"}
         for result in run(inputs, {}):
             assert result.isfinite().all()
     finally:
@@ -420,14 +417,10 @@ def test_operators_obey_torch(kernel_device):
     rules = PROBLEMS["everything"].rules | {"key_lengths": [7, 3], "query_start": [1, 0]}
     tensors = make(Problem((2, 2, 1, 5, 7, 16, 24), rules, ("float", (2, 2, 5, 7))), kernel_device, torch.float32)
     inputs = [x.detach().requires_grad_() for x in tensors.inputs.values()]
-    seen = []
-    original = Attention.apply
-    Attention.apply = lambda *arguments: seen.append(arguments) or original(*arguments)
-    try:
+    with Called() as called:
         attend(tensors, dict(zip(tensors.inputs, inputs, strict=True)), "triton")
-    finally:
-        Attention.apply = original
-    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in seen[0][2:]]
+    (given,) = (call for name, call in called.calls if name == "tfm::attention")
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     torch.library.opcheck(torch.ops.tfm.attention.default, tuple(arguments))
     output, statistics = torch.ops.tfm.attention(*arguments)
     for wanted in ([True] * 5, [False, True, False, False, True]):

@@ -21,7 +21,7 @@ CASES = {
 
 @pytest.fixture
 def operators(cuda_device, monkeypatch):
-    return emulated.operators("attention_mask_bits", cuda_device, monkeypatch)
+    return emulated.operators("attention/mask_bits", cuda_device, monkeypatch)
 
 
 def packed(bits):

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from attention_cases import SEED, SITE, Packing, Problem, assert_matches, make, results
 
-from tfm import ops
-from tfm.native import attention as native
-from tfm.operators.attention import Attention
+from tfm import native, ops
+from tfm.operators.attention import Attended, Attention
+from tfm.operators.autograd import apply
 
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
 
@@ -75,9 +75,8 @@ MANY = {
 
 @pytest.fixture(autouse=True)
 def _operators(cuda_device, monkeypatch):
-    for name in ("attention_mask_bits", "short_attention"):
-        operators = emulated.operators(name, cuda_device, monkeypatch)
-    monkeypatch.setattr(native, "NAMESPACE", operators.name)
+    for name in ("attention/mask_bits", "attention/short"):
+        emulated.operators(name, cuda_device, monkeypatch)
 
 
 def equal(actual, expected):
@@ -186,7 +185,7 @@ def test_a_bias_and_the_bits_of_a_mask_together(cuda_device, rows):
     rest = (None, None, None, None, None, None, 17, 33, 0, None, None, 0.25, None, 0.0, 0)
 
     def together(*inputs, impl):
-        return Attention.apply(native.NAMESPACE, False, *inputs, bias, *bits, *rest)[0]
+        return apply(Attended, native.NAMESPACE, Attention(*inputs, bias, *bits, *rest))[0]
 
     as_one = {"attn_mask": bias.masked_fill(~allowed, float("-inf")), "scale": 0.25}
     equal(run(inputs, together), run(inputs, **as_one))

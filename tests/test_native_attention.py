@@ -28,8 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfm import ops
-from tfm.operators.attention import Attention
-from tfm.operators.heads import split_heads
+from tfm.operators.attention import split_heads
 
 pytestmark = native.MARKS
 CPU = torch.device("cpu")
@@ -277,14 +276,9 @@ def test_returned_weights_are_those_applied(dropout_p):
 def test_operators_obey_torch():
     rules = PROBLEMS["everything"].rules | {"key_lengths": [7, 3], "query_start": [1, 0]}
     tensors = make(Problem((2, 2, 1, 5, 7, 16, 24), rules, ("float", (2, 2, 5, 7))), CPU, torch.float32)
-    seen = []
-    original = Attention.apply
-    Attention.apply = lambda *arguments: seen.append(arguments) or original(*arguments)
-    try:
+    with native.Called() as called:
         attend(tensors, tensors.inputs, "native")
-    finally:
-        Attention.apply = original
-    arguments = seen[0][2:]
+    (arguments,) = (call for name, call in called.calls if name == "tfm_native::attention")
     operators = torch.ops.tfm_native
     torch.library.opcheck(operators.attention.default, arguments)
     output, statistics = operators.attention(*arguments)

@@ -12,7 +12,8 @@ import torch
 from rounded_scores import LOWEST, halves
 
 from tfm import ops
-from tfm.operators.attention import Attention
+from tfm.operators.attention import Attended, Attention
+from tfm.operators.autograd import apply
 
 pytestmark = native.MARKS
 # Of the native kernels two tiles of queries and four of keys, the last of each cut.
@@ -128,7 +129,7 @@ def test_a_bias_and_the_bits_of_a_mask_together(rows):
 
     def together(*inputs):
         bits = (words if rows > 1 else None), reach
-        return Attention.apply("tfm_native", False, *inputs, *bits, None, *rules)[0]
+        return apply(Attended, "tfm_native", Attention(*inputs, *bits, None, *rules))[0]
 
     def as_one(query, key, value, bias):
         return ops.attention(query, key, value, bias.masked_fill(~allowed, -math.inf), scale=0.25, impl="native")

@@ -27,7 +27,6 @@ def test_csrc_declares_the_same_schema(operator):
 
 def test_every_twin_is_a_kernel_of_triton_too():
     from tfm.kernels import decode_attention, embedding, norm, rotary  # noqa: F401
-    from tfm.kernels.attention import operators  # noqa: F401
 
     for operator in TWINS:
         assert hasattr(getattr(torch.ops, library.NAMESPACE), operator.name)
@@ -36,7 +35,6 @@ def test_every_twin_is_a_kernel_of_triton_too():
 @pytest.mark.parametrize("namespace", [library.NAMESPACE, NAMESPACE])
 def test_every_operator_on_tensors_has_a_fake(namespace):
     from tfm.kernels import decode_attention, embedding, norm, rotary  # noqa: F401
-    from tfm.kernels.attention import operators  # noqa: F401
 
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::")]
     for name in names:

@@ -9,7 +9,6 @@ import launches
 import torch
 from native import Called
 
-from tfm.native import attention
 from tfm.ops import backends
 from tools.check_kernels.compiled import CASES, cases_of
 from tools.interpreter import reached
@@ -35,16 +34,16 @@ def test_every_operator_of_csrc_is_called_as_a_gpu_takes_it(cuda_device, monkeyp
     served = every_kernel.served("native", torch.device("cuda"))
     assert served["attention"] == (torch.float16, torch.bfloat16)
     assert served["layer_norm"] == backends.FLOATS
-    for source in sorted(CUDA.glob("*.cu")):
-        operators = emulated.operators(source.stem, cuda_device, monkeypatch)
-    monkeypatch.setattr(attention, "NAMESPACE", operators.name)
+    for source in sorted(CUDA.rglob("*.cu")):
+        operators = emulated.operators(str(source.relative_to(CUDA).with_suffix("")), cuda_device, monkeypatch)
     # A CPU stands for the GPU, so the problems must be those of one.
     given = every_kernel.Tensors
     monkeypatch.setattr(every_kernel, "Tensors", lambda device, dtype, short: given(device, dtype, short=True))
     with Called() as called:
         for operation, dtypes in served.items():
             every_kernel.run("native", operation, cuda_device, dtypes[-1])
-    names = {name for source in CUDA.glob("*.cu") for name in re.findall(r'm\.impl\("(\w+)"', source.read_text())}
+    implemented = re.compile(r'(?:m\.impl\("|implement<arguments::\w+, )(\w+)')
+    names = {name for source in CUDA.rglob("*.cu") for name in implemented.findall(source.read_text())}
     # Its kernel is also linear_activation's.
     names.remove("activation_dropout")
     assert {f"{operators.name}::{name}" for name in names} <= called.names

@@ -11,14 +11,13 @@ never pass through shared memory.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
+from tfm.kernels.attention.arguments import VARYING, common_arguments, problem, statistics_strides, strides
 from tfm.kernels.attention.backward_queries import QueryRows
-from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
@@ -39,7 +38,8 @@ from tfm.kernels.attention.scores import (
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, exponent, fms
-from tfm.operators.attention import rows_like
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import AttentionBackward
 
 # Upper halves of fp32.
 INF, MINUS_INF = tl.constexpr(0x7F80), tl.constexpr(0xFF80 - 0x10000)
@@ -229,25 +229,22 @@ def is_large(lse, first_row, query_length, BLOCK_QUERIES: tl.constexpr, TILE: tl
 
 
 def attention_backward_keys(
-    call: Call, dout: Tensor, statistics: Tensor, rows: QueryRows, want_key: bool, want_value: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dk, dv), None where not wanted. One launch, or one for each where both do not fit the registers."""
-    dk = rows_like(call.key, call.key.shape[-1]) if want_key else None
-    dv = rows_like(call.value, call.value.shape[-1]) if want_value else None
-    tiles = launch.attention_backward_keys(*call.launch_problem)
+    tape: Tape, call: AttentionBackward, rows: QueryRows, dkey: Tensor | None, dvalue: Tensor | None
+) -> None:
+    """Fills the gradients that are given. One launch, or one for each where both do not fit the registers."""
+    attention = call.attention
+    tiles = launch.attention_backward_keys(*problem(tape, attention))
     blocks = -(-call.max_k // tiles.block_keys)
-    made = [(dk, dv)] if tiles.passes == 1 else [(dk, None), (None, dv)]
-    for some_dk, some_dv in made:
-        if some_dk is None and some_dv is None:
+    made = [(dkey, dvalue)] if tiles.passes == 1 else [(dkey, None), (None, dvalue)]
+    for dk, dv in made:
+        if dk is None and dv is None:
             continue
-        with torch.cuda.device_of(call.query):
-            attention_backward_keys_kernel[(blocks * call.sequences * call.key_heads,)](
-                **call.arguments(), scale=call.scale, statistics=statistics, delta=rows.delta,
-                dout=dout, dk=some_dk, dv=some_dv,
-                **strides("dout", dout), **strides("dk", some_dk), **strides("dv", some_dv),
-                **statistics_strides(statistics), tiles=blocks,
-                IS_GROUPED=call.heads != call.key_heads, ARE_LARGE=rows.are_large, TILE=rows.tile,
-                BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
-            )  # fmt: skip
-    return dk, dv
+        tape.launch(
+            attention_backward_keys_kernel, (blocks * attention.sequences * attention.key_heads,), tiles.options,
+            **common_arguments(attention_backward_keys_kernel, attention), statistics=call.statistics,
+            delta=rows.delta, dout=call.dout, dk=dk, dv=dv,
+            **strides("dout", call.dout), **strides("dk", dk), **strides("dv", dv),
+            **statistics_strides(call.statistics), tiles=blocks,
+            IS_GROUPED=attention.heads != attention.key_heads, ARE_LARGE=rows.are_large, TILE=rows.tile,
+            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        )  # fmt: skip

@@ -25,7 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
+from tfm.kernels.attention.arguments import (
+    VARYING,
+    common_arguments,
+    dlse_strides,
+    problem,
+    statistics_strides,
+    strides,
+)
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
@@ -40,13 +47,15 @@ from tfm.kernels.attention.scores import (
     mask_tile,
     split_tiles,
     store_rows,
+    sum_sinks,
     unit_of,
     visible_keys,
     words_of,
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LARGE, LOG2E, exponent, fma, fms
-from tfm.operators.attention import row_statistics, rows_like
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import Attention, AttentionBackward, row_statistics
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
@@ -209,7 +218,7 @@ class QueryRows:
     tile: int
 
 
-def tiles_are_large(call: Call) -> bool | None:
+def tiles_are_large(call: Attention) -> bool | None:
     """Whether weights are rebuilt from two numbers a row; None where the tops of each tile decide.
 
     fp32 shows the lse's rounding at once. With a bias, two numbers cost nothing.
@@ -220,28 +229,27 @@ def tiles_are_large(call: Call) -> bool | None:
 
 
 def attention_backward_queries(
-    call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, statistics: Tensor, want_query: bool, want_sinks: bool
-) -> tuple[Tensor | None, Tensor | None, QueryRows]:
-    """(dq, dsinks, rows), None where not wanted. One launch."""
-    query = call.query
-    dq = rows_like(query, query.shape[-1]) if want_query else None
-    delta = row_statistics(query)
-    tiles = launch.attention_backward_queries(*call.launch_problem)
+    tape: Tape, call: AttentionBackward, dquery: Tensor | None, dsinks: Tensor | None
+) -> QueryRows:
+    """Fills the gradients that are given, and returns what the second pass takes. One launch."""
+    attention, statistics = call.attention, call.statistics
+    delta = row_statistics(call.query)
+    tiles = launch.attention_backward_queries(*problem(tape, attention))
     blocks = -(-call.max_q // tiles.block_queries)
-    are_large = tiles_are_large(call)
+    are_large = tiles_are_large(attention)
     sink_partials = None
-    if want_sinks:
+    if dsinks is not None:
         # Tiles behind a packed sequence's end write nothing.
-        sink_partials = torch.zeros((call.sequences * blocks, call.heads), dtype=torch.float32, device=query.device)
-    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride() if dlse.dim() == 3 else (0, *dlse.stride()[::-1])
-    with torch.cuda.device_of(query):
-        attention_backward_queries_kernel[(blocks * call.sequences * call.heads,)](
-            **call.arguments(), sinks=call.sinks if want_sinks else None, scale=call.scale, out=out,
-            statistics=statistics, dout=dout, dlse=dlse, dq=dq, delta=delta, sink_partials=sink_partials,
-            **strides("out", out), **strides("dout", dout), **strides("dq", dq), **statistics_strides(statistics),
-            **dict(zip(("dlse_b", "dlse_h", "dlse_s"), dlse_strides, strict=True)),
-            tiles=blocks, ARE_LARGE=are_large, BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
-        )  # fmt: skip
-    dsinks = None if sink_partials is None else sink_partials.sum(0).to(call.sinks.dtype)
-    return dq, dsinks, QueryRows(delta, are_large, tiles.block_queries)
+        sink_partials = tape.zeros((attention.sequences * blocks, attention.heads), torch.float32, call.query.device)
+    tape.launch(
+        attention_backward_queries_kernel, (blocks * attention.sequences * attention.heads,), tiles.options,
+        **common_arguments(attention_backward_queries_kernel, attention), sinks=None if dsinks is None else call.sinks,
+        out=call.output, statistics=statistics, dout=call.dout, dlse=call.dlse, dq=dquery, delta=delta,
+        sink_partials=sink_partials,
+        **strides("out", call.output), **strides("dout", call.dout), **strides("dq", dquery),
+        **statistics_strides(statistics), **dlse_strides(call.dlse), tiles=blocks, ARE_LARGE=are_large,
+        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+    )  # fmt: skip
+    if sink_partials is not None and dsinks is not None:
+        sum_sinks(sink_partials, dsinks)
+    return QueryRows(delta, are_large, tiles.block_queries)

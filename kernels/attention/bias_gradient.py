@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     as_numbers,
     bend,
@@ -37,10 +37,10 @@ from tfm.kernels.attention.scores import (
     visible_keys,
     words_of,
 )
-from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
-from tfm.operators.attention import rows_like
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import AttentionBackward
 
 COUNTS = ("query_tiles", "key_tiles", "splits", "members", "bias_heads")
 DBIAS_STEPS = ("dbias_split", "dbias_b", "dbias_h", "dbias_s")
@@ -140,43 +140,41 @@ def sum_splits_kernel(partials, dbias, splits, size, BLOCK: tl.constexpr):
     tl.store(dbias + place, total, mask=place < size)
 
 
-def bias_gradient(call: Call, dout: Tensor, statistics: Tensor, delta: Tensor) -> Tensor:
-    """dbias, of the shape and dtype of `call.bias`. One launch, two where the bias is small.
+def bias_gradient(tape: Tape, call: AttentionBackward, delta: Tensor, dbias: Tensor) -> None:
+    """Fills dbias, of the shape of the bias. One launch, two where the bias is small.
 
     Args:
+        tape: see tfm.kernels.tape.
         call: padded, with a bias.
-        dout: [B, Hq, Sq, Dv], any strides.
-        statistics: of the forward.
-        delta: Σ dout · out - dlse, laid out as `statistics`.
+        delta: Σ dout · out - dlse, laid out as the statistics.
+        dbias: dense.
     """
-    bias = call.bias
-    dbias = rows_like(bias, bias.shape[-1])
-    shared_sequences, shared_heads, shared_queries = (size == 1 for size in bias.shape[:3])
-    tiles = launch.bias_gradient(max(call.dims), call.query.dtype, launch.chip_of(dout.device).major)
+    attention = call.attention
+    shared_sequences, shared_heads, shared_queries = (size == 1 for size in dbias.shape[:3])
+    tiles = launch.bias_gradient(max(attention.dims), call.query.dtype, tape.chip(dbias.device).major)
     query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
-    members = call.sequences if shared_sequences else 1
-    members *= call.heads if shared_heads else 1
+    members = attention.sequences if shared_sequences else 1
+    members *= attention.heads if shared_heads else 1
     members *= query_tiles if shared_queries else 1
-    places = bias.shape[0] * bias.shape[1] * key_tiles * (1 if shared_queries else query_tiles)
+    places = dbias.shape[0] * dbias.shape[1] * key_tiles * (1 if shared_queries else query_tiles)
     splits = launch.bias_splits(places, members)
     left, right = as_numbers(call.left, call.right)
-    sums, steps = dbias, dbias.stride()
+    sums, steps, size = dbias, dbias.stride(), dbias.numel()
     if splits > 1:
-        sums = torch.empty((splits, dbias.numel()), dtype=torch.float32, device=dbias.device)
-    with torch.cuda.device_of(dout):
-        bias_gradient_kernel[(places * splits,)](
-            **arguments_for(bias_gradient_kernel, call) | {"left": left, "right": right},
-            statistics=statistics, delta=delta, dout=dout,
-            dbias=sums, **strides("dout", dout), **statistics_strides(statistics), dbias_split=dbias.numel(),
-            **{f"dbias_{dim}": step for dim, step in zip("bhsk", steps, strict=True)},
-            query_tiles=query_tiles, key_tiles=key_tiles, splits=splits, members=members, bias_heads=bias.shape[1],
-            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
-            SHARED_HEADS=shared_heads, SHARED_QUERIES=shared_queries,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        sums = tape.empty((splits, size), torch.float32, dbias.device)
+    tape.launch(
+        bias_gradient_kernel, (places * splits,), tiles.options,
+        **common_arguments(bias_gradient_kernel, attention) | {"left": left, "right": right},
+        statistics=call.statistics, delta=delta, dout=call.dout, dbias=sums,
+        **strides("dout", call.dout), **statistics_strides(call.statistics), dbias_split=size,
+        **{f"dbias_{dim}": step for dim, step in zip("bhsk", steps, strict=True)},
+        query_tiles=query_tiles, key_tiles=key_tiles, splits=splits, members=members, bias_heads=dbias.shape[1],
+        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        SHARED_HEADS=shared_heads, SHARED_QUERIES=shared_queries,
+    )  # fmt: skip
+    if splits > 1:
+        block = 1024
+        tape.launch(
+            sum_splits_kernel, (-(-size // block),), {"num_warps": 4},
+            partials=sums, dbias=dbias, splits=splits, size=size, BLOCK=block,
         )  # fmt: skip
-        if splits > 1:
-            block = 1024
-            sum_splits_kernel[(-(-dbias.numel() // block),)](
-                partials=sums, dbias=dbias, splits=splits, size=dbias.numel(), BLOCK=block, num_warps=4
-            )
-    return dbias

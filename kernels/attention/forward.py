@@ -17,13 +17,12 @@ not touched; tiles that every query sees whole have a loop of their own without 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, problem, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
@@ -43,7 +42,8 @@ from tfm.kernels.attention.scores import (
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, binary, natural_top, power, shrinkage
-from tfm.operators.attention import forward_outputs
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import Attention
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
@@ -188,19 +188,16 @@ def attention_forward_kernel(
         )
 
 
-def attention_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """(out, statistics), as tfm.operators.attention.forward_outputs has them. One launch."""
-    out, statistics = forward_outputs(call.query, call.value)
-    tiles = launch.attention_forward(*call.launch_problem)
+def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: Tensor) -> None:
+    """Fills the results of `call`, of any length. One launch."""
+    tiles = launch.attention_forward(*problem(tape, call))
     blocks = -(-call.max_q // tiles.block_queries)
-    with torch.cuda.device_of(call.query):
-        attention_forward_kernel[(blocks * call.sequences * call.heads,)](
-            **call.arguments(), sinks=call.sinks, out=out, statistics=statistics,
-            **strides("out", out), **statistics_strides(statistics), tiles=blocks, IS_WIDE=is_wide(call.dims[0]),
-            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, maxnreg=tiles.max_registers,
-        )  # fmt: skip
-    return out, statistics
+    tape.launch(
+        attention_forward_kernel, (blocks * call.sequences * call.heads,), tiles.options,
+        **common_arguments(attention_forward_kernel, call), sinks=call.sinks, out=output, statistics=statistics,
+        **strides("out", output), **statistics_strides(statistics), tiles=blocks, IS_WIDE=is_wide(call.dims[0]),
+        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+    )  # fmt: skip
 
 
 def is_wide(dim: int) -> bool:

@@ -1,17 +1,15 @@
-"""Masks as bits: one launch for what tfm.operators.mask_bits describes, and the rows that a bias is copied to."""
+"""Masks as bits: one launch for what tfm.operators.attention.mask_bits describes."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
 from tfm.kernels.attention.scores import as_numbers, first_position, is_allowed
-from tfm.kernels.library import register
-from tfm.operators.mask_bits import MASK_BITS, empty_bits, whole_rows
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import AttentionMaskBits
 
 COUNTS = ("heads", "word_sequences", "queries", "keys", "start", "left", "right")
 STEPS = ("mask_b", "mask_h", "mask_q", "words_b", "words_h", "words_q", "reach_b", "reach_h")
@@ -55,43 +53,23 @@ def pack(bits):
     return tl.sum(grouped << tl.arange(0, 32)[None, None, :], axis=2)
 
 
-def aligned(attn_mask: Tensor | None, keys: int) -> Tensor | None:
-    """A float mask whose rows begin at multiples of 16 elements: a copy where `attn_mask` is not; a bool mask as it is.
-
-    Else each element is loaded alone, by an address of its own, and these fill the registers.
-    """
-    if attn_mask is None or attn_mask.dtype == torch.bool:
-        return attn_mask
-    bias = whole_rows(attn_mask, keys)
-    rows_fit = all(step % 16 == 0 for step, size in zip(bias.stride()[:3], bias.shape[:3], strict=True) if size > 1)
-    return bias if bias.stride(3) == 1 and rows_fit else F.pad(bias, (0, -keys % 16))[..., :keys]
-
-
-def attention_mask_bits(
-    mask: Tensor, starts: Tensor | None, start: int, left: int | None, right: int | None
-) -> tuple[Tensor, Tensor]:
-    """(words, reach) of a four-dimensional mask, bool or float; words is empty where there are none. One launch."""
-    words, reach = empty_bits(mask, starts)
+def attention_mask_bits(tape: Tape, call: AttentionMaskBits) -> tuple[Tensor, Tensor]:
+    """(words, reach), as the operator says. One launch."""
+    words, reach = tape.outputs(call)
+    mask, left, right = call.mask, call.left, call.right
     batch, heads, queries, keys = mask.shape
-    one_row = queries == 1 or mask.stride(2) == 0
     tiles = launch.mask_bits(queries)
-    grid = (reach.shape[0] * heads, reach.shape[-1] * 32 // tiles.block_columns)
-    if one_row:
+    if call.has_one_row:
         # Its reach is the row itself: the window is the attention kernels' business.
         queries, left, right = min(queries, 1), None, None
     left, right = as_numbers(left, right)
-    has_words = words.numel() > 0
-    with torch.cuda.device_of(mask):
-        mask_bits_kernel[grid](
-            mask=mask, words=words if has_words else None, reach=reach, starts=starts,
-            mask_b=mask.stride(0) if batch > 1 else 0, mask_h=mask.stride(1), mask_q=mask.stride(2),
-            mask_k=mask.stride(3),
-            words_b=words.stride(0), words_h=words.stride(1), words_q=words.stride(2),
-            reach_b=reach.stride(0), reach_h=reach.stride(1),
-            heads=heads, word_sequences=batch, queries=queries, keys=keys, start=start, left=left, right=right,
-            BLOCK_QUERIES=tiles.block_rows, BLOCK_KEYS=tiles.block_columns, num_warps=tiles.num_warps,
-        )  # fmt: skip
+    tape.launch(
+        mask_bits_kernel, (reach.shape[0] * heads, reach.shape[-1] * 32 // tiles.block_columns), tiles.options,
+        mask=mask, words=words if words.numel() > 0 else None, reach=reach, starts=call.starts,
+        mask_b=mask.stride(0) if batch > 1 else 0, mask_h=mask.stride(1), mask_q=mask.stride(2), mask_k=mask.stride(3),
+        words_b=words.stride(0), words_h=words.stride(1), words_q=words.stride(2),
+        reach_b=reach.stride(0), reach_h=reach.stride(1),
+        heads=heads, word_sequences=batch, queries=queries, keys=keys, start=call.start, left=left, right=right,
+        BLOCK_QUERIES=tiles.block_rows, BLOCK_KEYS=tiles.block_columns,
+    )  # fmt: skip
     return words, reach
-
-
-register(MASK_BITS, attention_mask_bits)

@@ -17,8 +17,10 @@ An absent tensor, window or softcap is None and costs nothing. Rows are queries,
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tfm.kernels.activations import tanh
 from tfm.kernels.softmax import fma
@@ -35,6 +37,14 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float | N
 def as_numbers(left: int | None, right: int | None) -> tuple[int, int]:
     """A window whose open sides are FAR, for kernels that one compilation shall serve whatever the window."""
     return operators.FAR if left is None else left, operators.FAR if right is None else right
+
+
+def sum_sinks(partials: Tensor, dsinks: Tensor) -> None:
+    """Fills dsinks [heads] with the sums of what each tile of queries left, [tiles, heads], rounded once."""
+    if dsinks.dtype == partials.dtype:
+        torch.sum(partials, 0, out=dsinks)
+    else:
+        dsinks.copy_(partials.sum(0))
 
 
 @triton.jit

@@ -26,7 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
+from tfm.kernels.attention.arguments import (
+    VARYING,
+    common_arguments,
+    dlse_strides,
+    statistics_strides,
+    strides,
+)
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
@@ -38,14 +44,15 @@ from tfm.kernels.attention.scores import (
     locate,
     mask_tile,
     store_rows,
+    sum_sinks,
     unit_of,
     visible_keys,
     words_of,
 )
-from tfm.kernels.attention.short_forward import arguments_for, short_problem
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
-from tfm.operators.attention import row_statistics, rows_like
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import AttentionBackward, row_statistics
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
@@ -174,44 +181,35 @@ def short_attention_backward_kernel(
 
 
 def short_attention_backward(
-    call: Call, tiles: launch.ShortBackwardTiles, dout: Tensor, dlse: Tensor | None, statistics: Tensor,
-    want_query: bool, want_key: bool, want_value: bool, want_sinks: bool, want_delta: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dq, dk, dv, dsinks, delta), None where not wanted; delta is laid out as the statistics. `tiles.passes` launches.
+    tape: Tape, call: AttentionBackward, tiles: launch.ShortBackwardTiles, dquery: Tensor | None, dkey: Tensor | None,
+    dvalue: Tensor | None, dsinks: Tensor | None, want_delta: bool,
+) -> Tensor | None:  # fmt: skip
+    """Fills the gradients that are given, at these tiles, those that the launch settings have; `tiles.passes` launches.
 
-    `tiles` are those of `backward_tiles`; delta serves tfm.kernels.attention.bias_gradient.
+    Returns:
+        delta, laid out as the statistics, which serves tfm.kernels.attention.bias_gradient; None where not wanted.
     """
-    query, key, value = call.query, call.key, call.value
-    dq = rows_like(query, query.shape[-1]) if want_query else None
-    dk = rows_like(key, key.shape[-1]) if want_key else None
-    dv = rows_like(value, value.shape[-1]) if want_value else None
-    delta = row_statistics(query)[0] if want_delta else None
+    attention, statistics = call.attention, call.statistics
+    delta = row_statistics(call.query)[0] if want_delta else None
     blocks = -(-call.max_q // tiles.block_queries)
     sink_partials = None
-    if want_sinks:
+    if dsinks is not None:
         # Tiles behind a packed sequence's end write nothing.
-        sink_partials = torch.zeros((call.sequences * blocks, call.heads), dtype=torch.float32, device=query.device)
-    first, second = {"dq": dq, "dk": dk}, {"dv": dv, "delta": delta, "sink_partials": sink_partials}
+        sink_partials = tape.zeros((attention.sequences * blocks, attention.heads), torch.float32, call.query.device)
+    first, second = {"dq": dquery, "dk": dkey}, {"dv": dvalue, "delta": delta, "sink_partials": sink_partials}
     passes = [first | second] if tiles.passes == 1 else [first | dict.fromkeys(second), dict.fromkeys(first) | second]
-    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride() if dlse.dim() == 3 else (0, *dlse.stride()[::-1])
-    with torch.cuda.device_of(query):
-        for results in passes:
-            if all(result is None for result in results.values()):
-                continue
-            short_attention_backward_kernel[(call.sequences * call.key_heads,)](
-                **arguments_for(short_attention_backward_kernel, call), **results, scale=call.scale,
-                sinks=None if results["sink_partials"] is None else call.sinks,
-                statistics=statistics, dout=dout, dlse=dlse,
-                **strides("dout", dout), **strides("dq", dq), **strides("dk", dk),
-                **strides("dv", dv), **statistics_strides(statistics),
-                dlse_b=dlse_strides[0], dlse_h=dlse_strides[1], dlse_s=dlse_strides[2], tiles=blocks,
-                BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
-                maxnreg=tiles.max_registers,
-            )  # fmt: skip
-    dsinks = None if sink_partials is None else sink_partials.sum(0).to(call.sinks.dtype)
-    return dq, dk, dv, dsinks, delta
-
-
-def backward_tiles(call: Call) -> launch.ShortBackwardTiles | None:
-    """The tiles at which `short_attention_backward` can serve this call; None where it cannot."""
-    return launch.short_attention_backward(**short_problem(call))
+    for results in passes:
+        if all(result is None for result in results.values()):
+            continue
+        tape.launch(
+            short_attention_backward_kernel, (attention.sequences * attention.key_heads,), tiles.options,
+            **common_arguments(short_attention_backward_kernel, attention), **results,
+            sinks=None if results["sink_partials"] is None else call.sinks,
+            statistics=statistics, dout=call.dout, dlse=call.dlse,
+            **strides("dout", call.dout), **strides("dq", dquery), **strides("dk", dkey), **strides("dv", dvalue),
+            **statistics_strides(statistics), **dlse_strides(call.dlse), tiles=blocks,
+            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        )  # fmt: skip
+    if sink_partials is not None and dsinks is not None:
+        sum_sinks(sink_partials, dsinks)
+    return delta

@@ -14,15 +14,12 @@ multiprocessor at once.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, statistics_strides, strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, statistics_strides, strides
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
@@ -39,7 +36,8 @@ from tfm.kernels.attention.scores import (
 )
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, binary, natural_top, power
-from tfm.operators.attention import forward_outputs
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import Attention
 
 
 @triton.jit(do_not_specialize=[*VARYING, "splits"])
@@ -128,40 +126,14 @@ def short_attention_forward_kernel(
         store_rows(out, acc, row, out_s, out_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
 
 
-def short_problem(call: Call) -> dict[str, Any]:
-    """What the launch settings of short sequences ask."""
-    return {
-        "max_q": call.max_q,
-        "max_k": call.max_k,
-        "dim": max(call.dims),
-        "dtype": call.query.dtype,
-        "has_bias": call.bias is not None,
-        "has_words": call.words is not None,
-        "major": launch.chip_of(call.query.device).major,
-    }
-
-
-def arguments_for(kernel: Any, call: Call) -> dict[str, Any]:
-    """What `kernel` takes of a call; a head dim is one tile, a power of two that covers it."""
-    dim, value_dim = call.dims
-    blocks = {"BLOCK_DIM": launch.short_block(dim), "BLOCK_VALUE_DIM": launch.short_block(value_dim)}
-    return {name: value for name, value in (call.arguments() | blocks).items() if name in kernel.arg_names}
-
-
-def forward_tiles(call: Call) -> launch.ShortForwardTiles | None:
-    """The tiles at which `short_attention_forward` can serve this call; None where it cannot."""
-    return launch.short_attention_forward(**short_problem(call))
-
-
-def short_attention_forward(call: Call, tiles: launch.ShortForwardTiles) -> tuple[Tensor, Tensor]:
-    """(out, statistics) as attention_forward gives them, at the tiles of `forward_tiles`. One launch."""
-    out, statistics = forward_outputs(call.query, call.value)
+def short_attention_forward(
+    tape: Tape, call: Attention, tiles: launch.ShortForwardTiles, output: Tensor, statistics: Tensor
+) -> None:
+    """Fills the results of `call` at these tiles, those that the launch settings have for it. One launch."""
     splits = tiles.splits(call.max_q)
-    with torch.cuda.device_of(call.query):
-        short_attention_forward_kernel[(splits * call.sequences * call.heads,)](
-            **arguments_for(short_attention_forward_kernel, call), sinks=call.sinks, out=out,
-            statistics=statistics, **strides("out", out), **statistics_strides(statistics), splits=splits,
-            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
-            maxnreg=tiles.max_registers,
-        )  # fmt: skip
-    return out, statistics
+    tape.launch(
+        short_attention_forward_kernel, (splits * call.sequences * call.heads,), tiles.options,
+        **common_arguments(short_attention_forward_kernel, call), sinks=call.sinks, out=output, statistics=statistics,
+        **strides("out", output), **statistics_strides(statistics), splits=splits,
+        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+    )  # fmt: skip

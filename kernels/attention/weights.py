@@ -10,13 +10,12 @@ what the time goes to.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.call import VARYING, Call, statistics_strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, statistics_strides
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
@@ -30,10 +29,10 @@ from tfm.kernels.attention.scores import (
     unit_of,
     words_of,
 )
-from tfm.kernels.attention.short_forward import arguments_for
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
-from tfm.operators.attention import empty_weights
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import AttentionWeights
 
 
 @triton.jit(do_not_specialize=[*VARYING, "query_tiles", "key_tiles"])
@@ -84,15 +83,15 @@ def attention_weights_kernel(
     tl.store(address, result, mask=is_row[:, None] & (column < key_size)[None, :])
 
 
-def attention_weights(call: Call, statistics: Tensor) -> Tensor:
-    """[B, Hq, Sq, Sk] in the dtype of the query, of a padded call whose forward gave `statistics`. One launch."""
-    weights = empty_weights(call)
-    tiles = launch.attention_weights(call.query.dtype, launch.chip_of(call.query.device).major)
+def attention_weights(tape: Tape, call: AttentionWeights) -> Tensor:
+    """The weights, as the operator says. One launch."""
+    weights, attention = tape.outputs(call), call.attention
+    tiles = launch.attention_weights(call.query.dtype, tape.chip(call.query.device).major)
     query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
-    with torch.cuda.device_of(call.query):
-        attention_weights_kernel[(query_tiles * key_tiles * call.sequences * call.heads,)](
-            **arguments_for(attention_weights_kernel, call), **statistics_strides(statistics),
-            statistics=statistics, weights=weights, query_tiles=query_tiles, key_tiles=key_tiles,
-            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys, num_warps=tiles.num_warps,
-        )  # fmt: skip
+    tape.launch(
+        attention_weights_kernel, (query_tiles * key_tiles * attention.sequences * attention.heads,), tiles.options,
+        **common_arguments(attention_weights_kernel, attention), **statistics_strides(call.statistics),
+        statistics=call.statistics, weights=weights, query_tiles=query_tiles, key_tiles=key_tiles,
+        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+    )  # fmt: skip
     return weights

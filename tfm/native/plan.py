@@ -114,7 +114,7 @@ def objects(csrc: Path, gencode: Iterable[str] = (), extra: tuple[str, ...] = ()
         gencode: nvcc's flags for the GPUs to compile for; none leaves CUDA out.
         extra: flags for the C++ compiler after all others.
     """
-    cuda = sorted(csrc.glob("cuda/*.cu")) if gencode else []
+    cuda = sorted(csrc.rglob("*.cu")) if gencode else []
     host = (*HOST_FLAGS, CUDA_DEFINE) if cuda else HOST_FLAGS
     found = []
     for source in sorted(csrc.rglob("*.cpp")):

@@ -16,15 +16,14 @@ ROWS: tuple[Row, ...] = tuple(row for subject in SUBJECTS for row in getattr(sub
 
 __all__ = ["OPERATORS", "ROWS", "Operator", "Row", "define"]
 
-from tfm.operators import attention, decode_attention, embedding, rotary  # noqa: E402
+from tfm.operators import decode_attention, embedding, rotary  # noqa: E402
 
 TWINS = (
-    *attention.OPERATORS,
     *decode_attention.OPERATORS,
     *embedding.OPERATORS,
     *rotary.OPERATORS,
 )
-NATIVE = (*TWINS, attention.ATTENTION_BACKWARD_JOINED)
+NATIVE = TWINS
 
 
 def register_fakes(namespace: str) -> None:

@@ -1,6 +1,6 @@
 """Every operation once: documented, checked, and dispatched to a backend (tfm.ops.backends)."""
 
-from tfm.operators.heads import split_heads
+from tfm.operators.attention import split_heads
 from tfm.ops.attention import attention, varlen_attention
 from tfm.ops.cross_entropy import linear_cross_entropy
 from tfm.ops.decode_attention import decode_attention

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
-from tfm.native.attention import cuda_obstacle
-from tfm.ops.backends import choose
-from tfm.ops.checks import (
-    broadcasts,
-    check_floating,
-    check_integers,
-    check_same_device,
-    check_softcap,
-    check_vector,
+from tfm.operators.attention import Attended, AttendedWithLse, Attention, AttentionWeights
+from tfm.operators.attention.gradients import RecomputedWeights
+from tfm.operators.attention.mask_bits import mask_to_bits
+from tfm.operators.autograd import apply
+from tfm.operators.declaration import run
+from tfm.ops.attention_rules import (
+    check_heads,
+    check_mask,
+    check_offsets,
+    check_rules,
+    cuda_obstacle,
+    lse_with_sinks,
+    mask_for,
+    scaled,
+    sinks_for,
+    start_of,
+    widest,
+    window_of,
 )
+from tfm.ops.backends import choose
+from tfm.ops.checks import check_integers, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
+from tfm.ops.registry import namespace_of
 from tfm.reference import attention as reference
-from tfm.transforms import gradients, is_readable
 
 
 @overload
@@ -126,27 +134,28 @@ def attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise BadArgument(f"{name}: expected [batch, heads, length, dim], got shape {tuple(tensor.shape)}")
-    batch, query_heads, query_length, _ = query.shape
-    _check_heads(query, key, value, heads=1, dim=3)
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    check_heads(query, key, value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[0] != batch:
             raise BadArgument(f"{name}: expected batch {batch} as query, got {tensor.shape[0]}")
-    if value.shape[2] != key.shape[2]:
-        raise BadArgument(f"value: expected length {key.shape[2]} as key, got {value.shape[2]}")
+    if value.shape[2] != keys:
+        raise BadArgument(f"value: expected length {keys} as key, got {value.shape[2]}")
     if attn_mask is not None:
-        _check_mask(attn_mask, (batch, query_heads, query_length, key.shape[2]))
+        check_mask(attn_mask, (batch, heads, queries, keys))
     check_vector("key_lengths", key_lengths, batch)
     check_integers(key_lengths=key_lengths)
     check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, key_lengths=key_lengths)
-    _check_common(query, query_start, batch, window_size, softcap, sinks, query_heads)
+    check_rules(query, query_start, batch, window_size, softcap, sinks)
     query, scale = scaled(query, scale)
     carriers = (query, key, attn_mask, sinks)
     carry = return_weights and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in carriers)
     reason = ""
     if carry and torch.compiler.is_compiling():
         reason = "weights that may carry gradients come from the reference under torch.compile"
-    refused = cuda_obstacle(query, value, attn_mask, query_length, key.shape[2], return_weights)
-    backend = choose("attention", impl, _widest(query, value), reason, native_obstacle=refused)
+    refused = cuda_obstacle(query, value, attn_mask, queries, keys, return_weights)
+    backend = choose("attention", impl, widest(query, value), reason, native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
@@ -154,19 +163,29 @@ def attention(
             return reference.attention(
                 query, key, value, attn_mask, *rules, sinks, key_lengths, return_lse, return_weights, drawn, site
             )
-        output, lse, weights = _entry(backend).attention(
-            query, key, value, attn_mask, *rules, sinks, key_lengths, return_lse, return_weights, drawn, site
-        )
-        if carry:
+        namespace = namespace_of(backend)
+        (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
+        bits = mask_to_bits(namespace, mask_for(backend, attn_mask, keys), keys, starts, start, left, right)
+        logits = sinks_for(backend, sinks)
+        call = Attention(
+            query, key, value, *bits, logits, None, None, key_lengths, starts, drawn,
+            queries, keys, start, left, right, scale, softcap, dropout_p, site,
+        )  # fmt: skip
+        output, statistics, *lse = apply(AttendedWithLse if return_lse else Attended, namespace, call)
+        results = [output, *(lse_with_sinks(x, logits) for x in lse)]
+        if return_weights:
+            detached = (x.detach() if isinstance(x, Tensor) else x for x in (statistics, *call))
+            weights = run(namespace, AttentionWeights(*detached))
+            if carry:
 
-            def recompute(query: Tensor, key: Tensor, attn_mask: Tensor | None, sinks: Tensor | None) -> Tensor:
-                return reference.attention(
-                    query, key, value.detach(), attn_mask, *rules, sinks, key_lengths, False, True, drawn, site,
-                )[1]  # fmt: skip
+                def recompute(query: Tensor, key: Tensor, attn_mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+                    return reference.attention(
+                        query, key, value.detach(), attn_mask, *rules, sinks, key_lengths, False, True, drawn, site,
+                    )[1]  # fmt: skip
 
-            weights = _Weights.apply((weights,), recompute, *carriers)
-    results = (output, *[lse] * return_lse, *[weights] * return_weights)
-    return results[0] if len(results) == 1 else results
+                weights = RecomputedWeights.apply((weights,), recompute, *carriers)
+            results.append(weights)
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 @overload
@@ -236,125 +255,30 @@ def varlen_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
             raise BadArgument(f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
-    _check_heads(query, key, value, heads=1, dim=2)
+    check_heads(query, key, value)
     if value.shape[0] != key.shape[0]:
         raise BadArgument(f"value: expected {key.shape[0]} rows as key, got {value.shape[0]}")
     check_same_device(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, sinks=sinks)
-    _check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
-    _check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
+    check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
+    check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
     batch = cu_seq_q.shape[0] - 1
     check_vector("cu_seq_k", cu_seq_k, batch + 1)
-    _check_common(query, query_start, batch, window_size, softcap, sinks, query.shape[1])
+    check_rules(query, query_start, batch, window_size, softcap, sinks)
     refused = cuda_obstacle(query, value, None, max_q, max_k, False)
-    backend = choose("varlen_attention", impl, _widest(query, value), native_obstacle=refused)
+    backend = choose("varlen_attention", impl, widest(query, value), native_obstacle=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     query, scale = scaled(query, scale)
-    packed = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
-    rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
-            return reference.varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
-        output, lse = _entry(backend).varlen_attention(*packed, *rules, sinks, return_lse, drawn, site)
-        return (output, lse) if return_lse else output
-
-
-def scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
-    """The query and the number that its scores are scaled by: a tensor is multiplied in, so that it may learn."""
-    if not isinstance(scale, Tensor):
-        return query, 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
-    if scale.dim() != 0:
-        raise BadArgument(f"scale: expected a number or a scalar tensor, got shape {tuple(scale.shape)}")
-    return query * scale, 1.0
-
-
-def _entry(backend: str) -> Any:
-    """The module whose functions compute on `backend`."""
-    if backend == "native":
-        from tfm.native import attention as entry
-
-        return entry
-    from tfm.kernels.attention import operators
-
-    return operators
-
-
-class _Weights(torch.autograd.Function):
-    """The kernel's softmax weights; the reference computes them again where someone wants their gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, computed: tuple[Tensor], recompute: Callable[..., Tensor], *carriers: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(*carriers)
-        ctx.recompute = recompute
-        # As part of a tuple it is a result to autograd, not a view of an argument: it can be changed in place.
-        return computed[0]
-
-    @staticmethod
-    def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
-        carriers, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        return None, None, *gradients(lambda *given: (ctx.recompute(*given),), carriers, needed, (dweights,))
-
-
-def _widest(query: Tensor, value: Tensor) -> Tensor:
-    """The one whose columns limit what kernels serve."""
-    return value if value.shape[-1] > query.shape[-1] else query
-
-
-def _check_heads(query: Tensor, key: Tensor, value: Tensor, heads: int, dim: int) -> None:
-    check_floating(query=query, key=key, value=value)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise BadArgument(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
-    if key.shape[dim] != query.shape[dim]:
-        raise BadArgument(f"key: expected dim {query.shape[dim]} as query, got {key.shape[dim]}")
-    if value.shape[heads] != key.shape[heads]:
-        raise BadArgument(f"value: expected {key.shape[heads]} heads as key, got {value.shape[heads]}")
-    if key.shape[heads] == 0 or query.shape[heads] % key.shape[heads]:
-        raise BadArgument(f"query: expected a multiple of key's {key.shape[heads]} heads, got {query.shape[heads]}")
-
-
-def _check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise BadArgument(f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
-    if not broadcasts(mask.shape, full):
-        raise BadArgument(f"attn_mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
-
-
-def _check_common(
-    query: Tensor,
-    query_start: int | Tensor,
-    batch: int,
-    window_size: tuple[int, int],
-    softcap: float | None,
-    sinks: Tensor | None,
-    query_heads: int,
-) -> None:
-    if isinstance(query_start, Tensor):
-        check_vector("query_start", query_start, batch)
-        check_integers(query_start=query_start)
-        check_same_device(query=query, query_start=query_start)
-    if len(window_size) != 2:
-        raise ValueError(f"window_size: expected (left, right), got {window_size}")
-    check_softcap(softcap)
-    check_vector("sinks", sinks, query_heads)
-    check_floating(sinks=sinks)
-
-
-def _check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_length: int) -> None:
-    if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
-        raise BadArgument(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
-    check_integers(**{name: cu_seq})
-    if not is_readable(cu_seq):
-        return
-    values = cu_seq.tolist()
-    lengths = [end - start for start, end in pairwise(values)]
-    if values[0] != 0:
-        raise BadArgument(f"{name}: expected offsets that start at 0, got {values[0]}")
-    if min(lengths, default=0) < 0:
-        raise BadArgument(f"{name}: expected offsets that never fall, got {values}")
-    if values[-1] != rows:
-        raise BadArgument(f"{name}: expected offsets that end at the {rows} rows given, got {values[-1]}")
-    longest = max(lengths, default=0)
-    if longest > max_length:
-        raise BadArgument(f"{max_name}: expected at least the longest sequence, {longest}, got {max_length}")
+            return reference.varlen_attention(
+                query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, scale, query_start,
+                window_size, softcap, sinks, return_lse, drawn, site,
+            )  # fmt: skip
+        (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
+        logits = sinks_for(backend, sinks)
+        call = Attention(
+            query, key, value, None, None, None, logits, cu_seq_q, cu_seq_k, None, starts, drawn,
+            max_q, max_k, start, left, right, scale, softcap, dropout_p, site,
+        )  # fmt: skip
+        output, _, *lse = apply(AttendedWithLse if return_lse else Attended, namespace_of(backend), call)
+        return (output, lse_with_sinks(lse[0], logits)) if lse else output

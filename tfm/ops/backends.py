@@ -25,20 +25,14 @@ BACKENDS = ("reference", "triton", "native")
 # On GPUs csrc stands behind Triton, and serves where Triton is not, until a record says where it is faster.
 TABLE = (
     *ROWS,
-    Row(("attention",), "triton", FLOATS, max_columns=256),
-    Row(("varlen_attention",), "triton", FLOATS, max_columns=256),
     Row(("decode_attention",), "triton", FLOATS, max_columns=256),
     Row(("embedding",), "triton", FLOATS, max_columns=MANY),
     Row(("rotary",), "triton", FLOATS, max_columns=1024),
     Row(("rotary_",), "triton", FLOATS, max_columns=1024),
-    Row(("attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row(("varlen_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("decode_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("embedding",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("rotary",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(("rotary_",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row(("attention",), "native", FLOATS, max_columns=64, device="cuda"),
-    Row(("varlen_attention",), "native", FLOATS, max_columns=64, device="cuda"),
 )
 
 # Once, here: Dynamo cannot trace it.

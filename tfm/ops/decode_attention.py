@@ -8,7 +8,7 @@ from torch import Tensor
 from tfm import native
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
-from tfm.ops.attention import scaled
+from tfm.ops.attention_rules import scaled
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_numbers
 from tfm.reference import decode_attention as reference

@@ -30,22 +30,22 @@ ALLOWED: tuple[Allowed, ...] = (
         reason="One address of 8 bytes, stored before the loop over the rows and read after it.",
     ),
     Allowed(
-        ("attention_backward_keys 256 bias dropout no dv bf16 wide",), (90,), "spill",
+        ("attention_backward_keys 256 bias dropout bf16 wide no dv",), (90,), "spill",
         reason="24 and 144 bytes at the widest heads, with a bias and dropout at once; smaller tiles have no HGMMA.",
     ),
     Allowed(
         (
-            "attention_backward_keys 256 bias dropout no dk bf16 wide",
-            "attention_backward_keys 256 mask dropout no dv bf16 wide",
-            "attention_backward_keys 256 mask dropout no dv uncapped bf16 wide",
+            "attention_backward_keys 256 bias dropout bf16 wide no dk",
+            "attention_backward_keys 256 mask dropout bf16 wide no dv",
+            "attention_backward_keys 256 mask dropout bf16 wide uncapped no dv",
         ),
         (90,), "spill", assemblers=NEWER,
         reason="16 to 112 bytes at the widest heads; one stage instead of two spills five times that.",
     ),
     Allowed(
         (
-            "attention_backward_keys 128 dropout uncapped bf16 wide",
-            "attention_backward_keys 192 dropout uncapped bf16 wide",
+            "attention_backward_keys 128 dropout bf16 wide uncapped",
+            "attention_backward_keys 192 dropout bf16 wide uncapped",
         ),
         (90,), "spill", assemblers=NEWER,
         reason="16 bytes; with a softcap none, and dk and dv one after the other would form all scores twice.",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -72,7 +73,9 @@ def described(
     launch(tape, call)
     for kernel, options, arguments in tape.launches:
         name = kernel.fn.__name__.removesuffix("_kernel")
-        written = {parameter.name: _written(parameter, arguments[parameter.name]) for parameter in kernel.params}
+        written = arguments
+        if not isinstance(kernel, InterpretedFunction):
+            written = {parameter.name: _written(parameter, arguments[parameter.name]) for parameter in kernel.params}
         case = Case(f"{name} {label}", kernel, written, options["num_warps"], matrix=name.startswith(tuple(matrix)))
         if "num_stages" in options:
             case = replace(case, num_stages=options["num_stages"])

@@ -38,7 +38,7 @@ LARGEST_BLOCK = 1024
 def usable() -> tuple[Path | None, str]:
     """nvcc, or why there is nothing to compile."""
     csrc = plan.sources()
-    if csrc is None or not any(csrc.glob("cuda/*.cu")):
+    if csrc is None or not any(csrc.rglob("*.cu")):
         return None, "no sources"
     return toolchain.find_nvcc()
 
@@ -63,7 +63,7 @@ def compile_all(
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         started = [
             [pool.submit(_compile, nvcc, version, csrc, source, capability) for capability in capabilities]
-            for source in sorted(csrc.glob("cuda/*.cu"))
+            for source in sorted(csrc.rglob("*.cu"))
         ]
         for chips in started:
             found = [row for chip in chips for row in chip.result()]
@@ -80,7 +80,7 @@ def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int
     headers = sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
     read = b"".join(path.read_bytes() for path in (Path(__file__), source, *headers))
     columns = [field.name for field in fields(Compiled)]
-    options = repr((version, plan.DEVICE_FLAGS, header.digest(), source.name, capability, columns))
+    options = repr((version, plan.DEVICE_FLAGS, header.digest(), _label(csrc, source), capability, columns))
     stored = plan.cache() / "checks" / f"{hashlib.sha256(options.encode() + read).hexdigest()[:20]}.json"
     if stored.is_file():
         return [Compiled(**row) for row in json.loads(stored.read_text())]
@@ -110,7 +110,7 @@ def _compile_anew(
         said = done.stdout + done.stderr
         if done.returncode != 0:
             wrong = [line for line in said.splitlines() if "error" in line] or ["nvcc failed without a word"]
-            return [Compiled(source.name, capability, error=wrong[0].strip()[:300], seconds=seconds())]
+            return [Compiled(_label(csrc, source), capability, error=wrong[0].strip()[:300], seconds=seconds())]
         listing = ptx.read_text()
         blocks = {name: int(threads or LARGEST_BLOCK) for name, threads in THREADS.findall(listing)}
         dynamic = _with_dynamic_shared(listing)
@@ -123,10 +123,15 @@ def _compile_anew(
         shared, took = int(static[1]) if static else 0, seconds() / len(entries)
         warps = -(-blocks[mangled] // 32)
         more = ", dynamic shared" * (mangled in dynamic)
-        name = f"{source.name} {name}{more}"
+        name = f"{_label(csrc, source)} {name}{more}"
         row = Compiled(name, capability, num_warps=warps, registers=int(registers), stack=int(stack), shared=shared)
         rows.append(replace(row, instructions=code[mangled], seconds=took))
     return rows
+
+
+def _label(csrc: Path, source: Path) -> str:
+    """Returns what the names of the file's kernels begin with: attention/short.cu."""
+    return source.relative_to(csrc / "cuda").as_posix()
 
 
 def _with_dynamic_shared(listing: str) -> set[str]:

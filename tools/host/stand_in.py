@@ -23,7 +23,7 @@ from tfm.ops import backends
 DEVICE, CAPABILITY = 0, 90
 CHIP = launch.Chip(major=9, multiprocessors=132)
 # By name: tfm.ops has functions of these names.
-READERS = [cross_entropy, *map(import_module, ("tfm.ops.attention", "tfm.ops.cross_entropy"))]
+READERS = [cross_entropy, *map(import_module, ("tfm.ops.attention_rules", "tfm.ops.cross_entropy"))]
 
 
 class Driver:

@@ -10,11 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 # Where an operator is declared in Python, or called by its name.
 OPERATOR = re.compile(r"(?:Operator\(\s*f?\"|torch\.ops\.tfm_native\.)(\w+)")
+# Where one is stated by its arguments, of a subject that kernels/ and csrc/ have a file or a folder of.
+STATED = re.compile(r'^@operator\("(\w+)"', re.MULTILINE)
 
 
 def subjects(root: Path = ROOT) -> list[str]:
-    """The subjects that kernels serve, by their files in tfm/ops/: what a record should cover."""
-    return [path.stem for path in sorted((root / "tfm" / "ops").glob("*.py")) if sources_of(path.stem, root)]
+    """The subjects that kernels serve, what a record should cover: tfm/ops/ and kernels/ both have the name."""
+    names = sorted(path.stem for path in (root / "tfm" / "ops").glob("*.py"))
+    return [name for name in names if _module_path(f"tfm.kernels.{name}", root)]
 
 
 def subject_of(operation: str, root: Path = ROOT) -> str:
@@ -34,7 +37,8 @@ def sources_of(operation: str, root: Path = ROOT, folder: str = "kernels") -> li
         return _relative((root / folder).glob("**/*.py" if is_triton else "**/*.*"), root)
     follow = _kernel_files if is_triton else _includes
     found: set[Path] = set()
-    waiting = list(_kernel_files(start, root) if is_triton else _implementations(start, root, folder))
+    waiting = [file for subject in _stated(start, root) for file in _files_of(root / folder / subject)]
+    waiting += _kernel_files(start, root) if is_triton else _implementations(start, root, folder)
     while waiting:
         path = waiting.pop()
         if path not in found:
@@ -45,6 +49,18 @@ def sources_of(operation: str, root: Path = ROOT, folder: str = "kernels") -> li
 
 def _relative(paths: Iterable[Path], root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in paths)
+
+
+def _stated(path: Path, root: Path) -> set[str]:
+    """The subjects of the operators whose arguments `path` imports."""
+    return {subject for file in _entries(path, root) for subject in STATED.findall(file.read_text())}
+
+
+def _files_of(subject: Path) -> list[Path]:
+    """Of a subject of kernels/ or csrc/: those in its folder, or those of its name."""
+    if subject.is_dir():
+        return [path for path in subject.iterdir() if path.is_file()]
+    return list(subject.parent.glob(f"{subject.name}.*"))
 
 
 def _implementations(path: Path, root: Path, folder: str) -> Iterator[Path]:
@@ -67,6 +83,8 @@ def _entries(path: Path, root: Path) -> set[Path]:
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("tfm.operators", "tfm.native")):
                     module = root.joinpath(*str(node.module).split("."))
                     waiting += [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
+                    if module.parent.parent == root / "tfm":
+                        waiting.append(module / "__init__.py")
     return found
 
 
@@ -74,13 +92,14 @@ def _includes(path: Path, root: Path) -> Iterator[Path]:
     """What a file of csrc/ includes from there, and its neighbours where it lies in a folder of its operation."""
     csrc = root / "csrc"
     for name in re.findall(r'#include "([^"]+)"', path.read_text()):
-        yield csrc / name
+        if (csrc / name).is_file():
+            yield csrc / name
     if path.parent.parent == csrc / "cpu":
         yield from path.parent.iterdir()
 
 
 def _operation_file(operation: str, root: Path) -> Path | None:
-    """The file of that name, or else the one that defines it: attention.py holds varlen_attention."""
+    """The file of that name, or else the one that defines it: norm.py holds layer_norm."""
     files = sorted((root / "tfm" / "ops").glob("*.py"))
     named = [path for path in files if path.stem == operation]
     defining = [path for path in files if f"\ndef {operation}(" in path.read_text()]

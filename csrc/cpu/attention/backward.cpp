@@ -225,39 +225,37 @@ void backward_into(const AttentionInputs& inputs, const Cotangents& given, const
 
 using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
-Gradients attention_backward(Tensor dout, MaybeTensor dlse, Tensor output, Tensor statistics, std::vector<bool> wanted,
-                             ATTENTION_PARAMETERS) {
-    const AttentionInputs inputs(ATTENTION_ARGUMENTS);
-    const Gradients found{wanted_like(wanted, 0, query), wanted_like(wanted, 1, key), wanted_like(wanted, 2, value),
-                          wanted_like(wanted, 3, bias), wanted_like(wanted, 4, sinks)};
+Gradients attention_backward(const arguments::AttentionBackward& a) {
+    const AttentionInputs inputs(a);
+    const Gradients found{wanted_like(a.wanted, 0, a.query), wanted_like(a.wanted, 1, a.key),
+                          wanted_like(a.wanted, 2, a.value), wanted_like(a.wanted, 3, a.bias),
+                          wanted_like(a.wanted, 4, a.sinks)};
     const auto& [dq, dk, dv, dbias, dsinks] = found;
     const auto heads = [](const MaybeTensor& x) { return x ? heads_of(*x) : Heads{}; };
-    backward_into(inputs, cotangents(dout, dlse, output, statistics), heads(dq), heads(dk), heads(dv), dbias, dsinks);
+    backward_into(inputs, cotangents(a), heads(dq), heads(dk), heads(dv), dbias, dsinks);
     return found;
 }
 
 // Of views of one projection, key and value or query, key and value: their gradients lie in one tensor [parts, ...] as
 // the views do, so that the projection's gradient needs no copy.
 std::tuple<MaybeTensor, Tensor, MaybeTensor, MaybeTensor>
-attention_backward_joined(Tensor dout, MaybeTensor dlse, Tensor output, Tensor statistics, std::vector<bool> wanted,
-                          int64_t parts, ATTENTION_PARAMETERS) {
-    STD_TORCH_CHECK(parts == 2 || parts == 3, "parts: expected 2 or 3, got ", parts);
-    const AttentionInputs inputs(ATTENTION_ARGUMENTS);
-    const MaybeTensor dq = parts == 2 ? wanted_like(wanted, 0, query) : MaybeTensor();
-    const MaybeTensor dbias = wanted_like(wanted, 3, bias), dsinks = wanted_like(wanted, 4, sinks);
-    Tensor joined = joined_rows(key, parts);
+attention_backward_joined(const arguments::AttentionBackwardJoined& a) {
+    STD_TORCH_CHECK(a.parts == 2 || a.parts == 3, "parts: expected 2 or 3, got ", a.parts);
+    const AttentionInputs inputs(a);
+    const MaybeTensor dq = a.parts == 2 ? wanted_like(a.wanted, 0, a.query) : MaybeTensor();
+    const MaybeTensor dbias = wanted_like(a.wanted, 3, a.bias), dsinks = wanted_like(a.wanted, 4, a.sinks);
+    Tensor joined = joined_rows(a.key, a.parts);
     const auto part = [&](int64_t place) { return heads_of(torch::stable::select(joined, 0, place)); };
-    const Heads query_heads = parts == 3 ? part(0) : dq ? heads_of(*dq) : Heads{};
-    backward_into(inputs, cotangents(dout, dlse, output, statistics), query_heads, part(parts - 2), part(parts - 1),
-                  dbias, dsinks);
+    const Heads query_heads = a.parts == 3 ? part(0) : dq ? heads_of(*dq) : Heads{};
+    backward_into(inputs, cotangents(a), query_heads, part(a.parts - 2), part(a.parts - 1), dbias, dsinks);
     return {dq, joined, dbias, dsinks};
 }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
-    m.impl("attention_backward", TORCH_BOX(&attention_backward));
-    m.impl("attention_backward_joined", TORCH_BOX(&attention_backward_joined));
+    implement<arguments::AttentionBackward, attention_backward>(m);
+    implement<arguments::AttentionBackwardJoined, attention_backward_joined>(m);
 }
 
 } // namespace tfm

@@ -200,11 +200,11 @@ namespace tfm {
 
 namespace {
 
-std::tuple<Tensor, Tensor> attention(ATTENTION_PARAMETERS) {
-    const AttentionInputs inputs(ATTENTION_ARGUMENTS);
+std::tuple<Tensor, Tensor> attention(const arguments::Attention& a) {
+    const AttentionInputs inputs(a);
     const Attention& call = inputs.call;
-    Tensor output = rows_like(query, value.size(value.dim() - 1));
-    Tensor statistics = row_statistics(query);
+    Tensor output = rows_like(a.query, a.value.size(a.value.dim() - 1));
+    Tensor statistics = row_statistics(a.query);
     const AttentionForward forward{call, heads_of(output), statistics_of(statistics)};
     Tasks tasks;
     for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence) {
@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor> attention(ATTENTION_PARAMETERS) {
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { implement<arguments::Attention, attention>(m); }
 
 } // namespace tfm
 

@@ -8,9 +8,11 @@ namespace tfm {
 // Of the bias of `inputs`, summed over what it is broadcast along: bias_gradient.cpp.
 void bias_gradient(const AttentionInputs& inputs, const Cotangents& given, const Tensor& dbias);
 
-inline Cotangents cotangents(const Tensor& dout, const MaybeTensor& dlse, const Tensor& output,
-                             const Tensor& statistics) {
-    return {heads_of(dout), heads_of(output), statistics_of(statistics), dlse ? row_numbers(*dlse) : RowNumbers{}};
+// Of the arguments of a backward.
+template <class Arguments>
+Cotangents cotangents(const Arguments& a) {
+    return {heads_of(a.dout), heads_of(a.output), statistics_of(a.statistics),
+            a.dlse ? row_numbers(*a.dlse) : RowNumbers{}};
 }
 
 // Partial sums [sequences, heads] to [heads], in the order of the sequences.

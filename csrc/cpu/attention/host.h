@@ -9,20 +9,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "common/tensor.h"
 #include "cpu/attention/call.h"
+#include "operators/attention.h"
 
 namespace tfm {
-
-// The operators' arguments that tfm/operators/attention.py describes.
-#define ATTENTION_PARAMETERS                                                                                           \
-    Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words, MaybeTensor reach, MaybeTensor sinks, \
-        MaybeTensor cu_seq_q, MaybeTensor cu_seq_k, MaybeTensor key_lengths, MaybeTensor starts, MaybeTensor seed,     \
-        [[maybe_unused]] int64_t max_q, [[maybe_unused]] int64_t max_k, int64_t start, std::optional<int64_t> left,    \
-        std::optional<int64_t> right, double scale, std::optional<double> softcap, double dropout_p, int64_t site
-#define ATTENTION_ARGUMENTS                                                                                            \
-    query, key, value, bias, words, reach, sinks, cu_seq_q, cu_seq_k, key_lengths, starts, seed, max_q, max_k, start,  \
-        left, right, scale, softcap, dropout_p, site
 
 // Element by element from a dtype to another, of a vector of any stride.
 template <class To>
@@ -82,7 +72,7 @@ inline RowNumbers row_numbers(const Tensor& x) {
                         : RowNumbers{data, 0, x.stride(1), x.stride(0)};
 }
 
-// Of what tfm/operators/attention.py's row_statistics is: [2, B, H, S] or packed [2, N, H].
+// Of what tfm/operators/attention's row_statistics is: [2, B, H, S] or packed [2, N, H].
 inline RowStatistics statistics_of(const Tensor& x) {
     return {row_numbers(torch::stable::select(x, 0, 0)), row_numbers(torch::stable::select(x, 0, 1))};
 }
@@ -93,49 +83,51 @@ struct AttentionInputs {
     std::vector<float> sink_logits;
     Attention call;
 
-    explicit AttentionInputs(ATTENTION_PARAMETERS) {
-        const int64_t sequences = cu_seq_q ? cu_seq_q->size(0) - 1 : query.size(0);
-        extents.assign(sequences, {0, query.size(query.dim() - 2), 0, 0, 0, start});
-        if (cu_seq_q)
-            locate(numbers_of<int64_t>(*cu_seq_q), numbers_of<int64_t>(*cu_seq_k));
+    // Of the arguments of Attention, or of an operator that has them among its own.
+    template <class Arguments>
+    explicit AttentionInputs(const Arguments& a) {
+        const int64_t sequences = a.cu_seq_q ? a.cu_seq_q->size(0) - 1 : a.query.size(0);
+        extents.assign(sequences, {0, a.query.size(a.query.dim() - 2), 0, 0, 0, a.start});
+        if (a.cu_seq_q)
+            locate(numbers_of<int64_t>(*a.cu_seq_q), numbers_of<int64_t>(*a.cu_seq_k));
         else
             for (Extent& extent : extents)
-                extent.key_length = extent.key_rows = key.size(2);
-        if (key_lengths) {
-            const auto lengths = numbers_of<int64_t>(*key_lengths);
+                extent.key_length = extent.key_rows = a.key.size(2);
+        if (a.key_lengths) {
+            const auto lengths = numbers_of<int64_t>(*a.key_lengths);
             for (int64_t i = 0; i < sequences; ++i)
                 extents[i].key_length = std::clamp<int64_t>(lengths[i], 0, extents[i].key_rows);
         }
-        if (starts) {
-            const auto given = numbers_of<int64_t>(*starts);
+        if (a.starts) {
+            const auto given = numbers_of<int64_t>(*a.starts);
             for (int64_t i = 0; i < sequences; ++i)
                 extents[i].start = std::clamp<int64_t>(given[i], -(1 << 29), 1 << 29);
         }
-        if (sinks)
-            sink_logits = numbers_of<float>(*sinks);
-        const int64_t last = query.dim() - 1, heads = query.size(1), key_heads = key.size(1);
+        if (a.sinks)
+            sink_logits = numbers_of<float>(*a.sinks);
+        const int64_t last = a.query.dim() - 1, heads = a.query.size(1), key_heads = a.key.size(1);
         call = {
-            .query = heads_of(query),
-            .key = heads_of(key),
-            .value = heads_of(value),
-            .bias = broadcast_heads(bias),
+            .query = heads_of(a.query),
+            .key = heads_of(a.key),
+            .value = heads_of(a.value),
+            .bias = broadcast_heads(a.bias),
             // Of a mask with one row for all queries there is the reach alone.
-            .words = bits_of(words ? words : reach),
-            .reach = bits_of(reach),
-            .sinks = sinks ? sink_logits.data() : nullptr,
+            .words = bits_of(a.words ? a.words : a.reach),
+            .reach = bits_of(a.reach),
+            .sinks = a.sinks ? sink_logits.data() : nullptr,
             .extents = extents.data(),
             .heads = heads,
             .group = key_heads == 0 ? 1 : heads / key_heads,
-            .dim = query.size(last),
-            .value_dim = value.size(last),
+            .dim = a.query.size(last),
+            .value_dim = a.value.size(last),
             .longest_query = longest(&Extent::query_length),
             .longest_key = longest(&Extent::key_length),
-            .left = left.value_or(OPEN),
-            .right = right.value_or(OPEN),
-            .inner = static_cast<float>(softcap ? scale / *softcap : scale),
-            .outer = static_cast<float>(softcap.value_or(0.0)),
-            .scale = static_cast<float>(scale),
-            .dropout = dropout_of(seed, dropout_p, site),
+            .left = a.left.value_or(OPEN),
+            .right = a.right.value_or(OPEN),
+            .inner = static_cast<float>(a.softcap ? a.scale / *a.softcap : a.scale),
+            .outer = static_cast<float>(a.softcap.value_or(0.0)),
+            .scale = static_cast<float>(a.scale),
+            .dropout = dropout_of(a.seed, a.dropout_p, a.site),
         };
     }
 

@@ -102,27 +102,26 @@ namespace {
 // Rows of words are whole tiles of so many keys: the Triton kernels' longest.
 constexpr int64_t KEYS_OF_A_ROW = 256;
 
-std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, int64_t start,
-                                               std::optional<int64_t> left, std::optional<int64_t> right) {
-    const int64_t batch = mask.size(0), heads = mask.size(1), queries = mask.size(2), keys = mask.size(3);
-    const bool is_bool = mask.scalar_type() == ScalarType::Bool;
+std::tuple<Tensor, Tensor> attention_mask_bits(const arguments::AttentionMaskBits& a) {
+    const int64_t batch = a.mask.size(0), heads = a.mask.size(1), queries = a.mask.size(2), keys = a.mask.size(3);
+    const bool is_bool = a.mask.scalar_type() == ScalarType::Bool;
     // Its reach is the row itself: the window is the attention's business.
-    const bool one_row = queries == 1 || mask.stride(2) == 0;
+    const bool one_row = queries == 1 || a.mask.stride(2) == 0;
     const int64_t width = (keys + KEYS_OF_A_ROW - 1) / KEYS_OF_A_ROW * KEYS_OF_A_ROW / 32;
-    const int64_t sequences = !starts || one_row ? batch : starts->size(0);
-    Tensor words = empty({batch, heads, is_bool && !one_row ? queries : 0, width}, ScalarType::Int, mask);
-    Tensor reach = empty({sequences, heads, width}, ScalarType::Int, mask);
+    const int64_t sequences = !a.starts || one_row ? batch : a.starts->size(0);
+    Tensor words = empty({batch, heads, is_bool && !one_row ? queries : 0, width}, ScalarType::Int, a.mask);
+    Tensor reach = empty({sequences, heads, width}, ScalarType::Int, a.mask);
     const std::vector<int64_t> given =
-        starts && !one_row ? numbers_of<int64_t>(*starts) : std::vector<int64_t>(sequences, start);
+        a.starts && !one_row ? numbers_of<int64_t>(*a.starts) : std::vector<int64_t>(sequences, a.start);
     const MaskBits call{
-        .mask = mask.const_data_ptr(),
-        .type = is_bool                 ? MaskType::BOOL
-                : heads_of(mask).narrow ? MaskType::BFLOAT16
-                                        : MaskType::FLOAT,
-        .sequence = batch > 1 ? mask.stride(0) : 0,
-        .head = mask.stride(1),
-        .row = mask.stride(2),
-        .column = mask.stride(3),
+        .mask = a.mask.const_data_ptr(),
+        .type = is_bool                   ? MaskType::BOOL
+                : heads_of(a.mask).narrow ? MaskType::BFLOAT16
+                                          : MaskType::FLOAT,
+        .sequence = batch > 1 ? a.mask.stride(0) : 0,
+        .head = a.mask.stride(1),
+        .row = a.mask.stride(2),
+        .column = a.mask.stride(3),
         .words = words.numel() > 0 ? static_cast<int32_t*>(words.data_ptr()) : nullptr,
         .reach = static_cast<int32_t*>(reach.data_ptr()),
         .starts = given.data(),
@@ -131,8 +130,8 @@ std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, 
         .queries = one_row ? std::min<int64_t>(queries, 1) : queries,
         .keys = keys,
         .width = width,
-        .left = one_row ? OPEN : left.value_or(OPEN),
-        .right = one_row ? OPEN : right.value_or(OPEN),
+        .left = one_row ? OPEN : a.left.value_or(OPEN),
+        .right = one_row ? OPEN : a.right.value_or(OPEN),
     };
     for_rows(sequences * heads, call.queries * keys,
              [&](int64_t begin, int64_t end) { TFM_RUN(mask_bits, call, begin, end); });
@@ -141,7 +140,7 @@ std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, 
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("attention_mask_bits", TORCH_BOX(&attention_mask_bits)); }
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { implement<arguments::AttentionMaskBits, attention_mask_bits>(m); }
 
 } // namespace tfm
 

@@ -96,18 +96,18 @@ namespace tfm {
 
 namespace {
 
-Tensor attention_weights(Tensor statistics, ATTENTION_PARAMETERS) {
-    const AttentionInputs inputs(ATTENTION_ARGUMENTS);
+Tensor attention_weights(const arguments::AttentionWeights& a) {
+    const AttentionInputs inputs(a);
     const Attention& call = inputs.call;
-    Tensor weights = empty({inputs.sequences(), call.heads, max_q, max_k}, query.scalar_type(), query);
-    const AttentionWeights wanted{call, statistics_of(statistics), heads_of(weights), max_k};
+    Tensor weights = empty({inputs.sequences(), call.heads, a.max_q, a.max_k}, a.query.scalar_type(), a.query);
+    const AttentionWeights wanted{call, statistics_of(a.statistics), heads_of(weights), a.max_k};
     Tasks tasks;
     for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence)
         for (int64_t head = 0; head < call.heads; ++head)
-            for (int64_t first = 0; first < max_q; first += BLOCK_QUERIES)
-                for (int64_t key = 0; key < max_k; key += BLOCK_KEYS)
+            for (int64_t first = 0; first < a.max_q; first += BLOCK_QUERIES)
+                for (int64_t key = 0; key < a.max_k; key += BLOCK_KEYS)
                     tasks.add({sequence, head, first, key},
-                              std::min(BLOCK_QUERIES, max_q - first) * std::min(BLOCK_KEYS, max_k - key));
+                              std::min(BLOCK_QUERIES, a.max_q - first) * std::min(BLOCK_KEYS, a.max_k - key));
     tasks.run(call.dim + 8, weights_scratch(call).floats,
               [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                   TFM_RUN(attention_weights, wanted, all, begin, end, scratch);
@@ -117,7 +117,7 @@ Tensor attention_weights(Tensor statistics, ATTENTION_PARAMETERS) {
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("attention_weights", TORCH_BOX(&attention_weights)); }
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { implement<arguments::AttentionWeights, attention_weights>(m); }
 
 } // namespace tfm
 

@@ -48,6 +48,11 @@ class AttentionTiles:
     max_registers: int | None = None
     passes: int = 1
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+
 
 # By class of head dims: rows for a plain call, for one of dropout and (bias or mask as bits), for both. The last row
 # given serves the rest.

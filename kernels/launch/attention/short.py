@@ -39,6 +39,11 @@ class ShortForwardTiles:
     takes_all: bool
     max_registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
+
     def splits(self, max_q: int) -> int:
         """The programs that share the queries of one head."""
         return 1 if self.takes_all else -(-max_q // self.block_queries)
@@ -53,6 +58,11 @@ class ShortBackwardTiles:
     num_warps: int
     passes: int
     max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 # A program of the backward goes through all queries of its keys, one tile after another.

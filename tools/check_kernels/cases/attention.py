@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
-from triton.runtime.jit import JITFunction
 
-from tfm.kernels import launch
-from tfm.kernels.attention import backward_keys, backward_queries, forward, mask_bits
+from tfm.kernels import attention
 from tfm.kernels.launch.attention import any_length as tables
+from tfm.operators.attention import Attention, AttentionBackward, AttentionMaskBits
 from tools.check_kernels.cases.case import Case
+from tools.check_kernels.described import chip, described, meta
 
 # D and Dv of each class of the tables; with `every` more of it: split in two, padded, unequal.
 DIMS = {64: [(64, 64)], 128: [(128, 128)], 192: [(192, 128)], 256: [(256, 256)]}
 MORE_DIMS = {64: [(16, 16), (32, 48), (40, 64)], 128: [(96, 96), (80, 128)], 192: [(160, 128)], 256: [(224, 256)]}
-# The calls that come to a row, by the number of its extras, the hungriest first. Each has softcap, a window on both
-# sides, a start for each sequence and heads that share keys.
+# The calls that come to a row, by the number of its extras, the hungriest first.
 KINDS = (("padded", "packed"), ("bias", "dropout", "mask"), ("bias dropout", "mask dropout"))
-FORWARD, QUERIES, KEYS = (
-    ("attention_forward", forward.attention_forward_kernel),
-    ("attention_backward_queries", backward_queries.attention_backward_queries_kernel),
-    ("attention_backward_keys", backward_keys.attention_backward_keys_kernel),
-)
+KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+# Longer than what the kernels for few keys take, and of no tile a multiple.
+LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -34,118 +32,110 @@ class Family:
 
     name: str
     tables: tuple[tables.Table, tables.Table, tables.Table]
+    major: int
     capabilities: tuple[int, ...] | None
     dtypes: tuple[str, ...]
     wide: bool = False
 
 
 FAMILIES = (
-    Family("wide", (tables.FORWARD, tables.QUERIES, tables.KEYS), (90, 100), ("bf16", "fp16"), wide=True),
+    Family("wide", (tables.FORWARD, tables.QUERIES, tables.KEYS), 9, (90, 100), ("bf16", "fp16"), wide=True),
     Family(
-        "narrow", (tables.NARROW_FORWARD, tables.NARROW_QUERIES, tables.NARROW_KEYS), (80, 86, 89, 120),
+        "narrow", (tables.NARROW_FORWARD, tables.NARROW_QUERIES, tables.NARROW_KEYS), 8, (80, 86, 89, 120),
         ("bf16", "fp16"),
     ),
-    Family("exact", (tables.FP32_FORWARD, tables.FP32_QUERIES, tables.FP32_KEYS), None, ("fp32", "tf32")),
+    Family("exact", (tables.FP32_FORWARD, tables.FP32_QUERIES, tables.FP32_KEYS), 9, None, ("fp32", "tf32")),
 )  # fmt: skip
 
 
 def attention_cases(every: bool) -> Iterator[Case]:
     """Each row of the tables at the hungriest calls that come to it."""
     for family in FAMILIES:
-        for (name, kernel), table in zip((FORWARD, QUERIES, KEYS), family.tables, strict=True):
+        for kernel, table in zip(KERNELS, family.tables, strict=True):
             for width, rows in table.items():
                 dims = DIMS[width] + (MORE_DIMS[width] if every else [])
                 dtypes = family.dtypes if every else family.dtypes[:1]
-                for (tiles, kind), pair, dtype in product(_calls(rows, every), dims, dtypes):
-                    blocks = {"BLOCK_QUERIES": tiles.block_queries, "BLOCK_KEYS": tiles.block_keys}
-                    arguments = _arguments(kernel, dtype, pair, kind) | blocks
-                    if "TILE" in kernel.arg_names:
-                        arguments["TILE"] = _row(family.tables[1][width], kind).block_queries
-                    passes = ({},) if tiles.passes == 1 else ({"dk": None}, {"dv": None})
-                    for absent, cap in product(passes, _caps(kernel, arguments)):
-                        without = "".join(f" no {gradient}" for gradient in absent) + " uncapped" * bool(cap)
-                        yield Case(
-                            f"{name} {pair[0]} {kind}{without} {dtype} {family.name}", kernel, arguments | absent | cap,
-                            tiles.num_warps, tiles.num_stages, matrix=family.wide,
-                            max_registers=tiles.max_registers, capabilities=family.capabilities,
-                        )  # fmt: skip
-    for dtype, words in (("i1", "*i32:16"), ("fp32", None)):
-        tiles = launch.mask_bits(512)
-        arguments = {
-            "mask": f"*{dtype}:16", "words": words, "reach": "*i32:16", "starts": "*i32:16",
-            **dict.fromkeys(("mask_b", "mask_h", "mask_q", "words_b", "words_h", "words_q", "reach_b"), "i32"),
-            "mask_k": 1, "reach_h": "i32",
-            **dict.fromkeys(("heads", "word_sequences", "queries", "keys", "start", "left", "right"), "i32"),
-            "BLOCK_QUERIES": tiles.block_rows, "BLOCK_KEYS": tiles.block_columns,
-        }  # fmt: skip
-        yield Case(f"mask_bits {dtype}", mask_bits.mask_bits_kernel, arguments, tiles.num_warps)
+                for kind, pair, dtype in product(_kinds(rows, every), dims, dtypes):
+                    for case in _cases(family, pair, kind, dtype):
+                        if case.name.split()[0] == kernel:
+                            yield case
+    mask = meta(2, 4, 512, 512, dtype="i1")
+    for dtype in ("i1", "fp32"):
+        call = AttentionMaskBits(mask.to(torch.float32) if dtype == "fp32" else mask, meta(2, dtype="i32"), 0, 3, 3)
+        yield from described(dtype, attention.attention_mask_bits, call, chip(9))
 
 
-def _calls(rows: tuple[tables.AttentionTiles, ...], every: bool) -> list[tuple[tables.AttentionTiles, str]]:
-    """Rows and kinds of call; the last row serves whatever has as many extras or more."""
-    found = []
+def _cases(family: Family, dims: tuple[int, int], kind: str, dtype: str) -> Iterator[Case]:
+    """The kernels of one call each way; of two passes each by what it leaves out."""
+    # A tile's scores may be large without a softcap, where what is computed does not say so.
+    for softcap in (2.0,) if dtype in ("fp32", "tf32") or "bias" in kind else (2.0, None):
+        with products_of(dtype):
+            call = attention_call(dims, kind, dtype, LENGTH, softcap)
+            backward = backward_call(call, "qkvs")
+            label = f"{dims[0]} {kind} {dtype} {family.name}{' uncapped' * (softcap is None)}"
+            matrix = KERNELS if family.wide else ()
+            for launch, arguments in ((attention.attention, call), (attention.attention_backward, backward)):
+                for case in described(
+                    label, launch, arguments, chip(family.major), matrix=matrix, capabilities=family.capabilities
+                ):
+                    if softcap is None and case.arguments.get("ARE_LARGE", True) is not None:
+                        continue
+                    without = [name for name in ("dk", "dv") if case.arguments.get(name, label) is None]
+                    yield replace(case, name=" no ".join([case.name, *without]))
+
+
+def _kinds(rows: tuple[tables.AttentionTiles, ...], every: bool) -> list[str]:
+    """The kinds of call for each row; the last row serves whatever has as many extras or more."""
+    found: list[str] = []
     for extras, tiles in enumerate(rows):
         served = KINDS[extras:] if tiles is rows[-1] else KINDS[extras : extras + 1]
-        if every:
-            found += [(tiles, kind) for kinds in served for kind in kinds]
-        else:
-            found += [(tiles, kind) for kind in served[-1][: 2 if extras == 1 else 1]]
+        found += [kind for kinds in served for kind in kinds] if every else served[-1][: 2 if extras == 1 else 1]
     return found
 
 
-def _caps(kernel: JITFunction, arguments: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """With a softcap, and where a tile's scores may be large without one, that, too."""
-    branches = "ARE_LARGE" in kernel.arg_names and not arguments["ARE_LARGE"]
-    return ({}, {"outer": None, "ARE_LARGE": None}) if branches else ({},)
+def attention_call(
+    dims: tuple[int, int], kind: str, dtype: str, length: int, softcap: float | None = 2.0,
+    mask_shape: tuple[int, int] = (2, 4),
+) -> Attention:  # fmt: skip
+    """Returns a call of as many queries and keys with every rule: a window, starts, sinks, heads that share keys.
+
+    `kind` names what it has besides, of KINDS; heads lie side by side in their rows, as projections have them.
+    """
+    dtype = "fp32" if dtype == "tf32" else dtype
+    vector, sinks = meta(2, dtype="i32"), meta(4, dtype="fp32")
+    heads = meta(2, length, 4, dims[0], dtype=dtype), *(meta(2, length, 2, dim, dtype=dtype) for dim in dims)
+    rules: tuple[Any, ...] = (
+        vector, meta(dtype="i64") if "dropout" in kind else None, length, length, 0, 3, 3, 0.1, softcap,
+        0.1 if "dropout" in kind else 0.0, 0,
+    )  # fmt: skip
+    if "packed" in kind:
+        offsets = meta(3, dtype="i32")
+        query, key, value = (x.flatten(0, 1) for x in heads)
+        return Attention(query, key, value, None, None, None, sinks, offsets, offsets, None, *rules)
+    mask = meta(*mask_shape, length, length, dtype="i1")
+    words, reach = AttentionMaskBits(mask, None, 0, None, None).outputs()
+    bias = meta(*mask_shape, length, -(-length // 16) * 16, dtype=dtype)[..., :length] if "bias" in kind else None
+    query, key, value = (x.transpose(1, 2) for x in heads)
+    return Attention(
+        query, key, value, bias, words if "mask" in kind else None,
+        reach if "bias" in kind or "mask" in kind else None, sinks, None, None, vector, *rules,
+    )  # fmt: skip
 
 
-def _row(rows: tuple[tables.AttentionTiles, ...], kind: str) -> tables.AttentionTiles:
-    """The row that serves this kind of call."""
-    extras = next(extras for extras, kinds in enumerate(KINDS) if kind in kinds)
-    return rows[min(extras, len(rows) - 1)]
+def backward_call(call: Attention, wanted: str) -> AttentionBackward:
+    """Returns the backward of a call, of the gradients whose letters are `wanted`; dlse has an odd stride."""
+    output, statistics = call.outputs()
+    dlse = statistics.new_empty((*statistics.shape[1:], 3))[..., 0]
+    return AttentionBackward(output, dlse, output, statistics, [letter in wanted for letter in "qkvbs"], *call)
 
 
-def _arguments(kernel: JITFunction, dtype: str, dims: tuple[int, int], kind: str) -> dict[str, Any]:
-    """Of `kernel`, tiles apart; heads lie side by side in their rows, as projections have them."""
-    data = "*fp32:16" if dtype == "tf32" else f"*{dtype}:16"
-    dim, value_dim = dims
-    kind_of_float = torch.float32 if data == "*fp32:16" else torch.bfloat16
-    (first, rest), (value_first, value_rest) = (launch.split_dim(x, kind_of_float) for x in dims)
-    found: dict[str, Any] = {
-        "DIM": dim, "DIM_FIRST": first, "DIM_REST": rest,
-        "VALUE_DIM": value_dim, "VALUE_FIRST": value_first, "VALUE_REST": value_rest,
-        "PRECISION": "tf32" if dtype == "tf32" else "ieee", "IS_WIDE": forward.is_wide(dim), "IS_GROUPED": True,
-        "ARE_LARGE": data == "*fp32:16" or "bias" in kind,
-    }  # fmt: skip
-    is_packed = kind == "packed"
-    absent = {
-        "bias": "bias" not in kind,
-        "words": "mask" not in kind,
-        "reach": "bias" not in kind and "mask" not in kind,
-        "seed": "dropout" not in kind,
-        "key_lengths": is_packed,
-        "cu_seq_q": not is_packed,
-        "cu_seq_k": not is_packed,
-    }
-    for name in kernel.arg_names:
-        if name in found or name == "TILE":
-            continue
-        if absent.get(name):
-            found[name] = None
-        elif name in ("q", "k", "v", "bias", "out", "dout", "dq", "dk", "dv"):
-            found[name] = data
-        elif name in ("statistics", "dlse", "delta", "sinks", "sink_partials"):
-            found[name] = "*fp32:16"
-        elif name == "seed":
-            found[name] = "*i64:16"
-        elif name in ("words", "reach", "key_lengths", "starts", "cu_seq_q", "cu_seq_k"):
-            found[name] = "*i32:16"
-        elif name in ("inner", "outer", "scale", "keep_scale"):
-            found[name] = "fp32"
-        elif name.endswith("_d") or name == "bias_k":
-            found[name] = 1
-        elif name.partition("_")[0] in ("q", "k", "v", "bias", "out", "dout", "dq", "dk", "dv"):
-            found[name] = "i32:16"
-        else:
-            found[name] = "i32"
-    return {name: found[name] for name in kernel.arg_names if not name.startswith(("BLOCK_", "TILE"))}
+@contextmanager
+def products_of(dtype: str) -> Iterator[None]:
+    """Within the block torch forms products of fp32 by tf32 where that is the dtype's name."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -2,7 +2,7 @@
 //
 //     top = max(s)      p = exp(s - top)      out = dropout(p) v / Σ p      statistics: top, log2 Σ p
 //
-// (short_attention.cuh says what s is; "Attention Is All You Need", equation 1.) A sink is one more score, of a key
+// (short.cuh says what s is; "Attention Is All You Need", equation 1.) A sink is one more score, of a key
 // without a value. A query without keys gives 0, and -inf and 0 as its statistics.
 //
 // The data's path: rows of q, k and v come by cp.async, 16 bytes a lane, swizzled; ldmatrix hands them to the tensor
@@ -20,7 +20,7 @@
 // a pair of at most 16 keys, 18 KB at 64, 80 KB a block at 256 keys.
 #pragma once
 
-#include "cuda/short_attention_tiles.cuh"
+#include "cuda/attention/short_tiles.cuh"
 
 namespace tfm::cuda::short_attention {
 

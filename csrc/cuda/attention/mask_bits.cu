@@ -1,9 +1,10 @@
-// Masks as bits, read once for every head, tile and pass after it: what tfm/operators/mask_bits.py says.
+// Masks as bits, read once for every head, tile and pass after it: what tfm/operators/attention/mask_bits.py says.
 //
 // A warp packs 32 keys of a sequence and a head, a lane a key: it reads 32 neighbouring elements of each query's row,
 // and a vote of the lanes is the word. Beside it each lane remembers whether some query may attend to its key, by the
 // mask and the window together; a last vote of that is the word of reach. The mask passes once; words are 1/8 of it.
 #include "cuda/matrix.cuh"
+#include "operators/attention.h"
 
 namespace tfm::cuda {
 
@@ -58,45 +59,45 @@ __global__ void __launch_bounds__(WARPS* WARP) mask_bits_kernel(MaskBits call) {
         call.reach[task] = static_cast<int32_t>(bits);
 }
 
-std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, int64_t start,
-                                               std::optional<int64_t> left, std::optional<int64_t> right) {
+std::tuple<Tensor, Tensor> attention_mask_bits(const arguments::AttentionMaskBits& a) {
     // Rows of words are whole tiles of the kernels for any length.
     constexpr int64_t KEYS_OF_A_ROW = 256;
-    const OnDevice device(mask);
-    STD_TORCH_CHECK(mask.dim() == 4, "attention_mask_bits: expected a mask of 4 dimensions, got ", mask.dim());
-    const int64_t batch = mask.size(0), heads = mask.size(1), keys = mask.size(3);
-    const bool is_bool = mask.scalar_type() == ScalarType::Bool, one_row = mask.size(2) == 1 || mask.stride(2) == 0;
+    const OnDevice device(a.mask);
+    STD_TORCH_CHECK(a.mask.dim() == 4, "attention_mask_bits: expected a mask of 4 dimensions, got ", a.mask.dim());
+    const int64_t batch = a.mask.size(0), heads = a.mask.size(1), keys = a.mask.size(3);
+    const bool is_bool = a.mask.scalar_type() == ScalarType::Bool,
+               one_row = a.mask.size(2) == 1 || a.mask.stride(2) == 0;
     const int64_t width = divide_up(keys, KEYS_OF_A_ROW) * KEYS_OF_A_ROW / WARP;
-    const int64_t rows = !is_bool || one_row ? 0 : mask.size(2);
-    const int64_t sequences = !starts || one_row ? batch : starts->size(0);
-    const Tensor words = empty({batch, heads, rows, width}, ScalarType::Int, mask),
-                 reach = empty({sequences, heads, width}, ScalarType::Int, mask);
+    const int64_t rows = !is_bool || one_row ? 0 : a.mask.size(2);
+    const int64_t sequences = !a.starts || one_row ? batch : a.starts->size(0);
+    const Tensor words = empty({batch, heads, rows, width}, ScalarType::Int, a.mask),
+                 reach = empty({sequences, heads, width}, ScalarType::Int, a.mask);
     STD_TORCH_CHECK(reach.numel() < int64_t{1} << 31, "attention_mask_bits: expected fewer than 2^31 words, got ",
                     reach.numel());
-    MaybeTensor dense_starts = starts ? MaybeTensor(torch::stable::contiguous(*starts)) : starts;
+    MaybeTensor dense_starts = a.starts ? MaybeTensor(torch::stable::contiguous(*a.starts)) : a.starts;
     // The reach of one row is the row itself: the window is the attention kernels' business.
     const auto side = [&](std::optional<int64_t> width) { return one_row || !width ? -1 : *width; };
     const MaskBits call{
-        .mask = mask.data_ptr(),
-        .width = is_bool ? Width::FLOAT : width_of(mask.scalar_type()),
+        .mask = a.mask.data_ptr(),
+        .width = is_bool ? Width::FLOAT : width_of(a.mask.scalar_type()),
         .is_bool = is_bool,
-        .mask_sequence = mask.stride(0),
-        .mask_head = mask.stride(1),
-        .mask_query = mask.stride(2),
-        .mask_key = mask.stride(3),
+        .mask_sequence = a.mask.stride(0),
+        .mask_head = a.mask.stride(1),
+        .mask_query = a.mask.stride(2),
+        .mask_key = a.mask.stride(3),
         .words = rows > 0 ? static_cast<int32_t*>(words.data_ptr()) : nullptr,
         .reach = static_cast<int32_t*>(reach.data_ptr()),
         .starts = one_row ? nullptr : data_of<const void>(dense_starts),
-        .starts_are_wide = starts && starts->scalar_type() == ScalarType::Long,
-        .queries = one_row ? std::min<int64_t>(mask.size(2), 1) : mask.size(2),
+        .starts_are_wide = a.starts && a.starts->scalar_type() == ScalarType::Long,
+        .queries = one_row ? std::min<int64_t>(a.mask.size(2), 1) : a.mask.size(2),
         .keys = keys,
         .tasks = static_cast<int>(reach.numel()),
         .mask_sequences = static_cast<int>(batch),
         .heads = static_cast<int>(heads),
         .row_words = static_cast<int>(width),
-        .start = start,
-        .left = side(left),
-        .right = side(right),
+        .start = a.start,
+        .left = side(a.left),
+        .right = side(a.right),
     };
     if (call.tasks > 0)
         launch(mask_bits_kernel, dim3(divide_up(call.tasks, WARPS)), dim3(WARPS * WARP), 0, device.stream, call);
@@ -106,7 +107,7 @@ std::tuple<Tensor, Tensor> attention_mask_bits(Tensor mask, MaybeTensor starts, 
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, TFM_CUDA_KEY, m) {
-    m.impl("attention_mask_bits", TORCH_BOX(&attention_mask_bits));
+    implement<arguments::AttentionMaskBits, attention_mask_bits>(m);
 }
 
 } // namespace tfm::cuda

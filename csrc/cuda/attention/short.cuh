@@ -55,7 +55,7 @@ struct Integers {
     }
 };
 
-// One attention, as tfm/operators/attention.py states it.
+// One attention, as tfm/operators/attention states it.
 struct Call {
     Matrices query, key, value;
     // Steps of the next three are 0 along dimensions of size 1; keys lie side by side.

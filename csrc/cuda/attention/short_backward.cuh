@@ -24,7 +24,7 @@
 // 48, 81.2 KB at 256.
 #pragma once
 
-#include "cuda/short_attention_tiles.cuh"
+#include "cuda/attention/short_tiles.cuh"
 
 namespace tfm::cuda::short_attention {
 

@@ -2,8 +2,8 @@
 // and go back.
 #pragma once
 
+#include "cuda/attention/short.cuh"
 #include "cuda/mma.cuh"
-#include "cuda/short_attention.cuh"
 
 namespace tfm::cuda::short_attention {
 

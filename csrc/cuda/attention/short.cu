@@ -1,7 +1,7 @@
 // Attention over at most 256 queries and keys of at most 64 columns, fp16 and bf16, on tensor cores: the host part.
 //
-// The device's part is in short_attention_forward.cuh and short_attention_backward.cuh, what both share in
-// short_attention.cuh and short_attention_tiles.cuh. tfm/operators/attention.py says what each argument is.
+// The device's part is in short_forward.cuh and short_backward.cuh, what both share in
+// short.cuh and short_tiles.cuh. tfm/operators/attention says what each argument is.
 //
 // A translation batch of 256 sentences of some 14 tokens and at most 34, 8 heads of 64, is 2,048 (sentence, head) pairs
 // of 1.8 KB a matrix: 3.7 MB each of q, k, v and out. Of the forward an H200's multiprocessor holds 14 pairs, a warp
@@ -9,8 +9,9 @@
 // from the second-level cache. Of the backward it holds 5 pairs of 3 warps, 4 with dropout: 3.1 or 3.9 waves of some 2
 // us, 25.7 MB. Predicted: forward 4 to 5 us, backward 7 to 9 us. The Triton twin's tile has 64 keys once the longest
 // sentence has 33; it holds 10 pairs (1.6 waves, four times the products) and 3 (5.2 waves): predicted 7 and 13 us.
-#include "cuda/short_attention_backward.cuh"
-#include "cuda/short_attention_forward.cuh"
+#include "cuda/attention/short_backward.cuh"
+#include "cuda/attention/short_forward.cuh"
+#include "operators/attention.h"
 
 namespace tfm::cuda::short_attention {
 
@@ -81,49 +82,48 @@ struct Problem {
     Width width;
     Call call;
 
-    Problem(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& bias,
-            const MaybeTensor& words, const MaybeTensor& reach, const MaybeTensor& given_sinks,
-            const MaybeTensor& given_cu_seq_q, const MaybeTensor& given_cu_seq_k, const MaybeTensor& given_key_lengths,
-            const MaybeTensor& given_starts, const MaybeTensor& seed, int64_t max_q, int64_t max_k, int64_t start,
-            MaybeInt left, MaybeInt right, double scale, std::optional<double> softcap, double dropout_p, int64_t site)
-        : cu_seq_q(dense(given_cu_seq_q)), cu_seq_k(dense(given_cu_seq_k)), key_lengths(dense(given_key_lengths)),
-          starts(dense(given_starts)), sinks(dense(given_sinks)) {
-        const ScalarType type = query.scalar_type();
+    // Of the arguments of Attention, or of an operator that has them among its own.
+    template <class Arguments>
+    explicit Problem(const Arguments& a)
+        : cu_seq_q(dense(a.cu_seq_q)), cu_seq_k(dense(a.cu_seq_k)), key_lengths(dense(a.key_lengths)),
+          starts(dense(a.starts)), sinks(dense(a.sinks)) {
+        const ScalarType type = a.query.scalar_type();
         STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
                         "native attention: expected float16 or bfloat16; impl=\"triton\" serves other dtypes");
-        STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type,
+        STD_TORCH_CHECK(a.key.scalar_type() == type && a.value.scalar_type() == type,
                         "native attention: expected query, key and value of one dtype");
-        const int64_t dim = query.size(query.dim() - 1), value_dim = value.size(value.dim() - 1);
+        const int64_t dim = a.query.size(a.query.dim() - 1), value_dim = a.value.size(a.value.dim() - 1);
         for (const int64_t columns : {dim, value_dim})
             STD_TORCH_CHECK(columns > 0 && columns <= MOST_COLUMNS && columns % CHUNK == 0,
                             "native attention: expected head dims that are multiples of 8 up to ", MOST_COLUMNS,
                             ", got ", columns);
-        STD_TORCH_CHECK(max_q <= MOST_QUERIES && max_k <= MOST_KEYS, "native attention: expected at most ",
-                        MOST_QUERIES, " queries and ", MOST_KEYS, " keys in a sequence, got ", max_q, " and ", max_k);
-        const int64_t sequences = cu_seq_q ? cu_seq_q->size(0) - 1 : query.size(0);
-        for (const int64_t count : {sequences, query.size(0), key.size(0)})
-            STD_TORCH_CHECK(count * query.size(1) < int64_t{1} << 31,
+        STD_TORCH_CHECK(a.max_q <= MOST_QUERIES && a.max_k <= MOST_KEYS, "native attention: expected at most ",
+                        MOST_QUERIES, " queries and ", MOST_KEYS, " keys in a sequence, got ", a.max_q, " and ",
+                        a.max_k);
+        const int64_t sequences = cu_seq_q ? cu_seq_q->size(0) - 1 : a.query.size(0);
+        for (const int64_t count : {sequences, a.query.size(0), a.key.size(0)})
+            STD_TORCH_CHECK(count * a.query.size(1) < int64_t{1} << 31,
                             "native attention: expected sequences, and rows, times heads below 2^31, got ",
-                            count * query.size(1));
-        STD_TORCH_CHECK(!bias || bias->size(3) <= 1 || bias->stride(3) == 1,
+                            count * a.query.size(1));
+        STD_TORCH_CHECK(!a.bias || a.bias->size(3) <= 1 || a.bias->stride(3) == 1,
                         "native attention: expected a bias whose keys lie side by side, got step ",
-                        bias ? bias->stride(3) : 0);
-        const Steps bias_steps = broadcast_steps(bias), words_steps = broadcast_steps(words),
-                    reach_steps = broadcast_steps(reach);
+                        a.bias ? a.bias->stride(3) : 0);
+        const Steps bias_steps = broadcast_steps(a.bias), words_steps = broadcast_steps(a.words),
+                    reach_steps = broadcast_steps(a.reach);
         const auto side = [](MaybeInt width) { return static_cast<int>(width ? std::min<int64_t>(*width, FAR) : -1); };
         width = width_of(type);
         call = {
-            .query = matrices(query),
-            .key = matrices(key),
-            .value = matrices(value),
-            .bias = {data_of<void>(bias), bias ? width_of(bias->scalar_type()) : Width::FLOAT, bias_steps.row},
+            .query = matrices(a.query),
+            .key = matrices(a.key),
+            .value = matrices(a.value),
+            .bias = {data_of<void>(a.bias), a.bias ? width_of(a.bias->scalar_type()) : Width::FLOAT, bias_steps.row},
             .bias_sequence = bias_steps.sequence,
             .bias_head = bias_steps.head,
-            .words = data_of<const int32_t>(words),
+            .words = data_of<const int32_t>(a.words),
             .words_sequence = words_steps.sequence,
             .words_head = words_steps.head,
             .words_row = words_steps.row,
-            .reach = data_of<const int32_t>(reach),
+            .reach = data_of<const int32_t>(a.reach),
             .reach_sequence = reach_steps.sequence,
             .reach_head = reach_steps.head,
             .sinks = {data_of<void>(sinks), sinks ? width_of(sinks->scalar_type()) : Width::FLOAT, 0},
@@ -136,18 +136,18 @@ struct Problem {
             .tops_head = 0,
             .to_logs = 0,
             .sequences = static_cast<int>(sequences),
-            .heads = static_cast<int>(query.size(1)),
-            .group = static_cast<int>(query.size(1) / key.size(1)),
-            .query_size = static_cast<int>(max_q),
-            .key_size = static_cast<int>(max_k),
+            .heads = static_cast<int>(a.query.size(1)),
+            .group = static_cast<int>(a.query.size(1) / a.key.size(1)),
+            .query_size = static_cast<int>(a.max_q),
+            .key_size = static_cast<int>(a.max_k),
             .dim = static_cast<int>(dim),
             .value_dim = static_cast<int>(value_dim),
-            .start = static_cast<int>(std::clamp<int64_t>(start, -FAR, FAR)),
-            .left = side(left),
-            .right = side(right),
-            .inner = static_cast<float>(softcap ? scale / *softcap : scale),
-            .outer = static_cast<float>(softcap.value_or(0.0)),
-            .dropout = dropout_of(seed, dropout_p, site),
+            .start = static_cast<int>(std::clamp<int64_t>(a.start, -FAR, FAR)),
+            .left = side(a.left),
+            .right = side(a.right),
+            .inner = static_cast<float>(a.softcap ? a.scale / *a.softcap : a.scale),
+            .outer = static_cast<float>(a.softcap.value_or(0.0)),
+            .dropout = dropout_of(a.seed, a.dropout_p, a.site),
         };
     }
 
@@ -211,15 +211,10 @@ void backward(const Call& call, const Gradients& gradients, Width width, cudaStr
     });
 }
 
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words,
-                                     MaybeTensor reach, MaybeTensor sinks, MaybeTensor cu_seq_q, MaybeTensor cu_seq_k,
-                                     MaybeTensor key_lengths, MaybeTensor starts, MaybeTensor seed, int64_t max_q,
-                                     int64_t max_k, int64_t start, MaybeInt left, MaybeInt right, double scale,
-                                     std::optional<double> softcap, double dropout_p, int64_t site) {
-    const OnDevice device(query);
-    Problem problem(query, key, value, bias, words, reach, sinks, cu_seq_q, cu_seq_k, key_lengths, starts, seed, max_q,
-                    max_k, start, left, right, scale, softcap, dropout_p, site);
-    const Tensor output = rows_like(query, value.size(value.dim() - 1)), statistics = row_statistics(query);
+std::tuple<Tensor, Tensor> attention(const arguments::Attention& a) {
+    const OnDevice device(a.query);
+    Problem problem(a);
+    const Tensor output = rows_like(a.query, a.value.size(a.value.dim() - 1)), statistics = row_statistics(a.query);
     problem.set_statistics(statistics);
     forward(problem.call, matrices(output), problem.width, device.stream);
     return {output, statistics};
@@ -227,32 +222,28 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, May
 
 using GradientTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
-GradientTensors attention_backward(Tensor dout, MaybeTensor dlse, Tensor, Tensor statistics, std::vector<bool> wanted,
-                                   Tensor query, Tensor key, Tensor value, MaybeTensor bias, MaybeTensor words,
-                                   MaybeTensor reach, MaybeTensor sinks, MaybeTensor cu_seq_q, MaybeTensor cu_seq_k,
-                                   MaybeTensor key_lengths, MaybeTensor starts, MaybeTensor seed, int64_t max_q,
-                                   int64_t max_k, int64_t start, MaybeInt left, MaybeInt right, double scale,
-                                   std::optional<double> softcap, double dropout_p, int64_t site) {
-    const OnDevice device(query);
-    Problem problem(query, key, value, bias, words, reach, sinks, cu_seq_q, cu_seq_k, key_lengths, starts, seed, max_q,
-                    max_k, start, left, right, scale, softcap, dropout_p, site);
-    STD_TORCH_CHECK(wanted.size() == 5, "native attention: expected 5 wanted gradients, got ", wanted.size());
-    STD_TORCH_CHECK(!wanted[3],
+GradientTensors attention_backward(const arguments::AttentionBackward& a) {
+    const OnDevice device(a.query);
+    Problem problem(a);
+    STD_TORCH_CHECK(a.wanted.size() == 5, "native attention: expected 5 wanted gradients, got ", a.wanted.size());
+    STD_TORCH_CHECK(!a.wanted[3],
                     "native attention: expected a bias without a gradient; impl=\"triton\" serves one that learns");
-    STD_TORCH_CHECK(dout.scalar_type() == query.scalar_type(), "native attention: expected dout in the dtype of query");
-    STD_TORCH_CHECK(!dlse || dlse->scalar_type() == ScalarType::Float, "native attention: expected dlse in float32");
-    problem.set_statistics(statistics);
+    STD_TORCH_CHECK(a.dout.scalar_type() == a.query.scalar_type(),
+                    "native attention: expected dout in the dtype of query");
+    STD_TORCH_CHECK(!a.dlse || a.dlse->scalar_type() == ScalarType::Float,
+                    "native attention: expected dlse in float32");
+    problem.set_statistics(a.statistics);
     const auto like = [&](bool is_wanted, const Tensor& x) {
         return is_wanted ? MaybeTensor(rows_like(x, x.size(x.dim() - 1))) : MaybeTensor();
     };
-    const MaybeTensor dq = like(wanted[0], query), dk = like(wanted[1], key), dv = like(wanted[2], value);
+    const MaybeTensor dq = like(a.wanted[0], a.query), dk = like(a.wanted[1], a.key), dv = like(a.wanted[2], a.value);
     MaybeTensor partials, dsinks;
-    if (wanted[4] && sinks)
-        partials = empty({problem.call.sequences, problem.call.heads}, ScalarType::Float, query);
-    const Steps dlse_steps = dlse ? steps_of(*dlse) : Steps{};
+    if (a.wanted[4] && a.sinks)
+        partials = empty({problem.call.sequences, problem.call.heads}, ScalarType::Float, a.query);
+    const Steps dlse_steps = a.dlse ? steps_of(*a.dlse) : Steps{};
     const Gradients gradients{
-        .out = matrices(dout),
-        .lse = data_of<const float>(dlse),
+        .out = matrices(a.dout),
+        .lse = data_of<const float>(a.dlse),
         .lse_sequence = dlse_steps.sequence,
         .lse_head = dlse_steps.head,
         .lse_row = dlse_steps.row,
@@ -260,14 +251,14 @@ GradientTensors attention_backward(Tensor dout, MaybeTensor dlse, Tensor, Tensor
         .key = matrices(dk),
         .value = matrices(dv),
         .sinks = data_of<float>(partials),
-        .scale = static_cast<float>(scale),
+        .scale = static_cast<float>(a.scale),
     };
     backward(problem.call, gradients, problem.width, device.stream);
     if (partials) {
         const std::array<int64_t, 1> over_sequences{0};
         dsinks = torch::stable::sum(*partials, torch::headeronly::IntHeaderOnlyArrayRef(over_sequences));
-        if (sinks->scalar_type() != ScalarType::Float)
-            dsinks = torch::stable::to(*dsinks, sinks->scalar_type());
+        if (a.sinks->scalar_type() != ScalarType::Float)
+            dsinks = torch::stable::to(*dsinks, a.sinks->scalar_type());
     }
     return {dq, dk, dv, MaybeTensor(), dsinks};
 }
@@ -275,8 +266,8 @@ GradientTensors attention_backward(Tensor dout, MaybeTensor dlse, Tensor, Tensor
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, TFM_CUDA_KEY, m) {
-    m.impl("attention", TORCH_BOX(&attention));
-    m.impl("attention_backward", TORCH_BOX(&attention_backward));
+    implement<arguments::Attention, attention>(m);
+    implement<arguments::AttentionBackward, attention_backward>(m);
 }
 
 } // namespace tfm::cuda::short_attention

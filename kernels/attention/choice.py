@@ -1,0 +1,45 @@
+"""Which kernels serve which lengths: the launch functions of the operators."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tfm.kernels import launch
+from tfm.kernels.attention.arguments import short_problem
+from tfm.kernels.attention.backward_keys import attention_backward_keys
+from tfm.kernels.attention.backward_queries import attention_backward_queries
+from tfm.kernels.attention.bias_gradient import bias_gradient
+from tfm.kernels.attention.forward import attention_forward
+from tfm.kernels.attention.short_backward import short_attention_backward
+from tfm.kernels.attention.short_forward import short_attention_forward
+from tfm.kernels.tape import Tape
+from tfm.operators.attention import Attention, AttentionBackward
+
+
+def attention(tape: Tape, call: Attention) -> tuple[Tensor, Tensor]:
+    """(output, statistics), as the operator says. One launch."""
+    output, statistics = tape.outputs(call)
+    tiles = launch.short_attention_forward(**short_problem(tape, call))
+    if tiles is None:
+        attention_forward(tape, call, output, statistics)
+    else:
+        short_attention_forward(tape, call, tiles, output, statistics)
+    return output, statistics
+
+
+def attention_backward(tape: Tape, call: AttentionBackward) -> tuple[Tensor | None, ...]:
+    """(dquery, dkey, dvalue, dbias, dsinks), as the operator says.
+
+    One launch for short sequences, two for long ones; one or two more for the bias.
+    """
+    dquery, dkey, dvalue, dbias, dsinks = outputs = tape.outputs(call)
+    tiles = launch.short_attention_backward(**short_problem(tape, call.attention))
+    if tiles is not None:
+        delta = short_attention_backward(tape, call, tiles, dquery, dkey, dvalue, dsinks, want_delta=dbias is not None)
+    else:
+        rows = attention_backward_queries(tape, call, dquery, dsinks)
+        delta = rows.delta
+        attention_backward_keys(tape, call, rows, dkey, dvalue)
+    if dbias is not None:
+        bias_gradient(tape, call, delta, dbias)
+    return outputs

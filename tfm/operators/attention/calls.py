@@ -1,0 +1,228 @@
+"""The operators of attention, each stated once, and the tensors that they fill."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfm.operators.declaration import Length, joined, operator
+
+# Farther than any key, and the sum of three such numbers still fits 32 bits: what start, left and right are at most.
+FAR = 1 << 29
+
+
+@operator("attention")
+class Attention(NamedTuple):
+    """softmax(scale · query keyᵀ + bias) value, under the rules that tfm.kernels.attention.scores states.
+
+    Attributes:
+        query: [B, Hq, Sq, D], or packed [Nq, Hq, D]; any strides, as `key` and `value`.
+        key: [B, Hkv, Sk, D] or [Nk, Hkv, D].
+        value: [B, Hkv, Sk, Dv] or [Nk, Hkv, Dv].
+        bias: [B|1, Hq|1, Sq|1, Sk], or None, as all below may be.
+        words: int32 [B|1, Hq|1, Sq, W], a bit for each key that a query may attend to.
+        reach: int32 [B|1, Hq|1, W], a bit for each key that some query may attend to.
+        sinks: [Hq].
+        cu_seq_q: [B + 1], with `cu_seq_k` where packed.
+        cu_seq_k: [B + 1].
+        key_lengths: [B], where padded.
+        starts: [B], the position of each sequence's first query; None is `start` for all.
+        seed: int64 scalar; None where nothing is dropped.
+        max_q: packed, at least the longest sequence's queries; else Sq.
+        max_k: likewise of keys.
+        start: see `starts`.
+        left: the window's side, None where open.
+        right: likewise.
+        scale: of the scores.
+        softcap: of the scores.
+        dropout_p: of the softmax weights.
+        site: of the dropout.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    words: Tensor | None
+    reach: Tensor | None
+    sinks: Tensor | None
+    cu_seq_q: Tensor | None
+    cu_seq_k: Tensor | None
+    key_lengths: Tensor | None
+    starts: Tensor | None
+    seed: Tensor | None
+    max_q: Length
+    max_k: Length
+    start: Length
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    site: int
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """(output, statistics), the latter as `row_statistics` says."""
+        return rows_like(self.query, self.value.shape[-1]), row_statistics(self.query)
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return self.query.shape[0] if self.cu_seq_q is None else self.cu_seq_q.shape[0] - 1
+
+    @property
+    def heads(self) -> int:
+        """Hq."""
+        return self.query.shape[1]
+
+    @property
+    def key_heads(self) -> int:
+        """Hkv."""
+        return self.key.shape[1]
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """(D, Dv)."""
+        return self.query.shape[-1], self.value.shape[-1]
+
+
+# So many of its fields, the first, are tensors.
+TENSORS = Attention._fields.index("max_q")
+
+
+class Incoming(NamedTuple):
+    """What a backward is given beside the forward's arguments.
+
+    Attributes:
+        dout: the gradient of the output.
+        dlse: that of the natural log of the softmax denominators, where someone uses it.
+        output: of the forward.
+        statistics: of the forward.
+        wanted: whether each of query, key, value, bias and sinks needs its gradient.
+    """
+
+    dout: Tensor
+    dlse: Tensor | None
+    output: Tensor
+    statistics: Tensor
+    wanted: list[bool]
+
+
+BackwardArguments: Any = joined("BackwardArguments", Incoming, Attention)
+
+
+@operator("attention")
+class AttentionBackward(BackwardArguments):
+    """The gradients of Attention."""
+
+    __slots__ = ()
+
+    @property
+    def attention(self) -> Attention:
+        """The call whose gradients these are."""
+        return Attention(*self[len(Incoming._fields) :])
+
+    def outputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(dquery, dkey, dvalue, dbias, dsinks), None where not wanted."""
+        dquery, dkey, dvalue, dbias, dsinks = self.wanted
+        return (
+            gradient_like(dquery, self.query),
+            gradient_like(dkey, self.key),
+            gradient_like(dvalue, self.value),
+            gradient_like(dbias, self.bias),
+            gradient_like(dsinks, self.sinks),
+        )
+
+
+class Parts(NamedTuple):
+    """How many views of one projection there are.
+
+    Attributes:
+        parts: 3, query, key and value, or 2, key and value.
+    """
+
+    parts: int
+
+
+JoinedArguments: Any = joined("JoinedArguments", Incoming, Parts, Attention)
+
+
+@operator("attention", is_native_only=True)
+class AttentionBackwardJoined(JoinedArguments):
+    """As AttentionBackward, of views of one projection: their gradients lie in one tensor as the views do."""
+
+    __slots__ = ()
+
+    def outputs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """(dquery, joined, dbias, dsinks), joined being [parts, *key.shape]; with 3 parts dquery is in it."""
+        key = self.key
+        # As key's tokens lie in memory, in each of them the parts side by side.
+        tokens = sorted(range(0, key.dim() - 1, 2), key=lambda dim: (key.stride(dim), -dim), reverse=True)
+        joined = key.new_empty([key.shape[dim] for dim in tokens] + [self.parts, key.shape[1], key.shape[-1]])
+        places = [tokens.index(dim) if dim in tokens else len(tokens) + 1 for dim in range(key.dim() - 1)]
+        dquery, _, _, dbias, dsinks = self.wanted
+        return (
+            gradient_like(dquery and self.parts == 2, self.query),
+            joined.permute(len(tokens), *places, -1),
+            gradient_like(dbias, self.bias),
+            gradient_like(dsinks, self.sinks),
+        )
+
+
+class Statistics(NamedTuple):
+    """What the forward left of each row."""
+
+    statistics: Tensor
+
+
+WeightsArguments: Any = joined("WeightsArguments", Statistics, Attention)
+
+
+@operator("attention")
+class AttentionWeights(WeightsArguments):
+    """The softmax weights of a padded attention that has run, as dropout leaves them."""
+
+    __slots__ = ()
+
+    @property
+    def attention(self) -> Attention:
+        """The call whose weights these are."""
+        return Attention(*self[len(Statistics._fields) :])
+
+    def outputs(self) -> Tensor:
+        """[B, Hq, Sq, Sk] in the dtype of the query."""
+        query = self.query
+        shape = (query.shape[0], query.shape[1], self.max_q, self.max_k)
+        return torch.empty(shape, dtype=query.dtype, device=query.device)
+
+
+def rows_like(x: Tensor, columns: int) -> Tensor:
+    """Returns an empty tensor of the shape of `x` but for the last dimension, dense, laid out in memory as `x` is.
+
+    So a [B, S, H, D] projection seen as [B, H, S, D] has an output whose heads lie side by side again.
+    """
+    order = sorted(range(x.dim() - 1), key=lambda dim: (x.stride(dim), -dim), reverse=True)
+    # No view of another tensor, which autograd would not let anyone change in place.
+    return torch.empty_permuted((*x.shape[:-1], columns), (*order, x.dim() - 1), dtype=x.dtype, device=x.device)
+
+
+def row_statistics(query: Tensor) -> Tensor:
+    """Returns an empty fp32 tensor of two numbers for each query and head: [2, B, Hq, Sq], or [2, Nq, Hq], heads apart.
+
+    The first is top, the largest score in natural units, sink included; the second log2 Σ exp(s - top), from 0 up.
+    They stay apart, since their sum would round the second away where scores are huge (a mask of finfo.min): a weight
+    is exp2((s - top) · log2(e) - log2 Σ), at most 1. Without keys top is -inf and the sum's logarithm 0, sink or not.
+    """
+    if query.dim() == 4:
+        return torch.empty((2, *query.shape[:-1]), dtype=torch.float32, device=query.device)
+    rows, heads, _ = query.shape
+    return torch.empty((2, heads, rows), dtype=torch.float32, device=query.device).transpose(1, 2)
+
+
+def gradient_like(is_wanted: bool, x: Tensor | None) -> Tensor | None:
+    """Returns an empty gradient of `x`, laid out as it is; None where there is none or nobody wants it."""
+    if x is None or not is_wanted:
+        return None
+    return rows_like(x, x.shape[-1]) if x.dim() > 1 else torch.empty_like(x)

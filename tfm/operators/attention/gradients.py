@@ -1,0 +1,95 @@
+"""The gradients of attention and of its weights, and the same attention in torch's own operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfm.operators.attention.calls import TENSORS, Attention, AttentionBackward, AttentionBackwardJoined
+from tfm.operators.attention.heads import joined_parts
+from tfm.operators.attention.mask_bits import mask_of_bits
+from tfm.operators.autograd import Differentiable, Forward
+from tfm.operators.declaration import run
+from tfm.reference import attention as reference
+from tfm.transforms import gradients
+
+
+class Attended(Differentiable):
+    """(output, statistics), the latter without gradients."""
+
+    arguments = Attention
+    learns = ("query", "key", "value", "bias", "sinks")
+
+    @staticmethod
+    def forward(namespace, call, wanted):
+        output, statistics = run(namespace, call)
+        saved = (*call[:TENSORS], output, statistics)
+        return Forward((output, statistics), saved, call[TENSORS:], constant=(statistics,))
+
+    @staticmethod
+    def backward(namespace, saved, options, grads, wanted):
+        *tensors, output, statistics = saved
+        dout, _, *dlse = grads
+        dout = torch.zeros_like(output) if dout is None else dout
+        incoming = (dout, dlse[0] if dlse else None, output, statistics, list(wanted))
+        parts = joined_parts(tensors[:3], wanted) if namespace == "tfm_native" else 0
+        if not parts:
+            return run(namespace, AttentionBackward(*incoming, *tensors, *options))
+        dquery, joined, dbias, dsinks = run(namespace, AttentionBackwardJoined(*incoming, parts, *tensors, *options))
+        return *[dquery] * (3 - parts), *joined.unbind(), dbias, dsinks
+
+    @staticmethod
+    def again(saved, options, grads):
+        call = Attention(*saved[:TENSORS], *options)
+
+        def outputs(*learning):
+            output, lse = in_torch(call._replace(**dict(zip(Attended.learns, learning, strict=True))))
+            return output, None, lse
+
+        return outputs, [call[place] for place in Attended.places]
+
+
+class AttendedWithLse(Attended):
+    """(output, statistics, lse), the last the natural log of the softmax denominators."""
+
+    @staticmethod
+    def forward(namespace, call, wanted):
+        (output, statistics), *rest = Attended.forward(namespace, call, wanted)
+        return Forward((output, statistics, statistics[0] + statistics[1] * math.log(2)), *rest)
+
+
+def in_torch(call: Attention) -> tuple[Tensor, Tensor]:
+    """(output, lse) in torch's own operations; lse is the natural one, of the sink alone for a query without keys."""
+    window = tuple(-1 if side is None else side for side in (call.left, call.right))
+    start = call.start if call.starts is None else call.starts
+    heads = call.query, call.key, call.value
+    rules = (call.dropout_p, False, call.scale, start, window, call.softcap, call.sinks)
+    arguments: list[Any]
+    if call.cu_seq_q is not None:
+        arguments = [*heads, call.cu_seq_q, call.cu_seq_k, call.max_q, call.max_k, *rules, True, call.seed, call.site]
+        return reference.varlen_attention(*arguments)
+    mask = mask_of_bits(call.bias, call.words, call.reach, call.max_k)
+    arguments = [*heads, mask, *rules, call.key_lengths, True, False, call.seed, call.site]
+    return reference.attention(*arguments)
+
+
+class RecomputedWeights(torch.autograd.Function):
+    """The softmax weights of a kernel; the reference computes them again where someone wants their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, computed: tuple[Tensor], recompute: Callable[..., Tensor], *carriers: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(*carriers)
+        ctx.recompute = recompute
+        # As part of a tuple it is a result to autograd, not a view of an argument: it can be changed in place.
+        return computed[0]
+
+    @staticmethod
+    def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
+        carriers, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        return None, None, *gradients(lambda *given: (ctx.recompute(*given),), carriers, needed, (dweights,))

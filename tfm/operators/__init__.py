@@ -16,15 +16,9 @@ ROWS: tuple[Row, ...] = tuple(row for subject in SUBJECTS for row in getattr(sub
 
 __all__ = ["OPERATORS", "ROWS", "Operator", "Row", "define"]
 
-from tfm.operators import attention, cross_entropy, decode_attention, embedding, feed_forward, rotary  # noqa: E402
+from tfm.operators import attention, cross_entropy, feed_forward  # noqa: E402
 
-TWINS = (
-    *attention.OPERATORS,
-    *decode_attention.OPERATORS,
-    *embedding.OPERATORS,
-    *feed_forward.OPERATORS,
-    *rotary.OPERATORS,
-)
+TWINS = (*attention.OPERATORS, *feed_forward.OPERATORS)
 NATIVE = (*TWINS, attention.ATTENTION_BACKWARD_JOINED, cross_entropy.CROSS_ENTROPY_IN_PLACE)
 
 

@@ -16,19 +16,6 @@ STABLE_TORCH_LIBRARY(tfm_native, m) {
     m.def("has_cuda() -> bool");
     // A word for the declarations that it was compiled from.
     m.def("declarations() -> str");
-
-    m.def("embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed,"
-          " float scale, float dropout_p, int site) -> Tensor");
-    m.def("embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site,"
-          " SymInt rows, int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)");
-
-    m.def("rotary(Tensor x, Tensor? other, Tensor cos, Tensor sin, Tensor? positions, int turned, bool interleaved,"
-          " bool inverse) -> (Tensor, Tensor?)");
-    m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int heads, bool interleaved) -> ()");
-
-
-    m.def("decode_attention(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor lengths,"
-          " Tensor? parents, Tensor? key, Tensor? value, float scale) -> Tensor");
 }
 
 namespace {

@@ -26,13 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
-from tfm.kernels.library import NAMESPACE, register
+from tfm.kernels.launch import decode_attention as settings
 from tfm.kernels.matmul import precision
+from tfm.kernels.rows import side_by_side
 from tfm.kernels.softmax import binary, fma, power, shrinkage
-from tfm.operators.decode_attention import DECODE_ATTENTION, output_like
-
-__all__ = ["NAMESPACE"]
+from tfm.kernels.tape import Tape
+from tfm.operators.decode_attention import DecodeAttention
 
 
 @triton.jit
@@ -171,60 +170,49 @@ def combine_splits_kernel(
     tl.store(out + place * VALUE_DIM + column, acc / tl.where(total == 0.0, 1.0, total), mask=column < VALUE_DIM)
 
 
-def decode_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, parents: Tensor | None,
-    key: Tensor | None, value: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
-    """See tfm.ops.decode_attention. One launch; two where the capacity is more than one piece."""
-    out = output_like(query, value_cache)
-    rows, heads, dim = query.shape
-    cache_rows, capacity, key_heads, value_dim = value_cache.shape
+def decode_attention(tape: Tape, call: DecodeAttention) -> Tensor:
+    """The operator. One launch; two where the capacity is more than one piece."""
+    out = tape.outputs(call)
     if out.numel() == 0:
         return out
-    query, key, value = (None if x is None else _side_by_side(x) for x in (query, key, value))
+    lengths, parents, key_cache, value_cache = call.lengths, call.parents, call.key_cache, call.value_cache
+    rows, heads, dim = call.query.shape
+    cache_rows, capacity, key_heads, value_dim = value_cache.shape
+    query, key, value = side_by_side(call.query), side_by_side(call.key), side_by_side(call.value)
     group = heads // key_heads
-    settings = launch.decode_attention(max(dim, value_dim), group, query.dtype)
-    splits, tiles = settings.splits(capacity), -(-group // settings.block_heads)
+    tiles = settings.tiles(max(dim, value_dim), group, query.dtype)
+    splits, head_tiles = tiles.splits(capacity), -(-group // tiles.block_heads)
     partials = statistics = None
     if splits > 1:
-        partials = torch.empty((rows, heads, splits, value_dim), dtype=torch.float32, device=query.device)
-        statistics = torch.empty((rows, heads, splits, 2), dtype=torch.float32, device=query.device)
+        partials = tape.empty((rows, heads, splits, value_dim), torch.float32, query.device)
+        statistics = tape.empty((rows, heads, splits, 2), torch.float32, query.device)
     block_value_dim = max(16, triton.next_power_of_2(value_dim))
-    with torch.cuda.device_of(query):
-        decode_attention_kernel[(rows * key_heads * tiles * splits,)](
-            q=query, k=key, v=value, k_cache=key_cache, v_cache=value_cache, lengths=lengths, parents=parents, out=out,
-            partials=partials, statistics=statistics, **_strides("q", query), **_strides("k", key),
-            **_strides("v", value), **_strides("k_cache", key_cache), **_strides("v_cache", value_cache),
-            length_step=lengths.stride(0),
-            parents_row=0 if parents is None else parents.stride(0),
-            parents_place=0 if parents is None else parents.stride(1),
-            key_heads=key_heads, group=group, tiles=tiles, splits=splits, capacity=capacity, cache_rows=cache_rows,
-            scale=scale, DIM=dim, VALUE_DIM=value_dim, PRECISION=precision(query.dtype),
-            BLOCK_DIM=max(16, triton.next_power_of_2(dim)), BLOCK_VALUE_DIM=block_value_dim,
-            BLOCK_HEADS=settings.block_heads, BLOCK_KEYS=settings.block_keys, SPLIT_KEYS=settings.split_keys,
-            STAGES=settings.stages, num_warps=settings.num_warps, maxnreg=settings.max_registers,
+    tape.launch(
+        decode_attention_kernel, (rows * key_heads * head_tiles * splits,), tiles.options,
+        q=query, k=key, v=value, k_cache=key_cache, v_cache=value_cache, lengths=lengths, parents=parents, out=out,
+        partials=partials, statistics=statistics, **_strides("q", query), **_strides("k", key),
+        **_strides("v", value), **_strides("k_cache", key_cache), **_strides("v_cache", value_cache),
+        length_step=lengths.stride(0),
+        parents_row=0 if parents is None else parents.stride(0),
+        parents_place=0 if parents is None else parents.stride(1),
+        key_heads=key_heads, group=group, tiles=head_tiles, splits=splits, capacity=capacity, cache_rows=cache_rows,
+        scale=call.scale, DIM=dim, VALUE_DIM=value_dim, PRECISION=precision(query.dtype),
+        BLOCK_DIM=max(16, triton.next_power_of_2(dim)), BLOCK_VALUE_DIM=block_value_dim,
+        BLOCK_HEADS=tiles.block_heads, BLOCK_KEYS=tiles.block_keys, SPLIT_KEYS=tiles.split_keys, STAGES=tiles.stages,
+    )  # fmt: skip
+    if partials is not None:
+        tape.launch(
+            combine_splits_kernel, (rows * heads,), {"num_warps": 1},
+            partials=partials, statistics=statistics, lengths=lengths, out=out, length_step=lengths.stride(0),
+            heads=heads, splits=splits, capacity=capacity, HAS_LATEST=key is not None, VALUE_DIM=value_dim,
+            BLOCK_VALUE_DIM=block_value_dim, BLOCK_SPLITS=settings.COMBINED_SPLITS, SPLIT_KEYS=tiles.split_keys,
         )  # fmt: skip
-        if partials is not None:
-            combine_splits_kernel[(rows * heads,)](
-                partials=partials, statistics=statistics, lengths=lengths, out=out, length_step=lengths.stride(0),
-                heads=heads, splits=splits, capacity=capacity, HAS_LATEST=key is not None, VALUE_DIM=value_dim,
-                BLOCK_VALUE_DIM=block_value_dim, BLOCK_SPLITS=launch.COMBINED_SPLITS, SPLIT_KEYS=settings.split_keys,
-                num_warps=1,
-            )  # fmt: skip
     return out
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    """`x`, its columns neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Of [rows, heads, columns] or of a cache [rows, places, heads, columns]; 0 where absent."""
+    """The strides of [rows, heads, columns] or of a cache [rows, places, heads, columns]; 0 where absent."""
     if x is not None and x.dim() == 4:
         row, place, head, _ = x.stride()
         return {f"{name}_row": row, f"{name}_place": place, f"{name}_head": head}
     return {f"{name}_row": 0 if x is None else x.stride(0), f"{name}_head": 0 if x is None else x.stride(1)}
-
-
-register(DECODE_ATTENTION, decode_attention)

@@ -34,12 +34,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
-from tfm.kernels.library import NAMESPACE as NAMESPACE
-from tfm.kernels.library import register
+from tfm.kernels.launch import embedding as settings
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import as_rows
-from tfm.operators.embedding import EMBEDDING, EMBEDDING_BACKWARD, backward_outputs, forward_output
+from tfm.kernels.tape import Tape
+from tfm.operators.embedding import Embedding, EmbeddingBackward
 
 # Sorted tokens that are added up ahead where they are all the same.
 CHUNK = 32
@@ -203,70 +202,61 @@ def embedding_backward_kernel(
     tl.store(dweight + row[:, None] * columns + column, result, mask=(row < size)[:, None] & within)
 
 
-def embedding_forward(
-    tokens: Tensor, weight: Tensor, positions: Tensor, position_weight: Tensor | None, seed: Tensor | None,
-    scale: float, dropout_p: float, site: int,
-) -> Tensor:  # fmt: skip
-    """y. One launch, where positions are those of all tokens or repeat over the leading dimensions."""
-    y = forward_output(tokens, weight)
-    columns = weight.shape[1]
-    repeats = positions.is_contiguous() and tokens.shape[tokens.dim() - positions.dim() :] == positions.shape
-    positions = positions if repeats else positions.expand(tokens.shape).contiguous()
-    (weight_rows, weight_stride), (position_rows, position_stride) = as_rows(weight), as_rows(position_weight)
-    threshold, keep_scale = threshold_and_scale(dropout_p)
-    tiles = launch.embedding_forward(tokens.numel(), columns)
+def embedding(tape: Tape, call: Embedding) -> Tensor:
+    """y, as the operator says. One launch, where positions are those of all tokens or repeat over the leading
+    dimensions.
+    """
+    y = tape.outputs(call)
+    tokens, positions, columns = call.tokens, call.positions, y.shape[-1]
     if tokens.numel() == 0:
         return y
-    with torch.cuda.device_of(weight):
-        embedding_forward_kernel[(tiles.programs, tiles.chunks)](
-            tokens=tokens.contiguous(), weight=weight_rows, positions=positions, position_weight=position_rows,
-            seed=seed, y=y, count=tokens.numel(), period=positions.numel(), vocabulary=len(weight),
-            places=0 if position_weight is None else len(position_weight), columns=columns,
-            weight_stride=weight_stride, position_stride=position_stride,
-            scale=scale, threshold=threshold, keep_scale=keep_scale, site=site,
-            BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns,
-            num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
-        )  # fmt: skip
+    repeats = positions.is_contiguous() and tokens.shape[tokens.dim() - positions.dim() :] == positions.shape
+    positions = positions if repeats else positions.expand(tokens.shape).contiguous()
+    (weight, weight_stride), (position_weight, position_stride) = as_rows(call.weight), as_rows(call.position_weight)
+    threshold, keep_scale = threshold_and_scale(call.dropout_p)
+    tiles = settings.forward(tokens.numel(), columns)
+    tape.launch(
+        embedding_forward_kernel, (tiles.programs, tiles.chunks), tiles.options,
+        tokens=tokens.contiguous(), weight=weight, positions=positions, position_weight=position_weight,
+        seed=call.seed, y=y, count=tokens.numel(), period=positions.numel(), vocabulary=len(call.weight),
+        places=0 if call.position_weight is None else len(call.position_weight), columns=columns,
+        weight_stride=weight_stride, position_stride=position_stride,
+        scale=call.scale, threshold=threshold, keep_scale=keep_scale, site=call.site,
+        BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns,
+    )  # fmt: skip
     return y
 
 
-def embedding_backward(
-    dy: Tensor, tokens: Tensor, seed: Tensor | None, scale: float, dropout_p: float, site: int, rows: int,
-    padding_idx: int | None, dtype: torch.dtype, sparse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The gradient of a table of `rows` rows, dense, or as the values and indices of a sparse tensor.
+def embedding_backward(tape: Tape, call: EmbeddingBackward) -> tuple[Tensor, Tensor | None]:
+    """The gradient of a table, dense, or as the values and indices of a sparse tensor.
 
     Two launches after torch's sort, one where there are too few tokens to be added up ahead.
     """
-    gradient, indices = outputs = backward_outputs(dy, tokens, rows, dtype, sparse)
-    count, columns = tokens.numel(), dy.shape[-1]
+    gradient, indices = outputs = tape.outputs(call)
+    count, columns = call.tokens.numel(), call.dy.shape[-1]
     if count == 0:
         return gradient.zero_(), indices
     # A radix sort of 32 bits takes half the passes of 64.
-    ordered, order = torch.sort(tokens.reshape(-1).to(torch.int32), stable=True)
-    chunks = torch.empty((count // CHUNK, columns), dtype=torch.float32, device=dy.device)
-    dy_rows, dy_stride = as_rows(dy)
-    threshold, keep_scale = threshold_and_scale(dropout_p)
-    first, second = launch.embedding_backward(len(chunks), CHUNK, count if sparse else rows, columns)
+    ordered, order = torch.sort(call.tokens.reshape(-1).to(torch.int32), stable=True)
+    chunks = tape.empty((count // CHUNK, columns), torch.float32, call.dy.device)
+    dy, dy_stride = as_rows(call.dy)
+    threshold, keep_scale = threshold_and_scale(call.dropout_p)
+    first, second = settings.backward(len(chunks), CHUNK, count if call.sparse else call.rows, columns)
     shared = {
-        "dy": dy_rows, "tokens": ordered, "order": order, "seed": seed, "chunks": chunks,
-        "rows": rows, "columns": columns, "dy_stride": dy_stride,
-        "padding": -1 if padding_idx is None else padding_idx % rows, "threshold": threshold, "site": site,
-        "CHUNK": CHUNK,
+        "dy": dy, "tokens": ordered, "order": order, "seed": call.seed, "chunks": chunks,
+        "rows": call.rows, "columns": columns, "dy_stride": dy_stride,
+        "padding": -1 if call.padding_idx is None else call.padding_idx % call.rows,
+        "threshold": threshold, "site": call.site, "CHUNK": CHUNK,
     }  # fmt: skip
-    with torch.cuda.device_of(dy):
-        if len(chunks) > 0:
-            embedding_chunks_kernel[(first.programs, first.chunks)](
-                **shared, BLOCK_COLUMNS=first.block_columns, num_warps=first.num_warps, maxnreg=first.max_registers
-            )
-        embedding_backward_kernel[(second.programs, second.chunks)](
-            **shared, count=count, bits=count.bit_length(), dweight=gradient, indices=indices,
-            scale=scale * keep_scale if seed is not None else scale,
-            SPARSE=sparse, BLOCK_ROWS=second.block_rows, BLOCK_COLUMNS=second.block_columns,
-            num_warps=second.num_warps, maxnreg=second.max_registers,
+    if len(chunks) > 0:
+        tape.launch(
+            embedding_chunks_kernel, (first.programs, first.chunks), first.options,
+            **shared, BLOCK_COLUMNS=first.block_columns,
         )  # fmt: skip
+    tape.launch(
+        embedding_backward_kernel, (second.programs, second.chunks), second.options,
+        **shared, count=count, bits=count.bit_length(), dweight=gradient, indices=indices,
+        scale=call.scale if call.seed is None else call.scale * keep_scale,
+        SPARSE=call.sparse, BLOCK_ROWS=second.block_rows, BLOCK_COLUMNS=second.block_columns,
+    )  # fmt: skip
     return outputs
-
-
-register(EMBEDDING, embedding_forward)
-register(EMBEDDING_BACKWARD, embedding_backward)

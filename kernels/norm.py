@@ -30,9 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
+from tfm.kernels.launch import norm as settings
+from tfm.kernels.launch.device import are_aligned
 from tfm.kernels.philox import keep_mask, threshold_and_scale
-from tfm.kernels.rows import as_rows, as_vector, cover, load, sum_partials
+from tfm.kernels.rows import as_rows, cover, load, side_by_side, sum_partials
 from tfm.kernels.tape import Tape
 from tfm.operators.norm import ResidualNorm, ResidualNormBackward
 
@@ -231,11 +232,11 @@ def residual_norm(tape: Tape, call: ResidualNorm) -> tuple[Tensor, Tensor | None
     rows, columns = statistics.shape[1], call.x.shape[-1]
     (x, x_stride), (residual, residual_stride) = as_rows(call.x), as_rows(call.residual)
     threshold, scale = threshold_and_scale(call.dropout_p)
-    tiles = launch.norm_forward(rows, columns, launch.are_aligned(columns, x_stride, residual_stride))
+    tiles = settings.forward(rows, columns, are_aligned(columns, x_stride, residual_stride))
     tape.launch(
         norm_forward_kernel, (tiles.programs,), tiles.options,
-        x=x, x_bias=as_vector(call.x_bias), residual=residual, weight=as_vector(call.weight),
-        bias=as_vector(call.bias), seed=call.seed, y=y, h=h, statistics=statistics,
+        x=x, x_bias=side_by_side(call.x_bias), residual=residual, weight=side_by_side(call.weight),
+        bias=side_by_side(call.bias), seed=call.seed, y=y, h=h, statistics=statistics,
         rows=rows, columns=columns, x_stride=x_stride, residual_stride=residual_stride,
         eps=call.eps, threshold=threshold, scale=scale, site=call.site,
         CENTRED=call.centred, WEIGHT_OFFSET=call.weight_offset, ROUND_FIRST=call.round_first,
@@ -254,16 +255,16 @@ def residual_norm_backward(tape: Tape, call: ResidualNormBackward) -> tuple[Tens
     (dy, dy_stride), (dh, dh_stride), (h, h_stride) = as_rows(call.dy), as_rows(call.dh), as_rows(call.h)
     threshold, scale = threshold_and_scale(call.dropout_p)
     sums = [sum for sum in (dweight, dbias, dx_bias) if sum is not None]
-    aligned = launch.are_aligned(columns, dy_stride, dh_stride, h_stride)
+    aligned = are_aligned(columns, dy_stride, dh_stride, h_stride)
     crowded = dx_bias is not None or call.dx not in (None, call.h.dtype)
-    tiles = launch.norm_backward(rows, columns, aligned, crowded, tape.chip(h.device).multiprocessors)
+    tiles = settings.backward(rows, columns, aligned, crowded, tape.chip(h.device).multiprocessors)
     partials = None
     if sums:
         allocate = tape.empty if tiles.chunks == 1 else tape.zeros
         partials = allocate((tiles.programs, len(sums), columns), torch.float32, h.device)
     tape.launch(
         norm_backward_kernel, (tiles.programs,), tiles.options,
-        dy=dy, dh=dh, h=h, statistics=call.statistics, weight=as_vector(call.weight), seed=call.seed,
+        dy=dy, dh=dh, h=h, statistics=call.statistics, weight=side_by_side(call.weight), seed=call.seed,
         dx=dx, dresidual=dresidual, partials=partials,
         rows=rows, columns=columns, dy_stride=dy_stride, dh_stride=dh_stride, h_stride=h_stride,
         threshold=threshold, scale=scale, site=call.site,

@@ -16,15 +16,17 @@ copy on an H200, 4.3 TB/s.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
-from tfm.kernels.library import NAMESPACE as NAMESPACE
-from tfm.kernels.library import register
-from tfm.operators.rotary import ROTARY, ROTARY_IN_PLACE, forward_output
+from tfm.kernels.launch import rotary as settings
+from tfm.kernels.rows import side_by_side
+from tfm.kernels.tape import Tape
+from tfm.operators.rotary import Rotary, Rotary_
 
 
 @triton.jit
@@ -105,35 +107,32 @@ def rotary_kernel(
         )  # fmt: skip
 
 
-def rotary_forward(
-    x: Tensor, other: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, turned: int,
-    interleaved: bool, inverse: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The first `turned` heads of x turned and the others copied; all of `other` turned. One launch."""
-    outputs = y, other_y = forward_output(x), None if other is None else forward_output(other)
-    x, other = _side_by_side(x), None if other is None else _side_by_side(other)
-    _launch(x, y, other, other_y, cos, sin, positions, x.shape[1], turned, interleaved, inverse)
+def rotary(tape: Tape, call: Rotary) -> tuple[Tensor, Tensor | None]:
+    """The operator out of place. One launch."""
+    outputs = y, other_y = tape.outputs(call)
+    x, other = side_by_side(call.x), side_by_side(call.other)
+    _launch(tape, call, x, y, other, other_y, call.turned, call.inverse)
     return outputs
 
 
-def rotary_in_place(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, interleaved: bool
-) -> None:  # fmt: skip
-    """The first `heads` heads of x, where they lie. One launch; two copies more where columns are not neighbours."""
-    part = x.narrow(1, 0, heads)
-    if part.stride(-1) == 1:
-        _launch(part, part, None, None, cos, sin, positions, heads, heads, interleaved, False)
-    else:
-        part.copy_(rotary_forward(part, None, cos, sin, positions, heads, interleaved, False)[0])
+def rotary_(tape: Tape, call: Rotary_) -> None:
+    """The operator in place. One launch; two copies more where columns are not neighbours."""
+    part = call.x.narrow(1, 0, call.heads)
+    x = side_by_side(part)
+    _launch(tape, call, x, x, None, None, call.heads, inverse=False)
+    if x is not part:
+        part.copy_(x)
 
 
 def _launch(
-    x: Tensor, y: Tensor, other: Tensor | None, other_y: Tensor | None, cos: Tensor, sin: Tensor,
-    positions: Tensor | None, heads: int, turned: int, interleaved: bool, inverse: bool,
+    tape: Tape, call: Rotary | Rotary_, x: Tensor, y: Tensor, other: Tensor | None, other_y: Tensor | None,
+    turned: int, inverse: bool,
 ) -> None:  # fmt: skip
+    """Turns `x` into `y` and `other` into `other_y`, all with their columns side by side, by the angles of `call`."""
     packed = x.dim() == 3
     shape = x.shape[:1] if packed else (x.shape[0], x.shape[2])
-    tokens, columns, half = shape.numel() if packed else shape[0] * shape[1], x.shape[-1], cos.shape[-1]
+    cos, sin, positions = call.cos, call.sin, call.positions
+    tokens, columns, half = math.prod(shape), x.shape[-1], cos.shape[-1]
     if tokens == 0 or columns == 0:
         return
     if positions is None:
@@ -144,29 +143,23 @@ def _launch(
         period = positions.numel()
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    other_heads = 0 if other is None else other.shape[1]
-    tiles = launch.rotary(tokens, half, columns)
+    heads, other_heads = x.shape[1], 0 if other is None else other.shape[1]
+    tiles = settings.tiles(tokens, half, columns)
     groups, other_groups = (-(-number // tiles.group) for number in (heads, other_heads))
     strides: dict[str, int] = {}
     for name, tensor in (("x", x), ("y", y), ("other", other), ("other_y", other_y)):
         steps = (0, 0, 0) if tensor is None else tensor.stride()[:3]
         batch, head, token = (0, steps[1], steps[0]) if packed else steps
         strides |= {f"{name}_batch": batch, f"{name}_head": head, f"{name}_token": token}
-    with torch.cuda.device_of(x):
-        rotary_kernel[(tiles.programs, groups + other_groups)](
-            x=x, y=y, other=other, other_y=other_y, cos=cos, sin=sin, positions=positions,
-            tokens=tokens, x_heads=heads, other_heads=other_heads, turned=turned,
-            length=tokens if packed else shape[1], period=period, places=len(cos), half=half, columns=columns,
-            x_groups=groups, **strides, angle_stride=cos.stride(0), angle_column=cos.stride(1),
-            INTERLEAVED=interleaved, INVERSE=inverse, IN_PLACE=x is y,
-            BLOCK_TOKENS=tiles.block_tokens, GROUP=tiles.group, BLOCK_HALF=tiles.block_half,
-            BLOCK_REST=tiles.block_rest, num_warps=tiles.num_warps,
-        )  # fmt: skip
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """`x`, its columns neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    tape.launch(
+        rotary_kernel, (tiles.programs, groups + other_groups), tiles.options,
+        x=x, y=y, other=other, other_y=other_y, cos=cos, sin=sin, positions=positions,
+        tokens=tokens, x_heads=heads, other_heads=other_heads, turned=turned,
+        length=tokens if packed else shape[1], period=period, places=len(cos), half=half, columns=columns,
+        x_groups=groups, **strides, angle_stride=cos.stride(0), angle_column=cos.stride(1),
+        INTERLEAVED=call.interleaved, INVERSE=inverse, IN_PLACE=x is y,
+        BLOCK_TOKENS=tiles.block_tokens, GROUP=tiles.group, BLOCK_HALF=tiles.block_half, BLOCK_REST=tiles.block_rest,
+    )  # fmt: skip
 
 
 def _repeating(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -185,7 +178,3 @@ def _rows_of(table: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     if tuple(table.shape[:-1]) != tuple(shape[len(shape) - table.dim() + 1 :]):
         table = table.expand(*shape, table.shape[-1])
     return table.reshape(table.shape[:-1].numel(), table.shape[-1])
-
-
-register(ROTARY, rotary_forward)
-register(ROTARY_IN_PLACE, rotary_in_place)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
+from tfm.kernels.launch import rows as settings
 from tfm.kernels.tape import Tape
 
 
@@ -25,9 +25,9 @@ def as_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     return matrix, matrix.stride(0)
 
 
-def as_vector(x: Tensor | None) -> Tensor | None:
-    """`x` [columns] with neighbouring columns side by side, copied where they are not; None stays None."""
-    return x if x is None or x.is_contiguous() else x.contiguous()
+def side_by_side(x: Tensor | None) -> Tensor | None:
+    """`x` with neighbouring columns side by side, copied where they are not; None stays None."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def sum_partials(tape: Tape, partials: Tensor, *sums: Tensor | None) -> None:
     As many `sums` as parts, at most three; None leaves a part unread by its user. One launch.
     """
     programs, parts, columns = partials.shape
-    tiles = launch.sum_partials(columns)
+    tiles = settings.sum_partials(columns)
     first, second, third = (*sums, None, None)[:3]
     tape.launch(
         sum_partials_kernel, (tiles.programs, parts), tiles.options,

@@ -22,7 +22,7 @@ import torch
 
 from tfm import native
 from tfm.native import header, plan
-from tfm.operators import define, register_fakes
+from tfm.operators import define
 from tfm.ops import backends
 
 NAMESPACE = "tfm_emulated"
@@ -64,7 +64,6 @@ def load(name: str) -> None:
 @cache
 def _module() -> torch.library.Library:
     torch.ops.load_library(str(library("module", ROOT / "csrc" / "module.cpp")))
-    register_fakes(NAMESPACE)
     return define(NAMESPACE, native=True)
 
 

@@ -25,7 +25,7 @@ from benchmarks import bench_decode_attention
 from benchmarks.shapes import Decoding
 from benchmarks.suite import OURS
 from tfm import ops
-from tfm.kernels import launch
+from tfm.kernels.launch import decode_attention as decode_settings
 
 ONE_LAUNCH, TWO_LAUNCHES = ["decode_attention_kernel"], ["decode_attention_kernel", "combine_splits_kernel"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -188,7 +188,7 @@ def test_a_graph_replays_steps():
 @pytest.mark.parametrize("group", [1, 2, 40])
 @pytest.mark.parametrize("dim", [1, 64, 65, 128, 129, 256])
 def test_settings_are_tiles(dim, group, dtype):
-    tiles = launch.decode_attention(dim, group, dtype)
+    tiles = decode_settings.tiles(dim, group, dtype)
     assert tiles.split_keys % tiles.block_keys == 0
     assert (tiles.block_heads == 1) == (group == 1)
     assert all(number & (number - 1) == 0 for number in (tiles.block_heads, tiles.block_keys, tiles.num_warps))

@@ -156,7 +156,7 @@ def test_rows_name_only_rows_above(row):
         ("from tfm import ops, use", ["ops", "tfm"]),
         ("import tfm.ops.backends", ["ops"]),
         ("class A:\n    from tfm.model import Transformer", ["model"]),
-        ("def f():\n    from tfm.kernels import layer_norm", ["kernels lazily"]),
+        ("def f():\n    from tfm.kernels import norm", ["kernels lazily"]),
         ("if True:\n    import triton\nelse:\n    import typer", ["triton", "typer"]),
         ("if typing.TYPE_CHECKING:\n    import triton", ["triton lazily"]),
     ],

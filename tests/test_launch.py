@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfm.kernels import launch
+from tfm.kernels.launch import embedding, norm, rotary
+from tfm.kernels.launch.device import are_aligned, chip_of
+from tfm.kernels.launch.rows import RowTiles
 
 COLUMNS = st.integers(1, 32768)
 
@@ -17,15 +19,15 @@ def is_power_of_two(number):
 
 
 def forward(rows, columns):
-    return launch.norm_forward(rows, columns, columns % 16 == 0)
+    return norm.forward(rows, columns, columns % 16 == 0)
 
 
 def backward(rows, columns, multiprocessors=132):
-    return launch.norm_backward(rows, columns, columns % 16 == 0, False, multiprocessors)
+    return norm.backward(rows, columns, columns % 16 == 0, False, multiprocessors)
 
 
 def crowded(rows, columns, multiprocessors=132):
-    return launch.norm_backward(rows, columns, columns % 16 == 0, True, multiprocessors)
+    return norm.backward(rows, columns, columns % 16 == 0, True, multiprocessors)
 
 
 EVERY = pytest.mark.parametrize("settings_of", [forward, backward, crowded], ids=lambda settings: settings.__name__)
@@ -75,12 +77,12 @@ def test_blocks_do_not_depend_on_the_rows(settings_of, rows, columns):
 @pytest.mark.parametrize(
     ("columns", "forward_settings", "backward_settings"),
     [
-        (512, launch.RowTiles(2048, 4, 512, 1, 4, 1, 64), launch.RowTiles(264, 4, 512, 1, 8, 3, 128)),
-        (1000, launch.RowTiles(8192, 1, 1024, 1, 4, 1, 255), launch.RowTiles(264, 1, 1024, 1, 8, 1, 128)),
-        (4096, launch.RowTiles(8192, 1, 4096, 1, 8, 1, 64), launch.RowTiles(264, 1, 4096, 1, 8, 2)),
-        (8192, launch.RowTiles(8192, 1, 8192, 1, 16, 1, 64), launch.RowTiles(264, 1, 8192, 1, 16)),
-        (8191, launch.RowTiles(8192, 1, 8192, 1, 16, 1, 128), launch.RowTiles(264, 1, 1024, 8, 8, 1, 128)),
-        (32768, launch.RowTiles(8192, 1, 4096, 8, 8, 1, 255), launch.RowTiles(264, 1, 4096, 8, 8)),
+        (512, RowTiles(2048, 4, 512, 1, 4, 1, 64), RowTiles(264, 4, 512, 1, 8, 3, 128)),
+        (1000, RowTiles(8192, 1, 1024, 1, 4, 1, 255), RowTiles(264, 1, 1024, 1, 8, 1, 128)),
+        (4096, RowTiles(8192, 1, 4096, 1, 8, 1, 64), RowTiles(264, 1, 4096, 1, 8, 2)),
+        (8192, RowTiles(8192, 1, 8192, 1, 16, 1, 64), RowTiles(264, 1, 8192, 1, 16)),
+        (8191, RowTiles(8192, 1, 8192, 1, 16, 1, 128), RowTiles(264, 1, 1024, 8, 8, 1, 128)),
+        (32768, RowTiles(8192, 1, 4096, 8, 8, 1, 255), RowTiles(264, 1, 4096, 8, 8)),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
@@ -92,9 +94,9 @@ def test_settings_at_8192_rows(columns, forward_settings, backward_settings):
 @given(rows=st.integers(0, 10**7), columns=st.integers(1, 10**5), chunk=st.sampled_from([16, 32]))
 def test_embedding_tiles_cover_tokens_and_rows(rows, columns, chunk):
     chunks = rows // chunk
-    first, second = launch.embedding_backward(chunks, chunk, rows, columns)
+    first, second = embedding.backward(chunks, chunk, rows, columns)
     assert (first.programs, first.block_rows) == (chunks, chunk)
-    for tiles, covered in ((launch.embedding_forward(rows, columns), rows), (first, chunks * chunk), (second, rows)):
+    for tiles, covered in ((embedding.forward(rows, columns), rows), (first, chunks * chunk), (second, rows)):
         assert tiles.programs * tiles.block_rows >= covered
         assert tiles.chunks * tiles.block_columns >= columns
         assert tiles.block_columns % 8 == 0
@@ -103,7 +105,7 @@ def test_embedding_tiles_cover_tokens_and_rows(rows, columns, chunk):
 
 @given(tokens=st.integers(0, 10**7), half=st.integers(0, 256), rest=st.integers(0, 512))
 def test_rotary_tiles_cover_tokens_and_columns(tokens, half, rest):
-    tiles = launch.rotary(tokens, half, 2 * half + rest)
+    tiles = rotary.tiles(tokens, half, 2 * half + rest)
     assert tiles.programs * tiles.block_tokens >= tokens
     assert tiles.block_half >= half
     assert tiles.block_rest >= rest
@@ -112,12 +114,12 @@ def test_rotary_tiles_cover_tokens_and_columns(tokens, half, rest):
 
 
 def test_interpreter_strides():
-    assert launch.chip_of(torch.device("cpu")).multiprocessors == 2
+    assert chip_of(torch.device("cpu")).multiprocessors == 2
 
 
 def test_odd_strides_take_smaller_tiles():
-    assert launch.are_aligned(512, 1536, 0)
-    assert not launch.are_aligned(512, 515)
-    assert launch.norm_forward(8192, 512, aligned=False).block_rows == 2
-    assert launch.norm_backward(8192, 2048, aligned=False, crowded=False, multiprocessors=132).block_columns == 1024
-    assert launch.norm_backward(8192, 8192, aligned=True, crowded=True, multiprocessors=132).block_columns == 2048
+    assert are_aligned(512, 1536, 0)
+    assert not are_aligned(512, 515)
+    assert norm.forward(8192, 512, aligned=False).block_rows == 2
+    assert norm.backward(8192, 2048, aligned=False, crowded=False, multiprocessors=132).block_columns == 1024
+    assert norm.backward(8192, 8192, aligned=True, crowded=True, multiprocessors=132).block_columns == 2048

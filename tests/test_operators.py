@@ -1,46 +1,67 @@
-"""What Triton and csrc share: one schema, which csrc/schemas.cpp declares once more."""
+"""What follows from the declarations: schemas, fakes, and that every backend computes what it should."""
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import NamedTuple
 
 import native
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tfm import ops
-from tfm.kernels import library
 from tfm.native import NAMESPACE
-from tfm.operators import NATIVE, TWINS
+from tfm.operators import OPERATORS, declaration
+from tfm.ops import registry
 
 
-def arguments(schema: torch._C.FunctionSchema) -> str:
-    """Behind the operator's name."""
-    return str(schema).partition("(")[2]
+@pytest.mark.triton
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
+def test_triton_computes_all_but_what_csrc_alone_has(operator):
+    launch = getattr(import_module(f"tfm.kernels.{operator.subject}"), operator.name, None)
+    assert (launch is None) == operator.is_native_only
+    assert hasattr(getattr(torch.ops, registry.NAMESPACE), operator.name) != operator.is_native_only
 
 
 @pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
-@pytest.mark.parametrize("operator", NATIVE, ids=lambda operator: operator.name)
-def test_csrc_declares_the_same_schema(operator):
-    declared = getattr(getattr(torch.ops, NAMESPACE), operator.name).default._schema
-    assert arguments(declared) == arguments(torch._C.parse_schema(f"{library.NAMESPACE}::{operator.schema}"))
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
+def test_csrc_computes_all(operator):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator.name}", "CPU")
 
 
-def test_every_twin_is_a_kernel_of_triton_too():
-    from tfm.kernels import decode_attention, embedding, norm, rotary  # noqa: F401
-
-    for operator in TWINS:
-        assert hasattr(getattr(torch.ops, library.NAMESPACE), operator.name)
-
-
-@pytest.mark.parametrize("namespace", [library.NAMESPACE, NAMESPACE])
+@pytest.mark.parametrize("namespace", [registry.NAMESPACE, NAMESPACE])
 def test_every_operator_on_tensors_has_a_fake(namespace):
-    from tfm.kernels import decode_attention, embedding, norm, rotary  # noqa: F401
-
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{namespace}::")]
     for name in names:
         schema = getattr(getattr(torch.ops, namespace), name.split("::")[1]).default._schema
         if any("Tensor" in str(argument.type) for argument in schema.arguments):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"), name
+
+
+def test_a_schema_follows_from_a_named_tuple(monkeypatch):
+    monkeypatch.setattr(declaration, "OPERATORS", {})
+
+    @declaration.operator("scaling")
+    class ScaleRows_(NamedTuple):
+        x: declaration.Changed
+        y: declaration.MaybeChanged
+        factors: Tensor | None
+        rows: declaration.Length
+        kind: str
+        dtype: torch.dtype | None
+        wanted: list[bool]
+
+        def outputs(self) -> tuple[Tensor, Tensor | None]:
+            return self.x, None
+
+    (operator,) = declaration.OPERATORS.values()
+    assert operator.schema == (
+        "scale_rows_(Tensor(a!) x, Tensor(b!)? y, Tensor? factors, SymInt rows, str kind, ScalarType? dtype,"
+        " bool[] wanted) -> (Tensor, Tensor?)"
+    )
+    assert operator.fake(torch.ones(2), *[None] * 2, 3, "", None, [])[1] is None
 
 
 @pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from matplotlib.figure import Figure
@@ -14,7 +13,7 @@ from tools.report import charts, front, presets, tables
 from tools.report.__main__ import main
 from tools.report.pages import PAGES, PARTS
 from tools.report.records import ROOT, load, newest, sha256
-from tools.report.sources import sources_of
+from tools.report.sources import sources_of, subject_of, subjects
 
 
 @pytest.fixture
@@ -281,23 +280,39 @@ def test_the_front_page_shows_the_newest_training(tmp_path):
     assert "greedy BLEU" not in text
 
 
-def test_sources_follow_imports_and_names(tmp_path):
-    """An operation rests upon the files it reaches, and of a package upon those whose names are used."""
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    (tmp_path / "tfm" / "ops").mkdir(parents=True)
-    operation = tmp_path / "tfm" / "ops" / "scaled.py"
-    operation.write_text(
-        "def scaled(x):\n    from tfm.kernels import scaled as kernels\n    return kernels.scaled(x)\n"
-    )
-    (tmp_path / "kernels" / "scaled.py").write_text(
-        "from tfm.kernels import launch\n\nTILES = launch.scaled_tiles(8)\n"
-    )
-    settings = tmp_path / "kernels" / "launch"
-    (settings / "scaled.py").write_text("from tfm.kernels.philox import philox\n")
-    package = settings / "__init__.py"
-    package.write_text(f"from tfm.kernels.launch.scaled import scaled_tiles\n{package.read_text()}")
-    expected = ["kernels/launch/scaled.py", "kernels/philox.py", "kernels/scaled.py"]
-    assert sources_of("scaled", tmp_path) == expected
+def test_sources_are_a_subjects_files_and_what_they_import_or_include(tmp_path):
+    files = {
+        "tfm/ops/scaled.py": "def scaled(x):\n    return x\n\n\ndef half_scaled(x):\n    return x\n",
+        "tfm/ops/rescaled.py": "",
+        "tfm/ops/long_scaled.py": "",
+        "tfm/ops/checks.py": "",
+        "kernels/scaled.py": "from tfm.kernels.launch import scaled as settings\nfrom tfm.kernels.near import x\n",
+        "kernels/launch/__init__.py": "from tfm.kernels import unrelated\n",
+        "kernels/launch/scaled.py": "",
+        "kernels/launch/long_scaled.py": "",
+        "kernels/long_scaled/__init__.py": "from tfm.kernels.scaled import TILES\n",
+        "kernels/rescaled.py": "",
+        "kernels/near.py": "from tfm.kernels.philox import philox\n",
+        "kernels/philox.py": "",
+        "kernels/unrelated.py": "",
+        "csrc/cpu/scaled/forward.cpp": '#include "common/tensor.h"\n#include "operators/scaled.h"\n',
+        "csrc/cpu/checks.h": "",
+        "csrc/cuda/scaled_forward.cuh": "",
+        "csrc/cuda/rescaled.cu": "",
+        "csrc/common/tensor.h": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert subjects(tmp_path) == ["long_scaled", "rescaled", "scaled"]
+    assert [subject_of(name, tmp_path) for name in ("scaled", "half_scaled", "training")] == ["scaled", "scaled", ""]
+    reached = ["kernels/launch/scaled.py", "kernels/near.py", "kernels/philox.py", "kernels/scaled.py"]
+    assert sources_of("half_scaled", tmp_path) == reached
+    longer = ["kernels/launch/long_scaled.py", "kernels/long_scaled/__init__.py"]
+    assert sources_of("long_scaled", tmp_path) == sorted(reached + longer)
+    assert sources_of("scaled", tmp_path, "csrc/cpu") == ["csrc/common/tensor.h", "csrc/cpu/scaled/forward.cpp"]
+    assert sources_of("scaled", tmp_path, "csrc/cuda") == ["csrc/cuda/scaled_forward.cuh"]
+    assert sources_of("training", tmp_path, "csrc/cuda") == ["csrc/cuda/rescaled.cu", "csrc/cuda/scaled_forward.cuh"]
 
 
 def test_losses_at_equal_updates_are_told(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from tune_cases import SUITE, SWEEP, TODAYS, Doubled
 
 from benchmarks.suite import OURS, Peer
-from tfm.kernels import launch
+from tfm.kernels.launch import rows
 from tools.tune.findings import Finding, summary
 from tools.tune.problems import Task
 from tools.tune.trials import Notes, Trial, best_of, timed, try_all
@@ -23,7 +23,7 @@ def seconds(steps, mode):
     """Time grows with the warps in place."""
     for step in steps:
         step()
-    warps = launch.sum_partials(32).num_warps
+    warps = rows.sum_partials(32).num_warps
     return [warps * 1e-6, 1.1 * warps * 1e-6, 0.9 * warps * 1e-6]
 
 
@@ -45,7 +45,7 @@ def test_a_wrong_or_failing_candidate_is_said_and_not_timed():
     assert re.match(r"ValueError: result 1 errs by 5.0e-02, expected at most 1.2e-07", tried[1].reason)
     assert tried[3].reason == "RuntimeError: out of resource: registers"
     assert best_of(tried) == tried[4]
-    assert launch.sum_partials(32) == TODAYS
+    assert rows.sum_partials(32) == TODAYS
 
 
 def test_nothing_is_tried_after_the_time():
@@ -63,21 +63,23 @@ def test_todays_settings_stay_within_their_own_spread():
 
 
 def test_a_size_that_cannot_run_is_said():
-    def inputs(rows):
+    def inputs(size):
         raise MemoryError("out of memory")
 
     (trial,) = trials_of(suite=replace(SUITE, inputs=inputs))
     assert trial.reason == "MemoryError: out of memory"
-    (trial,) = trials_of(subject="norm_forward")
+    (trial,) = trials_of(subject="norm.forward")
     assert trial.reason == "is not called at this size"
 
 
 def test_one_call_of_several_is_replaced():
     def twice(x):
-        return Doubled.apply(x), launch.sum_partials(64).num_warps * Doubled.apply(x)
+        return Doubled.apply(x), rows.sum_partials(64).num_warps * Doubled.apply(x)
 
     tried = trials_of(suite=replace(SUITE, peers={OURS: Peer(twice)}), table=((4, 0.5),))
-    assert [trial.call for trial in tried] == ["sum_partials(columns=32)"] * 2 + ["sum_partials(columns=64)"] * 2
+    assert [trial.call for trial in tried] == ["rows.sum_partials(columns=32)"] * 2 + [
+        "rows.sum_partials(columns=64)"
+    ] * 2
     # The second call's settings are a factor of the result, so that others than today's make it wrong.
     assert [bool(trial.samples) for trial in tried] == [True, True, True, False]
 
@@ -138,6 +140,6 @@ def test_the_summary_fits_what_can_be_seen_and_counts_the_rest():
 
 def test_the_summary_names_settings_to_paste_and_what_had_no_turn():
     text = "\n".join(summary([finding(1.0, 0.9, 0.0, reason="out of time"), finding()]))
-    assert "10.0% less, 900000.0 µs: sum_partials forward and backward at 3\n    f()\n    Settings(1)" in text
-    assert "Not tried for want of time:\n  sum_partials forward and backward at 3 (1 candidates)" in text
+    assert "10.0% less, 900000.0 µs: rows.sum_partials forward and backward at 3\n    f()\n    Settings(1)" in text
+    assert "Not tried for want of time:\n  rows.sum_partials forward and backward at 3 (1 candidates)" in text
     assert "Failed: none" in text

@@ -8,19 +8,19 @@ from dataclasses import replace
 import torch
 
 from benchmarks.suite import BOTH, OURS, Peer, Suite, Work
-from tfm.kernels import launch
+from tfm.kernels.launch import rows
 from tools.tune.candidates.sweep import LaunchSweep
 
 TABLE = ((2, 0.9), (4, 0.7), (16, 0.6), (32, 0.8))
 # Of a candidate that does not come back.
 DEADLY = 128
-TODAYS = launch.sum_partials(32)
+TODAYS = rows.sum_partials(32)
 
 
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.warps = launch.sum_partials(x.shape[-1]).num_warps
+        ctx.warps = rows.sum_partials(x.shape[-1]).num_warps
         if ctx.warps == DEADLY:
             os.abort()
         if ctx.warps == 32:
@@ -37,8 +37,8 @@ def warps(current, arguments, warps):
     yield replace(current, num_warps=warps)
 
 
-def leaf(rows):
-    return (torch.randn(rows, 32, requires_grad=True),)
+def leaf(size):
+    return (torch.randn(size, 32, requires_grad=True),)
 
 
 SUITE = Suite("double", [3], {OURS: Peer(Doubled.apply)}, leaf, lambda *_: Work())
@@ -46,7 +46,7 @@ SUITE = Suite("double", [3], {OURS: Peer(Doubled.apply)}, leaf, lambda *_: Work(
 
 def sweep(*table):
     said = {"question": "Which?", "prediction": "The fastest."}
-    return LaunchSweep("sum_partials", SUITE, BOTH, **said, sizes=[3], rehearsal=3, table=table, settings=warps)
+    return LaunchSweep("rows.sum_partials", SUITE, BOTH, **said, sizes=[3], rehearsal=3, table=table, settings=warps)
 
 
 SWEEP = sweep(*TABLE)

@@ -48,6 +48,11 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type, const Te
 
 inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
+inline bool is_side_by_side(const Tensor& x) { return x.stride(x.dim() - 1) == 1; }
+
+// x with neighbouring columns side by side, copied where they are not.
+inline Tensor side_by_side(const Tensor& x) { return is_side_by_side(x) ? x : torch::stable::contiguous(x); }
+
 // Null where there is no tensor.
 template <class T>
 T* data_of(const MaybeTensor& x) {

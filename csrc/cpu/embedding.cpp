@@ -130,6 +130,7 @@ void embedding_backward(const EmbeddingBackward& given, int64_t first_row, int64
 
 #include "cpu/integers.h"
 #include "cpu/rows.h"
+#include "operators/embedding.h"
 
 namespace tfm {
 
@@ -162,19 +163,18 @@ Tensor sinusoid(Numbers& positions, int64_t columns, const Tensor& like) {
     return table;
 }
 
-Tensor embedding(Tensor tokens, Tensor weight, Tensor positions, MaybeTensor position_weight, MaybeTensor seed,
-                 double scale, double dropout_p, int64_t site) {
-    std::vector<int64_t> shape = shape_of(tokens);
-    const Numbers token_rows = numbers_of(tokens, shape);
-    Numbers places = numbers_of(positions, shape);
-    const int64_t columns = weight.size(1);
+Tensor embedding(const arguments::Embedding& a) {
+    std::vector<int64_t> shape = shape_of(a.tokens);
+    const Numbers token_rows = numbers_of(a.tokens, shape);
+    Numbers places = numbers_of(a.positions, shape);
+    const int64_t columns = a.weight.size(1);
     shape.push_back(columns);
-    Tensor y = empty(shape, weight.scalar_type(), weight);
-    check_inside("tokens", token_rows, weight.size(0));
-    if (position_weight)
-        check_inside("positions", places, position_weight->size(0));
-    const Rows weight_rows(weight);
-    const Rows position_rows(position_weight ? *position_weight : sinusoid(places, columns, weight));
+    Tensor y = empty(shape, a.weight.scalar_type(), a.weight);
+    check_inside("tokens", token_rows, a.weight.size(0));
+    if (a.position_weight)
+        check_inside("positions", places, a.position_weight->size(0));
+    const Rows weight_rows(a.weight);
+    const Rows position_rows(a.position_weight ? *a.position_weight : sinusoid(places, columns, a.weight));
     const EmbeddingForward call{
         .tokens = token_rows.data(),
         .places = places.data(),
@@ -182,8 +182,8 @@ Tensor embedding(Tensor tokens, Tensor weight, Tensor positions, MaybeTensor pos
         .positions = matrix(position_rows),
         .y = {y.data_ptr(), weight_rows.width() == Width::BFLOAT16, columns},
         .columns = columns,
-        .scale = static_cast<float>(scale),
-        .dropout = dropout_of(seed, dropout_p, site),
+        .scale = static_cast<float>(a.scale),
+        .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     for_rows(token_rows.size(), columns,
              [&](int64_t begin, int64_t end) { TFM_RUN(embedding_forward, call, begin, end); });
@@ -207,19 +207,17 @@ Numbers share_work(const Numbers& begins, const Numbers& ends, int64_t rows, int
     return bounds;
 }
 
-std::tuple<Tensor, MaybeTensor> embedding_backward(Tensor dy, Tensor tokens, MaybeTensor seed, double scale,
-                                                   double dropout_p, int64_t site, int64_t rows,
-                                                   std::optional<int64_t> padding_idx, ScalarType dtype, bool sparse) {
-    const Numbers token_rows = numbers_of(tokens, shape_of(tokens));
-    check_inside("tokens", token_rows, rows);
-    const int64_t count = static_cast<int64_t>(token_rows.size()), columns = dy.size(dy.dim() - 1);
-    const int64_t asked = padding_idx.value_or(-1 - rows), padding = asked < 0 ? asked + rows : asked; // -1: none
+std::tuple<Tensor, MaybeTensor> embedding_backward(const arguments::EmbeddingBackward& a) {
+    const Numbers token_rows = numbers_of(a.tokens, shape_of(a.tokens));
+    check_inside("tokens", token_rows, a.rows);
+    const int64_t count = static_cast<int64_t>(token_rows.size()), columns = a.dy.size(a.dy.dim() - 1);
+    const int64_t asked = a.padding_idx.value_or(-1 - a.rows), padding = asked < 0 ? asked + a.rows : asked; // -1: none
 
     // Padding is not counted, and so not summed.
-    Numbers begins(rows + 1), order(count);
+    Numbers begins(a.rows + 1), order(count);
     for (const int64_t token : token_rows)
         begins[token + 1] += token != padding;
-    for (int64_t row = 0; row < rows; ++row)
+    for (int64_t row = 0; row < a.rows; ++row)
         begins[row + 1] += begins[row];
     Numbers next(begins.begin(), begins.end() - 1);
     for (int64_t place = 0; place < count; ++place)
@@ -228,15 +226,15 @@ std::tuple<Tensor, MaybeTensor> embedding_backward(Tensor dy, Tensor tokens, May
     Numbers& ends = next; // where the last of each token's places went
 
     MaybeTensor indices;
-    int64_t size = rows;
-    if (sparse) {
+    int64_t size = a.rows;
+    if (a.sparse) {
         // One row for each token: the whole sum for the first of those that are the same, zeros for the others.
-        indices = empty({1, count}, ScalarType::Long, dy);
+        indices = empty({1, count}, ScalarType::Long, a.dy);
         int64_t* const index = data_of<int64_t>(indices);
         Numbers first(count), last(count);
         for (int64_t place = 0; place < count; ++place)
-            index[place] = place % rows;
-        for (int64_t row = 0; row < rows; ++row)
+            index[place] = place % a.rows;
+        for (int64_t row = 0; row < a.rows; ++row)
             if (ends[row] > begins[row]) {
                 index[begins[row]] = row;
                 first[begins[row]] = begins[row];
@@ -246,17 +244,17 @@ std::tuple<Tensor, MaybeTensor> embedding_backward(Tensor dy, Tensor tokens, May
         ends = std::move(last);
         size = count;
     }
-    Tensor gradient = empty({size, columns}, dtype, dy);
-    const Rows dy_rows(dy);
-    const Dropout dropout = dropout_of(seed, dropout_p, site);
+    Tensor gradient = empty({size, columns}, a.dtype, a.dy);
+    const Rows dy_rows(a.dy);
+    const Dropout dropout = dropout_of(a.seed, a.dropout_p, a.site);
     const EmbeddingBackward call{
         .dy = matrix(dy_rows),
-        .dweight = {gradient.data_ptr(), width_of(dtype) == Width::BFLOAT16, columns},
+        .dweight = {gradient.data_ptr(), width_of(a.dtype) == Width::BFLOAT16, columns},
         .order = order.data(),
         .begins = begins.data(),
         .ends = ends.data(),
         .columns = columns,
-        .scale = static_cast<float>(seed ? scale * dropout.scale : scale),
+        .scale = static_cast<float>(a.seed ? a.scale * dropout.scale : a.scale),
         .dropout = dropout,
     };
     const Numbers bounds = share_work(begins, ends, size, count);
@@ -269,8 +267,8 @@ std::tuple<Tensor, MaybeTensor> embedding_backward(Tensor dy, Tensor tokens, May
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
-    m.impl("embedding", TORCH_BOX(&embedding));
-    m.impl("embedding_backward", TORCH_BOX(&embedding_backward));
+    implement<arguments::Embedding, embedding>(m);
+    implement<arguments::EmbeddingBackward, embedding_backward>(m);
 }
 
 } // namespace tfm

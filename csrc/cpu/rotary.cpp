@@ -178,6 +178,7 @@ void rotary(const Rotary& call, float* scratch, int64_t first_block, int64_t las
 
 #include "cpu/integers.h"
 #include "cpu/rows.h"
+#include "operators/rotary.h"
 
 namespace tfm {
 
@@ -191,8 +192,6 @@ std::vector<int64_t> tokens_of(const Tensor& x) {
 Strides strides_of(const Tensor& x) {
     return x.dim() == 3 ? Strides{0, x.stride(1), x.stride(0)} : Strides{x.stride(0), x.stride(1), x.stride(2)};
 }
-
-bool is_side_by_side(const Tensor& x) { return x.stride(x.dim() - 1) == 1; }
 
 // Still empty, its tokens and heads in the order of x's memory.
 Tensor output_of(const Tensor& x) {
@@ -247,24 +246,22 @@ void run(const Tensor& x, const Tensor& y, const MaybeTensor& other, const Maybe
     });
 }
 
-std::tuple<Tensor, MaybeTensor> rotary_forward(Tensor x, MaybeTensor other, Tensor cos, Tensor sin,
-                                               MaybeTensor positions, int64_t turned, bool interleaved, bool inverse) {
-    const auto side_by_side = [](const Tensor& x) { return is_side_by_side(x) ? x : torch::stable::contiguous(x); };
-    Tensor y = output_of(x);
+std::tuple<Tensor, MaybeTensor> rotary(const arguments::Rotary& a) {
+    Tensor y = output_of(a.x);
     MaybeTensor other_y, other_x;
-    if (other) {
-        other_y = output_of(*other);
-        other_x = side_by_side(*other);
+    if (a.other) {
+        other_y = output_of(*a.other);
+        other_x = side_by_side(*a.other);
     }
-    run(side_by_side(x), y, other_x, other_y, cos, sin, positions, turned, interleaved, inverse);
+    run(side_by_side(a.x), y, other_x, other_y, a.cos, a.sin, a.positions, a.turned, a.interleaved, a.inverse);
     return {y, other_y};
 }
 
-// Of the first `heads` heads; two copies more where columns are not neighbours.
-void rotary_in_place(Tensor x, Tensor cos, Tensor sin, MaybeTensor positions, int64_t heads, bool interleaved) {
-    Tensor part = torch::stable::narrow(x, 1, 0, heads);
-    Tensor y = is_side_by_side(part) ? part : torch::stable::contiguous(part);
-    run(y, y, {}, {}, cos, sin, positions, heads, interleaved, false);
+// Two copies more where columns are not neighbours.
+void rotary_(const arguments::Rotary_& a) {
+    Tensor x = a.x, part = torch::stable::narrow(x, 1, 0, a.heads);
+    Tensor y = side_by_side(part);
+    run(y, y, {}, {}, a.cos, a.sin, a.positions, a.heads, a.interleaved, false);
     if (!is_side_by_side(part))
         torch::stable::copy_(part, y);
 }
@@ -272,8 +269,8 @@ void rotary_in_place(Tensor x, Tensor cos, Tensor sin, MaybeTensor positions, in
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
-    m.impl("rotary", TORCH_BOX(&rotary_forward));
-    m.impl("rotary_", TORCH_BOX(&rotary_in_place));
+    implement<arguments::Rotary, rotary>(m);
+    implement<arguments::Rotary_, rotary_>(m);
 }
 
 } // namespace tfm

@@ -33,7 +33,6 @@ from tfm.kernels.launch.cross_entropy import (
     streaming_cross_entropy,
     streaming_losses,
 )
-from tfm.kernels.launch.decode_attention import COMBINED_SPLITS, DecodeTiles, decode_attention
 from tfm.kernels.launch.device import Chip, are_aligned, chip_of
 from tfm.kernels.launch.feed_forward import (
     ElementTiles,
@@ -43,20 +42,10 @@ from tfm.kernels.launch.feed_forward import (
     linear_activation,
     linear_activation_backward,
 )
-from tfm.kernels.launch.rows import (
-    RotaryTiles,
-    RowTiles,
-    embedding_backward,
-    embedding_forward,
-    norm_backward,
-    norm_forward,
-    rotary,
-    sum_partials,
-)
+from tfm.kernels.launch.rows import RowTiles
 
 __all__ = [
     "BIAS_PROGRAMS",
-    "COMBINED_SPLITS",
     "SHORT_BACKWARD",
     "SHORT_BACKWARD_FP32",
     "SHORT_FORWARD",
@@ -64,10 +53,8 @@ __all__ = [
     "AttentionTiles",
     "Chip",
     "CrossEntropyTiles",
-    "DecodeTiles",
     "ElementTiles",
     "MatmulTiles",
-    "RotaryTiles",
     "RowTiles",
     "ShortBackwardTiles",
     "ShortForwardTiles",
@@ -83,22 +70,15 @@ __all__ = [
     "bias_splits",
     "chip_of",
     "cross_entropy",
-    "decode_attention",
-    "embedding_backward",
-    "embedding_forward",
     "linear_activation",
     "linear_activation_backward",
     "logits_rows",
     "mask_bits",
     "mean_loss",
-    "norm_backward",
-    "norm_forward",
-    "rotary",
     "short_attention_backward",
     "short_attention_forward",
     "short_block",
     "split_dim",
     "streaming_cross_entropy",
     "streaming_losses",
-    "sum_partials",
 ]

@@ -35,6 +35,11 @@ class DecodeTiles:
     stages: int
     max_registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
+
     def splits(self, capacity: int) -> int:
         """The programs that share the keys of a row."""
         return max(1, -(-capacity // self.split_keys))
@@ -44,8 +49,8 @@ class DecodeTiles:
 COMBINED_SPLITS = 16
 
 
-def decode_attention(dim: int, group: int, dtype: torch.dtype) -> DecodeTiles:
-    """`dim`: the wider of D and Dv; `group`: query heads a key head."""
+def tiles(dim: int, group: int, dtype: torch.dtype) -> DecodeTiles:
+    """The tiles for heads of `dim`, the wider of D and Dv, and `group` query heads a key head."""
     wide = 64 if dim <= 64 else 128 if dim <= 128 else 256
     exact = dtype == torch.float32
     if group == 1:

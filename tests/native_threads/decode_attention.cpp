@@ -1,6 +1,6 @@
 // A beam whose rows differ in length and whose keys are their ancestors', two query heads a key head, more than one
 // tile of keys. The latest keys and values are outputs of their own: they are written into the cache.
-#include "cpu/decode_attention.cpp"
+#include "cpu/decode_attention/attend.cpp"
 
 #include "case.h"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tfm.native import cross_entropy, header, plan
-from tfm.operators import define, register_fakes
+from tfm.operators import define
 
 # Of the native operators, in torch.ops.
 NAMESPACE = "tfm_native"
@@ -97,7 +97,6 @@ def _load() -> str:
     if not _kept:
         _kept.append(define(NAMESPACE, native=True))
         cross_entropy.implement(_kept[0])
-    register_fakes(NAMESPACE)
     return ""
 
 

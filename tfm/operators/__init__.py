@@ -6,26 +6,11 @@ Backend "triton" computes tfm::name (tfm.kernels), backend "native" tfm_native::
 from importlib import import_module
 from pkgutil import iter_modules
 
-import torch
-
 from tfm.operators.declaration import OPERATORS, Operator, Row, define
 
-# Whoever adds a subject adds a file here, and a row of a backend to its ROWS.
-SUBJECTS = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-ROWS: tuple[Row, ...] = tuple(row for subject in SUBJECTS for row in getattr(subject, "ROWS", ()))
+# A subject's file declares its operators as it is imported; its ROWS say which backends serve its operations.
+ROWS: tuple[Row, ...] = tuple(
+    row for module in iter_modules(__path__) for row in getattr(import_module(f"{__name__}.{module.name}"), "ROWS", ())
+)
 
 __all__ = ["OPERATORS", "ROWS", "Operator", "Row", "define"]
-
-from tfm.operators import decode_attention, embedding, rotary  # noqa: E402
-
-TWINS = (
-    *decode_attention.OPERATORS,
-    *embedding.OPERATORS,
-    *rotary.OPERATORS,
-)
-NATIVE = TWINS
-
-
-def register_fakes(namespace: str) -> None:
-    for operator in NATIVE:
-        torch.library.register_fake(f"{namespace}::{operator.name}", operator.fake)

@@ -5,21 +5,46 @@ kernels/decode_attention.py gives the mathematics.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from tfm.operators.operator import Operator
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Changed, Row, operator
 
-
-def output_like(query: Tensor, value_cache: Tensor) -> Tensor:
-    """[R, H, Dv], still empty."""
-    return torch.empty((*query.shape[:2], value_cache.shape[3]), dtype=query.dtype, device=query.device)
-
-
-# What it writes of the caches is the place of the latest token, where `key` and `value` are given.
-DECODE_ATTENTION = Operator(
-    "decode_attention(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor lengths, Tensor? parents,"
-    " Tensor? key, Tensor? value, float scale) -> Tensor",
-    fake=lambda query, key_cache, value_cache, *_: output_like(query, value_cache),
+ROWS = (
+    Row(("decode_attention",), "triton", FLOATS, max_columns=256),
+    Row(("decode_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
 )
-OPERATORS = (DECODE_ATTENTION,)
+
+
+@operator("decode_attention")
+class DecodeAttention(NamedTuple):
+    """softmax(scale · query keysᵀ) values, one query a row.
+
+    Where `key` and `value` are given, it writes them into the caches, at the place of the latest token.
+
+    Attributes:
+        query: [R, H, D].
+        key_cache: [R', capacity, Hkv, D], columns side by side.
+        value_cache: [R', capacity, Hkv, Dv], columns side by side.
+        lengths: int32 [R], how many places each row attends to.
+        parents: int32 [R, capacity], the row of the caches for each place; None is each row's own.
+        key: [R, Hkv, D], the latest token's; None where the caches hold it already.
+        value: [R, Hkv, Dv], given where `key` is.
+        scale: of the scores.
+    """
+
+    query: Tensor
+    key_cache: Changed
+    value_cache: Changed
+    lengths: Tensor
+    parents: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    scale: float
+
+    def outputs(self) -> Tensor:
+        """[R, H, Dv]."""
+        query = self.query
+        return torch.empty((*query.shape[:2], self.value_cache.shape[3]), dtype=query.dtype, device=query.device)

@@ -1,106 +1,144 @@
-"""Token rows, scaled, with positions and dropout: the operators and their autograd.
+"""Token rows, scaled, with positions and dropout: the operators and their gradients.
 
-kernels/embedding.py gives the mathematics. Saved: tokens, positions and the seed.
+kernels/embedding.py gives the mathematics.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from tfm.operators.operator import Operator, distinct
+from tfm.operators.autograd import Differentiable, Forward
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Length, Row, joined, operator, run
 from tfm.reference import embedding as reference
-from tfm.transforms import Recomputed, differentiable_by
 
-
-def forward_output(tokens: Tensor, weight: Tensor) -> Tensor:
-    """What the forward fills, still empty."""
-    return torch.empty((*tokens.shape, weight.shape[1]), dtype=weight.dtype, device=weight.device)
-
-
-def backward_outputs(
-    dy: Tensor, tokens: Tensor, rows: int, dtype: torch.dtype, sparse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient or its values, and the values' indices, still empty."""
-    count = tokens.numel()
-    gradient = torch.empty((count if sparse else rows, dy.shape[-1]), dtype=dtype, device=dy.device)
-    return gradient, torch.empty((1, count), dtype=torch.int64, device=dy.device) if sparse else None
-
-
-EMBEDDING = Operator(
-    "embedding(Tensor tokens, Tensor weight, Tensor positions, Tensor? position_weight, Tensor? seed, float scale,"
-    " float dropout_p, int site) -> Tensor",
-    fake=lambda tokens, weight, *_: forward_output(tokens, weight),
+ROWS = (
+    Row(("embedding",), "triton", FLOATS, max_columns=MANY),
+    Row(("embedding",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
 )
-EMBEDDING_BACKWARD = Operator(
-    "embedding_backward(Tensor dy, Tensor tokens, Tensor? seed, float scale, float dropout_p, int site, SymInt rows,"
-    " int? padding_idx, ScalarType dtype, bool sparse) -> (Tensor, Tensor?)",
-    fake=lambda dy, tokens, seed, scale, dropout_p, site, rows, padding_idx, dtype, sparse: backward_outputs(
-        dy, tokens, rows, dtype, sparse
-    ),
-)
-OPERATORS = (EMBEDDING, EMBEDDING_BACKWARD)
 
 
-def _recompute(ctx, dy: Tensor) -> Recomputed:
-    tokens, positions, seed = ctx.saved_tensors
-    scale, padding_idx, sparse = ctx.options
+@operator("embedding")
+class Embedding(NamedTuple):
+    """dropout(weight[tokens] · scale + position).
 
-    def output(_, tokens, weight, positions, position_weight, *rest):
-        places = positions.expand(tokens.shape)
-        options = (scale, ctx.dropout[0], padding_idx, sparse, seed, ctx.dropout[1])
-        return (reference.embedding(tokens, weight, places, position_weight, *options),)
+    Attributes:
+        tokens: int32 or int64, any shape.
+        weight: [V, D].
+        positions: integers that broadcast to the shape of `tokens`.
+        position_weight: [P, D] in the dtype of `weight` or in fp32; None is the sinusoid.
+        seed: int64 scalar; None where nothing is dropped.
+        scale: of the token rows.
+        dropout_p: of the sum.
+        site: which of the dropouts that share the seed this is.
+    """
 
-    tables = (
-        None if rows is None else torch.zeros((), dtype=dtype, device=dy.device).expand(rows, dy.shape[-1])
-        for rows, dtype in ctx.tables
-    )
-    return output, (None, tokens, next(tables), positions, next(tables), *[None] * 6)
+    tokens: Tensor
+    weight: Tensor
+    positions: Tensor
+    position_weight: Tensor | None
+    seed: Tensor | None
+    scale: float
+    dropout_p: float
+    site: int
+
+    def outputs(self) -> Tensor:
+        """[*tokens.shape, D] in the dtype of `weight`."""
+        shape = (*self.tokens.shape, self.weight.shape[1])
+        return torch.empty(shape, dtype=self.weight.dtype, device=self.weight.device)
 
 
-class Embedding(torch.autograd.Function):
-    """Autograd of the two operators: one backward for the tokens' table, one for the positions'."""
+@operator("embedding")
+class EmbeddingBackward(NamedTuple):
+    """The gradient of a table, of tokens or of positions.
+
+    Attributes:
+        dy: [*tokens.shape, D].
+        tokens: the rows of the table that the forward read.
+        seed: as in the forward.
+        scale: as in the forward; 1 for positions.
+        dropout_p: as in the forward.
+        site: as in the forward.
+        rows: those of the table.
+        padding_idx: the row whose gradient is 0; None where there is none.
+        dtype: of the gradient.
+        sparse: as values and their indices, of as many rows as there are tokens.
+    """
+
+    dy: Tensor
+    tokens: Tensor
+    seed: Tensor | None
+    scale: float
+    dropout_p: float
+    site: int
+    rows: Length
+    padding_idx: int | None
+    dtype: torch.dtype
+    sparse: bool
+
+    def outputs(self) -> tuple[Tensor, Tensor | None]:
+        """The gradient, [rows, D], or its values, [tokens, D], and their indices, int64 [1, tokens]."""
+        count, device = self.tokens.numel(), self.dy.device
+        shape = (count if self.sparse else self.rows, self.dy.shape[-1])
+        indices = torch.empty((1, count), dtype=torch.int64, device=device) if self.sparse else None
+        return torch.empty(shape, dtype=self.dtype, device=device), indices
+
+
+class TokenGradient(NamedTuple):
+    """How the gradient of the tokens' table is written, as EmbeddingBackward says."""
+
+    padding_idx: int | None
+    sparse: bool
+
+
+LearntEmbedding = joined("LearntEmbedding", Embedding, TokenGradient)
+
+
+class DifferentiableEmbedding(Differentiable):
+    """One backward for the tokens' table, one for the positions'. Saved: tokens, positions and the seed."""
+
+    arguments = LearntEmbedding
+    learns = ("weight", "position_weight")
 
     @staticmethod
-    def forward(
-        ctx, namespace, tokens, weight, positions, position_weight, seed, scale, dropout_p, site, padding_idx, sparse
-    ):  # fmt: skip
-        ctx.save_for_backward(tokens, positions, seed)
-        ctx.namespace, ctx.dropout, ctx.options = namespace, (dropout_p, site), (scale, padding_idx, sparse)
-        ctx.tables = [
-            (None, None) if table is None else (len(table), table.dtype) for table in (weight, position_weight)
-        ]
-        operator = getattr(torch.ops, namespace).embedding.default
-        return operator(tokens, weight, positions, position_weight, seed, scale, dropout_p, site)
+    def forward(namespace, call, wanted):
+        forward = Embedding._make(call[: len(Embedding._fields)])
+        tables = [None if x is None else (len(x), x.dtype) for x in (call.weight, call.position_weight)]
+        options = (tables, call.scale, call.dropout_p, call.site, call.padding_idx, call.sparse)
+        return Forward((run(namespace, forward),), (call.tokens, call.positions, call.seed), options)
 
     @staticmethod
-    @differentiable_by(_recompute)
-    def backward(ctx, dy):
-        tokens, positions, seed = ctx.saved_tensors
-        scale, padding_idx, sparse = ctx.options
-        operator = getattr(torch.ops, ctx.namespace).embedding_backward.default
+    def backward(namespace, saved, options, grads, wanted):
+        (dy,), (tokens, positions, seed) = grads, saved
+        tables, scale, dropout_p, site, padding_idx, sparse = options
         dweight = dpositions = None
-        if ctx.needs_input_grad[2]:
-            rows, dtype = ctx.tables[0]
-            dweight, indices = operator(dy, tokens, seed, scale, *ctx.dropout, rows, padding_idx, dtype, sparse)
+        if wanted[0]:
+            rows, dtype = tables[0]
+            call = EmbeddingBackward(dy, tokens, seed, scale, dropout_p, site, rows, padding_idx, dtype, sparse)
+            dweight, indices = run(namespace, call)
             if sparse:
                 # torch.sparse_coo_tensor(check_invariants=False) warns of itself in torch 2.11.
                 dweight = torch.ops.aten._sparse_coo_tensor_unsafe(indices, dweight, (rows, dy.shape[-1]))
-        if ctx.needs_input_grad[4]:
-            rows, dtype = ctx.tables[1]
+        if wanted[1]:
+            rows, dtype = tables[1]
             places = positions.expand(tokens.shape)
-            dpositions, _ = operator(dy, places, seed, 1.0, *ctx.dropout, rows, None, dtype, False)
-        return None, None, dweight, None, dpositions, *[None] * 6
+            call = EmbeddingBackward(dy, places, seed, 1.0, dropout_p, site, rows, None, dtype, sparse=False)
+            dpositions, _ = run(namespace, call)
+        return dweight, dpositions
 
+    @staticmethod
+    def again(saved, options, grads):
+        (dy,), (tokens, positions, seed) = grads, saved
+        tables, scale, dropout_p, site, padding_idx, sparse = options
 
-def embedding(
-    namespace: str, tokens: Tensor, weight: Tensor, positions: Tensor, position_weight: Tensor | None, scale: float,
-    dropout_p: float, padding_idx: int | None, sparse: bool, seed: Tensor | None, site: int,
-) -> Tensor:  # fmt: skip
-    """See tfm.ops.embedding."""
-    # A table of positions is read in the dtype of the tokens', or in fp32.
-    if position_weight is not None and position_weight.dtype != weight.dtype:
-        position_weight = position_weight.float()
-    seed = None if seed is None else seed.to(weight.device)
-    tensors = distinct((tokens, weight, positions, position_weight))
-    return Embedding.apply(namespace, *tensors, seed, scale, dropout_p, site, padding_idx, sparse)
+        def output(weight, position_weight):
+            places = positions.expand(tokens.shape)
+            rest = (scale, dropout_p, padding_idx, sparse, seed, site)
+            return (reference.embedding(tokens, weight, places, position_weight, *rest),)
+
+        return output, [
+            None if table is None else torch.zeros((), dtype=table[1], device=dy.device).expand(table[0], dy.shape[-1])
+            for table in tables
+        ]

@@ -16,24 +16,14 @@ from torch import Tensor
 
 from tfm import native
 from tfm.operators import ROWS, Row
-from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY
 from tfm.tracing import tracing
 from tfm.transforms import transforming, wraps_tensors
 
 BACKENDS = ("reference", "triton", "native")
 
-# On GPUs csrc stands behind Triton, and serves where Triton is not, until a record says where it is faster.
-TABLE = (
-    *ROWS,
-    Row(("decode_attention",), "triton", FLOATS, max_columns=256),
-    Row(("embedding",), "triton", FLOATS, max_columns=MANY),
-    Row(("rotary",), "triton", FLOATS, max_columns=1024),
-    Row(("rotary_",), "triton", FLOATS, max_columns=1024),
-    Row(("decode_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row(("embedding",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row(("rotary",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-    Row(("rotary_",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
-)
+# Each subject has its rows beside its operators. On GPUs csrc stands behind Triton, and serves where Triton is not,
+# until a record says where it is faster.
+TABLE = ROWS
 
 # Once, here: Dynamo cannot trace it.
 native.load()

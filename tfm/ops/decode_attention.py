@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm import native
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
+from tfm.operators.declaration import run
+from tfm.operators.decode_attention import DecodeAttention
 from tfm.ops.attention_rules import scaled
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_numbers
+from tfm.ops.registry import namespace_of
 from tfm.reference import decode_attention as reference
 
 
@@ -70,16 +72,11 @@ def decode_attention(
     check_numbers(scale=scale)
     backend = choose("decode_attention", impl, value_cache if value_cache.shape[3] > query.shape[2] else query)
     query, scale = scaled(query, scale)
-    arguments = query, key_cache, value_cache, lengths, parents, key, value, scale
+    call = DecodeAttention(query, key_cache, value_cache, lengths, parents, key, value, scale)
     if backend == "reference":
         with without_autocast(query.device):
-            return reference.decode_attention(*arguments)
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import decode_attention as kernels
-
-        namespace = kernels.NAMESPACE
-    return getattr(torch.ops, namespace).decode_attention.default(*arguments)
+            return reference.decode_attention(*call)
+    return run(namespace_of(backend), call)
 
 
 # Messages are made where they are needed: a step of a small model is as short as a dozen of them.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm import native
 from tfm.errors import AssertedArgument, BadArgument
-from tfm.operators import embedding as operators
+from tfm.operators.autograd import apply
+from tfm.operators.embedding import DifferentiableEmbedding, LearntEmbedding
 from tfm.ops.backends import choose
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_numbers, check_same_device
 from tfm.ops.dropout import seed_for
+from tfm.ops.registry import namespace_of
 from tfm.reference import embedding as reference
 
 sinusoid = reference.sinusoid
@@ -74,13 +75,14 @@ def embedding(
         raise BadArgument("sparse: expected False under torch.compile, which has no sparse gradients, got True")
     backend = choose("embedding", impl, weight)
     drawn = seed_for(dropout_p, seed, weight.device)
-    options = (scale, dropout_p, padding_idx, sparse, drawn, site)
     if backend == "reference":
-        return reference.embedding(tokens, weight, positions.expand(tokens.shape), position_weight, *options)
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import embedding as kernels
-
-        namespace = kernels.NAMESPACE
-
-    return operators.embedding(namespace, tokens, weight, positions, position_weight, *options)
+        places = positions.expand(tokens.shape)
+        options = (scale, dropout_p, padding_idx, sparse, drawn, site)
+        return reference.embedding(tokens, weight, places, position_weight, *options)
+    # A table of positions is read in the dtype of the tokens', or in fp32.
+    if position_weight is not None and position_weight.dtype != weight.dtype:
+        position_weight = position_weight.float()
+    call = LearntEmbedding(
+        tokens, weight, positions, position_weight, drawn, scale, dropout_p, site, padding_idx, sparse
+    )
+    return apply(DifferentiableEmbedding, namespace_of(backend), call)[0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfm import native
 from tfm.errors import BadArgument
-from tfm.operators import rotary as operators
+from tfm.operators.autograd import apply
+from tfm.operators.rotary import DifferentiableRotary, DifferentiableRotary_, Rotary, Rotary_
 from tfm.ops.backends import choose
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
+from tfm.ops.registry import namespace_of
 from tfm.reference import rotary as reference
 
 
@@ -62,13 +63,8 @@ def rotary(
     if backend == "reference":
         turned = reference.rotary(query, cos, sin, positions, interleaved)
         return turned, None if key is None else reference.rotary(key, cos, sin, positions, interleaved)
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import rotary as kernels
-
-        namespace = kernels.NAMESPACE
-
-    return operators.rotary(namespace, query, key, cos, sin, positions, interleaved)
+    call = Rotary(query, key, cos, sin, positions, query.shape[1], interleaved, inverse=False)
+    return apply(DifferentiableRotary, namespace_of(backend), call)
 
 
 def rotary_(
@@ -107,13 +103,8 @@ def rotary_(
         part = x.narrow(1, 0, heads)
         part.copy_(reference.rotary(part, cos, sin, positions, interleaved))
         return x
-    namespace = native.NAMESPACE
-    if backend == "triton":
-        from tfm.kernels import rotary as kernels
-
-        namespace = kernels.NAMESPACE
-
-    return operators.rotary_(namespace, x, heads, cos, sin, positions, interleaved)
+    call = Rotary_(x, cos, sin, positions, heads, interleaved)
+    return apply(DifferentiableRotary_, namespace_of(backend), call)[0]
 
 
 def _check_in_place(x: Tensor) -> None:

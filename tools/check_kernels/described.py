@@ -57,7 +57,7 @@ class DescribingTape(Tape):
 
 def described(
     label: str, launch: Callable[..., Any], call: Any, on: Chip, *, matrix: Sequence[str] = (),
-    capabilities: tuple[int, ...] | None = None,
+    capabilities: tuple[int, ...] | None = None, apart: tuple[str, ...] = (),
 ) -> Iterator[Case]:  # fmt: skip
     """A case for each launch of `launch(tape, call)`, named by the kernel and `label`.
 
@@ -68,6 +68,7 @@ def described(
         on: the chip that its settings are for.
         matrix: the kernels, by the beginnings of their names, that multiply matrices.
         capabilities: the chips that are given these settings; None for all.
+        apart: the tensors that a kernel loads from and stores to, at places that never meet.
     """
     tape = DescribingTape(on)
     launch(tape, call)
@@ -79,7 +80,8 @@ def described(
         case = Case(f"{name} {label}", kernel, written, options["num_warps"], matrix=name.startswith(tuple(matrix)))
         if "num_stages" in options:
             case = replace(case, num_stages=options["num_stages"])
-        yield replace(case, max_registers=options.get("maxnreg"), capabilities=capabilities)
+        both = tuple(name for name in apart if name in written)
+        yield replace(case, max_registers=options.get("maxnreg"), capabilities=capabilities, apart=both)
 
 
 def _written(parameter: Any, argument: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
 
-from tfm.kernels.library import NAMESPACE
+from tfm.ops.registry import NAMESPACE
 from tools.host.stand_in import DEVICE, Driver, as_on_gpu
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "_addmm_activation"}

@@ -4,63 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
-import torch
-
-from tfm.kernels import decode_attention, launch
+from tfm.kernels import decode_attention
+from tfm.operators.decode_attention import DecodeAttention
 from tools.check_kernels.cases.case import Case
+from tools.check_kernels.described import chip, described, meta
 
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOATS, NUMBERS = ("partials", "statistics"), ("lengths", "parents")
-VARYING = ("key_heads", "group", "tiles", "splits", "capacity", "cache_rows", "heads", "length_step")
+ROWS, HEADS = 16, 32
+# Keys of one piece, and of several.
+SHORT, LONG = 256, 4000
 
 
 def decode_attention_cases(every: bool) -> Iterator[Case]:
     """With ancestry, a latest key and pieces; a query head a key head, and several."""
-    for dtype, dim, group in product(TYPES, (32, 64, 80, 128, 256) if every else (64, 80, 128, 256), (1, 8)):
-        tiles = launch.decode_attention(dim, group, TYPES[dtype])
-        block_dim = 1 << (dim - 1).bit_length()
-        blocks = {
-            "DIM": dim, "VALUE_DIM": dim, "BLOCK_DIM": block_dim, "BLOCK_VALUE_DIM": block_dim,
-            "BLOCK_HEADS": tiles.block_heads, "BLOCK_KEYS": tiles.block_keys, "SPLIT_KEYS": tiles.split_keys,
-            "STAGES": tiles.stages, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
-        }  # fmt: skip
-        kernel = decode_attention.decode_attention_kernel
-        for absent in ((), FLOATS, ("k", "v", "parents")) if every else ((),):
-            name = " ".join((f"decode_attention {tiles.block_keys} of {dim}", *("grouped",) * (group > 1), dtype))
-            name += f" without {' '.join(absent)}" * bool(absent)
-            arguments = _arguments(kernel, dtype, blocks | dict.fromkeys(absent))
-            # A tile of 16 query heads is too short for HGMMA.
-            # The latest key is stored behind those that are read.
-            yield Case(
-                name, kernel, arguments, tiles.num_warps, max_registers=tiles.max_registers,
-                apart=("k_cache", "v_cache"),
-            )  # fmt: skip
-        if group == 1:
-            kernel = decode_attention.combine_splits_kernel
-            blocks = {"HAS_LATEST": True, "BLOCK_SPLITS": launch.COMBINED_SPLITS} | {
-                name: blocks[name] for name in ("VALUE_DIM", "BLOCK_VALUE_DIM", "SPLIT_KEYS")
-            }
-            yield Case(f"combine_splits of {dim} {dtype}", kernel, _arguments(kernel, dtype, blocks), 1)
+    dims = (32, 64, 80, 128, 256) if every else (64, 80, 128, 256)
+    for dtype, dim, group in product(("bf16", "fp16", "fp32"), dims, (1, 8)):
+        label = f"{'grouped ' * (group > 1)}{dim} {dtype}"
+        yield from _cases(label, dtype, dim, group, LONG, is_first=False)
+        if every:
+            yield from _cases(f"{label} short", dtype, dim, group, SHORT, is_first=False)
+            yield from _cases(f"{label} without k v parents", dtype, dim, group, LONG, is_first=True)
 
 
-def _arguments(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, Any]:
-    """Of `kernel`, rows of every tensor beginning at multiples of 16 numbers."""
-    found: dict[str, Any] = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            found[name] = constants[name]
-        elif name in FLOATS:
-            found[name] = "*fp32:16"
-        elif name in NUMBERS:
-            found[name] = "*i32:16"
-        elif name in VARYING:
-            found[name] = "i32"
-        elif name == "scale":
-            found[name] = "fp32"
-        elif name == "parents_place":
-            found[name] = 1
-        else:
-            found[name] = f"*{dtype}:16" if "_" not in name or name.endswith("_cache") else "i32:16"
-    return found
+def _cases(label: str, dtype: str, dim: int, group: int, capacity: int, is_first: bool) -> Iterator[Case]:
+    """`is_first`: nothing is behind the queries, neither a latest key nor ancestors."""
+    cache = meta(ROWS, capacity, HEADS // group, dim, dtype=dtype)
+    latest = None if is_first else meta(ROWS, HEADS // group, dim, dtype=dtype)
+    parents = None if is_first else meta(ROWS, capacity, dtype="i32")
+    query, lengths = meta(ROWS, HEADS, dim, dtype=dtype), meta(ROWS, dtype="i32")
+    call = DecodeAttention(query, cache, cache, lengths, parents, latest, latest, scale=0.125)
+    # A tile of 16 query heads is too short for HGMMA. The latest key is stored behind those that are read.
+    yield from described(label, decode_attention.decode_attention, call, chip(9), apart=("k_cache", "v_cache"))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from benchmarks.bench_decode_attention import SUITE
 from benchmarks.shapes import Decoding
 from benchmarks.suite import FORWARD
-from tfm.kernels.launch import DecodeTiles
+from tfm.kernels.launch.decode_attention import DecodeTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Keys of a tile, keys of a piece, warps, tiles on their way to a program, and the expected share of today's time.
@@ -53,7 +53,7 @@ def tiles(
 
 SWEEPS = (
     LaunchSweep(
-        "decode_attention", SUITE, FORWARD,
+        "decode_attention.tiles", SUITE, FORWARD,
         question="A warp asks for 8 KB at once and 20 lie on a multiprocessor: is that enough where a program takes"
         " one tile, and does the table of ancestors cost its latency again?",
         prediction="256 hypotheses take 7 µs, 2,048 in beams 25 µs; 64 keys in two warps are within 2 %.",
@@ -61,14 +61,14 @@ SWEEPS = (
         rehearsal=Decoding(2, 5, 2, 16, beam=2), table=SENTENCES, settings=tiles,
     ),
     LaunchSweep(
-        "decode_attention", SUITE, FORWARD,
+        "decode_attention.tiles", SUITE, FORWARD,
         question="Which tiles, on their way while another is computed with, keep memory busy over thousands of keys?",
         prediction="Today's reach 80 % of a copy at 4,000 keys (305 µs); two tiles on their way, cut every 512, 85 %.",
         sizes=[Decoding(16, 2000, 32, 128), Decoding(16, 4000, 32, 128)],
         rehearsal=Decoding(1, 300, 1, 16), table=PIECES, settings=tiles,
     ),
     LaunchSweep(
-        "decode_attention", SUITE, FORWARD,
+        "decode_attention.tiles", SUITE, FORWARD,
         question="Query heads that share keys multiply by tensor cores from shared memory: how wide a tile?",
         prediction="Today's take 80 µs at 4,000 keys of 8 heads, 76 % of a copy; 64 keys a tile 74 µs.",
         sizes=[Decoding(16, 4000, 32, 128, key_heads=8)],

@@ -18,7 +18,7 @@ from dataclasses import replace
 from benchmarks.bench_embedding import SUITE
 from benchmarks.shapes import Embedding
 from benchmarks.suite import BOTH, FORWARD
-from tfm.kernels.launch import RowTiles
+from tfm.kernels.launch.rows import RowTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Rows and warps of a program as multiples of today's, and the expected share of today's time.
@@ -60,13 +60,13 @@ REHEARSAL = Embedding(35, 32, 9, 0.1)
 
 SWEEPS = (
     LaunchSweep(
-        "embedding_forward", SUITE, FORWARD,
+        "embedding.forward", SUITE, FORWARD,
         question="Do the frequencies in fp64, once a program, hide behind the loads, or are more rows a program due?",
         prediction="Four times the rows in twice the warps gain 10 % of 6 µs at 512 columns, 18 % of 11 µs at 1,024.",
         sizes=SIZES, rehearsal=REHEARSAL, table=FORWARD_TILES, settings=forward,
     ),
     LaunchSweep(
-        "embedding_backward", SUITE, BOTH,
+        "embedding.backward", SUITE, BOTH,
         question="All rows of a program wait for its most frequent token, some 60 steps of it: are fewer rows and"
         " smaller programs faster?",
         prediction="The two launches take 12 µs of a step of 45 (10,000 x 512) and 26 of 65 (32,768 x 1024); two rows"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from benchmarks.bench_norm import LAYER
 from benchmarks.shapes import Norm
 from benchmarks.suite import BOTH, FORWARD
-from tfm.kernels.launch import RowTiles
+from tfm.kernels.launch.rows import RowTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Rows and warps of a program as multiples of today's, and the expected share of today's time.
@@ -76,14 +76,14 @@ REHEARSAL = Norm(6, 32, 0.1)
 
 SWEEPS = (
     LaunchSweep(
-        "norm_forward", LAYER, FORWARD,
+        "norm.forward", LAYER, FORWARD,
         question="Are 16 elements a thread in 4 warps enough loads in flight, or do larger programs read faster?",
         prediction="Today's reach 92 % of the copy's bandwidth from 8192 x 1024 on (17 µs there); twice the rows in"
         " twice the warps gain at most 1 %, and half the rows lose 2 %. At 4096 x 512 all are within 5 % of 5 µs.",
         sizes=SIZES, rehearsal=REHEARSAL, table=FORWARD_TILES, settings=forward,
     ),
     LaunchSweep(
-        "norm_backward", LAYER, BOTH,
+        "norm.backward", LAYER, BOTH,
         question="Two programs of 8 warps are 16 of a multiprocessor's 64 warps: do more and smaller ones hide more, or"
         " do the tiles on their way do so?",
         prediction="Four programs of 4 warps and half the rows gain 2 % of the step, one program loses 15 %; the"
@@ -91,7 +91,7 @@ SWEEPS = (
         sizes=SIZES, rehearsal=REHEARSAL, table=BACKWARD_TILES, settings=backward,
     ),
     LaunchSweep(
-        "sum_partials", LAYER, BOTH,
+        "rows.sum_partials", LAYER, BOTH,
         question="264 programs' sums are three rounds of 128: do narrower tiles, so more programs, end sooner?",
         prediction="It takes 2.5 µs at 1,024 columns, so that twice the programs gain 0.5 µs: 1-2 % of the step there,"
         " nothing measurable at 4,096.",

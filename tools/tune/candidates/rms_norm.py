@@ -17,13 +17,13 @@ REHEARSAL = Norm(6, 32, 0.1)
 
 SWEEPS = (
     LaunchSweep(
-        "norm_forward", RMS, FORWARD,
+        "norm.forward", RMS, FORWARD,
         question="Without the mean a row waits for one sum instead of two: are twice the rows a program still right?",
         prediction="93 % of the copy's bandwidth at 16384 x 4096 (134 µs); the order of the tiles is LayerNorm's.",
         sizes=SIZES, rehearsal=REHEARSAL, table=FORWARD_TILES, settings=forward,
     ),
     LaunchSweep(
-        "norm_backward", RMS, BOTH,
+        "norm.backward", RMS, BOTH,
         question="With one sum less beside the row, do three or four programs fit a multiprocessor?",
         prediction="Four programs of 4 warps and half the rows gain 2 % of the step as for LayerNorm; the backward"
         " alone reaches 3.6 TB/s at 16384 x 4096 (187 µs), where cuDNN is published at 3.8.",

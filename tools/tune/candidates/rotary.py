@@ -13,7 +13,7 @@ from dataclasses import replace
 from benchmarks.bench_rotary import SUITE
 from benchmarks.shapes import Rotary
 from benchmarks.suite import FORWARD
-from tfm.kernels.launch import RotaryTiles
+from tfm.kernels.launch.rotary import RotaryTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Tokens as a multiple of today's, heads, warps, and the expected share of today's time.
@@ -37,7 +37,7 @@ def tiles(current: RotaryTiles, arguments: Arguments, tokens: float, heads: int,
 
 SWEEPS = (
     LaunchSweep(
-        "rotary", SUITE, FORWARD,
+        "rotary.tiles", SUITE, FORWARD,
         question="Eight heads after one another read the angles once, but leave few programs: are four or two better?",
         prediction="Four gain 7 % at 64 x 128 (9 µs today), where twice the programs fill the memory's latency, and 1 %"
         " at 4 x 4096 (66 µs).",

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import tfm
 from benchmarks.suite import Suite
-from tfm.kernels import launch
 from tfm.ops import backends
 
 GRAPH, EAGER = "graph", "eager"
@@ -84,12 +85,18 @@ class Sweep:
 
 
 class LaunchSweep(Sweep):
-    """`subject` is a function of tfm.kernels.launch, and its result what is chosen."""
+    """`subject` is a function of tfm.kernels.launch with its module, "norm.forward"; its result is what is chosen."""
+
+    @property
+    def place(self) -> tuple[ModuleType, str]:
+        """The module of that function, where kernels look it up, and its name there."""
+        module, _, name = f"tfm.kernels.launch.{self.subject}".rpartition(".")
+        return import_module(module), name
 
     @contextmanager
     def recorded(self) -> Iterator[list[tuple[Arguments, Any]]]:
         calls: list[tuple[Arguments, Any]] = []
-        function = getattr(launch, self.subject)
+        function = getattr(*self.place)
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             call = _bound(function, args, kwargs), function(*args, **kwargs)
@@ -97,17 +104,17 @@ class LaunchSweep(Sweep):
                 calls.append(call)
             return call[1]
 
-        with tfm.use("triton"), patch.object(launch, self.subject, recorded):
+        with tfm.use("triton"), patch.object(*self.place, recorded):
             yield calls
 
     @contextmanager
     def substituted(self, arguments: Arguments, settings: Any) -> Iterator[None]:
-        function = getattr(launch, self.subject)
+        function = getattr(*self.place)
 
         def substituted(*args: Any, **kwargs: Any) -> Any:
             return settings if _bound(function, args, kwargs) == arguments else function(*args, **kwargs)
 
-        with tfm.use("triton"), patch.object(launch, self.subject, substituted):
+        with tfm.use("triton"), patch.object(*self.place, substituted):
             yield
 
 

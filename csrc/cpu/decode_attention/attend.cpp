@@ -11,51 +11,9 @@
 // What a task computes depends on its place alone, never on the thread: the same bits on any number of them.
 #include "cpu/isa.h"
 
-#include "cpu/attention/call.h"
+#include "cpu/decode_attention/call.h"
 
 namespace tfm {
-
-// [rows, heads, columns], or of a cache [rows, places, heads, columns]; strides in elements, columns side by side.
-struct HeadRows {
-    void* data; // null: absent
-    int64_t row, place, head;
-};
-
-struct DecodeAttention {
-    HeadRows query, key, value, key_cache, value_cache, output;
-    bool narrow; // bf16
-    const int32_t* lengths;
-    const int32_t* parents; // null: each row's keys are its own
-    int64_t length_stride, parents_row, parents_place;
-    int64_t key_heads, group, dim, value_dim, capacity, longest;
-    float scale;
-};
-
-static inline int64_t keys_of(const DecodeAttention& call, int64_t row) {
-    return larger(0, smaller(call.lengths[row * call.length_stride], call.capacity));
-}
-
-namespace {
-
-struct DecodeScratch {
-    int64_t query, scores, sums, totals, key_places, value_places, floats;
-};
-
-inline DecodeScratch decode_scratch(const DecodeAttention& call) {
-    Carver carver{};
-    DecodeScratch at;
-    at.query = carve(carver, call.group, call.dim);
-    at.scores = carve(carver, call.group, call.longest);
-    at.sums = carve(carver, call.group, call.value_dim);
-    at.totals = carve(carver, 1, call.group);
-    // Two floats an address.
-    at.key_places = carve(carver, 2, call.longest);
-    at.value_places = carve(carver, 2, call.longest);
-    at.floats = carver.used;
-    return at;
-}
-
-} // namespace
 
 TFM_KERNEL(decode_attention, const DecodeAttention& call, int64_t begin, int64_t end, float* scratch)
 
@@ -63,106 +21,11 @@ TFM_KERNEL(decode_attention, const DecodeAttention& call, int64_t begin, int64_t
 
 #ifdef TFM_ISA
 
-#include "cpu/attention/softmax.h"
+#include "cpu/decode_attention/products.h"
 
 namespace tfm::TFM_ISA {
 
 namespace {
-
-template <class T>
-TFM_INLINE T* place_of(const HeadRows& x, int64_t row, int64_t place, int64_t head) {
-    return static_cast<T*>(x.data) + row * x.row + place * x.place + head * x.head;
-}
-
-template <class T>
-void copy_row(const T* from, T* to, int64_t columns) {
-    for (int64_t column = 0; column < columns; ++column)
-        to[column] = from[column];
-}
-
-// Where the keys of a row lie in a cache, from its first element on; the last is repeated to fill a vector.
-void list_places(const DecodeAttention& call, const HeadRows& cache, int64_t row, int64_t keys, int64_t head,
-                 int64_t* places) {
-    const int64_t base = head * cache.head, listed = call.key.data ? keys - 1 : keys;
-    int64_t key = 0;
-    if (call.parents) {
-        const int32_t* const parents = call.parents + row * call.parents_row;
-        for (; key < listed; ++key)
-            places[key] = base + parents[key * call.parents_place] * cache.row + key * cache.place;
-    }
-    for (; key < keys; ++key)
-        places[key] = base + row * cache.row + key * cache.place;
-    for (; key % LANES; ++key)
-        places[key] = places[keys - 1];
-}
-
-// Scores of `keys` keys, and -inf up to a whole vector; returns the largest of each lane.
-template <class T>
-Floats score(const DecodeAttention& call, const float* query, const int64_t* places, int64_t keys, float* scores) {
-    const T* const cache = static_cast<const T*>(call.key_cache.data);
-    const int64_t dim = call.dim, whole = dim / WIDTH * WIDTH;
-    Floats top = broadcast(-INFINITE);
-    for (int64_t first = 0; first < keys; first += WIDTH) {
-        Floats parts[WIDTH] = {};
-        for (int64_t column = 0; column < whole; column += WIDTH) {
-            const Floats factor = load(query + column);
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; ++i)
-                parts[i] += load(cache + places[first + i] + column) * factor;
-        }
-        if (whole < dim) {
-            const Floats factor = load(query + whole);
-            for (int i = 0; i < WIDTH; ++i)
-                parts[i] += load_some(cache + places[first + i] + whole, dim - whole) * factor;
-        }
-        const Floats found = sums_of(parts) * call.scale;
-        const Floats seen = lanes() < static_cast<int32_t>(smaller(keys - first, WIDTH)) ? found : broadcast(-INFINITE);
-        store(scores + first, seen);
-        top = maximum(top, seen);
-    }
-    return top;
-}
-
-// Adds weights · values to VECTORS vectors of the sums: eight chains of additions at once.
-template <int VECTORS, class T>
-TFM_INLINE void weigh(const T* values, const int64_t* places, const float* weights, int64_t keys, int64_t columns,
-                      float* sums) {
-    constexpr int KEYS = 8 / VECTORS;
-    Floats parts[KEYS][VECTORS] = {};
-    int64_t key = 0;
-    for (; key + KEYS <= keys; key += KEYS)
-#pragma GCC unroll 8
-        for (int i = 0; i < KEYS; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; ++j)
-                parts[i][j] += load(values + places[key + i] + j * WIDTH, columns - j * WIDTH) * weights[key + i];
-    for (; key < keys; ++key)
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; ++j)
-            parts[0][j] += load(values + places[key] + j * WIDTH, columns - j * WIDTH) * weights[key];
-#pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) {
-        Floats total = load(sums + j * WIDTH);
-#pragma GCC unroll 8
-        for (int i = 0; i < KEYS; ++i)
-            total += parts[i][j];
-        store(sums + j * WIDTH, total);
-    }
-}
-
-template <class T>
-void weigh_values(const DecodeAttention& call, const int64_t* places, const float* weights, int64_t keys, float* sums) {
-    const T* const cache = static_cast<const T*>(call.value_cache.data);
-    int64_t column = 0;
-    for (; column + 4 * WIDTH <= call.value_dim; column += 4 * WIDTH)
-        weigh<4>(cache + column, places, weights, keys, 4 * WIDTH, sums + column);
-    for (; column + 2 * WIDTH <= call.value_dim; column += 2 * WIDTH)
-        weigh<2>(cache + column, places, weights, keys, 2 * WIDTH, sums + column);
-    for (; column + WIDTH <= call.value_dim; column += WIDTH)
-        weigh<1>(cache + column, places, weights, keys, WIDTH, sums + column);
-    if (column < call.value_dim)
-        weigh<1>(cache + column, places, weights, keys, call.value_dim - column, sums + column);
-}
 
 template <class T>
 void attend(const DecodeAttention& call, int64_t row, int64_t head, const DecodeScratch& at, float* scratch) {
@@ -239,12 +102,11 @@ void decode_attention(const DecodeAttention& call, int64_t begin, int64_t end, f
 
 #include "cpu/attention/host.h"
 #include "cpu/rows.h"
+#include "operators/decode_attention.h"
 
 namespace tfm {
 
 namespace {
-
-Tensor side_by_side(const Tensor& x) { return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x); }
 
 HeadRows head_rows(const Tensor& x) {
     if (x.dim() == 4)
@@ -289,45 +151,44 @@ void run(const DecodeAttention& call, int64_t rows) {
         torch::stable::parallel_for(0, total, grain, range);
 }
 
-Tensor decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, MaybeTensor parents,
-                        MaybeTensor key, MaybeTensor value, double scale) {
-    const int64_t rows = query.size(0), heads = query.size(1), key_heads = key_cache.size(2);
-    Tensor output = empty({rows, heads, value_cache.size(3)}, query.scalar_type(), query);
-    const Tensor queries = side_by_side(query);
-    const MaybeTensor keys = key ? MaybeTensor(side_by_side(*key)) : key;
-    const MaybeTensor values = value ? MaybeTensor(side_by_side(*value)) : value;
+Tensor decode_attention(const arguments::DecodeAttention& a) {
+    const int64_t rows = a.query.size(0), heads = a.query.size(1), key_heads = a.key_cache.size(2);
+    Tensor output = empty({rows, heads, a.value_cache.size(3)}, a.query.scalar_type(), a.query);
+    const Tensor queries = side_by_side(a.query);
+    const MaybeTensor keys = a.key ? MaybeTensor(side_by_side(*a.key)) : a.key;
+    const MaybeTensor values = a.value ? MaybeTensor(side_by_side(*a.value)) : a.value;
     DecodeAttention call{
         .query = head_rows(queries),
         .key = keys ? head_rows(*keys) : HeadRows{},
         .value = values ? head_rows(*values) : HeadRows{},
-        .key_cache = head_rows(key_cache),
-        .value_cache = head_rows(value_cache),
+        .key_cache = head_rows(a.key_cache),
+        .value_cache = head_rows(a.value_cache),
         .output = head_rows(output),
-        .narrow = is_narrow(width_of(query.scalar_type())),
-        .lengths = static_cast<const int32_t*>(lengths.const_data_ptr()),
-        .parents = data_of<const int32_t>(parents),
-        .length_stride = lengths.stride(0),
-        .parents_row = parents ? parents->stride(0) : 0,
-        .parents_place = parents ? parents->stride(1) : 0,
+        .narrow = is_narrow(width_of(a.query.scalar_type())),
+        .lengths = static_cast<const int32_t*>(a.lengths.const_data_ptr()),
+        .parents = data_of<const int32_t>(a.parents),
+        .length_stride = a.lengths.stride(0),
+        .parents_row = a.parents ? a.parents->stride(0) : 0,
+        .parents_place = a.parents ? a.parents->stride(1) : 0,
         .key_heads = key_heads,
         .group = key_heads == 0 ? 1 : heads / key_heads,
-        .dim = query.size(2),
-        .value_dim = value_cache.size(3),
-        .capacity = key_cache.size(1),
+        .dim = a.query.size(2),
+        .value_dim = a.value_cache.size(3),
+        .capacity = a.key_cache.size(1),
         .longest = 1,
-        .scale = static_cast<float>(scale),
+        .scale = static_cast<float>(a.scale),
     };
     for (int64_t row = 0; row < rows; ++row)
         call.longest = std::max(call.longest, keys_of(call, row));
     if (call.parents)
-        check_parents(call, rows, key_cache.size(0));
+        check_parents(call, rows, a.key_cache.size(0));
     run(call, rows);
     return output;
 }
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { m.impl("decode_attention", TORCH_BOX(&decode_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { implement<arguments::DecodeAttention, decode_attention>(m); }
 
 } // namespace tfm
 

@@ -1,0 +1,35 @@
+"""Settings of the rotary position embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tfm.kernels.launch.rows import width
+
+
+@dataclass(frozen=True)
+class RotaryTiles:
+    """`programs` of `block_tokens` tokens, for each `group` of heads.
+
+    A head is two halves of at most `block_half` columns, and at most `block_rest` that are not turned.
+    """
+
+    programs: int
+    block_tokens: int
+    group: int
+    block_half: int
+    block_rest: int
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps}
+
+
+def tiles(tokens: int, half: int, columns: int) -> RotaryTiles:
+    """4 warps with 16 columns of a head a thread; 8 heads one after another, so that the angles are read for all."""
+    block_half = width(half)
+    block_rest = width(columns - 2 * half) if columns > 2 * half else 0
+    block_tokens = max(1, 2048 // max(2 * block_half, block_rest))
+    return RotaryTiles(-(-tokens // block_tokens), block_tokens, 8, block_half, block_rest, num_warps=4)

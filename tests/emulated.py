@@ -23,6 +23,7 @@ import torch
 from tfm import native
 from tfm.native import header, plan
 from tfm.operators import define
+from tfm.operators.declaration import FLOATS
 from tfm.ops import backends
 
 NAMESPACE = "tfm_emulated"
@@ -48,7 +49,7 @@ def operators(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) 
         return torch.ops.tfm_native
     load(name)
     rows = [row for row in backends.TABLE if row.backend == "native"]
-    monkeypatch.setattr(backends, "TABLE", [dataclasses.replace(row, dtypes=backends.FLOATS) for row in rows])
+    monkeypatch.setattr(backends, "TABLE", [dataclasses.replace(row, dtypes=FLOATS) for row in rows])
     monkeypatch.setattr(native, "NAMESPACE", NAMESPACE)
     monkeypatch.setattr(native, "obstacle", lambda device: "")
     return getattr(torch.ops, NAMESPACE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tfm import ops
+from tfm.operators.declaration import FLOATS
 from tfm.ops import backends
 from tfm.ops.backends import Row, choose, use
 
@@ -162,7 +163,7 @@ def test_which_gpus_the_kernels_serve(monkeypatch, built_for, capability, auto, 
     monkeypatch.setattr(torch.version, "cuda", built_for)
     chip = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
-    row, device = Row(("layer_norm",), "triton", backends.FLOATS, max_columns=8), torch.device("cuda")
+    row, device = Row(("layer_norm",), "triton", FLOATS, max_columns=8), torch.device("cuda")
     found = backends.triton_obstacle(device, automatic=True)
     assert (found == "") == (auto == "triton")
     assert found.startswith(reason or "")

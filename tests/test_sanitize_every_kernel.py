@@ -9,7 +9,7 @@ import launches
 import torch
 from native import Called
 
-from tfm.ops import backends
+from tfm.operators.declaration import FLOATS
 from tools.check_kernels.compiled import CASES, cases_of
 from tools.interpreter import reached
 from tools.sanitize import every_kernel, interpreter
@@ -27,13 +27,13 @@ def test_every_kernel_of_triton_is_launched(kernel_device, monkeypatch):
 
 def test_triton_passes_in_every_dtype():
     for device in ("cpu", "cuda"):
-        assert set(every_kernel.served("triton", torch.device(device)).values()) == {backends.FLOATS}
+        assert set(every_kernel.served("triton", torch.device(device)).values()) == {FLOATS}
 
 
 def test_every_operator_of_csrc_is_called_as_a_gpu_takes_it(cuda_device, monkeypatch):
     served = every_kernel.served("native", torch.device("cuda"))
     assert served["attention"] == (torch.float16, torch.bfloat16)
-    assert served["layer_norm"] == backends.FLOATS
+    assert served["layer_norm"] == FLOATS
     for source in sorted(CUDA.rglob("*.cu")):
         operators = emulated.operators(str(source.relative_to(CUDA).with_suffix("")), cuda_device, monkeypatch)
     # A CPU stands for the GPU, so the problems must be those of one.

@@ -25,7 +25,7 @@ from tfm.kernels.feed_forward.elementwise import (
 )
 from tfm.kernels.matmul import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
-from tfm.kernels.rows import as_rows, as_vector, sum_partials
+from tfm.kernels.rows import as_rows, side_by_side, sum_partials
 from tfm.kernels.tape import Tape
 from tfm.operators.feed_forward import ActivationDropout, LinearActivation, LinearActivationBackward, keeps_hidden
 
@@ -172,7 +172,7 @@ def linear_activation(tape: Tape, call: LinearActivation) -> tuple[Tensor, Tenso
     if tiles.programs:
         tape.launch(
             linear_activation_kernel, (tiles.programs,), tiles.options,
-            x=x_rows, weight=gate_rows, up_weight=up_rows, bias=as_vector(bias), seed=call.seed,
+            x=x_rows, weight=gate_rows, up_weight=up_rows, bias=side_by_side(bias), seed=call.seed,
             hidden=hidden, pre=pre if call.keeps_pre else None,
             rows=rows, columns=columns, depth=depth,
             x_stride=x_stride, weight_stride=weight_stride, up_stride=up_stride,

@@ -11,7 +11,7 @@ import pytest
 from tools.check_kernels import __main__ as command
 from tools.check_kernels import assemblers
 from tools.check_kernels.allowed import ALLOWED, Allowed
-from tools.check_kernels.cases.case import Case, merged, telling
+from tools.check_kernels.case import Case, merged, telling
 from tools.check_kernels.chips import CHIPS, resident_blocks
 from tools.check_kernels.compiled import CASES, Compiled, cases_of, compile_all
 from tools.check_kernels.sass import count_instructions
@@ -27,7 +27,7 @@ import os
 import triton
 import triton.language as tl
 
-from tools.check_kernels.cases.case import Case
+from tools.check_kernels.case import Case
 
 
 @triton.jit

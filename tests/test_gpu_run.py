@@ -21,12 +21,18 @@ from tools.gpu import child, speed
 ROOT = Path(command.ROOT)
 HAS_COMPILER = not toolchain.missing()
 # One kernel in the place of all, so that nothing is compiled for minutes.
-KERNEL_CASES = """
+SUBJECTS = """
 from itertools import islice
 
-from tools.check_kernels.cases.norm import norm_cases
 
-ALL = (lambda every: islice(norm_cases(every), 1),)
+def subjects():
+    from tools.subjects import norm
+
+    return [norm]
+
+
+def compiled(every):
+    return islice(subjects()[0].compiled(every), 1)
 """
 TESTS = """
 import pytest
@@ -97,7 +103,7 @@ def checkout(tmp_path_factory) -> Path:
     for folder in ("tfm", "kernels", "csrc", "benchmarks", "tools", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "tools" / "check_kernels" / "cases" / "families.py").write_text(KERNEL_CASES)
+    (copy / "tools" / "subjects" / "__init__.py").write_text(SUBJECTS)
     (copy / "tests" / "test_norm.py").write_text(TESTS)
     for name, text in {"broken": BROKEN, "troubled": TROUBLED}.items():
         (copy / "benchmarks" / f"bench_{name}.py").write_text(text)

@@ -17,7 +17,7 @@ from selection import EVERY
 
 from tfm import ops
 from tfm.ops import backends
-from tools.check_kernels.cases.case import Case
+from tools.check_kernels.case import Case
 from tools.host.batches import MOST
 from tools.host.launches import Counting, Launches, Watching
 from tools.host.record import exact_changes, over_budget

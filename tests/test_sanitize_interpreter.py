@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run o
 QUICK = ["decode_attention", "feed_forward", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary_"]
 
 
-@pytest.mark.parametrize("operation", long_but(QUICK, every_kernel.PASSES))
+@pytest.mark.parametrize("operation", long_but(QUICK, every_kernel.passes()))
 def test_kernels_are_clean(operation):
     findings, kernels = interpreter.check(operation, torch.float16)
     assert [str(finding) for finding in findings] == []

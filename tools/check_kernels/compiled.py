@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,9 +27,9 @@ from tools.check_kernels.chips import CHIPS, TENSOR_MEMORY, resident_blocks
 from tools.check_kernels.rereads import rereads
 
 if TYPE_CHECKING:
-    from tools.check_kernels.cases.case import Case
+    from tools.check_kernels.case import Case
 
-CASES = "tools.check_kernels.cases.families"
+CASES = "tools.subjects"
 CAPABILITIES = (80, 90, 100)
 EVERY_CAPABILITY = (80, 86, 89, 90, 100, 120)
 # Cases by their place in the list: kernels do not travel between processes. The module, every or not, the place; name,
@@ -129,7 +129,7 @@ def compile_all(
     """Compiles the cases that `module` lists in ALL, in processes of their own; nothing here raises for a kernel.
 
     Args:
-        module: lists functions of `every` that give tools.check_kernels.cases.case.Case.
+        module: lists functions of `every` that give tools.check_kernels.case.Case.
         every: the full product of settings, not the hungriest.
         capabilities: of the chips, as 90 for sm_90.
         workers: processes; None is one for each core.
@@ -201,21 +201,20 @@ def _compiling() -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = interpreting
 
 
+def families(module: str) -> list[Callable[[bool], Iterable[Case]]]:
+    """What makes the cases that `module` lists: its ALL, or the `compiled` of each of tools.subjects."""
+    found = importlib.import_module(module)
+    return [found.compiled] if module == CASES else list(found.ALL)
+
+
 @cache
 def cases_of(module: str, every: bool) -> list[Case]:
-    """The cases that `module` lists, those that differ in nothing but their names once.
-
-    Imported late, so that only workers import triton.
-    """
-    found: dict[str, Case] = {}
-    for family in importlib.import_module(module).ALL:
-        for case in family(every):
-            found.setdefault(repr(replace(case, name="")), case)
-    return list(found.values())
+    """The cases that `module` lists; imported late, so that only workers import triton."""
+    return [case for family in families(module) for case in family(every)]
 
 
 def _names_and_chips(module: str, every: bool, chosen: bool) -> list[tuple[str, tuple[int, ...] | None]]:
-    from tools.check_kernels.cases.case import telling
+    from tools.check_kernels.case import telling
 
     cases = cases_of(module, every)
     chips = telling(cases) if chosen else [case.capabilities for case in cases]

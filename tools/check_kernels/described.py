@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tfm.kernels.launch import Chip
 from tfm.kernels.tape import Tape
-from tools.check_kernels.cases.case import Case
+from tools.check_kernels.case import Case
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
@@ -74,8 +74,9 @@ def described(
     launch(tape, call)
     for kernel, options, arguments in tape.launches:
         name = kernel.fn.__name__.removesuffix("_kernel")
-        written = arguments
-        if not isinstance(kernel, InterpretedFunction):
+        if isinstance(kernel, InterpretedFunction):  # which keeps no parameters
+            written = {name: f"*{TYPES[x.dtype]}" if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        else:
             written = {parameter.name: _written(parameter, arguments[parameter.name]) for parameter in kernel.params}
         case = Case(f"{name} {label}", kernel, written, options["num_warps"], matrix=name.startswith(tuple(matrix)))
         if "num_stages" in options:

@@ -17,9 +17,9 @@ from tfm import nn, ops
 from tfm.data import BatchPlan
 from tfm.model import Transformer
 from tfm.sequences import offsets
-from tools.host.cases import HALF, HEADS, HIDDEN, WIDTH
 from tools.host.launches import without_compiling
 from tools.host.models import decode, ragged_pairs, small_model, training
+from tools.host.sizes import HALF, HEADS, HIDDEN, WIDTH
 
 BATCHES, MOST = 200, 20
 # Tokens of a translation: the cache grows once.

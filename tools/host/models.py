@@ -1,4 +1,4 @@
-"""Layers, a training step and a decoding step, at the sizes of tools.host.cases.
+"""Layers, a training step and a decoding step, at the sizes of tools.host.sizes.
 
 They launch as much as larger ones; but a loss over many classes goes by chunks, and launches more.
 """
@@ -25,21 +25,11 @@ from tfm.generate import Cache, Search, beam_search
 from tfm.model import Transformer
 from tfm.tokenizer import EOS, Tokenizer
 from tfm.train import Options, Training
-from tools.host.cases import (
-    CLASSES,
-    HALF,
-    HEADS,
-    HIDDEN,
-    LENGTH,
-    SENTENCES,
-    WIDTH,
-    Budget,
-    Case,
-    leaf,
-    operation_cases,
-)
+from tools.host.call import Budget, Call
+from tools.host.cases import operation_cases
 from tools.host.launches import Launches
 from tools.host.rows import BACKWARD, Piece, pieces
+from tools.host.sizes import CLASSES, HALF, HEADS, HIDDEN, LENGTH, SENTENCES, WIDTH, leaf
 from tools.host.timing import Timed, seconds_of_add
 
 LAYERS, BEAM = 6, 4
@@ -51,7 +41,7 @@ DECODING = Budget(launches=8 * LAYERS + 3)
 Observed = TypeVar("Observed")
 
 
-def layer_cases() -> list[Case]:
+def layer_cases() -> list[Call]:
     """Drop-in layers in training, post-norm, with and without a padding mask."""
     options: dict[str, Any] = {"dropout": 0.1, "batch_first": True, "dtype": HALF}
     encoder = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, **options)
@@ -62,13 +52,13 @@ def layer_cases() -> list[Case]:
     found = []
     for name, mask in (("", None), (", padding mask", padding)):
         encode = partial(encoder, x, src_key_padding_mask=mask)
-        found.append(Case(f"encoder layer{name}", encode, (x, *encoder.parameters()), ENCODER, LAYER_BACKWARD))
+        found.append(Call(f"encoder layer{name}", encode, (x, *encoder.parameters()), ENCODER, LAYER_BACKWARD))
     for name, mask in (("", None), (", padding masks", padding)):
         decode = partial(
             decoder, x, memory, tgt_is_causal=True, tgt_key_padding_mask=mask, memory_key_padding_mask=mask
         )  # fmt: skip
         leaves = (x, memory, *decoder.parameters())
-        found.append(Case(f"decoder layer{name}", decode, leaves, DECODER, LAYER_BACKWARD))
+        found.append(Call(f"decoder layer{name}", decode, leaves, DECODER, LAYER_BACKWARD))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.host.cases import NONE, Budget, Case
+from tools.host.call import NONE, Budget, Call
 from tools.host.launches import Launches, count
 from tools.host.timing import Timed, timed
 
@@ -40,7 +40,7 @@ class Piece:
         return self.direction != WITHOUT_GRAD
 
 
-def pieces(cases: list[Case]) -> Iterator[Piece]:
+def pieces(cases: list[Call]) -> Iterator[Piece]:
     """Each case in its directions."""
     for case in cases:
         yield Piece(case.name, WITHOUT_GRAD, case.call)
@@ -49,7 +49,7 @@ def pieces(cases: list[Case]) -> Iterator[Piece]:
             yield Piece(case.name, BACKWARD, _both(case), _sum(case.forward, case.backward))
 
 
-def _both(case: Case) -> Callable[[], Any]:
+def _both(case: Call) -> Callable[[], Any]:
     """The call and the gradients of all its results."""
 
     def work() -> None:

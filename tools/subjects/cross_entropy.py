@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
+import torch
+from torch import Tensor
+
+from tfm import ops
 from tfm.kernels import cross_entropy
 from tfm.kernels.cross_entropy import stored
 from tfm.kernels.launch.cross_entropy import TILE_ROWS
 from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
-from tools.check_kernels.cases.case import Case
+from tools.check_kernels.case import Case
 from tools.check_kernels.described import chip, described, meta
+from tools.host import sizes
+from tools.host.call import Call
+from tools.subjects import inputs
+from tools.subjects.inputs import Outputs, Pass, Tensors
 
 ROWS, DIM = 8192, 512
 Options = tuple[int, float, float, float | None]
@@ -18,7 +27,7 @@ USUAL: Options = (-100, 0.1, 0.0, None)
 EVERYTHING: Options = (-100, 0.1, 0.01, 30.0)
 
 
-def cross_entropy_cases(every: bool) -> Iterator[Case]:
+def compiled(every: bool) -> Iterator[Case]:
     """Rows of one block, of several, and of more warps, each with its gradient; every tile of streamed logits."""
     powers = [1 << bits for bits in range(8, 19)]
     for dtype in ("bf16", "fp16", "fp32"):
@@ -51,3 +60,34 @@ def _streamed(dtype: str, name: str, major: int, options: Options) -> Iterator[C
         f"{dtype} {name}", cross_entropy.linear_cross_entropy, call, chip(major),
         matrix=("streaming_statistics",), capabilities=(10 * major,),
     )  # fmt: skip
+
+
+def pass_linear_cross_entropy(new: Tensors) -> Iterator[Outputs]:
+    target = new.below(inputs.CLASSES, inputs.ROWS)
+    target[::5] = -100
+    weight, bias = new(inputs.CLASSES, inputs.COLUMNS), new(inputs.CLASSES)
+    for x in (new(inputs.ROWS, inputs.COLUMNS), new(inputs.ROWS, inputs.COLUMNS).detach()):
+        with torch.set_grad_enabled(x.requires_grad):
+            yield ops.linear_cross_entropy(x, weight, target, linear_bias=bias, label_smoothing=0.1, z_loss=1e-4)
+    yield ops.linear_cross_entropy(
+        new(3, inputs.COLUMNS), new(inputs.WIDE, inputs.COLUMNS), new.below(inputs.WIDE, 3), reduction="none"
+    )
+
+
+PASSES: dict[str, Pass] = {
+    "linear_cross_entropy": pass_linear_cross_entropy,
+}
+
+
+def timed(seed: Tensor) -> list[Call]:
+    """Returns the calls whose launches are counted and whose host time is told."""
+    x, weight, target = (
+        sizes.leaf(sizes.TOKENS, sizes.WIDTH),
+        sizes.leaf(sizes.CLASSES, sizes.WIDTH),
+        torch.randint(0, sizes.CLASSES, (sizes.TOKENS,)),
+    )
+    call = partial(ops.linear_cross_entropy, x, weight, target, label_smoothing=0.1)
+    return [
+        Call(f"linear_cross_entropy, {reduction}", partial(call, reduction=reduction), (x, weight))
+        for reduction in ("mean", "none")
+    ]

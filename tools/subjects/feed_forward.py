@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from tfm import ops
 from tfm.kernels import feed_forward
 from tfm.kernels.launch import Chip
 from tfm.operators.feed_forward import ActivationDropout, LinearActivation, LinearActivationBackward, keeps_hidden
 from tfm.ops.feed_forward import ACTIVATIONS
-from tools.check_kernels.cases.case import CHIPS, Case
+from tools.check_kernels.case import CHIPS, Case
 from tools.check_kernels.described import chip, described, meta
+from tools.host import sizes
+from tools.host.call import Budget, Call
+from tools.subjects import inputs
+from tools.subjects.inputs import Outputs, Pass, Tensors
 
 HIDDEN = 2048
 # Each takes smaller tiles than the one before, on 132 multiprocessors.
@@ -22,7 +28,7 @@ ROWS = (8192, 1024, 512, 64)
 EVEN, ODD, DEEP = 512, 496, 2048
 
 
-def feed_forward_cases(every: bool) -> Iterator[Case]:
+def compiled(every: bool) -> Iterator[Case]:
     """Dropout, bias, and what the backward needs besides; GELU takes the most registers, plain and gated."""
     for gated in (False, True):
         yield from _matmul_cases(every, gated)
@@ -78,3 +84,43 @@ def _backward(
 def _layer(gated: bool, activation: str) -> tuple[bool, str, float, Tensor, int]:
     """Returns the arguments from `gated` to `site`, with dropout."""
     return gated, activation, 0.1, meta(dtype="i64"), 0
+
+
+def pass_feed_forward(new: Tensors) -> Iterator[Outputs]:
+    for columns, activation in (
+        (inputs.COLUMNS, "relu"),
+        (inputs.COLUMNS, "gelu"),
+        (inputs.COLUMNS - 1, "gelu"),
+        (inputs.EVEN, "silu"),
+    ):
+        first, second = (new(inputs.WIDTH, columns), new(inputs.WIDTH)), (new(columns, inputs.WIDTH), new(columns))
+        yield ops.feed_forward(new(inputs.ROWS, columns), *first, *second, activation, inputs.DROPOUT_P)
+
+
+def pass_gated_feed_forward(new: Tensors) -> Iterator[Outputs]:
+    for columns in (inputs.COLUMNS, inputs.COLUMNS - 1):
+        gate, up, down = new(inputs.WIDTH, columns), new(inputs.WIDTH, columns), new(columns, inputs.WIDTH)
+        yield ops.gated_feed_forward(new(inputs.ROWS, columns), gate, up, down, "silu", inputs.DROPOUT_P)
+
+
+PASSES: dict[str, Pass] = {
+    "feed_forward": pass_feed_forward,
+    "gated_feed_forward": pass_gated_feed_forward,
+}
+
+
+def timed(seed: Tensor) -> list[Call]:
+    """Returns the calls whose launches are counted and whose host time is told."""
+    budget = Budget(host=25)
+    x, w1, b1 = sizes.leaf(sizes.TOKENS, sizes.WIDTH), sizes.leaf(sizes.HIDDEN, sizes.WIDTH), sizes.leaf(sizes.HIDDEN)
+    gate, up, w2 = (
+        sizes.leaf(sizes.HIDDEN, sizes.WIDTH),
+        sizes.leaf(sizes.HIDDEN, sizes.WIDTH),
+        sizes.leaf(sizes.WIDTH, sizes.HIDDEN),
+    )
+    found = []
+    for activation in ("relu", "gelu"):
+        call = partial(ops.feed_forward, x, w1, b1, w2, None, activation, 0.1, seed=seed)
+        found.append(Call(f"feed_forward, {activation}", call, (x, w1, b1, w2), budget))
+    call = partial(ops.gated_feed_forward, x, gate, up, w2, "silu", 0.1, seed=seed)
+    return [*found, Call("gated_feed_forward, silu", call, (x, gate, up, w2), budget)]

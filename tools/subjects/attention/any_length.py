@@ -13,7 +13,7 @@ import torch
 from tfm.kernels import attention
 from tfm.kernels.launch.attention import any_length as tables
 from tfm.operators.attention import Attention, AttentionBackward, AttentionMaskBits
-from tools.check_kernels.cases.case import Case
+from tools.check_kernels.case import Case
 from tools.check_kernels.described import chip, described, meta
 
 # D and Dv of each class of the tables; with `every` more of it: split in two, padded, unequal.

@@ -8,9 +8,9 @@ from itertools import product
 
 from tfm.kernels import attention, launch
 from tfm.operators.attention import AttentionWeights
-from tools.check_kernels.cases.attention import LENGTH, attention_call, backward_call
-from tools.check_kernels.cases.case import CHIPS, Case, merged
+from tools.check_kernels.case import CHIPS, Case, merged
 from tools.check_kernels.described import chip, described
+from tools.subjects.attention.any_length import LENGTH, attention_call, backward_call
 
 # What changes the code most: a bias, a mask as bits, neither on packed sequences.
 KINDS = ("bias", "mask", "packed")

@@ -169,7 +169,8 @@ def test_a_rehearsal_takes_every_path_of_a_gpu(tmp_path: Path) -> None:
             assert reason == NOT_HERE[row["peer"]]
         elif reason is not None:
             assert row["peer"] in NO_CPU_KERNEL, reason
-            assert "CPU" in reason or "kernel" in reason, reason
+            # Dynamo of torch 2.11 passes on the type of what it traced into, not the words.
+            assert "CPU" in reason or "kernel" in reason or "NotImplementedError" in reason, reason
         else:
             assert row["events_seconds"] > 0
             assert row["share"] > 0

@@ -19,6 +19,7 @@ from native import OBSTACLE
 
 from benchmarks import measure as timing
 from benchmarks.measure import ROUND_SECONDS, Replays, Turns, Unavailable, calibrate, input_sets, measure
+from benchmarks.peers import LINEAR_CROSS_ENTROPY
 from benchmarks.suite import BOTH, FORWARD, OURS, Peer, Suite
 from benchmarks.summary import add_speed_ups, case_of, failures
 
@@ -139,7 +140,15 @@ def test_speed_up_is_the_peers_time_over_ours() -> None:
 
 # Of a rehearsal on a CPU: what has no kernel there, and what is not installed here.
 NO_CPU_KERNEL = {"sdpa flash", "sdpa efficient", "sdpa cudnn", "torch varlen", "flex"}
-NOT_HERE = {"liger": "liger_kernel is not installed"} | ({"ours, native": OBSTACLE} if OBSTACLE else {})
+NOT_HERE = {
+    peer: reason
+    for peer, reason in (
+        ("liger", "liger_kernel is not installed"),
+        ("ours, native", OBSTACLE),
+        ("torch's fused", LINEAR_CROSS_ENTROPY["torch's fused"].missing()),
+    )
+    if reason
+}
 
 
 def test_a_rehearsal_takes_every_path_of_a_gpu(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu $(if $(ONLY),--only $(ONLY)) \
 		$(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
 
-# Launch settings and backends tried on a GPU, every family or FAMILY=layer_norm: SECONDS=540 SIZE=8192x1024 DTYPE=fp16
+# Launch settings and backends tried on a GPU, every family or FAMILY=norm: SECONDS=540 SIZE=8192x1024 DTYPE=fp16
 # OUT=file.
 tune:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.tune $(or $(FAMILY),all) \

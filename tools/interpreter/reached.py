@@ -28,12 +28,12 @@ class Access:
 
 
 def launched(files: Iterable[Path]) -> set[str]:
-    """The kernels that are launched from Python in these files, as name[grid](...)."""
+    """The kernels that launch functions name in these files: whatever of Python refers to one, launches it."""
     trees = [_tree(file) for file in files]
-    kernels = {function.name for tree in trees for function in _jit_functions(tree)}
-    calls = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call))
-    functions = (call.func.value for call in calls if isinstance(call.func, ast.Subscript))
-    return {function.id for function in functions if isinstance(function, ast.Name)} & kernels
+    jit = [function for tree in trees for function in _jit_functions(tree)]
+    within = {node for function in jit for node in ast.walk(function)}
+    named = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in within}
+    return named & {function.name for function in jit}
 
 
 def unreached(files: Iterable[Path], places: Iterable[Place]) -> list[Access]:

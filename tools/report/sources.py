@@ -28,9 +28,10 @@ def subject_of(operation: str, root: Path = ROOT) -> str:
 
 
 def sources_of(operation: str, root: Path = ROOT, folder: str = "kernels") -> list[str]:
-    """The files of the operation's subject in `folder` (kernels, csrc/cpu or csrc/cuda), and what they draw in.
+    """The files of the operation's subject in `folder`, and what they import or include, relative to `root`.
 
-    Relative to `root`. A suite of no one operation, such as a training step, rests upon all files of the folder.
+    `folder` is kernels, csrc/cpu or csrc/cuda. A suite of no one operation, such as a training step, rests upon all of
+    its files.
     """
     subject, names = subject_of(operation, root), subjects(root)
     files = [path for path in (root / folder).rglob("*.*") if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]

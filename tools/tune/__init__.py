@@ -1,7 +1,7 @@
 """Tries launch settings and backends on this GPU, and says which are faster than today's and which guesses were wrong.
 
     python -m tools.tune all --seconds 540 [--out FILE]
-    python -m tools.tune layer_norm [--size 8192x1024] [--dtype fp16]
+    python -m tools.tune norm [--size 8192x1024] [--dtype fp16]
     python -m tools.tune all --list                                       # the questions; needs no GPU
     python -m tools.tune all --seconds 60 --rehearse                      # Triton's interpreter, tiny sizes
 

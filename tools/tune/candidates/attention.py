@@ -38,16 +38,7 @@ FORWARD_128 = (
     (128, 64, 4, 2, None, 1.04),  # two programs, 64 bytes spilt
     (128, 32, 4, 3, None, 1.10),
 )
-# The same of a step forward and backward, for the pass over tiles of queries and for that over tiles of keys.
-QUERIES_64 = (
-    (64, 64, 4, 2, None, 1.00),  # four programs, limited by their registers
-    (64, 64, 4, 3, None, 1.00),
-    (64, 64, 8, 2, None, 1.03),
-    (64, 32, 4, 3, None, 1.02),
-    (64, 128, 4, 2, None, 1.01),
-    (128, 64, 8, 2, 128, 0.99),  # two programs, half the reads of k and v
-    (128, 64, 8, 3, None, 1.01),
-)
+# The same of a step forward and backward, for the pass over tiles of queries.
 QUERIES_128 = (
     (64, 64, 4, 2, None, 1.00),  # two programs
     (64, 64, 4, 3, None, 1.02),
@@ -56,27 +47,8 @@ QUERIES_128 = (
     (128, 64, 8, 2, None, 0.98),
     (128, 64, 8, 3, None, 0.99),
 )
-KEYS_64 = (
-    (64, 64, 4, 2, None, 1.00),  # two programs
-    (64, 64, 4, 3, None, 0.99),
-    (64, 128, 8, 2, None, 1.00),
-    (64, 128, 8, 3, None, 1.00),
-    (32, 128, 8, 2, None, 1.02),
-    (32, 128, 8, 3, None, 1.01),
-    (32, 64, 4, 3, None, 1.02),
-)
-KEYS_128 = (
-    (32, 128, 8, 2, None, 1.00),
-    (32, 128, 8, 3, None, 0.99),
-    (64, 64, 8, 2, None, 1.01),
-    (64, 64, 4, 2, None, 1.00),  # two programs, 80 bytes spilt
-    (64, 128, 8, 2, None, 0.99),  # 56 bytes spilt, half the rounds
-    (32, 64, 4, 2, None, 1.01),
-)
 # Queries, keys, warps, stages, passes for dk and dv; one pass spills 96 bytes at 32 queries and 8 at 16.
 PASSES = ((32, 64, 8, 2, 1, 1.05), (16, 64, 8, 2, 1, 0.97), (16, 64, 8, 2, 2, 1.06), (32, 64, 8, 3, 2, 0.99))
-# The two tiles of a head dim of 96.
-WHOLE = ((128, 0, 1.08),)
 
 
 def tiles(
@@ -93,18 +65,12 @@ def passes(
     yield replace(changed, num_stages=stages, passes=passes)
 
 
-def split(current: tuple[int, int], arguments: Arguments, first: int, rest: int) -> Iterator[tuple[int, int]]:
-    if sum(current) < first + rest:
-        yield first, rest
-
-
 # Sizes whose scores in float64 fit the GPU, and that fill it several times: 1,024 tiles of 128 queries or more.
 SIZES_64 = [Shape(2, 4096, 32, 64, "none"), Shape(2, 4096, 32, 64, "causal"), Shape(64, 512, 12, 64, "lengths")]
 SIZES_128 = [Shape(2, 4096, 16, 128, "none"), Shape(2, 4096, 16, 128, "causal")]
-WIDEST, BETWEEN = [Shape(2, 4096, 8, 256, "causal")], [Shape(2, 4096, 16, 96, "causal")]
+WIDEST = [Shape(2, 4096, 8, 256, "causal")]
 # Longer than the kernels of short attention take.
-REHEARSAL = Shape(1, 129, 1, 128, "causal")
-REHEARSED_WIDEST, REHEARSED_BETWEEN = Shape(1, 65, 1, 256, "causal"), Shape(1, 33, 1, 48, "causal")
+REHEARSAL, REHEARSED_WIDEST = Shape(1, 129, 1, 128, "causal"), Shape(1, 65, 1, 256, "causal")
 
 SWEEPS = (
     LaunchSweep(
@@ -123,13 +89,6 @@ SWEEPS = (
     ),
     LaunchSweep(
         "attention_backward_queries", PADDED, BOTH,
-        question="Three products of a tile, k and v read for each: is the loads' latency or the registers the limit?",
-        prediction="The pass is a third of the step, 380 TFLOP/s at a head dim of 64; 128 queries held to 128 registers"
-        " gain 1 %.",
-        sizes=SIZES_64, rehearsal=REHEARSAL, table=QUERIES_64, settings=tiles,
-    ),
-    LaunchSweep(
-        "attention_backward_queries", PADDED, BOTH,
         question="At a head dim of 128 two programs of 64 queries read k and v twice as often as one of 128: which"
         " counts?",
         prediction="128 queries gain 6 % of the pass, 2 % of the step.",
@@ -137,28 +96,9 @@ SWEEPS = (
     ),
     LaunchSweep(
         "attention_backward_keys", PADDED, BOTH,
-        question="Four products of a tile and two sums of them: do 128 keys in 8 warps, so half the programs, hide it?",
-        prediction="The pass is 45 % of the step, 350 TFLOP/s at a head dim of 64; 128 keys are within 2 % of 64.",
-        sizes=SIZES_64, rehearsal=REHEARSAL, table=KEYS_64, settings=tiles,
-    ),
-    LaunchSweep(
-        "attention_backward_keys", PADDED, BOTH,
-        question="At a head dim of 128, do tiles of 64 queries pay for the words that they spill?",
-        prediction="64 x 128 gains 1 % of the step in spite of 56 bytes; two programs of 64 x 64 are as fast as today.",
-        sizes=SIZES_128, rehearsal=REHEARSAL, table=KEYS_128, settings=tiles,
-    ),
-    LaunchSweep(
-        "attention_backward_keys", PADDED, BOTH,
         question="At a head dim of 256 dk and dv do not fit the registers at 32 x 64: are two passes, 5 products for 4,"
         " cheaper than tiles of 16 queries, or than some words spilt?",
         prediction="16 queries in one pass gain 3 % of the step of some 1.6 ms; 32 queries in one lose 5 %.",
         sizes=WIDEST, rehearsal=REHEARSED_WIDEST, table=PASSES, settings=passes,
-    ),
-    LaunchSweep(
-        "split_dim", PADDED, FORWARD,
-        question="A head dim of 96 as 64 + 32 has two products where 128 has one: do they cost more than a quarter of"
-        " the work saves?",
-        prediction="128 whole takes 1.08 times as long: a third more work in the products, none in the softmax.",
-        sizes=BETWEEN, rehearsal=REHEARSED_BETWEEN, table=WHOLE, settings=split,
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The feed-forward network's first matmul: an epilogue in Triton or a pass beside cuBLAS, and the tiles of either.
+"""The feed-forward network's first matmul: an epilogue in Triton, and its tiles, or a pass beside cuBLAS.
 
 The times that are expected follow kernels/launch/feed_forward.py: products at 505 TFLOP/s with an epilogue and at 770
 by cuBLAS on an H200, whose pass moves 4 bytes an element of the hidden layer forward and 6 backward at 4.3 TB/s. So the
@@ -9,13 +9,12 @@ second is cuBLAS's in any case, 22 and 89 µs. Whichever wins at a depth moves D
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from benchmarks.bench_feed_forward import GATED, PLAIN
 from benchmarks.shapes import FeedForward
-from benchmarks.suite import BOTH, FORWARD
-from tfm.kernels.launch import ElementTiles, MatmulTiles
+from benchmarks.suite import FORWARD
+from tfm.kernels.launch import MatmulTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Rows, columns and depth of a tile, slices of 16 or 32 columns, warps, stages, most registers, and the expected share.
@@ -32,14 +31,6 @@ MATMUL_TILES = (
     (64, 128, 64, 4, 4, 4, None, 1.08),
     (64, 256, 64, 8, 4, 3, None, 1.05),
 )
-# Where cuBLAS and a pass are today's: whether tiles that read a quarter less catch up.
-DEEP_TILES = (
-    (128, 128, 64, 4, 8, 3, 128, 1.16),
-    (128, 256, 64, 8, 8, 3, None, 1.00),
-    (128, 256, 64, 16, 8, 4, None, 0.99),
-)
-# Elements of a tile in 4 warps' share, tiles of a program as multiples of today's, and the expected share.
-ELEMENT_TILES = ((1024, 1, 1.00), (4096, 1, 1.00), (2048, 2, 1.00), (2048, 0.5, 1.00), (4096, 0.5, 1.00))
 
 
 def epilogues(
@@ -51,24 +42,14 @@ def epilogues(
     yield MatmulTiles(programs, rows, columns, depth, slices, warps, stages, registers)
 
 
-def elements(current: ElementTiles, arguments: Arguments, elements: int, tiles: float) -> Iterator[ElementTiles]:
-    block_rows, below = max(1, elements // current.block_columns), max(1, int(current.tiles * tiles))
-    programs = -(-arguments["rows"] // (block_rows * below)) * -(-arguments["columns"] // current.block_columns)
-    warps = max(1, elements // 512)
-    yield replace(current, programs=programs, block_rows=block_rows, tiles=below, num_warps=warps)
-
-
 def beside_cublas(share: float) -> tuple[tuple[Any, ...], ...]:
     """The tiles, and None: cuBLAS and an element-wise kernel, expected to take this share."""
     return ((None, share), *MATMUL_TILES)
 
 
 SHALLOW, WIDE = [FeedForward(8192, 512, 2048, 0.1)], [FeedForward(8192, 1024, 4096, 0.1)]
-GATED_SHALLOW, GATED_WIDE = [FeedForward(8192, 512, 1408, 0.1)], [FeedForward(8192, 1024, 2816)]
-# Deeper than the epilogue pays for.
-DEEP = [FeedForward(8192, 2048, 8192, 0.1)]
-# The second has rows of no multiple of 16, which an epilogue does not take.
-REHEARSAL, ODD = FeedForward(6, 32, 48, 0.1), FeedForward(6, 33, 48, 0.1)
+GATED_WIDE = [FeedForward(8192, 1024, 2816)]
+REHEARSAL = FeedForward(6, 32, 48, 0.1)
 
 SWEEPS = (
     LaunchSweep(
@@ -85,42 +66,9 @@ SWEEPS = (
         sizes=WIDE, rehearsal=REHEARSAL, table=beside_cublas(0.93), settings=epilogues,
     ),
     LaunchSweep(
-        "linear_activation", PLAIN, FORWARD,
-        question="At a depth of 2,048, cuBLAS's today, do tiles of 128 x 256 multiply fast enough (674 TFLOP/s is"
-        " published for an H100)?",
-        prediction="At 674 TFLOP/s 765 µs against 776; 128 x 128 takes 901.",
-        sizes=DEEP, rehearsal=REHEARSAL, table=DEEP_TILES, settings=epilogues,
-    ),
-    LaunchSweep(
         "linear_activation", GATED, FORWARD,
-        question="Where gate and up are multiplied at once, and the pre-activation is twice as wide: does the epilogue"
-        " pay at a depth of 512?",
-        prediction="47 against 31 + 16 µs at a depth of 512: no difference.",
-        sizes=GATED_SHALLOW, rehearsal=REHEARSAL, table=beside_cublas(1.00), settings=epilogues,
-    ),
-    LaunchSweep(
-        "linear_activation", GATED, FORWARD,
-        question="And does that epilogue pay at a depth of 1,024?",
+        question="Where gate and up are multiplied at once, does the epilogue pay at a depth of 1,024?",
         prediction="cuBLAS with a pass takes 0.87 times the step: 123 + 32 against 187 µs, and 61 for the second.",
         sizes=GATED_WIDE, rehearsal=REHEARSAL, table=beside_cublas(0.87), settings=epilogues,
-    ),
-    LaunchSweep(
-        "linear_activation_backward", PLAIN, BOTH,
-        question="Does the backward's epilogue, which stores a matrix and a sum, still hide behind the products?",
-        prediction="cuBLAS with a pass takes 1.06 times the step of 180 µs at a depth of 512 and as long at 1,024;"
-        " slices of 16 columns are needed for two programs a multiprocessor.",
-        sizes=[*SHALLOW, *WIDE], rehearsal=REHEARSAL, table=beside_cublas(1.03), settings=epilogues,
-    ),
-    LaunchSweep(
-        "activation_dropout", PLAIN, FORWARD,
-        question="Are 16 elements a thread enough loads in flight beside dropout's integers?",
-        prediction="The pass takes 68 µs of 780 (92 % of the copy's bandwidth); no candidate changes the step by 1 %.",
-        sizes=DEEP, rehearsal=ODD, table=ELEMENT_TILES, settings=elements,
-    ),
-    LaunchSweep(
-        "activation_dropout_backward", PLAIN, BOTH,
-        question="Does a program of 16 tiles, one below the other, leave enough programs to fill the chip evenly?",
-        prediction="The pass takes 150 µs of 2,400; half as many tiles gain nothing and double the partial sums.",
-        sizes=DEEP, rehearsal=ODD, table=ELEMENT_TILES, settings=elements,
     ),
 )  # fmt: skip

@@ -194,35 +194,35 @@ class Sequences:
         return torch.randint(self.length // 2, self.length + 1, (self.batch,), generator=generator).tolist()
 
 
-def _sizes(gpu: Sequence[T], cpu: Sequence[T], rehearsal: Sequence[T]) -> Sequence[T]:
+def sizes(gpu: Sequence[T], cpu: Sequence[T], rehearsal: Sequence[T]) -> Sequence[T]:
     """Returns the sizes of the device; in a quick run the first alone."""
     sizes = rehearsal if REHEARSAL else gpu if CUDA else cpu
     return sizes[:1] if QUICK else sizes
 
 
 # The last two are those of published norm benchmarks, which know no dropout.
-LAYER_NORMS = _sizes(
+LAYER_NORMS = sizes(
     gpu=[Norm(4096, 512, 0.1), Norm(4096, 1024, 0.1), Norm(8192, 1024), Norm(16384, 4096), Norm(8192, 8192)],
     cpu=[Norm(1920, 128, 0.3), Norm(512, 512, 0.1), Norm(512, 512)],
     rehearsal=[Norm(6, 32, 0.1), Norm(6, 32)],
 )
-RMS_NORMS = _sizes(
+RMS_NORMS = sizes(
     gpu=[Norm(4096, 1024, 0.1), Norm(16384, 4096)],
     cpu=[Norm(512, 512, 0.1)],
     rehearsal=[Norm(6, 32)],
 )
-FEED_FORWARDS = _sizes(
+FEED_FORWARDS = sizes(
     gpu=[FeedForward(8192, 512, 2048, 0.1), FeedForward(8192, 1024, 4096, 0.1)],
     cpu=[FeedForward(1920, 128, 256), FeedForward(512, 512, 2048, 0.1)],
     rehearsal=[FeedForward(6, 32, 48)],
 )
 # Two thirds of four times the width: as many weights as the plain network has.
-GATED_FEED_FORWARDS = _sizes(
+GATED_FEED_FORWARDS = sizes(
     gpu=[FeedForward(8192, 512, 1408, 0.1, is_gated=True), FeedForward(8192, 1024, 2816, is_gated=True)],
     cpu=[FeedForward(512, 512, 1408, is_gated=True)],
     rehearsal=[FeedForward(6, 32, 48, is_gated=True)],
 )
-VOCABULARIES = _sizes(
+VOCABULARIES = sizes(
     gpu=[
         Vocabulary(8192, 512, 32768, 0.1),
         Vocabulary(8192, 1024, 32768, 0.1),
@@ -232,18 +232,18 @@ VOCABULARIES = _sizes(
     cpu=[Vocabulary(512, 128, 9712, 0.1)],
     rehearsal=[Vocabulary(6, 32, 50, 0.1)],
 )
-EMBEDDINGS = _sizes(
+EMBEDDINGS = sizes(
     gpu=[Embedding(8192, 512, 10000, 0.1), Embedding(8192, 1024, 32768, 0.1)],
     cpu=[Embedding(1920, 128, 9712, 0.3), Embedding(1024, 512, 9712, 0.1)],
     rehearsal=[Embedding(6, 32, 50)],
 )
-ROTARIES = _sizes(
+ROTARIES = sizes(
     gpu=[Rotary(64, 128, 8, 64), Rotary(4, 4096, 16, 128)],
     cpu=[Rotary(8, 64, 8, 64)],
     rehearsal=[Rotary(2, 3, 2, 16)],
 )
 # The second is a step of 512 sentences with a beam of 4; the third and fourth FlashAttention-3's published ones.
-DECODINGS = _sizes(
+DECODINGS = sizes(
     gpu=[
         Decoding(256, 30, 8, 64),
         Decoding(2048, 30, 8, 64, beam=4),
@@ -254,7 +254,7 @@ DECODINGS = _sizes(
     cpu=[Decoding(500, 15, 4, 32, beam=5), Decoding(78, 15, 4, 32), Decoding(80, 30, 8, 64, beam=5)],
     rehearsal=[Decoding(4, 5, 2, 16, beam=2), Decoding(2, 3, 2, 16, key_heads=1)],
 )
-SENTENCES = _sizes(
+SENTENCES = sizes(
     gpu=[
         Sentences(256, 8, 64),
         Sentences(256, 8, 64, "causal"),
@@ -275,7 +275,7 @@ LONG = [
     for length in (4096, 16384)
     for mask in ("none", "causal")
 ]
-SEQUENCES = _sizes(
+SEQUENCES = sizes(
     gpu=[*BERT, *T5, *LONG],
     cpu=[Sequences(8, 128, 8, 64, "lengths"), Sequences(4, 128, 8, 64, "bias")],
     rehearsal=[Sequences(2, 16, 2, 16, mask) for mask in ("lengths", "bias", "causal")],

@@ -224,6 +224,23 @@ def test_exceptions(rows, kernel, whole, failures):
     assert verdict(rows, allowed, whole) == failures
 
 
+def test_an_exception_is_for_some_versions_of_triton():
+    def served(**versions):
+        allowed = Allowed(("kernel",), (90,), "spill", reason="of this test", **versions)
+        return [triton for triton in ("3.6.0", "3.7.0", "3.7.1", "3.10.0+git1") if allowed.is_for(triton)]
+
+    assert served() == ["3.6.0", "3.7.0", "3.7.1", "3.10.0+git1"]
+    assert served(since=(3, 7)) == ["3.7.0", "3.7.1", "3.10.0+git1"]
+    assert served(until=(3, 6)) == ["3.6.0"]
+    assert served(since=(3, 7), until=(3, 7)) == ["3.7.0", "3.7.1"]
+
+
+def test_an_exception_for_another_triton_does_not_count():
+    later = [Allowed(("kernel",), (90,), "spill", reason="of this test", since=(99, 0))]
+    assert verdict([SPILL], later, whole=True) == [f"kernel, sm_90, ptxas: {SPILLS}"]
+    assert verdict([FITS], later, whole=True) == []
+
+
 def test_what_the_assembler_and_the_scanner_say_is_a_fault():
     waits = replace(FITS, serialised="non wgmma instructions")
     touches = replace(FITS, hazards=["R8 in MOV at 0xc0, which 0xb0 still reads"])

@@ -1,85 +1,107 @@
-"""What every kernel of attention is told of a call, by the names of its parameters."""
+"""What every kernel of attention is told of a call, by the names of its parameters.
+
+Tensors come with the strides that decide how wide their loads are, as one tuple, `Heads`: Triton compiles a kernel for
+strides of 1 and for multiples of 16, which they are wherever they can be. Numbers that vary from call to call stand
+alone, since of a tuple's fields Triton forgets none.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.scores import score_factors
+from tfm.kernels.attention.scores import Score
 from tfm.kernels.matmul import precision
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.tape import Tape
-from tfm.operators.attention import Attention
+from tfm.operators.attention import Attention, row_statistics
 
-# The arguments below that vary from call to call: a kernel compiled for one number serves all. The other strides decide
-# how wide loads are, and are multiples of 16 wherever they can be.
+# What a kernel that is compiled for one number of them serves, whatever they are.
 VARYING = (
     *("heads", "group", "query_size", "key_size", "start", "left", "right", "threshold", "site"),
-    *("row_kind", "row_b", "row_h", "dlse_b", "dlse_h", "words_b", "words_h", "words_s", "reach_b", "reach_h"),
+    *("row_kind", "row_h", "dlse_b", "dlse_h", "dlse_s", "words_b", "words_h", "words_s", "reach_b", "reach_h"),
 )
 
 
-def common_arguments(kernel: Any, call: Attention) -> dict[str, Any]:
-    """Returns what `kernel` takes of `call`, tiles, results and sinks apart; a bias has rows of multiples of 16."""
-    dim, value_dim = call.dims
-    inner, outer = score_factors(call.scale, call.softcap)
+class Heads(NamedTuple):
+    """[B, H, S, D], or [N, H, D], whose sequences are told apart by their rows: a tensor, and its strides."""
+
+    data: Tensor
+    b: int
+    h: int
+    s: int
+    d: int
+
+
+class Lengths(NamedTuple):
+    """Where sequences begin and end, and their first queries' positions; as in Attention."""
+
+    cu_seq_q: Tensor | None
+    cu_seq_k: Tensor | None
+    key_lengths: Tensor | None
+    starts: Tensor | None
+
+
+def common_arguments(kernel: Any, call: Attention, whole: bool = False) -> dict[str, Any]:
+    """Returns what `kernel` takes of `call`, tiles, results and sinks apart.
+
+    `whole`: a head dim is one tile, a power of two that covers it, and not the sum of two.
+    """
+    words_b, words_h, words_s = broadcast_strides(call.words, 3)
+    reach_b, reach_h = broadcast_strides(call.reach, 2)
     threshold, keep_scale = threshold_and_scale(call.dropout_p)
-    first, rest = launch.split_dim(dim, call.query.dtype)
-    value_first, value_rest = launch.split_dim(value_dim, call.query.dtype)
+    dtype, is_packed = call.query.dtype, call.cu_seq_q is not None
+    dims = [(dim, *((launch.short_block(dim),) if whole else launch.split_dim(dim, dtype))) for dim in call.dims]
     known = {
-        "q": call.query, "k": call.key, "v": call.value, "bias": call.bias, "words": call.words, "reach": call.reach,
-        "seed": call.seed, "cu_seq_q": call.cu_seq_q, "cu_seq_k": call.cu_seq_k, "key_lengths": call.key_lengths,
-        "starts": call.starts,
-        **strides("q", call.query), **strides("k", call.key), **strides("v", call.value),
-        **_broadcast_strides("bias", call.bias, "bhs"), "bias_k": 1,
-        **_broadcast_strides("words", call.words, "bhs"),
-        **_broadcast_strides("reach", call.reach, "bh"),
-        "heads": call.heads, "group": call.heads // call.key_heads,
-        "query_size": call.max_q, "key_size": call.max_k, "start": call.start, "left": call.left,
-        "right": call.right, "inner": inner, "outer": outer, "scale": call.scale, "threshold": threshold,
-        "keep_scale": keep_scale, "site": call.site,
-        "DIM": dim, "DIM_FIRST": first, "DIM_REST": rest,
-        "VALUE_DIM": value_dim, "VALUE_FIRST": value_first, "VALUE_REST": value_rest,
-        # Where a head dim is one tile: a power of two that covers it.
-        "BLOCK_DIM": launch.short_block(dim), "BLOCK_VALUE_DIM": launch.short_block(value_dim),
-        "PRECISION": precision(call.query.dtype),
+        "q": heads_of(call.query), "k": heads_of(call.key), "v": heads_of(call.value), "bias": bias_of(call.bias),
+        "words": call.words, "reach": call.reach, "seed": call.seed,
+        "lengths": Lengths(call.cu_seq_q, call.cu_seq_k, call.key_lengths, call.starts),
+        "words_b": words_b, "words_h": words_h, "words_s": words_s, "reach_b": reach_b, "reach_h": reach_h,
+        "row_kind": call.query.shape[:-1].numel(), "row_h": call.query.shape[0] if is_packed else call.max_q,
+        "heads": call.heads, "group": call.heads // call.key_heads, "query_size": call.max_q, "key_size": call.max_k,
+        "start": call.start, "left": call.left, "right": call.right, "score": Score.of(call.scale, call.softcap),
+        "threshold": threshold, "keep_scale": keep_scale, "site": call.site,
+        "DIMS": dims[0], "VALUE_DIMS": dims[1],
+        "PRECISION": precision(dtype),
     }  # fmt: skip
     names = frozenset(kernel.arg_names)
     return {name: value for name, value in known.items() if name in names}
 
 
-def strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """Returns those of [B, H, S, D], or of [N, H, D], whose sequences are told apart by their rows; 0 where absent."""
+def heads_of(x: Tensor | None) -> Heads | None:
+    """Returns a tensor of heads with its strides; None where absent."""
     if x is None:
-        steps: tuple[int, ...] = (0, 0, 0, 0)
-    elif x.dim() == 4:
-        steps = x.stride()
-    else:
-        steps = (0, x.stride(1), x.stride(0), x.stride(2))
-    return {f"{name}_{dim}": step for dim, step in zip("bhsd", steps, strict=True)}
+        return None
+    if x.dim() == 4:
+        return Heads(x, *x.stride())
+    return Heads(x, 0, x.stride(1), x.stride(0), x.stride(2))
 
 
-def _broadcast_strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]:
-    """Returns 0 along every dimension of size 1."""
+def bias_of(bias: Tensor | None) -> Heads | None:
+    """Returns a bias, its keys side by side, with its strides: 0 along every dimension of size 1."""
+    return None if bias is None else Heads(bias, *broadcast_strides(bias, 3), 1)
+
+
+def broadcast_strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """Returns the strides of the first `dims` dimensions: 0 along those of size 1, and where absent."""
     if x is None:
-        return {f"{name}_{dim}": 0 for dim in dims}
-    steps = zip(x.stride(), x.shape, strict=False)
-    return {f"{name}_{dim}": step if size > 1 else 0 for dim, (step, size) in zip(dims, steps, strict=False)}
-
-
-def statistics_strides(x: Tensor) -> dict[str, int]:
-    """Returns those of the forward's statistics; neighbouring queries always lie side by side."""
-    batch, head = (x.stride(1), x.stride(2)) if x.dim() == 4 else (0, x.stride(2))
-    return {"row_kind": x.stride(0), "row_b": batch, "row_h": head}
+        return (0,) * dims
+    return tuple(x.stride(dim) if x.shape[dim] > 1 else 0 for dim in range(dims))
 
 
 def dlse_strides(x: Tensor | None) -> dict[str, int]:
     """Returns those of [B, H, S], or of [N, H]; 0 where absent."""
     steps = (0, 0, 0) if x is None else x.stride() if x.dim() == 3 else (0, x.stride(1), x.stride(0))
     return dict(zip(("dlse_b", "dlse_h", "dlse_s"), steps, strict=True))
+
+
+def dense_statistics(call: Attention, statistics: Tensor) -> Tensor:
+    """Returns the statistics laid out as the forward leaves them, which kernels take for granted; a copy if need be."""
+    dense = statistics if statistics.dim() == 4 else statistics.transpose(1, 2)
+    return statistics if dense.is_contiguous() else row_statistics(call.query).copy_(statistics)
 
 
 def problem(tape: Tape, call: Attention) -> tuple[int, int, torch.dtype, int, int]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.arguments import VARYING, common_arguments, problem, statistics_strides, strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics, heads_of, problem
 from tfm.kernels.attention.backward_queries import QueryRows
 from tfm.kernels.attention.scores import (
     add_bias,
@@ -24,6 +24,7 @@ from tfm.kernels.attention.scores import (
     column_bits,
     common_queries,
     edge_tile,
+    first_number,
     first_position,
     is_allowed,
     load_rows,
@@ -47,54 +48,56 @@ INF, MINUS_INF = tl.constexpr(0x7F80), tl.constexpr(0xFF80 - 0x10000)
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_backward_keys_kernel(
-    q, k, v, bias, words, reach, seed, cu_seq_q, cu_seq_k, key_lengths, starts,
-    statistics, delta, dout, dk, dv,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d,
-    dk_b, dk_h, dk_s, dk_d, dv_b, dv_h, dv_s, dv_d, row_kind, row_b, row_h,
-    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale,
-    threshold, keep_scale, site,
-    DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
-    PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr, ARE_LARGE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, v, bias, dout, dk, dv, words, reach, seed, lengths, statistics, delta,
+    words_b, words_h, words_s, reach_b, reach_h, row_kind, row_h,
+    heads, group, query_size, key_size, tiles, start, left, right, score, threshold, keep_scale, site,
+    DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr,
+    ARE_LARGE: tl.constexpr, FIRST_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program has BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
+    DIM: tl.constexpr = DIMS[0]
+    DIM_FIRST: tl.constexpr = DIMS[1]
+    DIM_REST: tl.constexpr = DIMS[2]
+    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
+    VALUE_FIRST: tl.constexpr = VALUE_DIMS[1]
+    VALUE_REST: tl.constexpr = VALUE_DIMS[2]
+    BLOCK_QUERIES: tl.constexpr = TILE[0]
+    BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
     key_heads = heads // group
     sequence, key_head = (program // tiles // key_heads).to(tl.int64), (program // tiles % key_heads).to(tl.int64)
-    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
-    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
+    key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)
     first_key = program % tiles * BLOCK_KEYS
     # Padded keys, too, have their gradient written: 0.
-    stored_length = key_length if cu_seq_k is not None else tl.cast(key_size, tl.int32)
+    stored_length = key_length if lengths.cu_seq_k is not None else tl.cast(key_size, tl.int32)
     if first_key >= stored_length:
         return
     column = first_key + tl.arange(0, BLOCK_KEYS)
     is_key = column < key_length
     last_key = tl.minimum(first_key + BLOCK_KEYS, key_length) - 1
 
-    k += sequence * k_b + key_head * k_h + key_first * k_s
-    v += sequence * v_b + key_head * v_h + key_first * v_s
-    key = load_rows(k, column, k_s, k_d, is_key, DIM, 0, DIM_FIRST)
-    value = load_rows(v, column, v_s, v_d, is_key, VALUE_DIM, 0, VALUE_FIRST)
+    k_head = k.data + sequence * k.b + key_head * k.h + key_first * k.s
+    v_head = v.data + sequence * v.b + key_head * v.h + key_first * v.s
+    key = load_rows(k_head, k, column, is_key, DIM, 0, DIM_FIRST)
+    value = load_rows(v_head, v, column, is_key, VALUE_DIM, 0, VALUE_FIRST)
     if DIM_REST > 0:
-        key_rest = load_rows(k, column, k_s, k_d, is_key, DIM, DIM_FIRST, DIM_REST)
+        key_rest = load_rows(k_head, k, column, is_key, DIM, DIM_FIRST, DIM_REST)
     if VALUE_REST > 0:
-        value_rest = load_rows(v, column, v_s, v_d, is_key, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+        value_rest = load_rows(v_head, v, column, is_key, VALUE_DIM, VALUE_FIRST, VALUE_REST)
     d_key = tl.zeros([BLOCK_KEYS, DIM_FIRST], tl.float32)
     d_key_rest = tl.zeros([BLOCK_KEYS, DIM_REST if DIM_REST > 0 else 16], tl.float32)
     d_value = tl.zeros([BLOCK_KEYS, VALUE_FIRST], tl.float32)
     d_value_rest = tl.zeros([BLOCK_KEYS, VALUE_REST if VALUE_REST > 0 else 16], tl.float32)
 
-    position = first_position(sequence, starts, start)
+    position = first_position(sequence, lengths.starts, start)
     begin, end = visible_queries(first_key, last_key, position, left, right, query_length)
     whole_begin, whole_end = common_queries(first_key, last_key, position, left, right, query_length)
     end = tl.where(first_key < key_length, end, begin)
     first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_QUERIES)
     IS_MASKED: tl.constexpr = words is not None or (reach is not None and bias is None)
     IS_BIASED: tl.constexpr = bias is not None
-    unit = unit_of(inner, outer)
+    unit = unit_of(score)
     if IS_MASKED:
         whole_first, whole_last = first, first
 
@@ -108,9 +111,9 @@ def attention_backward_keys_kernel(
                 head, turn = key_head, step
                 if IS_GROUPED:
                     head, turn = key_head * group + step // steps, step % steps
-                q_head = q + sequence * q_b + head * q_h + query_first * q_s
-                dout_head = dout + sequence * dout_b + head * dout_h + query_first * dout_s
-                head_rows = sequence * row_b + head * row_h + query_first
+                q_head = q.data + sequence * q.b + head * q.h + query_first * q.s
+                dout_head = dout.data + sequence * dout.b + head * dout.h + query_first * dout.s
+                head_rows = first_number(sequence, head, query_first, heads, row_h, lengths.cu_seq_q)
                 query_tile = edge_tile(turn, first, whole_first, whole_last) if edge else whole_first + turn
                 row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
                 inside = None
@@ -126,23 +129,22 @@ def attention_backward_keys_kernel(
                     )
                 large = False
                 if ARE_LARGE is None:
-                    large = is_large(
-                        delta + row_kind + head_rows, query_tile * BLOCK_QUERIES, query_length, BLOCK_QUERIES, TILE
-                    )
+                    lse = delta + row_kind + head_rows
+                    large = is_large(lse, query_tile * BLOCK_QUERIES, query_length, BLOCK_QUERIES, FIRST_TILE)
                 if reach is not None:
                     # A query without keys may hold anything.
                     has_keys = shift < float("inf")
                     inside = inside & has_keys if edge else has_keys
 
-                query = load_rows(q_head, row, q_s, q_d, inside, DIM, 0, DIM_FIRST)
+                query = load_rows(q_head, q, row, inside, DIM, 0, DIM_FIRST)
                 products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
                 if DIM_REST > 0:
-                    query_rest = load_rows(q_head, row, q_s, q_d, inside, DIM, DIM_FIRST, DIM_REST)
+                    query_rest = load_rows(q_head, q, row, inside, DIM, DIM_FIRST, DIM_REST)
                     products = tl.dot(key_rest, tl.trans(query_rest), products, input_precision=PRECISION)
-                scores, slope = bend(products, inner, outer)
+                scores, slope = bend(products, score)
                 if bias is not None:
-                    address = bias + sequence * bias_b + head * bias_h + row.to(tl.int64)[None, :] * bias_s
-                    address += column.to(tl.int64)[:, None] * bias_k
+                    address = bias.data + sequence * bias.b + head * bias.h + row.to(tl.int64)[None, :] * bias.s
+                    address += column.to(tl.int64)[:, None] * bias.d
                     scores = add_bias(scores, unit, address, (row < query_length)[None, :] & is_key[:, None])
                 if ARE_LARGE:
                     scores = exponent(scores, unit, shift[None, :], log_sum[None, :], 0.0, IS_BIASED)
@@ -165,20 +167,20 @@ def attention_backward_keys_kernel(
                         allowed &= column_bits(reach_head, column, is_key)[:, None]
                     weights = tl.where(allowed, weights, 0.0)
 
-                d_out = load_rows(dout_head, row, dout_s, dout_d, inside, VALUE_DIM, 0, VALUE_FIRST)
+                d_out = load_rows(dout_head, dout, row, inside, VALUE_DIM, 0, VALUE_FIRST)
                 kept = weights
                 if seed is not None:
                     keep = tl.trans(
                         keep_mask(row[:, None], first_key, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
                     )
                     kept = tl.where(keep, weights, 0.0)
-                kept = kept.to(v.dtype.element_ty)
+                kept = kept.to(v.data.dtype.element_ty)
                 if dv is not None:
                     d_value = tl.dot(kept, d_out, d_value, input_precision=PRECISION)
                 if dk is not None:
                     d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
                 if VALUE_REST > 0:
-                    d_out = load_rows(dout_head, row, dout_s, dout_d, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                    d_out = load_rows(dout_head, dout, row, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
                     if dv is not None:
                         d_value_rest = tl.dot(kept, d_out, d_value_rest, input_precision=PRECISION)
                     if dk is not None:
@@ -190,27 +192,27 @@ def attention_backward_keys_kernel(
                     if edge or bias is not None:
                         # The value of a masked key may be NaN.
                         d_scores = tl.where(weights == 0.0, 0.0, d_scores)
-                    d_scores = d_scores.to(q.dtype.element_ty)
+                    d_scores = d_scores.to(q.data.dtype.element_ty)
                     d_key = tl.dot(d_scores, query, d_key, input_precision=PRECISION)
                     if DIM_REST > 0:
                         d_key_rest = tl.dot(d_scores, query_rest, d_key_rest, input_precision=PRECISION)
 
     is_stored, is_key = column < stored_length, is_key[:, None]
     if dk is not None:
-        scale = tl.cast(scale, tl.float32)
-        dk += sequence * dk_b + key_head * dk_h + key_first * dk_s
-        store_rows(dk, tl.where(is_key, d_key * scale, 0.0), column, dk_s, dk_d, is_stored, DIM, 0, DIM_FIRST)
+        scale = tl.cast(score.scale, tl.float32)
+        dk_head = dk.data + sequence * dk.b + key_head * dk.h + key_first * dk.s
+        store_rows(dk_head, dk, tl.where(is_key, d_key * scale, 0.0), column, is_stored, DIM, 0, DIM_FIRST)
         if DIM_REST > 0:
             d_key_rest = tl.where(is_key, d_key_rest * scale, 0.0)
-            store_rows(dk, d_key_rest, column, dk_s, dk_d, is_stored, DIM, DIM_FIRST, DIM_REST)
+            store_rows(dk_head, dk, d_key_rest, column, is_stored, DIM, DIM_FIRST, DIM_REST)
     if dv is not None:
         factor = tl.cast(keep_scale, tl.float32)
-        dv += sequence * dv_b + key_head * dv_h + key_first * dv_s
+        dv_head = dv.data + sequence * dv.b + key_head * dv.h + key_first * dv.s
         d_value = tl.where(is_key, d_value * factor, 0.0)
-        store_rows(dv, d_value, column, dv_s, dv_d, is_stored, VALUE_DIM, 0, VALUE_FIRST)
+        store_rows(dv_head, dv, d_value, column, is_stored, VALUE_DIM, 0, VALUE_FIRST)
         if VALUE_REST > 0:
             d_value_rest = tl.where(is_key, d_value_rest * factor, 0.0)
-            store_rows(dv, d_value_rest, column, dv_s, dv_d, is_stored, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+            store_rows(dv_head, dv, d_value_rest, column, is_stored, VALUE_DIM, VALUE_FIRST, VALUE_REST)
 
 
 @triton.jit
@@ -233,6 +235,7 @@ def attention_backward_keys(
 ) -> None:
     """Fills the gradients that are given. One launch, or one for each where both do not fit the registers."""
     attention = call.attention
+    statistics = dense_statistics(attention, call.statistics)
     tiles = launch.attention_backward_keys(*problem(tape, attention))
     blocks = -(-call.max_k // tiles.block_keys)
     made = [(dkey, dvalue)] if tiles.passes == 1 else [(dkey, None), (None, dvalue)]
@@ -241,10 +244,8 @@ def attention_backward_keys(
             continue
         tape.launch(
             attention_backward_keys_kernel, (blocks * attention.sequences * attention.key_heads,), tiles.options,
-            **common_arguments(attention_backward_keys_kernel, attention), statistics=call.statistics,
-            delta=rows.delta, dout=call.dout, dk=dk, dv=dv,
-            **strides("dout", call.dout), **strides("dk", dk), **strides("dv", dv),
-            **statistics_strides(call.statistics), tiles=blocks,
-            IS_GROUPED=attention.heads != attention.key_heads, ARE_LARGE=rows.are_large, TILE=rows.tile,
-            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+            **common_arguments(attention_backward_keys_kernel, attention), statistics=statistics, delta=rows.delta,
+            dout=heads_of(call.dout), dk=heads_of(dk), dv=heads_of(dv), tiles=blocks,
+            IS_GROUPED=attention.heads != attention.key_heads, ARE_LARGE=rows.are_large, FIRST_TILE=rows.tile,
+            TILE=(tiles.block_queries, tiles.block_keys),
         )  # fmt: skip

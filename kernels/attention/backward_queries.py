@@ -28,10 +28,10 @@ from tfm.kernels import launch
 from tfm.kernels.attention.arguments import (
     VARYING,
     common_arguments,
+    dense_statistics,
     dlse_strides,
+    heads_of,
     problem,
-    statistics_strides,
-    strides,
 )
 from tfm.kernels.attention.scores import (
     add_bias,
@@ -39,6 +39,7 @@ from tfm.kernels.attention.scores import (
     column_bits,
     common_keys,
     edge_tile,
+    first_number,
     first_position,
     is_allowed,
     load_rows,
@@ -60,21 +61,24 @@ from tfm.operators.attention import Attention, AttentionBackward, row_statistics
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_backward_queries_kernel(
-    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts,
-    out, statistics, dout, dlse, dq, delta, sink_partials,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d,
-    dout_b, dout_h, dout_s, dout_d, dq_b, dq_h, dq_s, dq_d, row_kind, row_b, row_h, dlse_b, dlse_h, dlse_s,
-    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale, threshold, keep_scale, site,
-    DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
-    PRECISION: tl.constexpr, ARE_LARGE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, v, bias, out, dout, dq, words, reach, sinks, seed, lengths, statistics, dlse, delta, sink_partials,
+    words_b, words_h, words_s, reach_b, reach_h, dlse_b, dlse_h, dlse_s, row_kind, row_h,
+    heads, group, query_size, key_size, tiles, start, left, right, score, threshold, keep_scale, site,
+    DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, ARE_LARGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program has BLOCK_QUERIES queries of one (sequence, head), and goes over the keys that they see."""
+    DIM: tl.constexpr = DIMS[0]
+    DIM_FIRST: tl.constexpr = DIMS[1]
+    DIM_REST: tl.constexpr = DIMS[2]
+    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
+    VALUE_FIRST: tl.constexpr = VALUE_DIMS[1]
+    VALUE_REST: tl.constexpr = VALUE_DIMS[2]
+    BLOCK_QUERIES: tl.constexpr = TILE[0]
+    BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
-    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
-    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
+    key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)
     query_tile = tiles - 1 - program % tiles
     first_row = query_tile * BLOCK_QUERIES
     if first_row >= query_length:
@@ -84,19 +88,19 @@ def attention_backward_queries_kernel(
     is_row = row < query_length
     wide_head = head.to(tl.int64)
 
-    out += sequence * out_b + wide_head * out_h + query_first * out_s
-    dout += sequence * dout_b + wide_head * dout_h + query_first * dout_s
-    d_out = load_rows(dout, row, dout_s, dout_d, is_row, VALUE_DIM, 0, VALUE_FIRST)
-    output = load_rows(out, row, out_s, out_d, is_row, VALUE_DIM, 0, VALUE_FIRST)
+    out_head = out.data + sequence * out.b + wide_head * out.h + query_first * out.s
+    dout_head = dout.data + sequence * dout.b + wide_head * dout.h + query_first * dout.s
+    d_out = load_rows(dout_head, dout, row, is_row, VALUE_DIM, 0, VALUE_FIRST)
+    output = load_rows(out_head, out, row, is_row, VALUE_DIM, 0, VALUE_FIRST)
     difference = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), axis=1)
     if VALUE_REST > 0:
-        d_out_rest = load_rows(dout, row, dout_s, dout_d, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
-        output = load_rows(out, row, out_s, out_d, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+        d_out_rest = load_rows(dout_head, dout, row, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+        output = load_rows(out_head, out, row, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
         difference += tl.sum(d_out_rest.to(tl.float32) * output.to(tl.float32), axis=1)
     if dlse is not None:
         dlse += sequence * dlse_b + wide_head * dlse_h + (query_first + row) * dlse_s
         difference -= tl.load(dlse, mask=is_row, other=0.0)
-    place = sequence * row_b + wide_head * row_h + query_first + row
+    place = first_number(sequence, wide_head, query_first, heads, row_h, lengths.cu_seq_q) + row
     tl.store(delta + place, difference, mask=is_row)
     top, log_sum = load_statistics(statistics + place, row_kind, is_row)
     has_keys = top < float("inf")
@@ -115,29 +119,29 @@ def attention_backward_queries_kernel(
         tl.store(delta + row_kind + place, written, mask=is_row)
 
     if dq is not None:
-        q += sequence * q_b + wide_head * q_h + query_first * q_s
+        q_head = q.data + sequence * q.b + wide_head * q.h + query_first * q.s
         key_head = (head // group).to(tl.int64)
-        k += sequence * k_b + key_head * k_h + key_first * k_s
-        v += sequence * v_b + key_head * v_h + key_first * v_s
+        k_head = k.data + sequence * k.b + key_head * k.h + key_first * k.s
+        v_head = v.data + sequence * v.b + key_head * v.h + key_first * v.s
         if bias is not None:
-            bias += sequence * bias_b + wide_head * bias_h
+            bias_head = bias.data + sequence * bias.b + wide_head * bias.h
         if words is not None:
             words = words_of(words, sequence, wide_head, words_b, words_h)
         if reach is not None:
             reach += sequence * reach_b + wide_head * reach_h
-        query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, DIM_FIRST)
+        query = load_rows(q_head, q, row, is_row, DIM, 0, DIM_FIRST)
         if DIM_REST > 0:
-            query_rest = load_rows(q, row, q_s, q_d, is_row, DIM, DIM_FIRST, DIM_REST)
+            query_rest = load_rows(q_head, q, row, is_row, DIM, DIM_FIRST, DIM_REST)
 
         acc = tl.zeros([BLOCK_QUERIES, DIM_FIRST], tl.float32)
         acc_rest = tl.zeros([BLOCK_QUERIES, DIM_REST if DIM_REST > 0 else 16], tl.float32)
-        position = first_position(sequence, starts, start)
+        position = first_position(sequence, lengths.starts, start)
         begin, end = visible_keys(first_row, last_row, position, left, right, key_length)
         whole_begin, whole_end = common_keys(first_row, last_row, position, left, right, key_length)
         first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_KEYS)
         IS_MASKED: tl.constexpr = words is not None or (reach is not None and bias is None)
         IS_BIASED: tl.constexpr = bias is not None
-        unit = unit_of(inner, outer)
+        unit = unit_of(score)
         if IS_MASKED:
             whole_first, whole_last = first, first
 
@@ -155,20 +159,20 @@ def attention_backward_queries_kernel(
                         reached = column_bits(reach, column, column < key_length)
                         inside = reached & inside if edge else reached
 
-                    key = load_rows(k, column, k_s, k_d, inside, DIM, 0, DIM_FIRST)
+                    key = load_rows(k_head, k, column, inside, DIM, 0, DIM_FIRST)
                     products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
                     if DIM_REST > 0:
-                        key_rest = load_rows(k, column, k_s, k_d, inside, DIM, DIM_FIRST, DIM_REST)
+                        key_rest = load_rows(k_head, k, column, inside, DIM, DIM_FIRST, DIM_REST)
                         products = tl.dot(query_rest, tl.trans(key_rest), products, input_precision=PRECISION)
-                    value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, 0, VALUE_FIRST)
+                    value = load_rows(v_head, v, column, inside, VALUE_DIM, 0, VALUE_FIRST)
                     d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
                     if VALUE_REST > 0:
-                        value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                        value = load_rows(v_head, v, column, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
                         d_weights = tl.dot(d_out_rest, tl.trans(value), d_weights, input_precision=PRECISION)
 
-                    scores, slope = bend(products, inner, outer)
+                    scores, slope = bend(products, score)
                     if bias is not None:
-                        address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+                        address = bias_head + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
                         scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
                     if ARE_LARGE or large:
                         scores = exponent(scores, unit, top[:, None], log_sum[:, None], 0.0, IS_BIASED)
@@ -189,17 +193,17 @@ def attention_backward_queries_kernel(
                         )  # fmt: skip
                         d_weights = tl.where(keep, d_weights * tl.cast(keep_scale, tl.float32), 0.0)
                     d_scores = weights * (d_weights - difference[:, None]) * slope
-                    d_scores = d_scores.to(k.dtype.element_ty)
+                    d_scores = d_scores.to(k.data.dtype.element_ty)
                     acc = tl.dot(d_scores, key, acc, input_precision=PRECISION)
                     if DIM_REST > 0:
                         acc_rest = tl.dot(d_scores, key_rest, acc_rest, input_precision=PRECISION)
 
-        scale = tl.cast(scale, tl.float32)
+        scale = tl.cast(score.scale, tl.float32)
         is_empty = ~has_keys[:, None]
-        dq += sequence * dq_b + wide_head * dq_h + query_first * dq_s
-        store_rows(dq, tl.where(is_empty, 0.0, acc * scale), row, dq_s, dq_d, is_row, DIM, 0, DIM_FIRST)
+        dq_head = dq.data + sequence * dq.b + wide_head * dq.h + query_first * dq.s
+        store_rows(dq_head, dq, tl.where(is_empty, 0.0, acc * scale), row, is_row, DIM, 0, DIM_FIRST)
         if DIM_REST > 0:
-            store_rows(dq, tl.where(is_empty, 0.0, acc_rest * scale), row, dq_s, dq_d, is_row, DIM, DIM_FIRST, DIM_REST)
+            store_rows(dq_head, dq, tl.where(is_empty, 0.0, acc_rest * scale), row, is_row, DIM, DIM_FIRST, DIM_REST)
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ def attention_backward_queries(
     tape: Tape, call: AttentionBackward, dquery: Tensor | None, dsinks: Tensor | None
 ) -> QueryRows:
     """Fills the gradients that are given, and returns what the second pass takes. One launch."""
-    attention, statistics = call.attention, call.statistics
+    attention = call.attention
     delta = row_statistics(call.query)
     tiles = launch.attention_backward_queries(*problem(tape, attention))
     blocks = -(-call.max_q // tiles.block_queries)
@@ -244,11 +248,10 @@ def attention_backward_queries(
     tape.launch(
         attention_backward_queries_kernel, (blocks * attention.sequences * attention.heads,), tiles.options,
         **common_arguments(attention_backward_queries_kernel, attention), sinks=None if dsinks is None else call.sinks,
-        out=call.output, statistics=statistics, dout=call.dout, dlse=call.dlse, dq=dquery, delta=delta,
-        sink_partials=sink_partials,
-        **strides("out", call.output), **strides("dout", call.dout), **strides("dq", dquery),
-        **statistics_strides(statistics), **dlse_strides(call.dlse), tiles=blocks, ARE_LARGE=are_large,
-        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        out=heads_of(call.output), dout=heads_of(call.dout), dq=heads_of(dquery),
+        statistics=dense_statistics(attention, call.statistics), delta=delta, sink_partials=sink_partials,
+        dlse=call.dlse, **dlse_strides(call.dlse), tiles=blocks, ARE_LARGE=are_large,
+        TILE=(tiles.block_queries, tiles.block_keys),
     )  # fmt: skip
     if sink_partials is not None and dsinks is not None:
         sum_sinks(sink_partials, dsinks)

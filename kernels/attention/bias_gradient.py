@@ -21,12 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.arguments import VARYING, common_arguments, statistics_strides, strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics, heads_of
 from tfm.kernels.attention.scores import (
     as_numbers,
     bend,
     biased,
     column_bits,
+    first_number,
     first_position,
     is_allowed,
     load_rows,
@@ -48,17 +49,20 @@ DBIAS_STEPS = ("dbias_split", "dbias_b", "dbias_h", "dbias_s")
 
 @triton.jit(do_not_specialize=[*VARYING, *COUNTS, *DBIAS_STEPS])
 def bias_gradient_kernel(
-    q, k, v, bias, words, reach, seed, key_lengths, starts, statistics, delta, dout, dbias,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, dout_b, dout_h, dout_s, dout_d, row_kind, row_b, row_h,
-    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    dbias_split, dbias_b, dbias_h, dbias_s, dbias_k,
+    q, k, v, bias, dout, words, reach, seed, lengths, statistics, delta, dbias,
+    words_b, words_h, words_s, reach_b, reach_h, dbias_split, dbias_b, dbias_h, dbias_s, dbias_k, row_kind, row_h,
     heads, group, query_size, key_size, query_tiles, key_tiles, splits, members, bias_heads,
-    start, left, right, inner, outer, threshold, keep_scale, site,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    start, left, right, score, threshold, keep_scale, site,
+    DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
     SHARED_HEADS: tl.constexpr, SHARED_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Each program sums a share of a tile's `members`: every (sequence, head, tile of queries) that it serves."""
+    DIM: tl.constexpr = DIMS[0]
+    BLOCK_DIM: tl.constexpr = DIMS[1]
+    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
+    BLOCK_VALUE_DIM: tl.constexpr = VALUE_DIMS[1]
+    BLOCK_QUERIES: tl.constexpr = TILE[0]
+    BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
     split, place = program % splits, program // splits
     key_tile, place = place % key_tiles, place // key_tiles
@@ -71,8 +75,8 @@ def bias_gradient_kernel(
     is_column = column < key_size
     # All members have the same tile of the bias: its strides are 0 where they differ.
     row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    bias += bias_sequence.to(tl.int64) * bias_b + bias_head.to(tl.int64) * bias_h
-    address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+    bias_rows = bias.data + bias_sequence.to(tl.int64) * bias.b + bias_head.to(tl.int64) * bias.h
+    address = bias_rows + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
     added = tl.load(address, mask=(row < query_size)[:, None] & is_column[None, :], other=0.0)
 
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)
@@ -87,27 +91,27 @@ def bias_gradient_kernel(
         # A bias of each sequence's own has no other among its members.
         sequence, head = (bias_sequence + rest).to(tl.int64), head.to(tl.int64)
         row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-        _, key_length = locate(sequence, None, key_lengths, key_size)
-        position = first_position(sequence, starts, start)
+        _, key_length = locate(sequence, None, lengths.key_lengths, key_size)
+        position = first_position(sequence, lengths.starts, start)
         is_row = row < query_size
         begin, end = visible_keys(0, query_size - 1, position, left, right, key_length)
         inside = (column >= begin) & (column < end)
         if reach is not None:
             inside &= column_bits(reach + sequence * reach_b + head * reach_h, column, inside)
 
-        query = load_rows(q + sequence * q_b + head * q_h, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
-        key = load_rows(k + sequence * k_b + head // group * k_h, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
+        query = load_rows(q.data + sequence * q.b + head * q.h, q, row, is_row, DIM, 0, BLOCK_DIM)
+        key = load_rows(k.data + sequence * k.b + head // group * k.h, k, column, inside, DIM, 0, BLOCK_DIM)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        head_v, head_dout = v + sequence * v_b + head // group * v_h, dout + sequence * dout_b + head * dout_h
-        value = load_rows(head_v, column, v_s, v_d, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
-        d_out = load_rows(head_dout, row, dout_s, dout_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        head_v, head_dout = v.data + sequence * v.b + head // group * v.h, dout.data + sequence * dout.b + head * dout.h
+        value = load_rows(head_v, v, column, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        d_out = load_rows(head_dout, dout, row, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
 
-        of_row = sequence * row_b + head * row_h + row
+        of_row = first_number(sequence, head, 0, heads, row_h, None) + row
         top, log_sum = load_statistics(statistics + of_row, row_kind, is_row)
         difference = tl.load(delta + of_row, mask=is_row, other=0.0)
-        x, _ = bend(products, inner, outer)
-        scores = biased(x, unit_of(inner, outer), added)
+        x, _ = bend(products, score)
+        scores = biased(x, unit_of(score), added)
         allowed = inside[None, :]
         allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
         if words is not None:
@@ -164,12 +168,12 @@ def bias_gradient(tape: Tape, call: AttentionBackward, delta: Tensor, dbias: Ten
         sums = tape.empty((splits, size), torch.float32, dbias.device)
     tape.launch(
         bias_gradient_kernel, (places * splits,), tiles.options,
-        **common_arguments(bias_gradient_kernel, attention) | {"left": left, "right": right},
-        statistics=call.statistics, delta=delta, dout=call.dout, dbias=sums,
-        **strides("dout", call.dout), **statistics_strides(call.statistics), dbias_split=size,
+        **common_arguments(bias_gradient_kernel, attention, whole=True) | {"left": left, "right": right},
+        statistics=dense_statistics(attention, call.statistics), delta=delta, dout=heads_of(call.dout), dbias=sums,
+        dbias_split=size,
         **{f"dbias_{dim}": step for dim, step in zip("bhsk", steps, strict=True)},
         query_tiles=query_tiles, key_tiles=key_tiles, splits=splits, members=members, bias_heads=dbias.shape[1],
-        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        TILE=(tiles.block_queries, tiles.block_keys),
         SHARED_HEADS=shared_heads, SHARED_QUERIES=shared_queries,
     )  # fmt: skip
     if splits > 1:

@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.arguments import VARYING, common_arguments, problem, statistics_strides, strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, heads_of, problem
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
     column_bits,
     common_keys,
     edge_tile,
+    first_number,
     first_position,
     is_allowed,
     load_rows,
@@ -48,43 +49,48 @@ from tfm.operators.attention import Attention
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_forward_kernel(
-    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, statistics,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_kind, row_b, row_h,
-    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, threshold, keep_scale, site,
-    DIM: tl.constexpr, DIM_FIRST: tl.constexpr, DIM_REST: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_FIRST: tl.constexpr, VALUE_REST: tl.constexpr,
-    PRECISION: tl.constexpr, IS_WIDE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, v, bias, out, words, reach, sinks, seed, lengths, statistics,
+    words_b, words_h, words_s, reach_b, reach_h, row_kind, row_h,
+    heads, group, query_size, key_size, tiles, start, left, right, score, threshold, keep_scale, site,
+    DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, IS_WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program attends with BLOCK_QUERIES queries of one (sequence, head); a head's last queries go first."""
+    DIM: tl.constexpr = DIMS[0]
+    DIM_FIRST: tl.constexpr = DIMS[1]
+    DIM_REST: tl.constexpr = DIMS[2]
+    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
+    VALUE_FIRST: tl.constexpr = VALUE_DIMS[1]
+    VALUE_REST: tl.constexpr = VALUE_DIMS[2]
+    BLOCK_QUERIES: tl.constexpr = TILE[0]
+    BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
-    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
-    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
+    key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)
     first_row = (tiles - 1 - program % tiles) * BLOCK_QUERIES
     if first_row >= query_length:
         return
     last_row = tl.minimum(first_row + BLOCK_QUERIES, query_length) - 1
     row = first_row + tl.arange(0, BLOCK_QUERIES)
     is_row = row < query_length
-    position = first_position(sequence, starts, start)
+    position = first_position(sequence, lengths.starts, start)
     dropout_group = sequence * heads + head
 
-    q += sequence * q_b + head.to(tl.int64) * q_h + query_first * q_s
+    q_head = q.data + sequence * q.b + head.to(tl.int64) * q.h + query_first * q.s
     key_head = (head // group).to(tl.int64)
-    k += sequence * k_b + key_head * k_h + key_first * k_s
-    v += sequence * v_b + key_head * v_h + key_first * v_s
+    k_head = k.data + sequence * k.b + key_head * k.h + key_first * k.s
+    v_head = v.data + sequence * v.b + key_head * v.h + key_first * v.s
     if bias is not None:
-        bias += sequence * bias_b + head.to(tl.int64) * bias_h
+        bias_head = bias.data + sequence * bias.b + head.to(tl.int64) * bias.h
     if words is not None:
         words = words_of(words, sequence, head.to(tl.int64), words_b, words_h)
     if reach is not None:
         reach += sequence * reach_b + head.to(tl.int64) * reach_h
 
-    query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, DIM_FIRST)
+    query = load_rows(q_head, q, row, is_row, DIM, 0, DIM_FIRST)
     if DIM_REST > 0:
-        query_rest = load_rows(q, row, q_s, q_d, is_row, DIM, DIM_FIRST, DIM_REST)
-    unit = unit_of(inner, outer)
+        query_rest = load_rows(q_head, q, row, is_row, DIM, DIM_FIRST, DIM_REST)
+    unit = unit_of(score)
     is_turned = unit < 0
     if not IS_WIDE:
         # A negative scale turns q around, once, so that the largest product has the largest score. What has been
@@ -123,17 +129,17 @@ def attention_forward_kernel(
                     reached = column_bits(reach, column, column < key_length)
                     inside = reached & inside if edge else reached
 
-                key = load_rows(k, column, k_s, k_d, inside, DIM, 0, DIM_FIRST)
+                key = load_rows(k_head, k, column, inside, DIM, 0, DIM_FIRST)
                 products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
                 if DIM_REST > 0:
-                    key = load_rows(k, column, k_s, k_d, inside, DIM, DIM_FIRST, DIM_REST)
+                    key = load_rows(k_head, k, column, inside, DIM, DIM_FIRST, DIM_REST)
                     products = tl.dot(query_rest, tl.trans(key), products, input_precision=PRECISION)
 
-                scores, _ = bend(products, inner, outer)
+                scores, _ = bend(products, score)
                 if IS_WIDE:
                     scores *= tl.where(is_turned, -1.0, 1.0)
                 if bias is not None:
-                    address = bias + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+                    address = bias_head + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
                     scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
                 if edge:
                     allowed = is_allowed(row[:, None], column[None, :], position, left, right, key_length)
@@ -156,11 +162,11 @@ def attention_forward_kernel(
                         row[:, None], key_tile * BLOCK_KEYS, dropout_group, site, seed, threshold, BLOCK_KEYS
                     )
                     weights = tl.where(keep, weights, 0.0)
-                weights = weights.to(v.dtype.element_ty)
-                value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, 0, VALUE_FIRST)
+                weights = weights.to(v.data.dtype.element_ty)
+                value = load_rows(v_head, v, column, inside, VALUE_DIM, 0, VALUE_FIRST)
                 acc = tl.dot(weights, value, acc, input_precision=PRECISION)
                 if VALUE_REST > 0:
-                    value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                    value = load_rows(v_head, v, column, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
                     acc_rest = tl.dot(weights, value, acc_rest * shrink[:, None], input_precision=PRECISION)
                 top = higher
 
@@ -176,16 +182,15 @@ def attention_forward_kernel(
         top, excess = higher, tl.zeros_like(excess)
     total = tl.where(is_empty, 1.0, total)
     norm = (tl.cast(keep_scale, tl.float32) / total)[:, None]
-    statistics += sequence * row_b + head.to(tl.int64) * row_h + query_first + row
+    statistics += first_number(sequence, head.to(tl.int64), query_first, heads, row_h, lengths.cu_seq_q) + row
     tl.store(statistics, tl.where(is_empty, float("-inf"), top), mask=is_row)
     tl.store(statistics + row_kind, tl.where(is_empty, 0.0, tl.log2(total) + excess), mask=is_row)
     is_empty = is_empty[:, None]
-    out += sequence * out_b + head.to(tl.int64) * out_h + query_first * out_s
-    store_rows(out, tl.where(is_empty, 0.0, acc * norm), row, out_s, out_d, is_row, VALUE_DIM, 0, VALUE_FIRST)
+    out_head = out.data + sequence * out.b + head.to(tl.int64) * out.h + query_first * out.s
+    store_rows(out_head, out, tl.where(is_empty, 0.0, acc * norm), row, is_row, VALUE_DIM, 0, VALUE_FIRST)
     if VALUE_REST > 0:
-        store_rows(
-            out, tl.where(is_empty, 0.0, acc_rest * norm), row, out_s, out_d, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST
-        )
+        rest = tl.where(is_empty, 0.0, acc_rest * norm)
+        store_rows(out_head, out, rest, row, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
 
 
 def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: Tensor) -> None:
@@ -194,9 +199,9 @@ def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: T
     blocks = -(-call.max_q // tiles.block_queries)
     tape.launch(
         attention_forward_kernel, (blocks * call.sequences * call.heads,), tiles.options,
-        **common_arguments(attention_forward_kernel, call), sinks=call.sinks, out=output, statistics=statistics,
-        **strides("out", output), **statistics_strides(statistics), tiles=blocks, IS_WIDE=is_wide(call.dims[0]),
-        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        **common_arguments(attention_forward_kernel, call), sinks=call.sinks, out=heads_of(output),
+        statistics=statistics, tiles=blocks, IS_WIDE=is_wide(call.dims[0]),
+        TILE=(tiles.block_queries, tiles.block_keys),
     )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ An absent tensor, window or softcap is None and costs nothing. Rows are queries,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -29,9 +31,23 @@ from tfm.operators import attention as operators
 FAR = tl.constexpr(operators.FAR)
 
 
-def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """(inner, outer): the factor of q·k, and that of its tanh, None where uncapped."""
-    return (scale, None) if softcap is None else (scale / softcap, softcap)
+class Score(NamedTuple):
+    """The factors of a score.
+
+    Attributes:
+        inner: of q·k.
+        outer: of its tanh; None where uncapped.
+        scale: their product.
+    """
+
+    inner: float
+    outer: float | None
+    scale: float
+
+    @classmethod
+    def of(cls, scale: float, softcap: float | None) -> Score:
+        """Returns those of scores that are scaled and, where there is a softcap, capped."""
+        return cls(scale, None, scale) if softcap is None else cls(scale / softcap, softcap, scale)
 
 
 def as_numbers(left: int | None, right: int | None) -> tuple[int, int]:
@@ -179,19 +195,19 @@ def mask_tile(words, row, row_stride, inside, first_column, BLOCK_COLUMNS: tl.co
 
 
 @triton.jit
-def bend(products, inner, outer):
+def bend(products, score):
     """(x, slope) of the products q·k of a tile; slope is 1.0 uncapped."""
     x, slope = products, 1.0
-    if outer is not None:
-        x = tanh(products * tl.cast(inner, tl.float32))
+    if score.outer is not None:
+        x = tanh(products * tl.cast(score.inner, tl.float32))
         slope = 1.0 - x * x
     return x, slope
 
 
 @triton.jit
-def unit_of(inner, outer):
+def unit_of(score):
     """The unit of x: scale or softcap."""
-    return tl.cast(inner if outer is None else outer, tl.float32)
+    return tl.cast(score.inner if score.outer is None else score.outer, tl.float32)
 
 
 @triton.jit
@@ -208,6 +224,16 @@ def biased(x, unit, bias):
 
 
 @triton.jit
+def first_number(sequence, head, query_first, heads, row_h, cu_seq_q):
+    """Where the numbers of a head's queries begin among statistics, [B, Hq, Sq] or packed [Hq, Nq]; all are int64."""
+    if cu_seq_q is None:
+        place = (sequence * heads + head) * row_h
+    else:
+        place = head * row_h + query_first
+    return place
+
+
+@triton.jit
 def load_statistics(statistics, kind_step, inside):
     """(top, log2 of the sum) of rows at these addresses; top is inf, of which weights are 0, where not `inside` and for
     queries without keys. None as `inside` loads all."""
@@ -217,15 +243,13 @@ def load_statistics(statistics, kind_step, inside):
 
 
 @triton.jit
-def load_rows(
-    base, row, row_stride, column_stride, inside, COLUMNS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Columns FIRST to FIRST + BLOCK of these rows [R] of a matrix of COLUMNS columns, 0 beyond: [R, BLOCK].
+def load_rows(head, x, row, inside, COLUMNS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns FIRST to FIRST + BLOCK of these rows [R] of a head of `x`, of COLUMNS columns, 0 beyond: [R, BLOCK].
 
-    `inside` [R] says which rows are read, the others are 0; None reads all, and takes no mask.
+    `head` is where it begins. `inside` [R] says which rows are read, the others are 0; None reads all, without a mask.
     """
     column = FIRST + tl.arange(0, BLOCK)
-    address = base + row.to(tl.int64)[:, None] * row_stride + column[None, :] * column_stride
+    address = head + row.to(tl.int64)[:, None] * x.s + column[None, :] * x.d
     mask = None
     if inside is not None:
         mask = inside[:, None]
@@ -236,11 +260,8 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    base, value, row, row_stride, column_stride, inside,
-    COLUMNS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def store_rows(head, x, value, row, inside, COLUMNS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse of load_rows: `value` [R, BLOCK] to those columns of the rows [R] that are `inside`."""
     column = FIRST + tl.arange(0, BLOCK)
-    address = base + row.to(tl.int64)[:, None] * row_stride + column[None, :] * column_stride
+    address = head + row.to(tl.int64)[:, None] * x.s + column[None, :] * x.d
     tl.store(address, value, mask=inside[:, None] & (column < COLUMNS)[None, :])

@@ -20,6 +20,8 @@ for longer sequences pass twelve.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,14 +31,15 @@ from tfm.kernels import launch
 from tfm.kernels.attention.arguments import (
     VARYING,
     common_arguments,
+    dense_statistics,
     dlse_strides,
-    statistics_strides,
-    strides,
+    heads_of,
 )
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
     column_bits,
+    first_number,
     first_position,
     is_allowed,
     load_rows,
@@ -57,33 +60,33 @@ from tfm.operators.attention import AttentionBackward, row_statistics
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def short_attention_backward_kernel(
-    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, statistics, dout, dlse,
-    dq, dk, dv, delta, sink_partials,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, row_kind, row_b, row_h,
-    dout_b, dout_h, dout_s, dout_d, dlse_b, dlse_h, dlse_s, dq_b, dq_h, dq_s, dq_d, dk_b, dk_h, dk_s, dk_d,
-    dv_b, dv_h, dv_s, dv_d,
-    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    heads, group, query_size, key_size, tiles, start, left, right, inner, outer, scale, threshold, keep_scale, site,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, v, bias, dout, dq, dk, dv, words, reach, sinks, seed, lengths, statistics, dlse, delta, sink_partials,
+    words_b, words_h, words_s, reach_b, reach_h, dlse_b, dlse_h, dlse_s, row_kind, row_h,
+    heads, group, query_size, key_size, tiles, start, left, right, score, threshold, keep_scale, site,
+    DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program finishes one (sequence, key head)."""
+    DIM: tl.constexpr = DIMS[0]
+    BLOCK_DIM: tl.constexpr = DIMS[1]
+    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
+    BLOCK_VALUE_DIM: tl.constexpr = VALUE_DIMS[1]
+    BLOCK_QUERIES: tl.constexpr = TILE[0]
+    BLOCK_KEYS: tl.constexpr = TILE[1]
     key_heads = heads // group
     sequence, key_head = (tl.program_id(0) // key_heads).to(tl.int64), tl.program_id(0) % key_heads
-    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
-    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
+    query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
+    key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)
     # Behind its length a padded sequence has keys, too, and their gradients are 0.
-    key_rows = key_length if cu_seq_k is not None else tl.cast(key_size, tl.int32)
-    position = first_position(sequence, starts, start)
+    key_rows = key_length if lengths.cu_seq_k is not None else tl.cast(key_size, tl.int32)
+    position = first_position(sequence, lengths.starts, start)
     wide_key_head = key_head.to(tl.int64)
-    q += sequence * q_b + query_first * q_s
-    k += sequence * k_b + wide_key_head * k_h + key_first * k_s
-    v += sequence * v_b + wide_key_head * v_h + key_first * v_s
-    dout += sequence * dout_b + query_first * dout_s
-    statistics += sequence * row_b + query_first
-    unit = unit_of(inner, outer)
+    q_head = q.data + sequence * q.b + query_first * q.s
+    k_head = k.data + sequence * k.b + wide_key_head * k.h + key_first * k.s
+    v_head = v.data + sequence * v.b + wide_key_head * v.h + key_first * v.s
+    dout_head = dout.data + sequence * dout.b + query_first * dout.s
+    unit = unit_of(score)
     IS_BIASED: tl.constexpr = bias is not None
-    scale = tl.cast(scale, tl.float32)
+    scale = tl.cast(score.scale, tl.float32)
 
     column = tl.arange(0, BLOCK_KEYS)
     begin, end = visible_keys(0, query_length - 1, position, left, right, key_length)
@@ -94,8 +97,8 @@ def short_attention_backward_kernel(
             head_reach = reach + sequence * reach_b + (key_head * group + member).to(tl.int64) * reach_h
             reached |= column_bits(head_reach, column, inside)
         inside &= reached
-    key = load_rows(k, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
-    value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+    key = load_rows(k_head, k, column, inside, DIM, 0, BLOCK_DIM)
+    value = load_rows(v_head, v, column, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
     d_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
     d_value = tl.zeros([BLOCK_KEYS, BLOCK_VALUE_DIM], tl.float32)
 
@@ -107,18 +110,19 @@ def short_attention_backward_kernel(
         wide_head = head.to(tl.int64)
         row = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
         is_row = row < query_length
-        top, log_sum = load_statistics(statistics + wide_head * row_h + row, row_kind, is_row)
+        head_rows = first_number(sequence, wide_head, query_first, heads, row_h, lengths.cu_seq_q)
+        top, log_sum = load_statistics(statistics + head_rows + row, row_kind, is_row)
         has_keys = top < float("inf")
         # Under a mask a query without keys may hold anything; elsewhere the loads need not wait for the statistics.
         inside_row = has_keys if reach is not None else is_row
-        query = load_rows(q + wide_head * q_h, row, q_s, q_d, inside_row, DIM, 0, BLOCK_DIM)
-        d_out = load_rows(dout + wide_head * dout_h, row, dout_s, dout_d, inside_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        query = load_rows(q_head + wide_head * q.h, q, row, inside_row, DIM, 0, BLOCK_DIM)
+        d_out = load_rows(dout_head + wide_head * dout.h, dout, row, inside_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
 
         products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-        scores, slope = bend(products, inner, outer)
+        scores, slope = bend(products, score)
         if bias is not None:
-            bias_tile = bias + sequence * bias_b + wide_head * bias_h
-            address = bias_tile + row.to(tl.int64)[None, :] * bias_s + column.to(tl.int64)[:, None] * bias_k
+            bias_tile = bias.data + sequence * bias.b + wide_head * bias.h
+            address = bias_tile + row.to(tl.int64)[None, :] * bias.s + column.to(tl.int64)[:, None] * bias.d
             scores = add_bias(scores, unit, address, is_row[None, :] & (column < key_length)[:, None])
         allowed = inside[:, None]
         if left is not None or right is not None:
@@ -142,12 +146,12 @@ def short_attention_backward_kernel(
             # Another head's mask may leave NaN to this one.
             d_weights = tl.where(weights == 0.0, 0.0, d_weights)
         if dv is not None:
-            d_value = tl.dot(kept.to(v.dtype.element_ty), d_out, d_value, input_precision=PRECISION)
+            d_value = tl.dot(kept.to(v.data.dtype.element_ty), d_out, d_value, input_precision=PRECISION)
         difference = tl.sum(weights * d_weights, axis=0)
         if dlse is not None:
             address = dlse + sequence * dlse_b + wide_head * dlse_h + (query_first + row) * dlse_s
             difference -= tl.load(address, mask=inside_row, other=0.0)
-        d_scores = (weights * (d_weights - difference[None, :]) * slope).to(k.dtype.element_ty)
+        d_scores = (weights * (d_weights - difference[None, :]) * slope).to(k.data.dtype.element_ty)
         if dk is not None:
             d_key = tl.dot(d_scores, query, d_key, input_precision=PRECISION)
 
@@ -157,11 +161,10 @@ def short_attention_backward_kernel(
                 d_query = tl.trans(tl.dot(tl.trans(key), d_scores, input_precision=PRECISION))
             else:
                 d_query = tl.dot(tl.trans(d_scores), key, input_precision=PRECISION)
-            head_dq = dq + sequence * dq_b + wide_head * dq_h + query_first * dq_s
-            store_rows(head_dq, d_query * scale, row, dq_s, dq_d, is_row, DIM, 0, BLOCK_DIM)
+            head_dq = dq.data + sequence * dq.b + wide_head * dq.h + query_first * dq.s
+            store_rows(head_dq, dq, d_query * scale, row, is_row, DIM, 0, BLOCK_DIM)
         if delta is not None:
-            place = delta + sequence * row_b + wide_head * row_h + query_first + row
-            tl.store(place, difference, mask=is_row)
+            tl.store(delta + head_rows + row, difference, mask=is_row)
         if sink_partials is not None:
             sink = tl.load(sinks + head).to(tl.float32)
             share = tl.exp2(exponent(sink, 1.0, top, log_sum, 0.0, IS_FORMED=True)) * difference
@@ -172,12 +175,12 @@ def short_attention_backward_kernel(
 
     is_key = column < key_rows
     if dk is not None:
-        head_dk = dk + sequence * dk_b + wide_key_head * dk_h + key_first * dk_s
-        store_rows(head_dk, d_key * scale, column, dk_s, dk_d, is_key, DIM, 0, BLOCK_DIM)
+        head_dk = dk.data + sequence * dk.b + wide_key_head * dk.h + key_first * dk.s
+        store_rows(head_dk, dk, d_key * scale, column, is_key, DIM, 0, BLOCK_DIM)
     if dv is not None:
-        head_dv = dv + sequence * dv_b + wide_key_head * dv_h + key_first * dv_s
+        head_dv = dv.data + sequence * dv.b + wide_key_head * dv.h + key_first * dv.s
         d_value *= tl.cast(keep_scale, tl.float32)
-        store_rows(head_dv, d_value, column, dv_s, dv_d, is_key, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        store_rows(head_dv, dv, d_value, column, is_key, VALUE_DIM, 0, BLOCK_VALUE_DIM)
 
 
 def short_attention_backward(
@@ -189,26 +192,26 @@ def short_attention_backward(
     Returns:
         delta, laid out as the statistics, which serves tfm.kernels.attention.bias_gradient; None where not wanted.
     """
-    attention, statistics = call.attention, call.statistics
+    attention = call.attention
+    statistics = dense_statistics(attention, call.statistics)
     delta = row_statistics(call.query)[0] if want_delta else None
     blocks = -(-call.max_q // tiles.block_queries)
     sink_partials = None
     if dsinks is not None:
         # Tiles behind a packed sequence's end write nothing.
         sink_partials = tape.zeros((attention.sequences * blocks, attention.heads), torch.float32, call.query.device)
-    first, second = {"dq": dquery, "dk": dkey}, {"dv": dvalue, "delta": delta, "sink_partials": sink_partials}
+    first: dict[str, Any] = {"dq": heads_of(dquery), "dk": heads_of(dkey)}
+    second: dict[str, Any] = {"dv": heads_of(dvalue), "delta": delta, "sink_partials": sink_partials}
     passes = [first | second] if tiles.passes == 1 else [first | dict.fromkeys(second), dict.fromkeys(first) | second]
     for results in passes:
         if all(result is None for result in results.values()):
             continue
         tape.launch(
             short_attention_backward_kernel, (attention.sequences * attention.key_heads,), tiles.options,
-            **common_arguments(short_attention_backward_kernel, attention), **results,
-            sinks=None if results["sink_partials"] is None else call.sinks,
-            statistics=statistics, dout=call.dout, dlse=call.dlse,
-            **strides("dout", call.dout), **strides("dq", dquery), **strides("dk", dkey), **strides("dv", dvalue),
-            **statistics_strides(statistics), **dlse_strides(call.dlse), tiles=blocks,
-            BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+            **common_arguments(short_attention_backward_kernel, attention, whole=True), **results,
+            sinks=None if results["sink_partials"] is None else call.sinks, statistics=statistics,
+            dout=heads_of(call.dout), dlse=call.dlse, **dlse_strides(call.dlse), tiles=blocks,
+            TILE=(tiles.block_queries, tiles.block_keys),
         )  # fmt: skip
     if sink_partials is not None and dsinks is not None:
         sum_sinks(sink_partials, dsinks)

@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.arguments import VARYING, common_arguments, statistics_strides, strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, heads_of
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
     column_bits,
+    first_number,
     first_position,
     is_allowed,
     load_rows,
@@ -42,30 +43,34 @@ from tfm.operators.attention import Attention
 
 @triton.jit(do_not_specialize=[*VARYING, "splits"])
 def short_attention_forward_kernel(
-    q, k, v, bias, words, reach, sinks, seed, cu_seq_q, cu_seq_k, key_lengths, starts, out, statistics,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, out_b, out_h, out_s, out_d, row_kind, row_b, row_h,
-    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    heads, group, query_size, key_size, splits, start, left, right, inner, outer, threshold, keep_scale, site,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, v, bias, out, words, reach, sinks, seed, lengths, statistics,
+    words_b, words_h, words_s, reach_b, reach_h, row_kind, row_h,
+    heads, group, query_size, key_size, splits, start, left, right, score, threshold, keep_scale, site,
+    DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """`splits` programs share the tiles of BLOCK_QUERIES queries of one (sequence, head)."""
+    DIM: tl.constexpr = DIMS[0]
+    BLOCK_DIM: tl.constexpr = DIMS[1]
+    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
+    BLOCK_VALUE_DIM: tl.constexpr = VALUE_DIMS[1]
+    BLOCK_QUERIES: tl.constexpr = TILE[0]
+    BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
     sequence, head = (program // splits // heads).to(tl.int64), program // splits % heads
-    query_first, query_length = locate(sequence, cu_seq_q, None, query_size)
+    query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
     first_row = program % splits * BLOCK_QUERIES
     if first_row >= query_length:
         return
-    key_first, key_length = locate(sequence, cu_seq_k, key_lengths, key_size)
-    position = first_position(sequence, starts, start)
+    key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)
+    position = first_position(sequence, lengths.starts, start)
     wide_head, key_head = head.to(tl.int64), (head // group).to(tl.int64)
-    q += sequence * q_b + wide_head * q_h + query_first * q_s
-    k += sequence * k_b + key_head * k_h + key_first * k_s
-    v += sequence * v_b + key_head * v_h + key_first * v_s
-    out += sequence * out_b + wide_head * out_h + query_first * out_s
-    statistics += sequence * row_b + wide_head * row_h + query_first
+    q_head = q.data + sequence * q.b + wide_head * q.h + query_first * q.s
+    k_head = k.data + sequence * k.b + key_head * k.h + key_first * k.s
+    v_head = v.data + sequence * v.b + key_head * v.h + key_first * v.s
+    out_head = out.data + sequence * out.b + wide_head * out.h + query_first * out.s
+    statistics += first_number(sequence, wide_head, query_first, heads, row_h, lengths.cu_seq_q)
     IS_BIASED: tl.constexpr = bias is not None
-    unit = unit_of(inner, outer)
+    unit = unit_of(score)
     # Of a negative scale the smallest product has the largest score.
     sign = tl.where(unit < 0, -1.0, 1.0)
     scale = 1.0
@@ -78,20 +83,20 @@ def short_attention_forward_kernel(
     inside = (column >= begin) & (column < end)
     if reach is not None:
         inside &= column_bits(reach + sequence * reach_b + wide_head * reach_h, column, inside)
-    key = load_rows(k, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
-    value = load_rows(v, column, v_s, v_d, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+    key = load_rows(k_head, k, column, inside, DIM, 0, BLOCK_DIM)
+    value = load_rows(v_head, v, column, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
 
     for tile_row in tl.range(first_row, query_length, splits * BLOCK_QUERIES, num_stages=1):
         row = tile_row + tl.arange(0, BLOCK_QUERIES)
         is_row = row < query_length
-        query = load_rows(q, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
+        query = load_rows(q_head, q, row, is_row, DIM, 0, BLOCK_DIM)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        scores, _ = bend(products, inner, outer)
-        if not IS_BIASED and outer is None:
+        scores, _ = bend(products, score)
+        if not IS_BIASED and score.outer is None:
             scores *= sign
         if bias is not None:
-            bias_tile = bias + sequence * bias_b + wide_head * bias_h
-            address = bias_tile + row.to(tl.int64)[:, None] * bias_s + column.to(tl.int64)[None, :] * bias_k
+            bias_tile = bias.data + sequence * bias.b + wide_head * bias.h
+            address = bias_tile + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
             scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
         allowed = inside[None, :]
         if left is not None or right is not None:
@@ -121,9 +126,9 @@ def short_attention_forward_kernel(
         if seed is not None:
             keep = keep_mask(row[:, None], 0, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
             weights = tl.where(keep, weights, 0.0)
-        acc = tl.dot(weights.to(v.dtype.element_ty), value, input_precision=PRECISION)
+        acc = tl.dot(weights.to(v.data.dtype.element_ty), value, input_precision=PRECISION)
         acc *= norm[:, None]
-        store_rows(out, acc, row, out_s, out_d, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        store_rows(out_head, out, acc, row, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
 
 
 def short_attention_forward(
@@ -133,7 +138,6 @@ def short_attention_forward(
     splits = tiles.splits(call.max_q)
     tape.launch(
         short_attention_forward_kernel, (splits * call.sequences * call.heads,), tiles.options,
-        **common_arguments(short_attention_forward_kernel, call), sinks=call.sinks, out=output, statistics=statistics,
-        **strides("out", output), **statistics_strides(statistics), splits=splits,
-        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        **common_arguments(short_attention_forward_kernel, call, whole=True), sinks=call.sinks, out=heads_of(output),
+        statistics=statistics, splits=splits, TILE=(tiles.block_queries, tiles.block_keys),
     )  # fmt: skip

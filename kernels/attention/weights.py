@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels import launch
-from tfm.kernels.attention.arguments import VARYING, common_arguments, statistics_strides
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics
 from tfm.kernels.attention.scores import (
     add_bias,
     bend,
     column_bits,
+    first_number,
     first_position,
     is_allowed,
     load_rows,
@@ -37,35 +38,36 @@ from tfm.operators.attention import AttentionWeights
 
 @triton.jit(do_not_specialize=[*VARYING, "query_tiles", "key_tiles"])
 def attention_weights_kernel(
-    q, k, bias, words, reach, seed, key_lengths, starts, statistics, weights,
-    q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, row_kind, row_b, row_h,
-    bias_b, bias_h, bias_s, bias_k, words_b, words_h, words_s, reach_b, reach_h,
-    heads, group, query_size, key_size, query_tiles, key_tiles, start, left, right, inner, outer, threshold,
-    keep_scale, site,
-    DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    q, k, bias, words, reach, seed, lengths, statistics, weights,
+    words_b, words_h, words_s, reach_b, reach_h, row_kind, row_h,
+    heads, group, query_size, key_size, query_tiles, key_tiles, start, left, right, score, threshold, keep_scale, site,
+    DIMS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program writes BLOCK_QUERIES x BLOCK_KEYS weights of one (sequence, head); neighbours share queries."""
+    DIM: tl.constexpr = DIMS[0]
+    BLOCK_DIM: tl.constexpr = DIMS[1]
+    BLOCK_QUERIES: tl.constexpr = TILE[0]
+    BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
     first_column = program % key_tiles * BLOCK_KEYS
     first_row = program // key_tiles % query_tiles * BLOCK_QUERIES
     pair = program // key_tiles // query_tiles
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    _, key_length = locate(sequence, None, key_lengths, key_size)
-    position = first_position(sequence, starts, start)
+    _, key_length = locate(sequence, None, lengths.key_lengths, key_size)
+    position = first_position(sequence, lengths.starts, start)
     row, column = first_row + tl.arange(0, BLOCK_QUERIES), first_column + tl.arange(0, BLOCK_KEYS)
     is_row, inside = row < query_size, column < key_length
     if reach is not None:
         inside &= column_bits(reach + sequence * reach_b + head * reach_h, column, inside)
 
-    query = load_rows(q + sequence * q_b + head * q_h, row, q_s, q_d, is_row, DIM, 0, BLOCK_DIM)
-    key = load_rows(k + sequence * k_b + head // group * k_h, column, k_s, k_d, inside, DIM, 0, BLOCK_DIM)
+    query = load_rows(q.data + sequence * q.b + head * q.h, q, row, is_row, DIM, 0, BLOCK_DIM)
+    key = load_rows(k.data + sequence * k.b + head // group * k.h, k, column, inside, DIM, 0, BLOCK_DIM)
     products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    scores, _ = bend(products, inner, outer)
-    unit = unit_of(inner, outer)
+    scores, _ = bend(products, score)
+    unit = unit_of(score)
     if bias is not None:
-        address = bias + sequence * bias_b + head * bias_h + row.to(tl.int64)[:, None] * bias_s
-        address += column.to(tl.int64)[None, :] * bias_k
+        address = bias.data + sequence * bias.b + head * bias.h + row.to(tl.int64)[:, None] * bias.s
+        address += column.to(tl.int64)[None, :] * bias.d
         scores = add_bias(scores, unit, address, is_row[:, None] & inside[None, :])
     allowed = inside[None, :]
     if left is not None or right is not None:
@@ -73,7 +75,8 @@ def attention_weights_kernel(
     if words is not None:
         head_words = words_of(words, sequence, head, words_b, words_h)
         allowed &= mask_tile(head_words, row, words_s, is_row, first_column, BLOCK_KEYS)
-    top, log_sum = load_statistics(statistics + sequence * row_b + head * row_h + row, row_kind, is_row)
+    place = first_number(sequence, head, 0, heads, row_h, None) + row
+    top, log_sum = load_statistics(statistics + place, row_kind, is_row)
     most = tl.where(allowed, 0.0, float("-inf"))
     result = tl.exp2(exponent(scores, unit, top[:, None], log_sum[:, None], most, bias is not None))
     if seed is not None:
@@ -90,8 +93,8 @@ def attention_weights(tape: Tape, call: AttentionWeights) -> Tensor:
     query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)
     tape.launch(
         attention_weights_kernel, (query_tiles * key_tiles * attention.sequences * attention.heads,), tiles.options,
-        **common_arguments(attention_weights_kernel, attention), **statistics_strides(call.statistics),
-        statistics=call.statistics, weights=weights, query_tiles=query_tiles, key_tiles=key_tiles,
-        BLOCK_QUERIES=tiles.block_queries, BLOCK_KEYS=tiles.block_keys,
+        **common_arguments(attention_weights_kernel, attention, whole=True),
+        statistics=dense_statistics(attention, call.statistics), weights=weights,
+        query_tiles=query_tiles, key_tiles=key_tiles, TILE=(tiles.block_queries, tiles.block_keys),
     )  # fmt: skip
     return weights

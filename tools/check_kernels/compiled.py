@@ -240,16 +240,25 @@ def compile_case(case: Case, capability: int, by_every: bool = True) -> Iterator
     from triton.compiler import ASTSource
 
     start = _seconds()
-    signature, constants, aligned = {}, {}, {}
-    for position, parameter in enumerate(case.kernel.params):
-        name, argument = parameter.name, case.arguments[parameter.name]
-        if parameter.is_constexpr or not isinstance(argument, str):
-            signature[name] = "constexpr"
-            constants[(position,)] = argument
-            continue
-        signature[name] = argument.removesuffix(":16")
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+
+    def kind(argument: Any, place: tuple[int, ...], is_constant: bool) -> Any:
+        """The type of an argument, as Triton's signatures write it, of a tuple those of its fields."""
+        if isinstance(argument, tuple) and not is_constant:
+            kinds = [kind(field, (*place, i), False) for i, field in enumerate(argument)]
+            return type(argument)(*kinds) if hasattr(argument, "_fields") else tuple(kinds)
+        if is_constant or not isinstance(argument, str):
+            constants[place] = argument
+            return "constexpr"
         if argument.endswith(":16"):
-            aligned[(position,)] = [["tt.divisibility", 16]]
+            aligned[place] = [["tt.divisibility", 16]]
+        return argument.removesuffix(":16")
+
+    signature = {
+        parameter.name: kind(case.arguments[parameter.name], (position,), parameter.is_constexpr)
+        for position, parameter in enumerate(case.kernel.params)
+    }
     source = ASTSource(case.kernel, signature, constants, aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.max_registers}
     with assemblers.heard() as said:

@@ -85,14 +85,26 @@ def _written(parameter: Any, argument: Any) -> Any:
     """An argument as Case writes it."""
     if parameter.is_constexpr or argument is None:
         return argument
-    aligned = "" if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment else ":16"
+    if isinstance(argument, tuple):
+        # Of its fields Triton forgets none, whatever the kernel says.
+        fields = [_value(field, forgets=False, aligns=True) for field in argument]
+        return type(argument)(*fields) if hasattr(argument, "_fields") else tuple(fields)
+    forgets = parameter.do_not_specialize
+    return _value(argument, forgets, aligns=not (forgets or parameter.do_not_specialize_on_alignment))
+
+
+def _value(argument: Any, forgets: bool, aligns: bool) -> Any:
+    """A type, or a constant where Triton specialises on it: `forgets` says that it does not, `aligns` that it may."""
+    if argument is None:
+        return None
+    aligned = ":16" if aligns else ""
     if isinstance(argument, Tensor):
         return f"*{TYPES[argument.dtype]}{aligned}"
     if isinstance(argument, bool):
         return "i1"
     if isinstance(argument, float):
         return "fp32"
-    if argument == 1 and not parameter.do_not_specialize:
+    if argument == 1 and not forgets:
         return 1
     kind = "i32" if -(2**31) <= argument < 2**31 else "i64"
     return kind + aligned if argument % 16 == 0 else kind

@@ -20,8 +20,8 @@ CHIPS = {9: (90,), 10: (100,), 8: (80, 86, 89, 120)}
 class Case:
     """One compilation; `arguments` by the kernel's parameter names, written as in triton.tools.compile.
 
-    A string is a type (":16" where the address or the number is a multiple of 16), anything else a constant, None an
-    absent tensor. What the kernel itself calls a constexpr is a constant, strings included.
+    A string is a type (":16" where the address or the number is a multiple of 16), a tuple one of those, anything else
+    a constant, None an absent tensor. What the kernel itself calls a constexpr is a constant, strings and tuples too.
     """
 
     name: str
@@ -44,20 +44,26 @@ class Case:
         for parameter in getattr(self.kernel, "params", ()):
             argument = self.arguments.get(parameter.name)
             is_aligned = isinstance(argument, str) and argument.endswith(":16")
-            is_known = is_aligned or not (argument is None or isinstance(argument, str))
+            is_known = is_aligned or not (argument is None or isinstance(argument, (str, tuple)))
             if (parameter.do_not_specialize and is_known) or (parameter.do_not_specialize_on_alignment and is_aligned):
                 raise ValueError(f"{self.name}: {parameter.name} is not specialised on, got {argument!r}")
 
     @property
     def types(self) -> tuple[str, ...]:
         """Of its tensors, each once."""
-        texts = {argument for argument in self.arguments.values() if isinstance(argument, str)}
+        texts = {argument for argument in self._fields if isinstance(argument, str)}
         return tuple(sorted(text for text in texts if text.startswith(("*", "tensordesc"))))
 
     @property
     def given(self) -> int:
         """How many arguments are not absent."""
-        return sum(argument is not None for argument in self.arguments.values())
+        return sum(argument is not None for argument in self._fields)
+
+    @property
+    def _fields(self) -> Iterator[Any]:
+        """The arguments, of tuples their fields."""
+        for argument in self.arguments.values():
+            yield from argument if isinstance(argument, tuple) else (argument,)
 
 
 # The chip whose code differs most between assemblers and settings: its cases stand for the other chips'.

@@ -40,7 +40,7 @@ def _cases(dtype: str, dim: int, keys: int, kind: str, major: int) -> Iterator[C
     backward = backward_call(call, "qkvbs" if kind == "bias" else "qkvs")
     for launched, arguments in ((attention.attention, call), (attention.attention_backward, backward)):
         for case in described("", launched, arguments, chip(major), capabilities=CHIPS[major]):
-            blocks = case.arguments.get("BLOCK_QUERIES", 0), case.arguments.get("BLOCK_KEYS", 0)
+            blocks = case.arguments.get("TILE", (0, 0))
             if case.name.split()[0] not in KERNELS or blocks[1] != keys:
                 continue
             made = [name for name in ("dv", "dq", "dk") if case.arguments.get(name) is not None]
@@ -80,7 +80,7 @@ def _score_cases(every: bool) -> Iterator[Case]:
 
 
 def _named(case: Case, dim: int, kind: str, dtype: str) -> Case:
-    queries, keys = case.arguments["BLOCK_QUERIES"], case.arguments["BLOCK_KEYS"]
+    queries, keys = case.arguments["TILE"]
     name = f"{case.name.split()[0]} {queries}x{keys} of {dim}{kind} {dtype}"
     return replace(case, name=name, matrix=_is_wide(dtype, queries))
 

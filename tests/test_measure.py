@@ -18,6 +18,7 @@ from native import OBSTACLE
 
 from benchmarks import measure as timing
 from benchmarks.measure import ROUND_SECONDS, Replays, Turns, Unavailable, calibrate, input_sets, measure
+from benchmarks.peers import LINEAR_CROSS_ENTROPY
 from benchmarks.suite import BOTH, FORWARD, OURS, Peer
 from benchmarks.summary import add_speed_ups, case_of, failures
 
@@ -138,7 +139,15 @@ def test_speed_up_is_the_peers_time_over_ours() -> None:
 
 # Of a rehearsal on a CPU: what has no kernel there, and what is not installed here.
 NO_CPU_KERNEL = {"sdpa flash", "sdpa efficient", "sdpa cudnn", "torch varlen", "flex"}
-NOT_HERE = {"liger": "liger_kernel is not installed"} | ({"ours, native": OBSTACLE} if OBSTACLE else {})
+NOT_HERE = {
+    peer: reason
+    for peer, reason in (
+        ("liger", "liger_kernel is not installed"),
+        ("ours, native", OBSTACLE),
+        ("torch's fused", LINEAR_CROSS_ENTROPY["torch's fused"].missing()),
+    )
+    if reason
+}
 
 
 def test_a_rehearsal_takes_every_path_of_a_gpu(tmp_path: Path) -> None:
@@ -167,7 +176,8 @@ def test_a_rehearsal_takes_every_path_of_a_gpu(tmp_path: Path) -> None:
             assert reason == NOT_HERE[row["peer"]]
         elif reason is not None:
             assert row["peer"] in NO_CPU_KERNEL, reason
-            assert "CPU" in reason or "kernel" in reason, reason
+            # Dynamo of torch 2.11 passes on the type of what it traced into, not the words.
+            assert "CPU" in reason or "kernel" in reason or "NotImplementedError" in reason, reason
         else:
             assert row["events_seconds"] > 0
             assert row["share"] > 0

@@ -148,11 +148,15 @@ def attention_backward_keys_kernel(
                     scores = add_bias(scores, unit, address, (row < query_length)[None, :] & is_key[:, None])
                 if ARE_LARGE:
                     scores = exponent(scores, unit, shift[None, :], log_sum[None, :], 0.0, IS_BIASED)
-                elif large:
-                    top, log_sum = load_statistics(statistics + head_rows + row, row_kind, inside)
-                    scores = exponent(scores, unit, top[None, :], log_sum[None, :], 0.0, IS_BIASED)
                 else:
-                    scores = fms(scores, unit * LOG2E, shift[None, :])
+                    # As in the first pass.
+                    factor, log_sum = unit * LOG2E, shift
+                    if large:
+                        factor = unit
+                        shift, log_sum = load_statistics(statistics + head_rows + row, row_kind, inside)
+                    scores = fms(scores, factor, shift[None, :])
+                    if large:
+                        scores = tl.minimum(scores * LOG2E - log_sum[None, :], 0.0)
                 weights = tl.exp2(scores)
                 if edge:
                     # A row that is not read has 0 for its query, but 0 · NaN is a score where the key is NaN.

@@ -142,6 +142,8 @@ def attention_backward_queries_kernel(
         IS_MASKED: tl.constexpr = words is not None or (reach is not None and bias is None)
         IS_BIASED: tl.constexpr = bias is not None
         unit = unit_of(score)
+        if not ARE_LARGE:
+            factor, shift = tl.where(large, unit, unit * LOG2E), tl.where(large, top, log)
         if IS_MASKED:
             whole_first, whole_last = first, first
 
@@ -174,10 +176,14 @@ def attention_backward_queries_kernel(
                     if bias is not None:
                         address = bias_head + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
                         scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
-                    if ARE_LARGE or large:
+                    if ARE_LARGE:
                         scores = exponent(scores, unit, top[:, None], log_sum[:, None], 0.0, IS_BIASED)
                     else:
-                        scores = fms(scores, unit * LOG2E, log[:, None])
+                        # As `exponent`; only one side of a branch reads a tile of products. Where both do, triton 3.6
+                        # compiles nothing for sm_90.
+                        scores = fms(scores, factor, shift[:, None])
+                        if large:
+                            scores = tl.minimum(scores * LOG2E - log_sum[:, None], 0.0)
                     weights = tl.exp2(scores)
                     if edge:
                         allowed = is_allowed(row[:, None], column[None, :], position, left, right, key_length)

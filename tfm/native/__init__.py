@@ -96,7 +96,7 @@ def _load() -> str:
         return f"tfm_native at {path} is of another version of tfm: it was compiled from other declarations"
     if not _kept:
         _kept.append(define(NAMESPACE, native=True))
-    register_fakes(NAMESPACE)
+        register_fakes(NAMESPACE)
     return ""
 
 

@@ -72,13 +72,22 @@ def described(
     launch(tape, call)
     for kernel, options, arguments in tape.launches:
         name = kernel.fn.__name__.removesuffix("_kernel")
-        written = arguments
-        if not isinstance(kernel, InterpretedFunction):
+        if isinstance(kernel, InterpretedFunction):
+            # It keeps no parameters, and nothing is compiled of its cases.
+            written = {name: _of_types(argument) for name, argument in arguments.items()}
+        else:
             written = {parameter.name: _written(parameter, arguments[parameter.name]) for parameter in kernel.params}
         case = Case(f"{name} {label}", kernel, written, options["num_warps"], matrix=name.startswith(tuple(matrix)))
         if "num_stages" in options:
             case = replace(case, num_stages=options["num_stages"])
         yield replace(case, max_registers=options.get("maxnreg"), capabilities=capabilities)
+
+
+def _of_types(argument: Any) -> Any:
+    """An argument with the types of tensors for the tensors."""
+    if isinstance(argument, tuple):
+        return tuple(_of_types(field) for field in argument)
+    return f"*{TYPES[argument.dtype]}" if isinstance(argument, Tensor) else argument
 
 
 def _written(parameter: Any, argument: Any) -> Any:

@@ -104,7 +104,7 @@ SIZES_128 = [Shape(2, 4096, 16, 128, "none"), Shape(2, 4096, 16, 128, "causal")]
 WIDEST, BETWEEN = [Shape(2, 4096, 8, 256, "causal")], [Shape(2, 4096, 16, 96, "causal")]
 # Longer than the kernels of short attention take.
 REHEARSAL = Shape(1, 129, 1, 128, "causal")
-REHEARSED_WIDEST, REHEARSED_BETWEEN = Shape(1, 65, 1, 256, "causal"), Shape(1, 33, 1, 48, "causal")
+REHEARSED_WIDEST, REHEARSED_BETWEEN = Shape(1, 65, 1, 256, "causal"), Shape(1, 129, 1, 96, "causal")
 
 SWEEPS = (
     LaunchSweep(

@@ -74,8 +74,9 @@ def described(
     launch(tape, call)
     for kernel, options, arguments in tape.launches:
         name = kernel.fn.__name__.removesuffix("_kernel")
-        if isinstance(kernel, InterpretedFunction):  # which keeps no parameters
-            written = {name: f"*{TYPES[x.dtype]}" if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        if isinstance(kernel, InterpretedFunction):
+            # It keeps no parameters, and nothing is compiled of its cases.
+            written = {name: _of_types(argument) for name, argument in arguments.items()}
         else:
             written = {parameter.name: _written(parameter, arguments[parameter.name]) for parameter in kernel.params}
         case = Case(f"{name} {label}", kernel, written, options["num_warps"], matrix=name.startswith(tuple(matrix)))
@@ -83,6 +84,13 @@ def described(
             case = replace(case, num_stages=options["num_stages"])
         both = tuple(name for name in apart if name in written)
         yield replace(case, max_registers=options.get("maxnreg"), capabilities=capabilities, apart=both)
+
+
+def _of_types(argument: Any) -> Any:
+    """An argument with the types of tensors for the tensors."""
+    if isinstance(argument, tuple):
+        return tuple(_of_types(field) for field in argument)
+    return f"*{TYPES[argument.dtype]}" if isinstance(argument, Tensor) else argument
 
 
 def _written(parameter: Any, argument: Any) -> Any:

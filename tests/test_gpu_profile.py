@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import record
-from benchmarks.bench_norm import LAYER
+from benchmarks.bench_norm import LAYER, RMS
 from tools.gpu import profile as module
 from tools.gpu.profile import bound, brief, find, kernels, ncu, profile, worst
 from tools.gpu.run import Options, Run
@@ -123,7 +123,8 @@ def test_ncu_that_fails_says_why(script, said, run, monkeypatch, tmp_path):
 
 
 def test_a_case_is_found_by_its_name_in_the_record():
-    case = LAYER.cases()[-1]
-    assert find(f"benchmarks/bench_norm.py::test_layer_norm[{case}]") == case
+    for suite in (LAYER, RMS):
+        case = suite.cases()[-1]
+        assert find(f"benchmarks/bench_norm.py::test_{suite.operation}[{case}]") == case
     with pytest.raises(ValueError, match="expected one of its cases, got 'nonsense'"):
         find("benchmarks/bench_norm.py::test_layer_norm[nonsense]")

@@ -160,7 +160,7 @@ def test_a_rehearsal_takes_every_path_of_a_gpu(tmp_path: Path) -> None:
     entries = json.loads(record.read_text())["benchmarks"]
     rows = [entry["extra_info"] for entry in entries]
     modules = [import_module(f"benchmarks.{path.stem}") for path in (ROOT / "benchmarks").glob("bench_*.py")]
-    suites = {value.name for module in modules for value in vars(module).values() if isinstance(value, Suite)}
+    suites = {value.operation for module in modules for value in vars(module).values() if isinstance(value, Suite)}
     assert {row["suite"] for row in rows} == suites
     assert {row["mode"] for row in rows} == {"eager", "graph"}
     for row in rows:

@@ -66,7 +66,7 @@ def results(suite: Suite, name: str, size: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("suite", "size", "name"),
     [
-        pytest.param(suite, size, name, id=f"{suite.name} {size} {name}")
+        pytest.param(suite, size, name, id=f"{suite.operation} {size} {name}")
         for module, which, size in CASES
         for suite in [getattr(module, which)]
         for name in suite.peers

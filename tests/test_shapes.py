@@ -147,7 +147,7 @@ def test_launch_bound_cases_are_measured_in_graphs_too(cases: list[SimpleNamespa
     for case in cases:
         assert case.launch_bound == (case.seconds < 100e-6)
         assert case.launch_bound or case.mode == "eager"
-    bound = {(case.file, case.size, case.direction, case.peer, case.mode) for case in cases if case.launch_bound}
+    bound = {(case.suite, case.size, case.direction, case.peer, case.mode) for case in cases if case.launch_bound}
     assert all((*case, mode) in bound for *case, _ in bound for mode in ("eager", "graph"))
 
 

@@ -236,15 +236,16 @@ def brief(name: str) -> str:
 
 
 def find(name: str) -> Case:
-    """The case that a record calls so.
+    """Returns the case that a record calls so.
 
     Raises:
         ValueError: there is none of that name.
     """
     path, _, test = name.partition("::")
-    suite = importlib.import_module(path.removesuffix(".py").replace("/", ".")).SUITE
-    wanted = test.partition("[")[2].removesuffix("]")
-    for case in suite.cases():
+    function, _, wanted = test.removesuffix("]").partition("[")
+    (parametrized,) = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), function).pytestmark
+    _, cases = parametrized.args
+    for case in cases:
         if str(case) == wanted:
             return case
     raise ValueError(f"{path}: expected one of its cases, got {wanted!r}")

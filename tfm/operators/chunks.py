@@ -69,7 +69,7 @@ class Chunks:
         buffer = torch.empty((min(step, len(input)), width), dtype=input.dtype, device=input.device)
         if width > classes:
             buffer[:, classes:] = 0.0
-        bias = self.padded(call.linear_bias)
+        bias, options = self.padded(call.linear_bias), call.options
         # A backward may be called under autocast, and what is fp32 here must stay so.
         with without_autocast(input.device):
             for start in range(0, len(input), step):
@@ -78,7 +78,7 @@ class Chunks:
                 logits = buffer[: len(x), :classes]
                 torch.mm(x, weight.t(), out=logits)
                 rows = CrossEntropy_(
-                    logits, bias, target[part], None if losses is None else losses[part], *call.options, wanted,
+                    logits, bias, target[part], None if losses is None else losses[part], *options, wanted,
                     None if grad is None else grad[part], divisor,
                 )  # fmt: skip
                 self.cross_entropy_(rows)

@@ -69,8 +69,8 @@ class LinearCrossEntropy(NamedTuple):
         input = self.input
         if self.reduction == "none":
             return _single((len(input),), input), _single((0,), input), None, None, None
-        gradients = unscaled_gradients(input, self.linear_weight, self.needs)
-        return _single((), input), _single((), input), *gradients
+        loss = _single((), input)
+        return loss, torch.empty_like(loss), *unscaled_gradients(input, self.linear_weight, self.needs)
 
 
 @operator("cross_entropy")
@@ -101,7 +101,7 @@ class LinearCrossEntropyBackward(NamedTuple):
     def outputs(self) -> Gradients:
         """(dX, dW, dbias) in the dtypes of what they are gradients of."""
         d_input, d_weight, d_bias = (
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None
+            torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
             for x, needed in zip(self[1:4], self.needs, strict=True)
         )
         return d_input, d_weight, d_bias
@@ -178,8 +178,9 @@ class Loss(Differentiable):
 
 def unscaled_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> Gradients:
     """Empty (dX, dW, dbias) as a backend fills them, dW and dbias in fp32."""
-    d_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if needs[0] else None
-    d_weight = _single(weight.shape, input) if needs[1] else None
+    rows = torch.contiguous_format
+    d_input = torch.empty_like(input, memory_format=rows) if needs[0] else None
+    d_weight = torch.empty_like(weight, dtype=torch.float32, memory_format=rows) if needs[1] else None
     return d_input, d_weight, _single(weight.shape[:1], input) if needs[2] else None
 
 

@@ -101,11 +101,11 @@ class LinearActivation(NamedTuple):
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """(hidden, pre), pre as ActivationDropout takes it, [0] where it is not kept."""
-        x, rows = self.x, self.x.shape[0]
-        hidden = _matrix(rows, self.columns, x)
+        x, rows, columns = self.x, self.x.shape[0], self.columns
+        hidden = _matrix(rows, columns, x)
         if not self.keeps_pre:
             return hidden, torch.empty(0, dtype=x.dtype, device=x.device)
-        return hidden, _matrix(rows, 2 * self.columns if self.gated else self.columns, x)
+        return hidden, _matrix(rows, 2 * columns, x) if self.gated else torch.empty_like(hidden)
 
 
 @operator("feed_forward")
@@ -138,7 +138,7 @@ class LinearActivationBackward(NamedTuple):
         columns = width // 2 if self.gated else width
         hidden = _matrix(rows, columns, saved) if self.recompute else None
         dbias = None if self.dbias is None else torch.empty(columns, dtype=self.dbias, device=saved.device)
-        return _matrix(rows, width, saved), hidden, dbias
+        return torch.empty_like(saved, memory_format=torch.contiguous_format), hidden, dbias
 
 
 class Network(NamedTuple):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from tfm import ops
-from tfm.kernels import launch
+from tfm.kernels.launch import cross_entropy as launch
+from tfm.kernels.launch.device import chip_of
 from tfm.operators.autograd import apply
 from tfm.operators.cross_entropy import LinearCrossEntropy, Loss
 
@@ -41,7 +42,7 @@ def inputs_of(rows, dim, classes, device, dtype=torch.float32, parameter_dtype=N
 
 def streams(device, dtype):
     """Whether logits of aligned inputs are not stored where no gradient is formed beside them."""
-    major = launch.chip_of(device).major
+    major = chip_of(device).major
     return launch.streaming_cross_entropy(24, dtype, aligned=True, plain=True, major=major) is not None
 
 

@@ -18,7 +18,7 @@ BACKWARD = {"epilogue": ["linear_activation_backward_kernel"], "library": ["acti
 
 def take(path, monkeypatch):
     """Takes one of the two ways, whatever the settings say of such small matrices."""
-    from tfm.kernels import launch
+    from tfm.kernels.launch import feed_forward as launch
 
     def tiles(rows, columns):
         # As small as a GPU's tensor cores allow, for several tiles each way.

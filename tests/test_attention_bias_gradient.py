@@ -9,7 +9,7 @@ from attention_cases import SEED, Problem, assert_matches, make, results
 from oracle import HALVES
 
 from tfm import ops
-from tfm.kernels import launch
+from tfm.kernels.launch.attention import scores as launch
 
 ALONE, SPLIT = ["bias_gradient_kernel"], ["bias_gradient_kernel", "sum_splits_kernel"]
 

@@ -33,10 +33,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tfm import ops
-from tfm.kernels import launch
-from tfm.kernels.launch import AttentionTiles
-from tfm.kernels.launch.attention import any_length as attention_tables
-from tfm.kernels.launch.attention import short
+from tfm.kernels.launch.attention import any_length, short
+from tfm.kernels.launch.attention.any_length import AttentionTiles
+from tfm.kernels.launch.attention.short import short_attention_backward, short_attention_forward
 from tfm.kernels.matmul import precision
 from tfm.operators.attention import Attended, Attention
 from tfm.operators.attention.mask_bits import KEYS_OF_A_ROW, aligned
@@ -60,9 +59,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def _long_kernels_of_small_tiles(monkeypatch):
     """The kernels under test at every length, with several tiles at few."""
     for name, tiles in SMALL.items():
-        monkeypatch.setattr(launch, name, lambda *_, tiles=tiles: tiles)
+        monkeypatch.setattr(any_length, name, lambda *_, tiles=tiles: tiles)
     for name in ("short_attention_forward", "short_attention_backward"):
-        monkeypatch.setattr(launch, name, lambda **_: None)
+        monkeypatch.setattr(short, name, lambda **_: None)
 
 
 @pytest.fixture
@@ -161,7 +160,7 @@ def test_kernels_match_at_any_shape(batch, queries, keys, dim, group, half, rule
 @pytest.mark.parametrize("passes", [1, 2])
 def test_narrow_inputs_under_a_wide_bias_and_sinks(passes, half, kernel_device, launched, monkeypatch):
     two = AttentionTiles(64, 32, 4, 2, passes=passes)
-    monkeypatch.setattr(launch, "attention_backward_keys", lambda *_: two)
+    monkeypatch.setattr(any_length, "attention_backward_keys", lambda *_: two)
     problem = Problem((2, 2, 2, 33, 40, 16, 16), {"sinks": True, "dropout_p": 0.2}, ("float", (1, 2, 33, 40)))
     tensors = make(problem, kernel_device, half)
     learnt = {name: tensors.inputs[name].float() for name in ("bias", "sinks")}
@@ -223,8 +222,8 @@ def test_packed_rows_do_not_see_the_maxima(kernel_device):
 def test_a_bias_and_a_mask_as_bits_together(is_short, shape, dropout_p, kernel_device, monkeypatch):
     """What the operator takes, whatever ops.attention makes of its one mask; a mask of one row has words, too."""
     if is_short:
-        monkeypatch.setattr(launch, "short_attention_forward", short.short_attention_forward)
-        monkeypatch.setattr(launch, "short_attention_backward", short.short_attention_backward)
+        monkeypatch.setattr(short, "short_attention_forward", short_attention_forward)
+        monkeypatch.setattr(short, "short_attention_backward", short_attention_backward)
     mask = torch.rand(shape, device=kernel_device) < 0.7
     bias = torch.randn(1, 2, 33, 40, device=kernel_device)
     bias[..., 7], mask[0, ..., 9] = float("-inf"), False
@@ -396,15 +395,15 @@ DTYPES_OF_TABLES = (torch.bfloat16, torch.float32)
 )
 def test_every_head_dim_has_tiles(dims, dtype, extras, major):
     for dim in dims:
-        first, rest = launch.split_dim(dim, dtype)
+        first, rest = any_length.split_dim(dim, dtype)
         assert first >= 16
         assert rest == 0 or 16 <= rest <= first
         assert dim <= first + rest < max(2 * dim, 17)
         assert all(part & (part - 1) == 0 for part in (first, rest))
     for choose in (
-        attention_tables.attention_forward,
-        attention_tables.attention_backward_queries,
-        attention_tables.attention_backward_keys,
+        any_length.attention_forward,
+        any_length.attention_backward_queries,
+        any_length.attention_backward_keys,
     ):
         tiles = choose(*dims, dtype, extras, major)
         assert tiles.block_queries >= 16

@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, HALVES
 
-from tfm.kernels import launch
+from tfm.kernels.launch import cross_entropy as launch
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from triton.runtime.jit import KernelInterface
 
 from tfm import ops
-from tfm.kernels import launch
+from tfm.kernels.launch import cross_entropy as launch
 from tfm.operators.cross_entropy import times
 from tfm.reference import cross_entropy as reference
 

@@ -22,7 +22,7 @@ from cross_entropy_cases import (
 )
 from oracle import DTYPES, HALVES
 
-from tfm.kernels import launch
+from tfm.kernels.launch import cross_entropy as launch
 
 
 @pytest.fixture

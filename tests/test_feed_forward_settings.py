@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfm.kernels import launch
+from tfm.kernels.launch import feed_forward as launch
+from tfm.kernels.launch.device import Chip, chip_of
 
-HOPPER, AMPERE = launch.Chip(9, 132), launch.Chip(8, 108)
+HOPPER, AMPERE = Chip(9, 132), Chip(8, 108)
 
 
 def forward(rows, columns=2048, depth=512, gated=False, dtype=torch.bfloat16, aligned=True, chip=HOPPER):
@@ -59,4 +60,4 @@ def test_few_rows_still_fill_the_chip():
 
 
 def test_the_interpreter_is_taken_for_hopper():
-    assert launch.chip_of(torch.device("cpu")) == launch.Chip(9, 2)
+    assert chip_of(torch.device("cpu")) == Chip(9, 2)

@@ -47,14 +47,14 @@ def examples(impl: str) -> settings:
 @contextmanager
 def kernels_of_any_length() -> Iterator[None]:
     """Triton's kernels for long sequences at every length, with several tiles at few."""
-    from tfm.kernels import launch
+    from tfm.kernels.launch.attention import any_length, short
 
-    tiles = launch.AttentionTiles(16, 16, 4, 2)
+    tiles = any_length.AttentionTiles(16, 16, 4, 2)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("attention_forward", "attention_backward_queries", "attention_backward_keys"):
-            patch.setattr(launch, name, lambda *_: tiles)
+            patch.setattr(any_length, name, lambda *_: tiles)
         for name in ("short_attention_forward", "short_attention_backward"):
-            patch.setattr(launch, name, lambda **_: None)
+            patch.setattr(short, name, lambda **_: None)
         yield
 
 

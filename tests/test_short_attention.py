@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from attention_cases import SEED, SITE, Packing, Problem, assert_matches, make, results
 
 from tfm import ops
-from tfm.kernels import launch
+from tfm.kernels.launch.attention import short as launch
 
 FORWARD, BACKWARD = ["short_attention_forward_kernel"], ["short_attention_backward_kernel"]
 BITS, BIAS = ["mask_bits_kernel"], ["bias_gradient_kernel", "sum_splits_kernel"]

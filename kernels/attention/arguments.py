@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.scores import Score
+from tfm.kernels.launch.attention import any_length, short
 from tfm.kernels.matmul import precision
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.tape import Tape
@@ -54,7 +54,7 @@ def common_arguments(kernel: Any, call: Attention, whole: bool = False) -> dict[
     reach_b, reach_h = broadcast_strides(call.reach, 2)
     threshold, keep_scale = threshold_and_scale(call.dropout_p)
     dtype, is_packed = call.query.dtype, call.cu_seq_q is not None
-    dims = [(dim, *((launch.short_block(dim),) if whole else launch.split_dim(dim, dtype))) for dim in call.dims]
+    dims = [(dim, *((short.short_block(dim),) if whole else any_length.split_dim(dim, dtype))) for dim in call.dims]
     known = {
         "q": heads_of(call.query), "k": heads_of(call.key), "v": heads_of(call.value), "bias": bias_of(call.bias),
         "words": call.words, "reach": call.reach, "seed": call.seed,

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics, heads_of, problem
 from tfm.kernels.attention.backward_queries import QueryRows
 from tfm.kernels.attention.scores import (
@@ -37,6 +36,7 @@ from tfm.kernels.attention.scores import (
     visible_queries,
     words_of,
 )
+from tfm.kernels.launch.attention import any_length as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, exponent, fms
 from tfm.kernels.tape import Tape

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.arguments import (
     VARYING,
     common_arguments,
@@ -53,6 +52,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
     words_of,
 )
+from tfm.kernels.launch.attention import any_length as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LARGE, LOG2E, exponent, fma, fms
 from tfm.kernels.tape import Tape

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics, heads_of
 from tfm.kernels.attention.scores import (
     as_numbers,
@@ -38,6 +37,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
     words_of,
 )
+from tfm.kernels.launch.attention import scores as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
 from tfm.kernels.tape import Tape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.arguments import short_problem
 from tfm.kernels.attention.backward_keys import attention_backward_keys
 from tfm.kernels.attention.backward_queries import attention_backward_queries
@@ -12,6 +11,7 @@ from tfm.kernels.attention.bias_gradient import bias_gradient
 from tfm.kernels.attention.forward import attention_forward
 from tfm.kernels.attention.short_backward import short_attention_backward
 from tfm.kernels.attention.short_forward import short_attention_forward
+from tfm.kernels.launch.attention import short as launch
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import Attention, AttentionBackward
 

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.arguments import VARYING, common_arguments, heads_of, problem
 from tfm.kernels.attention.scores import (
     add_bias,
@@ -41,6 +40,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
     words_of,
 )
+from tfm.kernels.launch.attention import any_length as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, binary, natural_top, power, shrinkage
 from tfm.kernels.tape import Tape

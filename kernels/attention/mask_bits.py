@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.scores import as_numbers, first_position, is_allowed
+from tfm.kernels.launch.attention import any_length as launch
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import AttentionMaskBits
 

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.arguments import (
     VARYING,
     common_arguments,
@@ -52,6 +51,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
     words_of,
 )
+from tfm.kernels.launch.attention import short as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
 from tfm.kernels.tape import Tape

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.attention.arguments import VARYING, common_arguments, heads_of
 from tfm.kernels.attention.scores import (
     add_bias,
@@ -35,6 +34,7 @@ from tfm.kernels.attention.scores import (
     visible_keys,
     words_of,
 )
+from tfm.kernels.launch.attention import short as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, binary, natural_top, power
 from tfm.kernels.tape import Tape

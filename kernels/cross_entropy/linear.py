@@ -18,9 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.cross_entropy.stored import PADDING, cross_entropy_, mean_loss
 from tfm.kernels.cross_entropy.streamed import streaming_cross_entropy
+from tfm.kernels.launch import cross_entropy as launch
 from tfm.kernels.tape import Tape
 from tfm.operators.chunks import Chunks
 from tfm.operators.cross_entropy import (

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.activations import tanh
+from tfm.kernels.launch import cross_entropy as launch
 from tfm.kernels.tape import Tape
 from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
 

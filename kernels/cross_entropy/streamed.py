@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tfm.kernels import launch
 from tfm.kernels.cross_entropy.stored import LN_2, LOG2_E, LOWEST, loss_of_row, softcapped
+from tfm.kernels.launch import cross_entropy as launch
 from tfm.kernels.softmax import natural_top, power
 from tfm.kernels.tape import Tape
 from tfm.operators.cross_entropy import LinearCrossEntropy

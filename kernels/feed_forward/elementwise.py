@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.activations import activate, activate_with_derivative
+from tfm.kernels.launch import feed_forward as launch
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import sum_partials
 from tfm.kernels.tape import Tape

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels import launch
 from tfm.kernels.feed_forward.elementwise import (
     activation_dropout,
     activation_dropout_backward,
     backward_tile,
     hidden_tile,
 )
+from tfm.kernels.launch import feed_forward as launch
+from tfm.kernels.launch.device import are_aligned
 from tfm.kernels.matmul import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.rows import as_rows, side_by_side, sum_partials
@@ -160,7 +161,7 @@ def linear_activation(tape: Tape, call: LinearActivation) -> tuple[Tensor, Tenso
     (rows, depth), columns = x.shape, call.columns
     gate, up = weight.chunk(2) if call.gated and up_weight is None else (weight, up_weight)
     (x_rows, x_stride), (gate_rows, weight_stride), (up_rows, up_stride) = as_rows(x), as_rows(gate), as_rows(up)
-    aligned = launch.are_aligned(depth, columns, x_stride, weight_stride, up_stride)
+    aligned = are_aligned(depth, columns, x_stride, weight_stride, up_stride)
     tiles = launch.linear_activation(rows, columns, depth, call.gated, x.dtype, aligned, tape.chip(x.device))
     if tiles is None:
         pre = products(x, weight, up_weight, bias)
@@ -206,7 +207,7 @@ def linear_activation_backward(
     dy, weight = call.dy, call.weight
     (rows, depth), columns = dy.shape, weight.shape[1]
     (dy_rows, dy_stride), (weight_rows, weight_stride) = as_rows(dy), as_rows(weight)
-    aligned = launch.are_aligned(depth, columns, dy_stride, weight_stride)
+    aligned = are_aligned(depth, columns, dy_stride, weight_stride)
     tiles = launch.linear_activation_backward(rows, columns, depth, dy.dtype, aligned, tape.chip(dy.device))
     if tiles is None:
         return activation_dropout_backward(tape, call, torch.mm(dy, weight))

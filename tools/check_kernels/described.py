@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tfm.kernels.launch import Chip
+from tfm.kernels.launch.device import Chip
 from tfm.kernels.tape import Tape
 from tools.check_kernels.case import Case
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from tfm.kernels import launch, tape
+from tfm.kernels import tape
+from tfm.kernels.launch import device
+from tfm.kernels.launch.device import Chip
 from tfm.operators import chunks, cross_entropy
 from tfm.ops import backends
 
 DEVICE, CAPABILITY = 0, 90
-CHIP = launch.Chip(major=9, multiprocessors=132)
+CHIP = Chip(major=9, multiprocessors=132)
 # By name: tfm.ops has functions of these names.
 READERS = [cross_entropy, *map(import_module, ("tfm.ops.attention_rules", "tfm.ops.cross_entropy"))]
 
@@ -44,7 +46,7 @@ def as_on_gpu() -> Iterator[None]:
     """Within the block, what tfm does with CPU tensors is what it does with a GPU's."""
     told: list[tuple[Any, str, Any]] = [
         (backends, "triton_obstacle", lambda device, automatic: ""),
-        *((module, "chip_of", lambda device: CHIP) for module in (launch, tape)),
+        *((module, "chip_of", lambda device: CHIP) for module in (device, tape)),
         (chunks, "_add_product", _add_product),
         (chunks, "_add_rows", _add_rows),
         # Values on a GPU are not looked at: that would wait for it.

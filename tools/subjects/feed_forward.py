@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.kernels import feed_forward
-from tfm.kernels.launch import Chip
+from tfm.kernels.launch.device import Chip
 from tfm.operators.feed_forward import ActivationDropout, LinearActivation, LinearActivationBackward, keeps_hidden
 from tfm.ops.feed_forward import ACTIVATIONS
 from tools.check_kernels.case import CHIPS, Case

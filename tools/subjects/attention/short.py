@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from tfm.kernels import attention, launch
+from tfm.kernels import attention
+from tfm.kernels.launch.attention import short as launch
 from tfm.operators.attention import AttentionWeights
 from tools.check_kernels.case import CHIPS, Case, merged
 from tools.check_kernels.described import chip, described

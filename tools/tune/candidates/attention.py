@@ -13,7 +13,7 @@ from dataclasses import replace
 from benchmarks.bench_attention import PADDED
 from benchmarks.shapes import Sequences as Shape
 from benchmarks.suite import BOTH, FORWARD
-from tfm.kernels.launch import AttentionTiles
+from tfm.kernels.launch.attention.any_length import AttentionTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Queries, keys, warps, stages, most registers, and the expected share of the forward, for head dims of 64 and 128.

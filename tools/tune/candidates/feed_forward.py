@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.bench_feed_forward import GATED, PLAIN
 from benchmarks.shapes import FeedForward
 from benchmarks.suite import FORWARD
-from tfm.kernels.launch import MatmulTiles
+from tfm.kernels.launch.feed_forward import MatmulTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Rows, columns and depth of a tile, slices of 16 or 32 columns, warps, stages, most registers, and the expected share.

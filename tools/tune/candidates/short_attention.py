@@ -12,7 +12,7 @@ from dataclasses import replace
 from benchmarks.bench_attention import PACKED
 from benchmarks.shapes import Sentences
 from benchmarks.suite import BOTH, FORWARD
-from tfm.kernels.launch import ShortBackwardTiles, ShortForwardTiles
+from tfm.kernels.launch.attention.short import ShortBackwardTiles, ShortForwardTiles
 from tools.tune.candidates.sweep import Arguments, LaunchSweep
 
 # Queries, warps, whether a program takes all queries of a head, and the expected share; keys are one tile. None: the

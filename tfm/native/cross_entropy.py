@@ -35,7 +35,7 @@ SUMMED_AT_ONCE = 1 << 14
 
 
 def logits_rows(rows: int, width: int, itemsize: int) -> int:
-    """How many rows a chunk has: chunks of one size, nearly, of whole tiles of the processor's matrix units."""
+    """Returns the rows of a chunk: chunks of nearly one size, of whole tiles of the processor's matrix units."""
     budget = max(CHUNK_BYTES, rows * width * itemsize // 16)
     most = max(1, min(ROWS[itemsize], budget // (width * itemsize)))
     even = -(-rows // -(-rows // most))
@@ -63,7 +63,7 @@ def implement(library: torch.library.Library) -> None:
 def linear_cross_entropy(
     call: LinearCrossEntropy,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The operator; `scale` is 1, as the gradients are those of the loss already."""
+    """Computes the operator; `scale` is 1, as the gradients are those of the loss already."""
     is_reduced = call.reduction != "none"
     counted, index, kept = _counted(call)
     rows = len(counted.input)
@@ -83,7 +83,7 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_backward(call: LinearCrossEntropyBackward) -> Gradients:
-    """The operator."""
+    """Computes the operator."""
     counted, index, kept = _counted(call)
     weight, bias = call.linear_weight, call.linear_bias
     d_input, d_weight, d_bias = gradients = unscaled_gradients(counted.input, weight, call.needs)
@@ -95,7 +95,7 @@ def linear_cross_entropy_backward(call: LinearCrossEntropyBackward) -> Gradients
 
 
 def _counted(call: Call) -> tuple[Call, Tensor | None, Tensor | None]:
-    """The call as the loop takes it, of the rows that count.
+    """Returns the call as the loop takes it, of the rows that count.
 
     Beside it their indices, None where they are all or most rows; and which rows count [N, 1], None where all that is
     left do. A few ignored rows stay: oneDNN prepares bf16 products, a millisecond each, for every number of rows it
@@ -119,5 +119,5 @@ def _rows(x: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _spread(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
-    """Back to all rows, 0 for those that do not count."""
+    """Puts them back among all rows, 0 for those that do not count."""
     return x if index is None else x.new_zeros((rows, *x.shape[1:])).index_copy_(0, index, x)

@@ -58,7 +58,7 @@ class LinearCrossEntropy(NamedTuple):
 
     @property
     def options(self) -> reference.Options:
-        """What shapes the loss of a row."""
+        """Returns what shapes the loss of a row."""
         return reference.Options(*self[5:9])
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -68,7 +68,8 @@ class LinearCrossEntropy(NamedTuple):
         """
         input = self.input
         if self.reduction == "none":
-            return _single((len(input),), input), _single((0,), input), None, None, None
+            # Not len, which fixes a symbolic length.
+            return _single(input.shape[:1], input), _single((0,), input), None, None, None
         loss = _single((), input)
         return loss, torch.empty_like(loss), *unscaled_gradients(input, self.linear_weight, self.needs)
 
@@ -95,7 +96,7 @@ class LinearCrossEntropyBackward(NamedTuple):
 
     @property
     def options(self) -> reference.Options:
-        """What shapes the loss of a row."""
+        """Returns what shapes the loss of a row."""
         return reference.Options(*self[5:9])
 
     def outputs(self) -> Gradients:
@@ -195,5 +196,5 @@ def times(unscaled: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_one(factor: Tensor) -> bool:
-    """Whether there is nothing to multiply by: most losses are called with 1. Only a CPU knows it without waiting."""
+    """Says whether there is nothing to multiply by, as in most backwards. Only a CPU knows it without waiting."""
     return is_readable(factor) and factor.item() == 1.0

@@ -34,7 +34,7 @@ ROWS = (
 
 
 def keeps_hidden(gated: bool, activation: str) -> bool:
-    """Whether the backward works from hidden itself instead of the pre-activation."""
+    """Says whether the backward works from hidden itself instead of the pre-activation."""
     return activation == "relu" and not gated
 
 
@@ -90,13 +90,13 @@ class LinearActivation(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """The columns of hidden."""
+        """Counts the columns of hidden."""
         rows = self.weight.shape[0]
         return rows // 2 if self.gated and self.up_weight is None else rows
 
     @property
     def keeps_pre(self) -> bool:
-        """Whether the backward needs the pre-activation."""
+        """Says whether the backward needs the pre-activation."""
         return self.save and not keeps_hidden(self.gated, self.activation)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ class FeedForward(Differentiable):
 
 
 def input_gradient(dpre: Tensor, weight: Tensor, up_weight: Tensor | None) -> Tensor:
-    """dx [rows, depth]."""
+    """Returns dx [rows, depth]."""
     if up_weight is None:
         return dpre @ weight
     dgate, dup = dpre.chunk(2, dim=1)
@@ -239,7 +239,7 @@ def input_gradient(dpre: Tensor, weight: Tensor, up_weight: Tensor | None) -> Te
 def weight_gradients(
     dpre: Tensor, x: Tensor, up_weight: Tensor | None, needs_weight: bool, needs_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of the first weight and of up's own; both are halves of one product."""
+    """Returns the gradients of the first weight and of up's own; both are halves of one product."""
     if up_weight is None:
         return (dpre.t() @ x if needs_weight else None), None
     if needs_weight and needs_up:

@@ -136,7 +136,7 @@ def _check_matrix(name: str, weight: Tensor, columns: int) -> None:
 
 
 def _without_elements(x: Tensor, first: Tensor, second: Tensor) -> str:
-    """Why no kernel multiplies these; empty where one does. `x` may have zero rows."""
+    """Says why no kernel multiplies these; empty where one does. `x` may have zero rows."""
     return "" if x.shape[-1] and first.numel() and second.numel() else "expected weights with elements, got none"
 
 

@@ -37,7 +37,7 @@ from tfm.kernels.launch.attention import any_length, short
 from tfm.kernels.launch.attention.any_length import AttentionTiles
 from tfm.kernels.launch.attention.short import short_attention_backward, short_attention_forward
 from tfm.kernels.matmul import precision
-from tfm.operators.attention import Attended, Attention
+from tfm.operators.attention import Attended, Attention, AttentionBackward
 from tfm.operators.attention.mask_bits import KEYS_OF_A_ROW, aligned
 from tfm.operators.autograd import apply
 from tfm.ops.registry import NAMESPACE
@@ -429,6 +429,25 @@ def test_operators_obey_torch(kernel_device):
     mask = torch.rand(1, 2, 5, 7, device=kernel_device) < 0.5
     starts = arguments[10]
     torch.library.opcheck(torch.ops.tfm.attention_mask_bits.default, (mask, starts, 0, 3, None))
+
+
+@pytest.mark.parametrize("is_short", [False, True], ids=["long", "short"])
+def test_statistics_of_other_strides_give_the_same(is_short, kernel_device, monkeypatch):
+    """Kernels know how the forward lays its statistics out; whoever lays them otherwise gets no other numbers."""
+    if is_short:
+        monkeypatch.setattr(launch, "short_attention_backward", short.short_attention_backward)
+    inputs = [x.detach() for x in qkv(kernel_device, (2, 2, 1, 9, 40, 16, 16))]
+    call = Attention(*inputs, *[None] * 9, 9, 40, 0, None, None, 0.25, None, 0.0, 0)
+    output, statistics = torch.ops.tfm.attention(*call)
+    other = statistics.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert other.stride() != statistics.stride()
+    found = []
+    for numbers in (statistics, other):
+        wanted = [True, True, True, False, False]
+        backward = AttentionBackward(torch.ones_like(output), None, output, numbers, wanted, *call)
+        weights = torch.ops.tfm.attention_weights(numbers, *call)
+        found.append([*torch.ops.tfm.attention_backward(*backward)[:3], weights])
+    equal(*found)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

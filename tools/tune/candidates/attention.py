@@ -74,7 +74,7 @@ REHEARSAL, REHEARSED_WIDEST = Shape(1, 129, 1, 128, "causal"), Shape(1, 65, 1, 2
 
 SWEEPS = (
     LaunchSweep(
-        "attention_forward", PADDED, FORWARD,
+        "attention.any_length.attention_forward", PADDED, FORWARD,
         question="Two programs of 8 warps, held to 128 registers, hold 128 x 64 scores each: do 128 keys at a time or a"
         " third stage hide the softmax better?",
         prediction="128 x 128 gains 2 % at a head dim of 64 without a mask and loses as much where causality wastes its"
@@ -82,20 +82,20 @@ SWEEPS = (
         sizes=SIZES_64, rehearsal=REHEARSAL, table=FORWARD_64, settings=tiles,
     ),
     LaunchSweep(
-        "attention_forward", PADDED, FORWARD,
+        "attention.any_length.attention_forward", PADDED, FORWARD,
         question="At a head dim of 128, do two programs of 64 x 64 overlap better than the two warp groups of one?",
         prediction="Within 2 % of each other, 450 TFLOP/s without a mask; a third stage does not fit without spills.",
         sizes=SIZES_128, rehearsal=REHEARSAL, table=FORWARD_128, settings=tiles,
     ),
     LaunchSweep(
-        "attention_backward_queries", PADDED, BOTH,
+        "attention.any_length.attention_backward_queries", PADDED, BOTH,
         question="At a head dim of 128 two programs of 64 queries read k and v twice as often as one of 128: which"
         " counts?",
         prediction="128 queries gain 6 % of the pass, 2 % of the step.",
         sizes=SIZES_128, rehearsal=REHEARSAL, table=QUERIES_128, settings=tiles,
     ),
     LaunchSweep(
-        "attention_backward_keys", PADDED, BOTH,
+        "attention.any_length.attention_backward_keys", PADDED, BOTH,
         question="At a head dim of 256 dk and dv do not fit the registers at 32 x 64: are two passes, 5 products for 4,"
         " cheaper than tiles of 16 queries, or than some words spilt?",
         prediction="16 queries in one pass gain 3 % of the step of some 1.6 ms; 32 queries in one lose 5 %.",

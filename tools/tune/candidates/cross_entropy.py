@@ -48,14 +48,14 @@ REHEARSAL = Vocabulary(6, 32, 50, 0.1)
 
 SWEEPS = (
     LaunchSweep(
-        "streaming_cross_entropy", SUITE, FORWARD,
+        "cross_entropy.streaming_cross_entropy", SUITE, FORWARD,
         question="Does a Triton matmul that folds its logits as it makes them beat cuBLAS and a pass over stored ones?",
         prediction="0.53 against 0.63 ms at D = 512 (520 TFLOP/s), 0.92 against 0.99 ms at 1,024 (600 TFLOP/s); 128"
         " classes a tile lose 10 %, but 3 % as two programs a multiprocessor.",
         sizes=SIZES, rehearsal=REHEARSAL, table=STREAMED, settings=streamed,
     ),
     LaunchSweep(
-        "logits_rows", SUITE, BOTH,
+        "cross_entropy.logits_rows", SUITE, BOTH,
         question="Each chunk reads and writes the fp32 sums of dW: what do fewer and larger chunks gain?",
         prediction="Twice the rows 3 % of 1.59 ms at D = 512 and 2 % of 2.74 ms at 1,024, four times 1 % more.",
         sizes=SIZES, rehearsal=REHEARSAL, table=CHUNKS, settings=chunks,

@@ -53,20 +53,20 @@ REHEARSAL = FeedForward(6, 32, 48, 0.1)
 
 SWEEPS = (
     LaunchSweep(
-        "linear_activation", PLAIN, FORWARD,
+        "feed_forward.linear_activation", PLAIN, FORWARD,
         question="At a depth of 512, does the epilogue save more than Triton's slower product costs, and do two"
         " programs of 128 x 128 a multiprocessor beat one of 128 x 256?",
         prediction="cuBLAS with a pass takes 1.07 times the step (60 against 56 µs); 128 x 256 is within 2 %.",
         sizes=SHALLOW, rehearsal=REHEARSAL, table=beside_cublas(1.07), settings=epilogues,
     ),
     LaunchSweep(
-        "linear_activation", PLAIN, FORWARD,
+        "feed_forward.linear_activation", PLAIN, FORWARD,
         question="At a depth of 1,024, the deepest that takes the epilogue today, does cuBLAS with a pass win?",
         prediction="cuBLAS with a pass takes 0.93 times the step (209 against 225 µs): for ReLU the limit is 700.",
         sizes=WIDE, rehearsal=REHEARSAL, table=beside_cublas(0.93), settings=epilogues,
     ),
     LaunchSweep(
-        "linear_activation", GATED, FORWARD,
+        "feed_forward.linear_activation", GATED, FORWARD,
         question="Where gate and up are multiplied at once, does the epilogue pay at a depth of 1,024?",
         prediction="cuBLAS with a pass takes 0.87 times the step: 123 + 32 against 187 µs, and 61 for the second.",
         sizes=GATED_WIDE, rehearsal=REHEARSAL, table=beside_cublas(0.87), settings=epilogues,

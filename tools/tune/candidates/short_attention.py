@@ -55,7 +55,7 @@ REHEARSAL = Sentences(2, 1, 16, "cross")
 
 SWEEPS = (
     LaunchSweep(
-        "short_attention_forward", PACKED, FORWARD,
+        "attention.short.short_attention_forward", PACKED, FORWARD,
         question="Half to all of a multiprocessor's pairs are resident with one warp each: are 2 warps or 32 queries"
         " faster?",
         prediction="Today's take 5 µs for 256 sentences of 8 heads; 32 queries in 2 warps are within 2 %, the kernels"
@@ -63,7 +63,7 @@ SWEEPS = (
         sizes=SENTENCES, rehearsal=REHEARSAL, table=FORWARD_TILES, settings=forward,
     ),
     LaunchSweep(
-        "short_attention_backward", PACKED, BOTH,
+        "attention.short.short_attention_backward", PACKED, BOTH,
         question="A head's backward takes 2 to 4 warps for its sums' registers: do they wait for one another?",
         prediction="The step takes 17 µs for 256 sentences of 8 heads; 2 and 4 warps are within 2 %.",
         sizes=SENTENCES, rehearsal=REHEARSAL, table=BACKWARD_TILES, settings=backward,

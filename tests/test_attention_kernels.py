@@ -435,7 +435,7 @@ def test_operators_obey_torch(kernel_device):
 def test_statistics_of_other_strides_give_the_same(is_short, kernel_device, monkeypatch):
     """Kernels know how the forward lays its statistics out; whoever lays them otherwise gets no other numbers."""
     if is_short:
-        monkeypatch.setattr(launch, "short_attention_backward", short.short_attention_backward)
+        monkeypatch.setattr(short, "short_attention_backward", short_attention_backward)
     inputs = [x.detach() for x in qkv(kernel_device, (2, 2, 1, 9, 40, 16, 16))]
     call = Attention(*inputs, *[None] * 9, 9, 40, 0, None, None, 0.25, None, 0.0, 0)
     output, statistics = torch.ops.tfm.attention(*call)

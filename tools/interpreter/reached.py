@@ -28,12 +28,12 @@ class Access:
 
 
 def launched(files: Iterable[Path]) -> set[str]:
-    """The kernels that launch functions name in these files: whatever of Python refers to one, launches it."""
+    """The kernels, by the ends of their names, that Python refers to in these files: whoever does, launches them."""
     trees = [_tree(file) for file in files]
     jit = [function for tree in trees for function in _jit_functions(tree)]
     within = {node for function in jit for node in ast.walk(function)}
     named = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in within}
-    return named & {function.name for function in jit}
+    return named & {function.name for function in jit if function.name.endswith("_kernel")}
 
 
 def unreached(files: Iterable[Path], places: Iterable[Place]) -> list[Access]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.ops import backends
+from tools.subjects import subjects
 
 # Of each, by the names of its own arguments: shapes of the tensors that get a gradient, and all that is constant.
 Constants = dict[str, Any]
@@ -168,6 +169,13 @@ SAMPLES = [
     Sample("dropout", "dropout", {"x": (3, 9)}, _always(**DROP), has_backends=False),
     Sample("split_heads", "split_heads", {"x": (2, 3, 12)}, _always(parts=3, heads=2), has_backends=False),
 ]  # fmt: skip
+# A subject may bring its own, beside what else it is proven on.
+BROUGHT = [
+    Sample(name, operation, shapes, _always(**constants))
+    for subject in (subjects() if backends.has_triton() else ())
+    for name, operation, shapes, constants in getattr(subject, "SAMPLES", ())
+]
+SAMPLES += BROUGHT
 # Of inference: decode_attention takes no tensor that needs a gradient.
 DIFFERENTIABLE = [sample for sample in SAMPLES if sample.operation != "decode_attention"]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from operation_samples import BROUGHT
 
 from tfm import ops
 from tfm.operators.declaration import FLOATS
@@ -53,6 +55,7 @@ def calls():
         "rotary": lambda **o: ops.rotary(q, kv[..., :5, :], *tables, **o),
         "rotary_": lambda **o: ops.rotary_(2 * q, 3, *tables, interleaved=True, **o),
         "embedding": lambda **o: ops.embedding(tokens, weight, torch.arange(5), padding_idx=1, **drop, **o),
+        **{sample.operation: partial(sample, *sample.leaves()) for sample in BROUGHT},
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def csrc(tmp_path, monkeypatch):
     """Sources of a line, and a cache of their own."""
     folder = tmp_path / "csrc"
     (folder / "cuda").mkdir(parents=True)
-    (folder / "schemas.cpp").write_text("int answer() { return 1; }\n")
+    (folder / "module.cpp").write_text("int answer() { return 1; }\n")
     (folder / "cuda" / "turn.cu").write_text(SOURCE)
     for name in ("TFM_NATIVE", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -93,10 +93,10 @@ def test_what_follows_takes_the_library_that_was_built(csrc, part):
 
 @needs_compiler
 def test_sources_that_do_not_compile_fail_with_the_compilers_words(csrc, part):
-    (csrc / "schemas.cpp").write_text("int answer() { return nothing; }\n")
+    (csrc / "module.cpp").write_text("int answer() { return nothing; }\n")
     run, state, reason = part(rehearse=True)
     assert state == "failed"
-    assert "csrc/schemas.cpp:1:" in reason
+    assert "csrc/module.cpp:1:" in reason
     assert "nothing" in reason
     assert "TFM_NATIVE" not in run.command("tests").environment
 

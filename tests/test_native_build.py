@@ -33,7 +33,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Sources of three lines in place of csrc, and a cache of their own."""
     csrc = tmp_path / "with a space" / "csrc"
     (csrc / "cpu").mkdir(parents=True)
-    (csrc / "schemas.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 1; }\n')
+    (csrc / "module.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 1; }\n')
     (csrc / "cpu" / "isa.cpp").write_text("")
     (csrc / "cpu" / "add.cpp").write_text('#include "cpu/add.h"\n')
     (csrc / "cpu" / "add.h").write_text("#pragma once\n")
@@ -95,7 +95,7 @@ def test_kernels_are_compiled_for_each_instruction_set_and_the_rest_once(small: 
     (small / "cuda" / "add.cu").write_text("")
     variants = list(plan.variants())
     labels = {item.label for item in plan.objects(small)}
-    assert labels == {"schemas.cpp", "cpu/isa.cpp", "cpu/add.cpp", *(f"cpu/add.cpp {name}" for name in variants)}
+    assert labels == {"module.cpp", "cpu/isa.cpp", "cpu/add.cpp", *(f"cpu/add.cpp {name}" for name in variants)}
     with_cuda = {item.label: item for item in plan.objects(small, plan.gencode("9.0a"))}
     assert with_cuda.keys() == labels | {"cuda/add.cu"}
     assert all(plan.CUDA_DEFINE in item.flags for item in with_cuda.values())
@@ -128,7 +128,7 @@ def test_only_what_changed_is_compiled_and_older_sources_find_their_library(smal
     second, changed = compiled()
     assert second.library != first.library
     assert set(changed) >= {"cpu/add.cpp"}
-    assert not any(label.startswith("schemas") for label in changed)
+    assert not any(label.startswith("module") for label in changed)
     (small / "cpu" / "add.h").write_text(header)
     older, nothing = compiled()
     assert (older.library, older.is_new, nothing) == (first.library, False, [])

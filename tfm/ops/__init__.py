@@ -2,6 +2,7 @@
 
 from tfm.operators.attention import split_heads
 from tfm.ops.attention import attention, varlen_attention
+from tfm.ops.causal_conv1d import causal_conv1d
 from tfm.ops.cross_entropy import linear_cross_entropy
 from tfm.ops.decode_attention import decode_attention
 from tfm.ops.dropout import draw_seed, dropout
@@ -12,6 +13,7 @@ from tfm.ops.rotary import rotary, rotary_, rotary_table
 
 __all__ = [
     "attention",
+    "causal_conv1d",
     "decode_attention",
     "draw_seed",
     "dropout",

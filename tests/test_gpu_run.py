@@ -33,6 +33,9 @@ def subjects():
 
 def compiled(every):
     return islice(subjects()[0].compiled(every), 1)
+
+
+ALL = (compiled,)
 """
 TESTS = """
 import pytest

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import huge_scores
 import pytest
@@ -44,18 +43,11 @@ def examples(impl: str) -> settings:
     return settings(deadline=None, max_examples=2000 // DRAWING[impl] if EVERY else 6 if impl == "triton" else 20)
 
 
-@contextmanager
-def kernels_of_any_length() -> Iterator[None]:
-    """Triton's kernels for long sequences at every length, with several tiles at few."""
-    from tfm.kernels.launch.attention import any_length, short
+def at_any_length() -> AbstractContextManager[None]:
+    """Returns a block in which Triton's kernels for long sequences serve every length, with several tiles at few."""
+    from long_attention import SMALL, AttentionTiles, kernels_of_any_length
 
-    tiles = any_length.AttentionTiles(16, 16, 4, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("attention_forward", "attention_backward_queries", "attention_backward_keys"):
-            patch.setattr(any_length, name, lambda *_: tiles)
-        for name in ("short_attention_forward", "short_attention_backward"):
-            patch.setattr(short, name, lambda **_: None)
-        yield
+    return kernels_of_any_length(dict.fromkeys(SMALL, AttentionTiles(16, 16, 4, 2)))
 
 
 def assert_right(problem: Problem, impl: str, dtype: torch.dtype) -> None:
@@ -82,7 +74,7 @@ def test_padded_at_any_length(impl, dtype):
     def check(problem):
         assert_right(problem, impl, dtype)
 
-    with kernels_of_any_length():
+    with at_any_length():
         check()
 
 
@@ -98,7 +90,7 @@ def test_packed_and_decoding(impl, dtype):
             huge_scores.assert_right(huge_scores.decoded_results(problem, tensors, impl, dtype), truth, dtype)
 
     check()
-    with kernels_of_any_length() if impl == "triton" else nullcontext():
+    with at_any_length() if impl == "triton" else nullcontext():
         check()
 
 
@@ -129,5 +121,5 @@ LONG = {
 def test_named(problem, impl, dtype):
     assert_right(problem, impl, dtype)
     if impl == "triton" and problem in NAMED.values():
-        with kernels_of_any_length():
+        with at_any_length():
             assert_right(problem, impl, dtype)

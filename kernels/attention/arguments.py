@@ -67,8 +67,7 @@ def common_arguments(kernel: Any, call: Attention, whole: bool = False) -> dict[
         "DIMS": dims[0], "VALUE_DIMS": dims[1],
         "PRECISION": precision(dtype),
     }  # fmt: skip
-    names = frozenset(kernel.arg_names)
-    return {name: value for name, value in known.items() if name in names}
+    return {name: known[name] for name in kernel.arg_names if name in known}
 
 
 def heads_of(x: Tensor | None) -> Heads | None:

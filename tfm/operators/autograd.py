@@ -92,7 +92,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx, *grads):
         wanted = ctx.needs_input_grad[3:]
         operation, saved = ctx.operation, ctx.saved_tensors
-        for grad in grads:
+        for grad in grads:  # any() of a generator would take longer
             if grad is not None:
                 break
         else:

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -201,16 +201,10 @@ def _compiling() -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = interpreting
 
 
-def families(module: str) -> list[Callable[[bool], Iterable[Case]]]:
-    """What makes the cases that `module` lists: its ALL, or the `compiled` of each of tools.subjects."""
-    found = importlib.import_module(module)
-    return [found.compiled] if module == CASES else list(found.ALL)
-
-
 @cache
 def cases_of(module: str, every: bool) -> list[Case]:
     """The cases that `module` lists; imported late, so that only workers import triton."""
-    return [case for family in families(module) for case in family(every)]
+    return [case for family in importlib.import_module(module).ALL for case in family(every)]
 
 
 def _names_and_chips(module: str, every: bool, chosen: bool) -> list[tuple[str, tuple[int, ...] | None]]:

@@ -35,3 +35,7 @@ def compiled(every: bool) -> Iterator["Case"]:
             if settings not in known:
                 known.add(settings)
                 yield case
+
+
+# What tools.check_kernels compiles.
+ALL = (compiled,)

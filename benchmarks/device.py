@@ -133,6 +133,6 @@ def kernels_as_on_a_gpu() -> Iterator[None]:
     if not REHEARSAL:
         yield
         return
-    obstacle = backends.triton_obstacle
-    with patch.object(backends, "triton_obstacle", lambda device, automatic: obstacle(device, automatic=False)):
+    reason = backends.why_triton_unavailable
+    with patch.object(backends, "why_triton_unavailable", lambda device, automatic: reason(device, automatic=False)):
         yield

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.device import DEVICE
 from benchmarks.shapes import FEED_FORWARDS, FLEX_AT, LONG
 from benchmarks.suite import FORWARD, OURS, Peer
-from tfm.native import obstacle
+from tfm.native import why_unavailable
 from tfm.ops.backends import use
 
 # Its own CUDA graphs would hide what "graph" cases show.
@@ -33,7 +33,7 @@ EPS = 1e-6
 
 def ours_natively(ours: Peer, where: Callable[[Any, str], bool] = lambda size, direction: True) -> dict[str, Peer]:
     """Runs ours by csrc's kernels beside Triton's, where csrc has them; on a CPU `ours` is csrc's already."""
-    how: dict[str, Any] = {"context": partial(use, "native"), "missing": lambda: obstacle(DEVICE)}
+    how: dict[str, Any] = {"context": partial(use, "native"), "missing": lambda: why_unavailable(DEVICE)}
     return {f"{OURS}, native": replace(ours, gpu=True, where=where, **how)}
 
 

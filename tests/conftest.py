@@ -105,7 +105,7 @@ def kernel_device() -> torch.device:
 @pytest.fixture
 def cuda_device(kernel_device: torch.device) -> torch.device:
     """Where csrc's CUDA kernels run here: the GPU, or the CPU under tests/cuda_emulation."""
-    reason = native.obstacle(kernel_device) if kernel_device.type == "cuda" else ""
+    reason = native.why_unavailable(kernel_device) if kernel_device.type == "cuda" else ""
     if reason:
         pytest.skip(reason)
     return kernel_device

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from tfm import native
-from tfm.native import header, plan
+from tfm.native import header, recipe
 from tfm.operators import define
 from tfm.operators.declaration import FLOATS
 from tfm.ops import backends
@@ -30,10 +30,10 @@ NAMESPACE = "tfm_emulated"
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
 TORCH = Path(torch.__file__).parent
-FOLDER = plan.cache().parent / "emulated"
+FOLDER = recipe.cache().parent / "emulated"
 FLAGS = (
     "-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
-    *plan.DEFINES, f"-Dtfm_native={NAMESPACE}",
+    *recipe.DEFINES, f"-Dtfm_native={NAMESPACE}",
 )  # fmt: skip
 INCLUDES = (
     f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", f"-I{header.write(FOLDER / header.digest())}",
@@ -51,7 +51,7 @@ def operators(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     rows = [row for row in backends.TABLE if row.backend == "native"]
     monkeypatch.setattr(backends, "TABLE", [dataclasses.replace(row, dtypes=FLOATS) for row in rows])
     monkeypatch.setattr(native, "NAMESPACE", NAMESPACE)
-    monkeypatch.setattr(native, "obstacle", lambda device: "")
+    monkeypatch.setattr(native, "why_unavailable", lambda device: "")
     return getattr(torch.ops, NAMESPACE)
 
 

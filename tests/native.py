@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfm import native
 
-OBSTACLE = native.obstacle(torch.device("cpu"))
+WHY_UNAVAILABLE = native.why_unavailable(torch.device("cpu"))
 # What this machine's processor runs: the widest, and what that includes.
 INCLUDED = {"avx512": ["avx512", "avx2"], "avx2": ["avx2"], "neon": ["neon"]}
-INSTRUCTION_SETS = [] if OBSTACLE else INCLUDED[torch.ops.tfm_native.instruction_set()]
+INSTRUCTION_SETS = [] if WHY_UNAVAILABLE else INCLUDED[torch.ops.tfm_native.instruction_set()]
 
 # Of every test of a native operator: skipped where there is none, and no element may go unwritten.
-MARKS = [pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE), pytest.mark.usefixtures("filled_with_nan")]
+MARKS = [pytest.mark.skipif(bool(WHY_UNAVAILABLE), reason=WHY_UNAVAILABLE), pytest.mark.usefixtures("filled_with_nan")]
 
 
 class Called(TorchDispatchMode):

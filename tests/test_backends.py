@@ -167,10 +167,10 @@ def test_which_gpus_the_kernels_serve(monkeypatch, built_for, capability, auto, 
     chip = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
     row, device = Row(("layer_norm",), "triton", FLOATS, max_columns=8), torch.device("cuda")
-    found = backends.triton_obstacle(device, automatic=True)
+    found = backends.why_triton_unavailable(device, automatic=True)
     assert (found == "") == (auto == "triton")
     assert found.startswith(reason or "")
-    assert "columns" in backends.obstacle(row, torch.empty(2, 9), (), automatic=True)
+    assert "columns" in backends.why_unavailable(row, torch.empty(2, 9), (), automatic=True)
 
 
 def test_use_nests_and_is_restored():

@@ -107,7 +107,7 @@ def test_triton_matches(size, width, dtype, kernel_device, monkeypatch):
     assert launched == 2 * ways * (size[0] > 0)
 
 
-@pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
+@pytest.mark.skipif(bool(native.WHY_UNAVAILABLE), reason=native.WHY_UNAVAILABLE)
 @pytest.mark.usefixtures("filled_with_nan")
 @pytest.mark.parametrize("instruction_set", native.INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -205,7 +205,7 @@ def test_operators_obey_torch(namespace):
     torch.library.opcheck(operators.causal_conv1d_backward.default, given)
 
 
-@pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
+@pytest.mark.skipif(bool(native.WHY_UNAVAILABLE), reason=native.WHY_UNAVAILABLE)
 def test_threads_change_no_bit():
     tensors = make((3, 70, 200), 4, torch.float32)
     cotangents = [torch.randn_like(tensors[0]), torch.randn_like(tensors[3])]

@@ -20,7 +20,7 @@ from benchmarks import bench_attention, bench_feed_forward, bench_norm
 from benchmarks.measure import measure
 from benchmarks.shapes import BERT, LONG, T5, FeedForward, Norm, Sentences, Sequences
 from benchmarks.suite import BOTH, FORWARD, OURS, Case, Peer
-from tfm.native import build, plan, toolchain
+from tfm.native import build, recipe, toolchain
 from tools.gpu import child, native, proof, table
 from tools.gpu.run import Options, Run, subject
 from tools.report import charts
@@ -44,8 +44,8 @@ def csrc(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFM_BUILD_CUDA", "0")
-    monkeypatch.setattr(plan, "sources", lambda: folder)
-    monkeypatch.setattr(native, "obstacles", lambda: {"cpu": "", "cuda": "built without CUDA"})
+    monkeypatch.setattr(recipe, "sources", lambda: folder)
+    monkeypatch.setattr(native, "why_unavailable", lambda: {"cpu": "", "cuda": "built without CUDA"})
     return folder
 
 

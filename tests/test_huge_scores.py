@@ -18,12 +18,12 @@ from tfm import native
 from tfm.ops import backends
 
 CPU = torch.device("cpu")
-OBSTACLES = {
+WHY_UNAVAILABLE = {
     "reference": "",
     "triton": "" if backends.has_triton() else "triton is not installed",
-    "native": native.obstacle(CPU),
+    "native": native.why_unavailable(CPU),
 }
-SKIPPED = {impl: pytest.mark.skipif(bool(why), reason=why) for impl, why in OBSTACLES.items()}
+SKIPPED = {impl: pytest.mark.skipif(bool(why), reason=why) for impl, why in WHY_UNAVAILABLE.items()}
 RUNS = [
     pytest.param(impl, dtype, id=f"{impl} {dtype}", marks=SKIPPED[impl])
     for impl, dtype in (

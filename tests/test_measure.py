@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from measured import FakeBenchmark, case
-from native import OBSTACLE
+from native import WHY_UNAVAILABLE
 
 from benchmarks import measure as timing
 from benchmarks.measure import ROUND_SECONDS, Replays, Turns, Unavailable, calibrate, input_sets, measure
@@ -144,7 +144,7 @@ NOT_HERE = {
     peer: reason
     for peer, reason in (
         ("liger", "liger_kernel is not installed"),
-        ("ours, native", OBSTACLE),
+        ("ours, native", WHY_UNAVAILABLE),
         ("torch's fused", LINEAR_CROSS_ENTROPY["torch's fused"].missing()),
     )
     if reason

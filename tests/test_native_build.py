@@ -19,8 +19,8 @@ from small_run import tfm
 
 from tfm import native
 from tfm.cli import doctor
-from tfm.native import build, header, plan, toolchain
-from tfm.native.plan import BuildError
+from tfm.native import build, header, recipe, toolchain
+from tfm.native.recipe import BuildError
 
 ROOT = Path(__file__).parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -41,14 +41,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFM_BUILD_CUDA", "0")
-    monkeypatch.setattr(plan, "sources", lambda: csrc)
+    monkeypatch.setattr(recipe, "sources", lambda: csrc)
     return csrc
 
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As before the library was looked for."""
-    monkeypatch.setattr(native, "_obstacles", None)
+    monkeypatch.setattr(native, "_reasons", None)
     monkeypatch.setattr(native, "_of_gpu", {})
     monkeypatch.delenv("TFM_INSTRUCTION_SET", raising=False)
 
@@ -81,36 +81,36 @@ def compiled(**options: bool) -> tuple[build.Built, list[str]]:
     ],
 )
 def test_a_list_of_architectures_becomes_nvccs_flags(names: str, numbers: list[str]) -> None:
-    assert plan.gencode(names) == [f"-gencode=arch=compute_{pair.replace(',', ',code=')}" for pair in numbers]
+    assert recipe.gencode(names) == [f"-gencode=arch=compute_{pair.replace(',', ',code=')}" for pair in numbers]
 
 
 @pytest.mark.parametrize("names", ["7.0;7.5", "ninety", "9.0a+", ""])
 def test_a_wrong_list_of_architectures_is_one_line(names: str) -> None:
     with pytest.raises(BuildError, match=r"^TORCH_CUDA_ARCH_LIST: expected .*, got"):
-        plan.gencode(names)
+        recipe.gencode(names)
 
 
 def test_kernels_are_compiled_for_each_instruction_set_and_the_rest_once(small: Path) -> None:
     (small / "cuda").mkdir()
     (small / "cuda" / "add.cu").write_text("")
-    variants = list(plan.variants())
-    labels = {item.label for item in plan.objects(small)}
+    variants = list(recipe.variants())
+    labels = {item.label for item in recipe.objects(small)}
     assert labels == {"module.cpp", "cpu/isa.cpp", "cpu/add.cpp", *(f"cpu/add.cpp {name}" for name in variants)}
-    with_cuda = {item.label: item for item in plan.objects(small, plan.gencode("9.0a"))}
+    with_cuda = {item.label: item for item in recipe.objects(small, recipe.gencode("9.0a"))}
     assert with_cuda.keys() == labels | {"cuda/add.cu"}
-    assert all(plan.CUDA_DEFINE in item.flags for item in with_cuda.values())
+    assert all(recipe.CUDA_DEFINE in item.flags for item in with_cuda.values())
     assert [item.label for item in with_cuda.values() if item.is_device] == ["cuda/add.cu"]
     assert len({item.file for item in with_cuda.values()}) == len(with_cuda)
 
 
 def test_a_librarys_place_follows_from_sources_and_torch(small: Path) -> None:
-    place = plan.library(small, "2.13.0", "declared")
-    assert plan.library(small, "2.13.0", "declared") == place != plan.library(small, "2.12.0", "declared")
-    assert plan.library(small, "2.13.0", "declared anew") != place
+    place = recipe.library(small, "2.13.0", "declared")
+    assert recipe.library(small, "2.13.0", "declared") == place != recipe.library(small, "2.12.0", "declared")
+    assert recipe.library(small, "2.13.0", "declared anew") != place
     (small / "notes.txt").write_text("no source")
-    assert plan.library(small, "2.13.0", "declared") == place
+    assert recipe.library(small, "2.13.0", "declared") == place
     (small / "cpu" / "add.h").write_text("#pragma once\n// changed\n")
-    assert plan.library(small, "2.13.0", "declared") != place
+    assert recipe.library(small, "2.13.0", "declared") != place
 
 
 # Builds
@@ -120,7 +120,7 @@ def test_a_librarys_place_follows_from_sources_and_torch(small: Path) -> None:
 def test_only_what_changed_is_compiled_and_older_sources_find_their_library(small: Path) -> None:
     first, objects = compiled()
     assert first.is_new
-    assert len(objects) == len(plan.objects(small)) + 1
+    assert len(objects) == len(recipe.objects(small)) + 1
     again, nothing = compiled()
     assert (again.library, again.is_new, nothing) == (first.library, False, [])
     header = (small / "cpu" / "add.h").read_text()
@@ -145,7 +145,7 @@ def test_a_failure_is_one_line_with_the_first_error_and_leaves_no_library(small:
     assert "\n" not in message
     log = Path(message.rpartition("everything: ")[2].removesuffix(")"))
     assert "wrong" in log.read_text()
-    assert not plan.library(small, torch.__version__, header.digest()).exists()
+    assert not recipe.library(small, torch.__version__, header.digest()).exists()
     result = tfm("build")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith("tfm: error: csrc/cpu/add.h:2:14: error: ")
@@ -168,7 +168,7 @@ def test_where_nvcc_fails_the_message_says_how_to_go_without(small: Path, monkey
 @needs_compiler
 def test_a_second_build_waits_for_the_first(small: Path) -> None:
     first, _ = compiled()
-    lock = next((plan.cache() / "objects").glob("*/lock"))
+    lock = next((recipe.cache() / "objects").glob("*/lock"))
     said, waiting = [], threading.Event()
 
     def say(line: str) -> None:
@@ -196,8 +196,8 @@ def test_a_killed_build_leaves_nothing_half_done(small: Path, monkeypatch: pytes
     monkeypatch.setenv("CXX", f"'{slow}'")
     program = f"""
 from pathlib import Path
-from tfm.native import build, plan
-plan.sources = lambda: Path({str(small)!r})
+from tfm.native import build, recipe
+recipe.sources = lambda: Path({str(small)!r})
 build.build()
 """
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as process:
@@ -206,7 +206,7 @@ build.build()
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     assert started.exists()
-    assert not list(plan.cache().glob("libraries/*/tfm_native.so*"))
+    assert not list(recipe.cache().glob("libraries/*/tfm_native.so*"))
     built, _ = compiled()
     torch.classes.load_library(str(built.library))
 
@@ -218,7 +218,7 @@ def test_sources_that_change_under_the_compiler_are_no_build(small: Path, monkey
     monkeypatch.setenv("CXX", f"'{editor}'")
     with pytest.raises(BuildError, match="the sources changed while they were compiled"):
         compiled()
-    assert not list(plan.cache().glob("libraries/*/tfm_native.so"))
+    assert not list(recipe.cache().glob("libraries/*/tfm_native.so"))
 
 
 @needs_compiler
@@ -281,10 +281,10 @@ def test_the_cuda_part_is_for_a_torch_with_cuda_or_asked_for(small: Path, monkey
     monkeypatch.setattr(torch.version, "cuda", None)
     assert toolchain.cuda().why_not == "this torch is built without CUDA"
     monkeypatch.setenv("TFM_BUILD_CUDA", "1")
-    assert toolchain.cuda().gencode == tuple(plan.gencode("8.0;9.0a"))  # those that this nvcc knows
+    assert toolchain.cuda().gencode == tuple(recipe.gencode("8.0;9.0a"))  # those that this nvcc knows
     assert toolchain.cuda(wanted=False).why_not == "not wanted"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
-    assert toolchain.cuda().gencode == tuple(plan.gencode("8.9"))
+    assert toolchain.cuda().gencode == tuple(recipe.gencode("8.9"))
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: (None, "no nvcc"))
     with pytest.raises(BuildError, match=r"^TFM_BUILD_CUDA=1: no nvcc$"):
         toolchain.cuda()
@@ -295,7 +295,7 @@ def test_the_cuda_part_is_for_a_torch_with_cuda_or_asked_for(small: Path, monkey
     monkeypatch.setattr(toolchain, "find_nvcc", lambda: (nvcc, ""))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5), (8, 6))[index])
-    assert toolchain.cuda().gencode == tuple(plan.gencode("8.6;9.0a"))
+    assert toolchain.cuda().gencode == tuple(recipe.gencode("8.6;9.0a"))
 
 
 # The loader
@@ -303,49 +303,50 @@ def test_the_cuda_part_is_for_a_torch_with_cuda_or_asked_for(small: Path, monkey
 
 @needs_compiler
 def test_where_there_is_a_compiler_the_operators_are_there() -> None:
-    assert native.obstacle(CPU) == "", "run `tfm build` first, or `make test`"
+    assert native.why_unavailable(CPU) == "", "run `tfm build` first, or `make test`"
 
 
 def test_says_why_there_is_no_library(
     unloaded: None, small: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
-    assert native.obstacle(CPU) == native.obstacle(GPU) == "tfm_native is not built: `tfm build` compiles it"
-    assert native.obstacle(torch.device("mps")) == "expected CPU or CUDA tensors, got mps tensors"
+    reason = "tfm_native is not built: `tfm build` compiles it"
+    assert native.why_unavailable(CPU) == native.why_unavailable(GPU) == reason
+    assert native.why_unavailable(torch.device("mps")) == "expected CPU or CUDA tensors, got mps tensors"
     for place, words in [
         ("absent.so", "TFM_NATIVE: expected a library, got no file at "),
         ("text.so", "does not load: "),
     ]:
         (tmp_path / "text.so").write_text("no library")
-        monkeypatch.setattr(native, "_obstacles", None)
+        monkeypatch.setattr(native, "_reasons", None)
         monkeypatch.setenv("TFM_NATIVE", str(tmp_path / place))
-        assert words in native.obstacle(CPU)
-        assert str(tmp_path / place) in native.obstacle(CPU)
-        assert native.obstacle(CPU).count("\n") == 0
+        assert words in native.why_unavailable(CPU)
+        assert str(tmp_path / place) in native.why_unavailable(CPU)
+        assert native.why_unavailable(CPU).count("\n") == 0
 
 
 @needs_compiler
-def test_a_library_of_another_version_is_an_obstacle(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_version_is_not_served(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFM_NATIVE", str(native.library()))
     monkeypatch.setattr(header, "digest", lambda: "of other declarations")
-    assert " is of another version of tfm: " in native.obstacle(CPU)
+    assert " is of another version of tfm: " in native.why_unavailable(CPU)
 
 
 def test_says_which_processor_the_library_does_not_serve(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     operators = SimpleNamespace(instruction_set=lambda: "none", has_cuda=lambda: False)
     monkeypatch.setattr(torch.ops, "tfm_native", operators)
     monkeypatch.setattr(native, "_load", lambda: "")
-    assert native.obstacle(CPU) == "expected a CPU with AVX2 and FMA, got one without"
-    assert native.obstacle(GPU) == "tfm_native is built without CUDA: `tfm build` adds it where nvcc is"
+    assert native.why_unavailable(CPU) == "expected a CPU with AVX2 and FMA, got one without"
+    assert native.why_unavailable(GPU) == "tfm_native is built without CUDA: `tfm build` adds it where nvcc is"
     operators.instruction_set, operators.has_cuda = lambda: "avx2", lambda: True
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5))
-    monkeypatch.setattr(native, "_obstacles", None)
-    assert native.obstacle(CPU) == ""
-    assert native.obstacle(GPU) == "expected compute capability 8.0 or newer, got 7.5"
+    monkeypatch.setattr(native, "_reasons", None)
+    assert native.why_unavailable(CPU) == ""
+    assert native.why_unavailable(GPU) == "expected compute capability 8.0 or newer, got 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     monkeypatch.setattr(native, "_of_gpu", {})
-    assert native.obstacle(GPU) == ""
+    assert native.why_unavailable(GPU) == ""
 
 
 @needs_compiler
@@ -353,14 +354,14 @@ def test_a_variable_chooses_the_instruction_set(unloaded: None, monkeypatch: pyt
     with instruction_set(INSTRUCTION_SETS[0]):
         # The widest last, so that each of two is another than what was in use.
         for name in reversed(INSTRUCTION_SETS):
-            monkeypatch.setattr(native, "_obstacles", None)
+            monkeypatch.setattr(native, "_reasons", None)
             monkeypatch.setenv("TFM_INSTRUCTION_SET", name)
-            assert native.obstacle(CPU) == ""
+            assert native.why_unavailable(CPU) == ""
             assert torch.ops.tfm_native.instruction_set() == name
             assert f"kernels for {name} (TFM_INSTRUCTION_SET), " in doctor._native()
-        monkeypatch.setattr(native, "_obstacles", None)
+        monkeypatch.setattr(native, "_reasons", None)
         monkeypatch.setenv("TFM_INSTRUCTION_SET", "sse")
-        assert native.obstacle(CPU) == (
+        assert native.why_unavailable(CPU) == (
             "TFM_INSTRUCTION_SET: expected a set of instructions that this CPU and the kernels have, got sse"
         )
         assert torch.ops.tfm_native.instruction_set() == name
@@ -373,6 +374,6 @@ def test_dynamo_folds_the_answer() -> None:
 
     @torch.compile(fullgraph=True, backend="eager")
     def shifted(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if native.obstacle(x.device) else x + 2
+        return x + 1 if native.why_unavailable(x.device) else x + 2
 
-    assert shifted(torch.zeros(1)).item() == (1 if native.obstacle(CPU) else 2)
+    assert shifted(torch.zeros(1)).item() == (1 if native.why_unavailable(CPU) else 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import native
 import pytest
 
-from tfm.native import plan
+from tfm.native import recipe
 
 pytestmark = native.MARKS
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def test_functions_err_by_two_units_at_most(instruction_set, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("compiles a program, and there is no g++")
-    flags = (*plan.HOST_FLAGS, f"-DTFM_ISA={instruction_set}", *plan.variants()[instruction_set])
+    flags = (*recipe.HOST_FLAGS, f"-DTFM_ISA={instruction_set}", *recipe.variants()[instruction_set])
     program = tmp_path / "numbers"
     source = ROOT / "tests" / "native_numbers" / "main.cpp"
     subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)

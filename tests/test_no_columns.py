@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from tfm import native, ops
 
-NO_NATIVE = native.obstacle(torch.device("cpu"))
+NO_NATIVE = native.why_unavailable(torch.device("cpu"))
 BACKENDS = [
     "reference",
     pytest.param("triton", marks=pytest.mark.triton),

@@ -14,7 +14,7 @@ from small_run import FLAGS, pairs, tfm, write_text
 from tfm import native
 from tfm.cli import devices
 from tfm.fonts import fonts_for
-from tfm.native import plan, toolchain
+from tfm.native import recipe, toolchain
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def raise_no_ninja() -> str:
-    raise plan.BuildError("no ninja")
+    raise recipe.BuildError("no ninja")
 
 
 def test_missing_kernels_are_told_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "obstacle", lambda device: "tfm_native is not built: `tfm build` compiles it")
+    monkeypatch.setattr(native, "why_unavailable", lambda device: "tfm_native is not built: `tfm build` compiles it")
     monkeypatch.setattr(toolchain, "ninja", raise_no_ninja)
     devices.say_what_is_missing.cache_clear()
     first, second = (tfm("translate", trained, "--threads", "1", stdin=b"oui\n") for _ in range(2))

@@ -25,7 +25,7 @@ def test_triton_computes_all_but_what_csrc_alone_has(operator):
     assert hasattr(getattr(torch.ops, registry.NAMESPACE), operator.name) != operator.is_native_only
 
 
-@pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
+@pytest.mark.skipif(bool(native.WHY_UNAVAILABLE), reason=native.WHY_UNAVAILABLE)
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
 def test_csrc_computes_all(operator):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator.name}", "CPU")
@@ -64,7 +64,7 @@ def test_a_schema_follows_from_a_named_tuple(monkeypatch):
     assert operator.fake(torch.ones(2), *[None] * 2, 3, "", None, [])[1] is None
 
 
-@pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
+@pytest.mark.skipif(bool(native.WHY_UNAVAILABLE), reason=native.WHY_UNAVAILABLE)
 @pytest.mark.parametrize(("parts", "packed"), [(3, False), (2, False), (3, True)])
 def test_gradients_side_by_side_obey_torch(parts, packed):
     """The operator as a backward calls it; with its fakes that backward runs on fake tensors too."""
@@ -90,7 +90,7 @@ def test_gradients_side_by_side_obey_torch(parts, packed):
     assert (found.shape, found.stride()) == (expected.shape, expected.stride())
 
 
-@pytest.mark.skipif(bool(native.OBSTACLE), reason=native.OBSTACLE)
+@pytest.mark.skipif(bool(native.WHY_UNAVAILABLE), reason=native.WHY_UNAVAILABLE)
 def test_cross_entropy_in_place_obeys_torch():
     logits, target, losses = torch.randn(3, 16), torch.tensor([4, 0, -100]), torch.empty(3)
     options = (-100, 0.1, 0.01, 2.0, True, torch.ones(3), torch.tensor(2.0))

@@ -248,7 +248,9 @@ def test_metadata_says_what_each_part_needs(installed):
 
 
 def test_an_installation_finds_the_sources_to_compile(installed, tmp_path):
-    program = f"import sys; sys.path.insert(0, {str(installed)!r})\nfrom tfm.native import plan; print(plan.sources())"
+    program = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\nfrom tfm.native import recipe\nprint(recipe.sources())"
+    )
     assert run(program, cwd=tmp_path) == [str(installed / "tfm" / "csrc")]
 
 
@@ -328,12 +330,12 @@ def test_a_wheel_holds_the_operators_where_a_compiler_is(copy, tmp_path):
 import torch
 from tfm import native
 print(native.library())
-print(native.obstacle(torch.device("cpu")))
+print(native.why_unavailable(torch.device("cpu")))
 """
     program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})" + report
-    found, obstacle = run(program, tmp_path, environment={"TFM_NATIVE": "", "XDG_CACHE_HOME": str(tmp_path)})
+    found, reason = run(program, tmp_path, environment={"TFM_NATIVE": "", "XDG_CACHE_HOME": str(tmp_path)})
     assert found == str(tmp_path / "site" / "tfm_native.abi3.so")
-    assert obstacle == ""
+    assert reason == ""
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_every_operator_of_csrc_is_called_as_a_gpu_takes_it(cuda_device, monkeyp
 
 def test_a_backend_that_is_missing_is_a_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv(every_kernel.JOURNAL, str(tmp_path / "journal.jsonl"))
-    monkeypatch.setattr(every_kernel.native, "obstacle", lambda device: "tfm_native is built without CUDA")
+    monkeypatch.setattr(every_kernel.native, "why_unavailable", lambda device: "tfm_native is built without CUDA")
     monkeypatch.setattr(every_kernel, "run", lambda *_: None)
     every_kernel.main(["rms_norm"])
     assert capsys.readouterr().out.splitlines()[-1] == "missing: native: tfm_native is built without CUDA"

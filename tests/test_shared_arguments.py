@@ -12,7 +12,7 @@ BACKENDS = [
     "reference",
     pytest.param(
         "native",
-        marks=pytest.mark.skipif(bool(native.obstacle(torch.device("cpu"))), reason="tfm_native is not built"),
+        marks=pytest.mark.skipif(bool(native.why_unavailable(torch.device("cpu"))), reason="tfm_native is not built"),
     ),
 ]
 TOKENS = torch.tensor([0, 3, 3, 6, 1])

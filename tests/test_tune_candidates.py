@@ -49,7 +49,7 @@ def once(steps, mode):
     return [1.0]
 
 
-MISSING = native.obstacle(device.DEVICE)
+MISSING = native.why_unavailable(device.DEVICE)
 WITH_CSRC = [pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 # Sweeps of several sizes and tables are one question to an interpreter. csrc may be missing, as its own tests say.
 ALIKE = {(type(sweep), sweep.subject, sweep.suite.inputs, sweep.settings, sweep.mode): sweep for sweep in all_sweeps()}

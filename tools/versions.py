@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.progress import say
-from tfm.native import plan
+from tfm.native import recipe
 from tools.report.versions import table
 
 ROOT = Path(__file__).parent.parent
@@ -248,7 +248,7 @@ def in_order(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def cache() -> Path:
     """Where the environments are kept."""
-    return Path(os.environ.get("TFM_VERSIONS") or plan.cache().parent / "versions")
+    return Path(os.environ.get("TFM_VERSIONS") or recipe.cache().parent / "versions")
 
 
 def _package(requirement: str) -> str:

@@ -47,8 +47,8 @@ def build(
     loaded = native.library()
     if loaded != built.library:
         say(console, f"but what is loaded is {loaded}")
-    elif native.obstacle(torch.device("cpu")):
-        raise UserError(native.obstacle(torch.device("cpu")))
+    elif native.why_unavailable(torch.device("cpu")):
+        raise UserError(native.why_unavailable(torch.device("cpu")))
 
 
 def _build(console: Console, force: bool, verbose: bool, with_cuda: bool) -> Built:

@@ -45,7 +45,7 @@ def say_what_is_missing() -> None:
     from tfm import native
     from tfm.native import toolchain
 
-    if reason := native.obstacle(torch.device("cpu")):
+    if reason := native.why_unavailable(torch.device("cpu")):
         needed = toolchain.missing()
         first = f", which needs more first: {needed}" if needed and "`tfm build`" in reason else ""
         complain(f"note: slower than it could be, on the reference in plain torch: {reason}{first}")

@@ -77,21 +77,21 @@ def _row(name: str, value: str) -> None:
 
 
 def _compiler() -> str:
-    from tfm.native import plan, toolchain
+    from tfm.native import recipe, toolchain
 
     try:
         command = toolchain.compiler()
         return f"{' '.join(command)}, {toolchain.version_of(command).splitlines()[0]}"
-    except plan.BuildError as error:
+    except recipe.BuildError as error:
         return f"not found: {error}"
 
 
 def _ninja() -> str:
-    from tfm.native import plan, toolchain
+    from tfm.native import recipe, toolchain
 
     try:
         return _answer(toolchain.ninja(), "--version")
-    except plan.BuildError as error:
+    except recipe.BuildError as error:
         return f"not found: {error}"
 
 
@@ -99,9 +99,9 @@ def _native() -> str:
     """Which library of native operators is loaded, for which processors; or why none, and what makes one."""
     from tfm import native
 
-    obstacle = native.load()[0]
-    if obstacle:
-        return f"not here: {obstacle}"
+    reason = native.load()[0]
+    if reason:
+        return f"not here: {reason}"
     import torch
 
     operators = torch.ops.tfm_native

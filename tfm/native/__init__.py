@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tfm.native import cross_entropy, header, plan
+from tfm.native import cross_entropy, header, recipe
 from tfm.operators import define
 
 # Of the native operators, in torch.ops.
@@ -21,7 +21,7 @@ NAMESPACE = "tfm_native"
 INSTRUCTION_SET = "TFM_INSTRUCTION_SET"
 
 # Why not on the CPU, and why not on a GPU, as far as the library alone decides; None until it has been loaded.
-_obstacles: tuple[str, str] | None = None
+_reasons: tuple[str, str] | None = None
 _of_gpu: dict[int, str] = {}
 # What Python defined of the library.
 _kept: list[torch.library.Library] = []
@@ -42,25 +42,25 @@ def library() -> Path | None:
     installed = importlib.util.find_spec("tfm_native")
     if installed is not None and installed.origin is not None:
         return Path(installed.origin)
-    sources = plan.sources()
+    sources = recipe.sources()
     if sources is None:
         return None
-    built = plan.library(sources, torch.__version__, header.digest())
+    built = recipe.library(sources, torch.__version__, header.digest())
     return built if built.is_file() else None
 
 
-def obstacle(device: torch.device) -> str:
+def why_unavailable(device: torch.device) -> str:
     """Why native operators cannot run on `device`, in words; empty where they can."""
-    on_cpu, on_gpu = load() if _obstacles is None else _obstacles
+    on_cpu, on_gpu = load() if _reasons is None else _reasons
     if device.type == "cpu":
         return on_cpu
     if device.type != "cuda":
         return f"expected CPU or CUDA tensors, got {device.type} tensors"
     if on_gpu or torch.compiler.is_compiling():
-        return on_gpu or _chip_obstacle(device)
+        return on_gpu or _why_chip_unavailable(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _of_gpu:
-        _of_gpu[index] = _chip_obstacle(device)
+        _of_gpu[index] = _why_chip_unavailable(device)
     return _of_gpu[index]
 
 
@@ -69,17 +69,17 @@ def load() -> tuple[str, str]:
 
     tfm.ops calls it when it is imported: Dynamo cannot trace it.
     """
-    global _obstacles
-    if _obstacles is None:
+    global _reasons
+    if _reasons is None:
         failure = _load()
-        _obstacles = (failure, failure) if failure else (_cpu_obstacle(), _cuda_obstacle())
-    return _obstacles
+        _reasons = (failure, failure) if failure else (_why_cpu_unavailable(), _why_cuda_unavailable())
+    return _reasons
 
 
 def _load() -> str:
     try:
         path = library()
-    except (OSError, plan.BuildError) as error:
+    except (OSError, recipe.BuildError) as error:
         return f"tfm_native cannot be looked for: {error}"
     if path is None:
         return "tfm_native is not built: `tfm build` compiles it"
@@ -100,7 +100,7 @@ def _load() -> str:
     return ""
 
 
-def _cpu_obstacle() -> str:
+def _why_cpu_unavailable() -> str:
     if torch.ops.tfm_native.instruction_set() == "none":
         return "expected a CPU with AVX2 and FMA, got one without"
     if chosen := os.environ.get(INSTRUCTION_SET):
@@ -111,12 +111,12 @@ def _cpu_obstacle() -> str:
     return ""
 
 
-def _cuda_obstacle() -> str:
+def _why_cuda_unavailable() -> str:
     if not torch.ops.tfm_native.has_cuda():
         return "tfm_native is built without CUDA: `tfm build` adds it where nvcc is"
     return "" if torch.version.cuda else "expected a torch with CUDA, got one without"
 
 
-def _chip_obstacle(device: torch.device) -> str:
+def _why_chip_unavailable(device: torch.device) -> str:
     chip = torch.cuda.get_device_properties(device)
     return "" if chip.major >= 8 else f"expected compute capability 8.0 or newer, got {chip.major}.{chip.minor}"

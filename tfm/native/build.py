@@ -1,8 +1,8 @@
 """Compiles the native library with ninja: what changed, under a lock, and in place only when it is whole.
 
 Objects stay in a folder of their own for each checkout, torch and compiler, so that a changed file is all that is
-compiled. The library goes to plan.library, a name that follows from the sources: an older library is never taken for a
-newer one, and going back to older sources finds theirs again.
+compiled. The library goes to recipe.library, a name that follows from the sources: an older library is never taken for
+a newer one, and going back to older sources finds theirs again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from tfm.files import write_atomically
-from tfm.native import header, plan, toolchain
-from tfm.native.plan import BuildError, Object
+from tfm.native import header, recipe, toolchain
+from tfm.native.recipe import BuildError, Object
 from tfm.native.toolchain import Cuda
 
 KEPT_BUILDS = 8
@@ -81,23 +81,23 @@ def build(force: bool = False, with_cuda: bool = True, listener: Listener = SILE
     Raises:
         BuildError: no compiler, an error in the sources, sources that changed meanwhile.
     """
-    csrc = plan.sources()
+    csrc = recipe.sources()
     if csrc is None:
         raise BuildError("the sources, csrc, are not installed with this package")
     cxx, cuda = toolchain.compiler(), toolchain.cuda(with_cuda)
     versions = [toolchain.version_of(command) for command in (cxx, *([[str(cuda.nvcc)]] if cuda.nvcc else []))]
-    library = plan.library(csrc, torch.__version__, header.digest())
+    library = recipe.library(csrc, torch.__version__, header.digest())
     stamp = library.with_suffix(".json")
     made = json.dumps({"compilers": versions, "command": cxx, "gencode": cuda.gencode})
     if not force and library.is_file() and stamp.is_file() and stamp.read_text() == made:
         return Built(library, False, cuda)
     key = hashlib.sha256(repr((str(csrc), str(toolchain.torch_folder()), torch.__version__, versions)).encode())
-    folder = plan.cache() / "objects" / key.hexdigest()[:20]
+    folder = recipe.cache() / "objects" / key.hexdigest()[:20]
     try:
         product = compile_library(folder, csrc, cuda, force=force, listener=listener)
     except BuildError as error:
         raise (BuildError(f"{error}; `tfm build --no-cuda` leaves CUDA out") if cuda.gencode else error) from None
-    if plan.library(csrc, torch.__version__, header.digest()) != library:
+    if recipe.library(csrc, torch.__version__, header.digest()) != library:
         raise BuildError("the sources changed while they were compiled: run it again")
     write_atomically(library, product.read_bytes())
     write_atomically(stamp, made.encode())
@@ -123,7 +123,7 @@ def compile_library(
     if cuda.gencode:
         libraries += cuda.libraries
     flags = ["-shared", *extra, "-Wl,--no-as-needed", *libraries]
-    objects = plan.objects(csrc, cuda.gencode, extra)
+    objects = recipe.objects(csrc, cuda.gencode, extra)
     return run_ninja(folder, objects, "tfm_native.so", csrc, flags, cuda, force, listener)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from tfm.native import plan
-from tfm.native.plan import BuildError
+from tfm.native import recipe
+from tfm.native.recipe import BuildError
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -122,7 +122,7 @@ def cuda(wanted: bool = True) -> Cuda:
         if asked == "1":
             raise BuildError(f"TFM_BUILD_CUDA=1: {reason}")
         return Cuda(why_not=reason)
-    return Cuda(nvcc, tuple(plan.gencode(architectures(nvcc))))
+    return Cuda(nvcc, tuple(recipe.gencode(architectures(nvcc))))
 
 
 def find_nvcc() -> tuple[Path | None, str]:
@@ -152,11 +152,11 @@ def architectures(nvcc: Path) -> str:
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     chips = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     present = [
-        f"{major}.{minor}" + "a" * (major == 9) for major, minor in sorted(chips) if (major, minor) >= plan.OLDEST
+        f"{major}.{minor}" + "a" * (major == 9) for major, minor in sorted(chips) if (major, minor) >= recipe.OLDEST
     ]
     if present:
         return ";".join(present)
     done = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, timeout=60)
     known = {line.removeprefix("compute_") for line in done.stdout.split()}
-    usual = [name for name in plan.ARCHITECTURES.split(";") if re.sub(r"\D", "", name) in known]
+    usual = [name for name in recipe.ARCHITECTURES.split(";") if re.sub(r"\D", "", name) in known]
     return ";".join(usual or ["8.0+PTX"])

@@ -19,12 +19,12 @@ from tfm.ops.attention_rules import (
     check_mask,
     check_offsets,
     check_rules,
-    cuda_obstacle,
     lse_with_sinks,
     mask_for,
     scaled,
     sinks_for,
     start_of,
+    why_cuda_unavailable,
     widest,
     window_of,
 )
@@ -154,8 +154,8 @@ def attention(
     reason = ""
     if carry and torch.compiler.is_compiling():
         reason = "weights that may carry gradients come from the reference under torch.compile"
-    refused = cuda_obstacle(query, value, attn_mask, queries, keys, return_weights)
-    backend = choose("attention", impl, widest(query, value), reason, native_obstacle=refused)
+    refused = why_cuda_unavailable(query, value, attn_mask, queries, keys, return_weights)
+    backend = choose("attention", impl, widest(query, value), reason, native_unavailable=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
@@ -264,8 +264,8 @@ def varlen_attention(
     batch = cu_seq_q.shape[0] - 1
     check_vector("cu_seq_k", cu_seq_k, batch + 1)
     check_rules(query, query_start, batch, window_size, softcap, sinks)
-    refused = cuda_obstacle(query, value, None, max_q, max_k, False)
-    backend = choose("varlen_attention", impl, widest(query, value), native_obstacle=refused)
+    refused = why_cuda_unavailable(query, value, None, max_q, max_k, False)
+    backend = choose("varlen_attention", impl, widest(query, value), native_unavailable=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     query, scale = scaled(query, scale)
     with without_autocast(query.device):

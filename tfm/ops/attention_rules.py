@@ -82,7 +82,7 @@ def widest(query: Tensor, value: Tensor) -> Tensor:
     return value if value.shape[-1] > query.shape[-1] else query
 
 
-def cuda_obstacle(
+def why_cuda_unavailable(
     query: Tensor, value: Tensor, attn_mask: Tensor | None, max_q: int, max_k: int, return_weights: bool
 ) -> str:
     """Why csrc/cuda/attention/short.cu cannot compute this, in words; empty where it can, or where it is not asked."""

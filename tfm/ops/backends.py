@@ -61,13 +61,13 @@ def choose(
     x: Tensor,
     reference_only: str = "",
     *others: torch.dtype | None,
-    native_obstacle: str = "",
+    native_unavailable: str = "",
 ) -> str:
     """The backend that runs `operation` on tensors like `x`.
 
     `reference_only`: what the caller asks for that no kernel does, in words; empty where kernels do all of it.
     `others`: the dtypes of the other tensors, results included, where they may differ from `x`'s.
-    `native_obstacle`: as `reference_only`, of what csrc alone does not do.
+    `native_unavailable`: as `reference_only`, of what csrc alone does not do.
 
     Raises:
         ValueError: `impl` is no backend, or one that cannot run here; the message says why.
@@ -89,8 +89,8 @@ def choose(
         if row.device not in ("", x.device.type):
             reason = reason or f"expected {row.device.upper()} tensors, got {x.device.type} tensors"
             continue
-        refused = native_obstacle if row.backend == "native" else ""
-        reason = reference_only or refused or obstacle(row, x, others, automatic=impl == "auto")
+        refused = native_unavailable if row.backend == "native" else ""
+        reason = reference_only or refused or why_unavailable(row, x, others, automatic=impl == "auto")
         if not reason:
             return row.backend
     if impl == "auto":
@@ -98,7 +98,7 @@ def choose(
     raise ValueError(f"{operation} cannot run with impl={impl!r}: {reason}")
 
 
-def obstacle(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automatic: bool) -> str:
+def why_unavailable(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automatic: bool) -> str:
     """Why `row` cannot serve `x` beside the `others`, in words; empty where it can."""
     # Triton's kernels read the others in any dtype.
     for dtype in (x.dtype, *others) if row.backend == "native" else (x.dtype,):
@@ -107,11 +107,11 @@ def obstacle(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automa
     if x.dim() and x.shape[-1] > row.max_columns:
         return f"expected at most {row.max_columns} columns, got {x.shape[-1]}"
     if row.backend == "triton":
-        return triton_obstacle(x.device, automatic)
-    return native.obstacle(x.device)
+        return why_triton_unavailable(x.device, automatic)
+    return native.why_unavailable(x.device)
 
 
-def triton_obstacle(device: torch.device, automatic: bool) -> str:
+def why_triton_unavailable(device: torch.device, automatic: bool) -> str:
     """Why Triton kernels cannot run on `device`; empty where they can. `auto` never takes the interpreter."""
     if not has_triton():
         return "triton is not installed"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tfm.files import write_atomically
-from tfm.native import header, plan, toolchain
+from tfm.native import header, recipe, toolchain
 from tools.check_kernels.allowed import Allowed
 from tools.check_kernels.compiled import Compiled
 from tools.check_kernels.sass import disassemble
@@ -37,7 +37,7 @@ LARGEST_BLOCK = 1024
 
 def usable() -> tuple[Path | None, str]:
     """nvcc, or why there is nothing to compile."""
-    csrc = plan.sources()
+    csrc = recipe.sources()
     if csrc is None or not any(csrc.rglob("*.cu")):
         return None, "no sources"
     return toolchain.find_nvcc()
@@ -57,7 +57,7 @@ def compile_all(
     csrc: Path | None = None,
 ) -> list[Compiled]:
     """A row for each kernel and chip; arguments as of tools.check_kernels.compiled.compile_all."""
-    csrc = csrc or plan.sources()
+    csrc = csrc or recipe.sources()
     assert csrc is not None
     version, rows = toolchain.version_of([str(nvcc)]), []
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
@@ -80,8 +80,8 @@ def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int
     headers = sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
     read = b"".join(path.read_bytes() for path in (Path(__file__), source, *headers))
     columns = [field.name for field in fields(Compiled)]
-    options = repr((version, plan.DEVICE_FLAGS, header.digest(), _label(csrc, source), capability, columns))
-    stored = plan.cache() / "checks" / f"{hashlib.sha256(options.encode() + read).hexdigest()[:20]}.json"
+    options = repr((version, recipe.DEVICE_FLAGS, header.digest(), _label(csrc, source), capability, columns))
+    stored = recipe.cache() / "checks" / f"{hashlib.sha256(options.encode() + read).hexdigest()[:20]}.json"
     if stored.is_file():
         return [Compiled(**row) for row in json.loads(stored.read_text())]
     start = time.perf_counter()
@@ -104,7 +104,7 @@ def _compile_anew(
         made = header.write(Path(folder) / "made")
         command = [
             str(nvcc), "-cubin", f"-arch=sm_{chip}", "-Xptxas=-v", "--keep", f"--keep-dir={folder}",
-            *plan.DEVICE_FLAGS, plan.CUDA_DEFINE, *toolchain.includes(csrc, made), str(source), "-o", str(cubin),
+            *recipe.DEVICE_FLAGS, recipe.CUDA_DEFINE, *toolchain.includes(csrc, made), str(source), "-o", str(cubin),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = done.stdout + done.stderr

@@ -39,9 +39,9 @@ def part(run: Run, seconds: float) -> tuple[str, str]:
         return "missing", found["missing"]
     if "cuda" in found:
         run.native = Path(found["library"])
-    obstacle = found.get("cpu" if run.options.rehearse else "cuda", "")
-    if end.state == "done" and obstacle:
-        return "missing", "; ".join(filter(None, (obstacle, found.get("without_cuda"))))
+    reason = found.get("cpu" if run.options.rehearse else "cuda", "")
+    if end.state == "done" and reason:
+        return "missing", "; ".join(filter(None, (reason, found.get("without_cuda"))))
     said = []
     if "seconds" in found:
         said.append(f"built in {found['seconds']:.0f} s" if found["is_new"] else "built before")
@@ -69,7 +69,7 @@ def main() -> None:
             raise SystemExit(str(error)) from None
         child.append(journal, library)
         os.environ["TFM_NATIVE"] = library["library"]
-        child.append(journal, obstacles())
+        child.append(journal, why_unavailable())
         if taken is not None:
             child.append(journal, taken.result())
 
@@ -102,11 +102,11 @@ def built() -> dict[str, Any]:
     }
 
 
-def obstacles() -> dict[str, str]:
-    """Why the library that TFM_NATIVE names cannot serve this CPU and this GPU; empty where it can."""
+def why_unavailable() -> dict[str, str]:
+    """Says why the library that TFM_NATIVE names cannot serve this CPU and this GPU; empty where it can."""
     _, on_gpu = native.load()
-    gpu = native.obstacle(torch.device("cuda")) if torch.cuda.is_available() else on_gpu
-    return {"cpu": native.obstacle(torch.device("cpu")), "cuda": gpu}
+    gpu = native.why_unavailable(torch.device("cuda")) if torch.cuda.is_available() else on_gpu
+    return {"cpu": native.why_unavailable(torch.device("cpu")), "cuda": gpu}
 
 
 def kernels(nvcc: Path) -> dict[str, Any]:

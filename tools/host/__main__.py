@@ -22,7 +22,7 @@ from tools.host import batches, record, table
 from tools.host.launches import counting
 from tools.host.models import everything
 from tools.host.stand_in import as_on_gpu
-from tools.host.timing import obstacle, use_launcher
+from tools.host.timing import use_launcher, why_unavailable
 
 RECORD = ROOT / "benchmarks" / "results" / "host.json"
 
@@ -36,7 +36,7 @@ def main(command_line: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=RECORD, help="what is compared with")
     parser.add_argument("--out", type=Path, help="what is written; the record where nothing is said")
     arguments = parser.parse_args(command_line)
-    if not arguments.counts and (why_not := obstacle()):
+    if not arguments.counts and (why_not := why_unavailable()):
         parser.error(f"{why_not}; --counts does without")
     console = Console(stderr=True)
     torch.set_num_threads(1)

@@ -45,7 +45,7 @@ class Driver:
 def as_on_gpu() -> Iterator[None]:
     """Within the block, what tfm does with CPU tensors is what it does with a GPU's."""
     told: list[tuple[Any, str, Any]] = [
-        (backends, "triton_obstacle", lambda device, automatic: ""),
+        (backends, "why_triton_unavailable", lambda device, automatic: ""),
         *((module, "chip_of", lambda device: CHIP) for module in (device, tape)),
         (chunks, "_add_product", _add_product),
         (chunks, "_add_rows", _add_rows),

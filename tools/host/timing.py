@@ -56,8 +56,8 @@ class LaunchingDriver(Driver):
         self.launcher_cls = CudaLauncher
 
 
-def obstacle() -> str:
-    """Why nothing can be timed here, in words; empty where it can."""
+def why_unavailable() -> str:
+    """Says why nothing can be timed here; empty where it can."""
     if torch.cuda.is_available():
         return "times are taken where there is no GPU: another library stands in for its driver"
     return "" if _compiler() else "times need a C compiler, cc or what CC names"
@@ -70,7 +70,7 @@ def _compiler() -> str | None:
 
 @cache
 def use_launcher() -> None:
-    """From now on Triton's kernels are compiled and launched into nothing, where there is no `obstacle`."""
+    """Has Triton compile kernels and launch them into nothing from now on, unless `why_unavailable` says otherwise."""
     library = _built()
     # Loaded under the name that triton's library asks for, it is what that gets.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

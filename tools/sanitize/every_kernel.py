@@ -58,8 +58,8 @@ def served(backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, .
 def missing(backend: str, device: torch.device) -> str:
     """Why the backend's kernels cannot run here, in words; empty where they can."""
     if backend == "native":
-        return native.obstacle(device)
-    return backends.triton_obstacle(device, automatic=False)
+        return native.why_unavailable(device)
+    return backends.why_triton_unavailable(device, automatic=False)
 
 
 def main(only: Sequence[str]) -> None:

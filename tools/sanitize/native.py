@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tfm.native import plan, toolchain
+from tfm.native import recipe, toolchain
 from tfm.native.build import Listener, compile_library, run_ninja
-from tfm.native.plan import BuildError, Object
+from tfm.native.recipe import BuildError, Object
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "sanitize"
@@ -34,7 +34,7 @@ NEEDS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw", "avx
 
 def address(pytest: list[str]) -> int:
     """The tests under the address and undefined behaviour sanitizers."""
-    csrc = plan.sources()
+    csrc = recipe.sources()
     assert csrc is not None
     library = compile_library(
         FOLDER / "address", csrc, toolchain.Cuda(why_not="of no use here"), ADDRESS, listener=Listener(report=_report)
@@ -60,14 +60,14 @@ def address(pytest: list[str]) -> int:
 
 def thread() -> int:
     """The driver under the thread sanitizer, for each instruction set."""
-    csrc = plan.sources()
+    csrc = recipe.sources()
     assert csrc is not None
     sources, failures = sorted((ROOT / "tests" / "native_threads").glob("*.cpp")), 0
-    for name, flags in plan.variants().items():
+    for name, flags in recipe.variants().items():
         if not _runs(name):
             print(f"{name}: not on this processor")
             continue
-        options = (*plan.HOST_FLAGS, f"-DTFM_ISA={name}", *flags, *THREAD)
+        options = (*recipe.HOST_FLAGS, f"-DTFM_ISA={name}", *flags, *THREAD)
         program = run_ninja(
             FOLDER / f"thread-{name}", [Object(source, f"{source.name} {name}", options) for source in sources],
             "native_threads", csrc, THREAD, toolchain.Cuda(), listener=Listener(report=_report),

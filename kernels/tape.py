@@ -48,8 +48,8 @@ class Tape:
             TypeError: an argument too many.
             KeyError: an argument too few.
         """
-        names = kernel.arg_names  # type: ignore[attr-defined]
+        names = kernel.arg_names
         if len(arguments) != len(names):
             odd = sorted(set(arguments) ^ set(names))
-            raise TypeError(f"{kernel.fn.__name__}: expected its {len(names)} parameters, got others: {', '.join(odd)}")  # type: ignore[attr-defined]
-        kernel[grid](*[arguments[name] for name in names], **options)  # type: ignore[index]
+            raise TypeError(f"{kernel.fn.__name__}: expected its {len(names)} parameters, got others: {', '.join(odd)}")
+        kernel[grid](*[arguments[name] for name in names], **options)

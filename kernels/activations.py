@@ -24,16 +24,16 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """f(x); for a value without its derivative the compiler drops what only the derivative needs."""
+    """Computes f(x); for a value without its derivative the compiler drops what only the derivative needs."""
     value, _ = activate_with_derivative(x, ACTIVATION)
     return value
 
 
 @triton.jit
 def activate_with_derivative(x, ACTIVATION: tl.constexpr):
-    """(f(x), f'(x)) of an fp32 tensor."""
+    """Computes (f(x), f'(x)) of an fp32 tensor."""
     if ACTIVATION == "relu":
-        # Comparisons that let NaN through, as torch does.
+        # Comparisons let NaN through, as torch does.
         value = tl.where(x <= 0.0, 0.0, x)
         derivative = tl.where(x <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "relu_squared":
@@ -70,7 +70,7 @@ def activate_with_derivative(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def exp(high, low):
-    """e^(high + low) for high <= 0 and a far smaller low, within an ulp (Moshier, Cephes, expf.c).
+    """Computes e^(high + low) for high <= 0 and a far smaller low, within an ulp (Moshier, Cephes, expf.c).
 
     tl.exp multiplies by log2 e first, and that rounding is 60 ulps of the result at -87.
     """
@@ -89,7 +89,7 @@ def exp(high, low):
 
 @triton.jit
 def logistic(x):
-    """s(x) and s (1 - s): from exp(-|x|), which cannot overflow, and without 1 - s, which loses its digits near 1."""
+    """Computes s(x) and s (1 - s) from exp(-|x|), which cannot overflow; 1 - s would lose its digits near 1."""
     decay = exp(-tl.abs(x), 0.0)
     larger = 1.0 / (1.0 + decay)
     smaller = decay * larger
@@ -98,7 +98,7 @@ def logistic(x):
 
 @triton.jit
 def normal(x):
-    """The standard normal distribution and its density, the lesser tail to a few ulps too, where 1 - erf has none left.
+    """Computes the standard normal distribution and density, to a few ulps even where 1 - erf has no digits left.
 
     Near 0 half and an odd series; beyond, the density times a polynomial of t = 1 / (1 + 0.3 |x|), as Abramowitz and
     Stegun do ("Handbook of mathematical functions", 7.1.26), fitted for the least relative error up to |x| = 14.5.
@@ -129,7 +129,7 @@ def normal(x):
 
 @triton.jit
 def tanh(x):
-    """Within about an ulp of fp32 (Moshier, Cephes, tanhf.c); libdevice's is missing in the interpreter."""
+    """Computes tanh within about an ulp of fp32 (Moshier, Cephes, tanhf.c); the interpreter has no libdevice."""
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2

@@ -27,13 +27,13 @@ from tfm.kernels.rows import sum_partials
 from tfm.kernels.tape import Tape
 from tfm.operators.causal_conv1d import CausalConv1d, CausalConv1dBackward
 
-# Elements of a tile, eight a thread, and the longest run of those that lie side by side.
+# Elements of a tile, eight a thread, and its longest extent along those that lie side by side.
 TILE, LONGEST, WARPS = 1024, 128, 4
 
 
 @triton.jit
 def step(x, state, channel, position, steps, x_s, inside, WIDTH: tl.constexpr):
-    """x at these positions in fp32, [BLOCK_CHANNELS, BLOCK_STEPS]; before the first step the state's, and else 0."""
+    """Loads x at these positions in fp32, [BLOCK_CHANNELS, BLOCK_STEPS]; before the first step the state, or else 0."""
     value = tl.load(x + position * x_s, mask=inside & (position >= 0) & (position < steps), other=0.0).to(tl.float32)
     if state is not None:
         before = inside & (position < 0) & (position > -WIDTH)
@@ -44,7 +44,7 @@ def step(x, state, channel, position, steps, x_s, inside, WIDTH: tl.constexpr):
 
 @triton.jit
 def convolved(x, weight, bias, state, channel, position, steps, x_s, inside, WIDTH: tl.constexpr):
-    """z of the formulas above."""
+    """Computes z of the formulas above."""
     total = tl.zeros([channel.shape[0], position.shape[1]], tl.float32)
     if bias is not None:
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -56,7 +56,7 @@ def convolved(x, weight, bias, state, channel, position, steps, x_s, inside, WID
 
 @triton.jit
 def tile_of(channels, steps, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr):
-    """The sequence, the channels [BLOCK_CHANNELS, 1] and the steps [1, BLOCK_STEPS] of a program, and its step tile."""
+    """Returns a program's sequence, channels [BLOCK_CHANNELS, 1], steps [1, BLOCK_STEPS] and step tile."""
     step_tiles, channel_tiles = tl.maximum(tl.cdiv(steps, BLOCK_STEPS), 1), tl.cdiv(channels, BLOCK_CHANNELS)
     program = tl.program_id(0)
     tile, rest = program % step_tiles, program // step_tiles
@@ -70,7 +70,7 @@ def causal_conv1d_forward_kernel(
     x, weight, bias, initial_state, y, final_state, channels, steps, x_b, x_d, x_s, y_b, y_d, y_s,
     SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Each program has BLOCK_CHANNELS channels and BLOCK_STEPS steps of one sequence."""
+    """Each program computes BLOCK_CHANNELS channels of BLOCK_STEPS steps of one sequence."""
     sequence, channel, position, tile = tile_of(channels, steps, BLOCK_CHANNELS, BLOCK_STEPS)
     inside = channel < channels
     x += sequence * x_b + channel * x_d
@@ -94,7 +94,7 @@ def causal_conv1d_backward_kernel(
     channels, steps, dy_b, dy_d, dy_s, x_b, x_d, x_s, dx_b, dx_d, dx_s,
     SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The same tiles; partials [sequences · step tiles, channels · (WIDTH + 1)] get their dw and dbias."""
+    """Covers the same tiles; partials [sequences · step tiles, channels · (WIDTH + 1)] get their dw and dbias."""
     sequence, channel, position, tile = tile_of(channels, steps, BLOCK_CHANNELS, BLOCK_STEPS)
     inside = channel < channels
     x += sequence * x_b + channel * x_d
@@ -148,7 +148,7 @@ def gradient(
     dy, x, weight, bias, state, channel, position, steps, dy_s, x_s, inside,
     SILU: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dz at these positions, 0 behind the last step."""
+    """Computes dz at these positions, 0 after the last step."""
     d_y = tl.load(dy + position * dy_s, mask=inside & (position < steps), other=0.0).to(tl.float32)
     if SILU:
         z = convolved(x, weight, bias, state, channel, position, steps, x_s, inside, WIDTH)
@@ -159,7 +159,7 @@ def gradient(
 
 @triton.jit
 def from_final_state(dfinal_state, position, steps, inside, WIDTH: tl.constexpr):
-    """What the final state's gradient adds at these positions."""
+    """Loads the part of dx at these positions that comes from the final state's gradient."""
     if dfinal_state is None:
         return 0.0
     else:  # noqa: RET505 - triton takes a return for the end of both branches
@@ -169,7 +169,7 @@ def from_final_state(dfinal_state, position, steps, inside, WIDTH: tl.constexpr)
 
 
 def causal_conv1d(tape: Tape, call: CausalConv1d) -> tuple[Tensor, Tensor]:
-    """(y, final_state), as the operator says. One launch."""
+    """Computes (y, final_state) of the operator. One launch."""
     y, final_state = outputs = tape.outputs(call)
     if call.x.shape[0] == 0 or call.x.shape[1] == 0:
         return outputs
@@ -182,7 +182,7 @@ def causal_conv1d(tape: Tape, call: CausalConv1d) -> tuple[Tensor, Tensor]:
 
 
 def causal_conv1d_backward(tape: Tape, call: CausalConv1dBackward) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(dx, dinitial_state, dparameters), as the operator says. Two launches."""
+    """Computes (dx, dinitial_state, dparameters) of the operator. Two launches."""
     dx, dinitial_state, dparameters = outputs = tape.outputs(call)
     batch, channels, steps = call.x.shape
     if batch == 0 or channels == 0:
@@ -201,9 +201,9 @@ def causal_conv1d_backward(tape: Tape, call: CausalConv1dBackward) -> tuple[Tens
 
 
 def _arguments(call: CausalConv1d | CausalConv1dBackward) -> tuple[int, dict]:
-    """How many programs there are, and what both kernels are told."""
+    """Returns the number of programs and the arguments that both kernels share."""
     batch, channels, steps = call.x.shape
-    # Longest where neighbours lie side by side.
+    # The tile is longest along the dimension whose elements lie side by side.
     along = min(LONGEST, triton.next_power_of_2(channels if call.x.stride(1) == 1 else max(1, steps)))
     across = TILE // LONGEST
     block_channels, block_steps = (along, across) if call.x.stride(1) == 1 else (across, along)

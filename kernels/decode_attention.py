@@ -36,7 +36,7 @@ from tfm.operators.decode_attention import DecodeAttention
 
 @triton.jit
 def split_length(lengths, length_step, row, capacity, HAS_LATEST: tl.constexpr):
-    """(keys that a row reads from the cache, whether it has a latest key besides), int32 and int1."""
+    """Returns how many keys a row reads from the cache, and whether it has a latest key besides: int32 and int1."""
     length = tl.minimum(tl.maximum(tl.load(lengths + row * length_step), 0), capacity)
     has_latest = (length > 0) & HAS_LATEST
     return length - has_latest.to(tl.int32), has_latest
@@ -86,7 +86,7 @@ def decode_attention_kernel(
             key = tl.load(k + column, mask=column < DIM, other=0.0)
             value = tl.load(v + value_column, mask=value_column < VALUE_DIM, other=0.0)
             top = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1, keep_dims=True)
-            # The top is rounded, its power is of what the rounding left.
+            # The top is rounded; its power is that of the rounding's error.
             product = top
             top = fma(product, unit, 0.0)
             total = power(product, top, unit, IS_FORMED=False)
@@ -106,7 +106,7 @@ def decode_attention_kernel(
         if parents is not None:
             source = tl.load(parents + row * parents_row + place * parents_place, mask=inside, other=0).to(tl.int64)
             known = inside & (source >= 0) & (source < cache_rows)
-        # Both are on their way before either is needed.
+        # Both loads are on their way before either is needed.
         k_address = k_cache + source * k_cache_row + place * k_cache_place + column
         keys = tl.load(k_address, mask=known & (column < DIM), other=0.0)
         v_address = v_cache + source * v_cache_row + place * v_cache_place + value_column
@@ -115,7 +115,7 @@ def decode_attention_kernel(
             scores = tl.sum(keys.to(tl.float32) * query.to(tl.float32), axis=1)[None, :]
         else:
             scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-        # An ancestor that there is not gives NaN.
+        # A row number outside the cache gives NaN.
         scores = tl.where(tl.trans(known), scores, float("nan"))
         scores = tl.where(tl.trans(inside), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True) * unit)
@@ -145,7 +145,7 @@ def combine_splits_kernel(
     HAS_LATEST: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Each program adds up the pieces of one (row, head), those that have keys."""
+    """Each program adds up the pieces of one (row, head) that have keys."""
     place = tl.program_id(0).to(tl.int64)
     length, _ = split_length(lengths, length_step, place // heads, capacity, HAS_LATEST)
     used = tl.maximum(tl.cdiv(length, SPLIT_KEYS), 1)
@@ -171,7 +171,7 @@ def combine_splits_kernel(
 
 
 def decode_attention(tape: Tape, call: DecodeAttention) -> Tensor:
-    """The operator. One launch; two where the capacity is more than one piece."""
+    """Computes the operator. One launch; two where the capacity is more than one piece."""
     out = tape.outputs(call)
     if out.numel() == 0:
         return out
@@ -211,7 +211,7 @@ def decode_attention(tape: Tape, call: DecodeAttention) -> Tensor:
 
 
 def _strides(name: str, x: Tensor | None) -> dict[str, int]:
-    """The strides of [rows, heads, columns] or of a cache [rows, places, heads, columns]; 0 where absent."""
+    """Returns the strides of [rows, heads, columns] or of a cache [rows, places, heads, columns]; 0 where absent."""
     if x is not None and x.dim() == 4:
         row, place, head, _ = x.stride()
         return {f"{name}_row": row, f"{name}_place": place, f"{name}_head": head}

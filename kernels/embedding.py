@@ -40,13 +40,13 @@ from tfm.kernels.rows import as_rows
 from tfm.kernels.tape import Tape
 from tfm.operators.embedding import Embedding, EmbeddingBackward
 
-# Sorted tokens that are added up ahead where they are all the same.
+# So many sorted tokens are added up ahead where they are all the same.
 CHUNK = 32
 
 
 @triton.jit
 def sinusoid(position, first_column, columns, BLOCK_COLUMNS: tl.constexpr):
-    """The positional encoding of integers [R, 1] at BLOCK_COLUMNS columns from an even one, fp32."""
+    """Computes the positional encoding of integers [R, 1] at BLOCK_COLUMNS columns from an even one on, fp32."""
     pair = first_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)[None, :]
     exponent = pair.to(tl.float64) * tl.full([1, 1], -18.420680743952367, tl.float64) / columns  # -2 ln 10000
     turn = tl.exp(exponent) * tl.full([1, 1], 683565275.5764316, tl.float64)  # 2^32 / 2π
@@ -70,7 +70,7 @@ def sinusoid(position, first_column, columns, BLOCK_COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_row(table, index, rows, stride, column, inside):
-    """Rows `index` [R, 1] of a table in fp32; NaN where there is no such row."""
+    """Loads rows `index` [R, 1] of a table in fp32; NaN where there is no such row."""
     known = (index >= 0) & (index < rows)
     pointer = tl.broadcast_to(table + index.to(tl.int64) * stride + column, inside.shape)
     return tl.load(pointer, mask=inside & known, other=float("nan")).to(tl.float32)
@@ -102,7 +102,7 @@ def embedding_forward_kernel(
 
 @triton.jit
 def load_kept(dy_row, row, column, first_column, inside, seed, threshold, site, BLOCK_COLUMNS: tl.constexpr):
-    """mask · dy in fp32, 0 outside; `row` is what the mask counts."""
+    """Loads mask · dy in fp32, 0 outside; `row` is the row that the mask counts."""
     value = tl.load(dy_row + column, mask=inside, other=0.0).to(tl.float32)
     if seed is not None:
         keep = keep_mask(row, first_column, 0, site, seed, threshold, BLOCK_COLUMNS)
@@ -116,7 +116,7 @@ def embedding_chunks_kernel(
     rows, columns, dy_stride, padding, threshold, site,
     CHUNK: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each program adds up BLOCK_COLUMNS columns of CHUNK sorted tokens' rows, where all of them are one token."""
+    """Each program adds up BLOCK_COLUMNS columns of the rows of CHUNK sorted tokens, if all of them are one token."""
     place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     first_column = tl.program_id(1) * BLOCK_COLUMNS
     token = tl.load(tokens + place)
@@ -134,14 +134,14 @@ def embedding_chunks_kernel(
 
 @triton.jit
 def find(tokens, token, count, bits):
-    """Where the sorted tokens that are `token` begin and end, int32: two binary searches side by side.
+    """Returns where the run of `token` begins and ends among the sorted tokens, int32: two binary searches at once.
 
     `bits` is the length of `count` in binary.
     """
     start = tl.zeros_like(token).to(tl.int32)
     end = start
     for bit in range(bits):
-        # Each is how many tokens are known to lie before it; it grows by the powers of two, the largest first.
+        # Each counts the tokens known to lie before it, and grows by powers of two, the largest first.
         span = 1 << (bits - 1 - bit)
         before = tl.load(tokens + start + span - 1, mask=start + span <= count, other=0x7FFFFFFF)
         until = tl.load(tokens + end + span - 1, mask=end + span <= count, other=0x7FFFFFFF)
@@ -174,7 +174,7 @@ def embedding_backward_kernel(
     if SPARSE:
         first = known & (row == start)
         wanted = wanted & first
-        # Zeros may go anywhere: spread, so that adding them is no contest for one row.
+        # Zeros may go to any row: they are spread, so that adding them does not contend for a single one.
         index = tl.where(first, token, row % rows)
         tl.store(indices + row, index, mask=(row < size) & (tl.program_id(1) == 0))
     end = tl.where(wanted, end, start)
@@ -228,7 +228,7 @@ def embedding(tape: Tape, call: Embedding) -> Tensor:
 
 
 def embedding_backward(tape: Tape, call: EmbeddingBackward) -> tuple[Tensor, Tensor | None]:
-    """The gradient of a table, dense, or as the values and indices of a sparse tensor.
+    """Computes the gradient of a table, dense, or as the values and indices of a sparse tensor.
 
     Two launches after torch's sort, one where there are too few tokens to be added up ahead.
     """

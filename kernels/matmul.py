@@ -1,4 +1,4 @@
-"""What kernels that multiply matrices share: the precision of fp32, the order of their tiles, the loop over the depth.
+"""The parts that kernels with matrix products share: fp32 precision, the order of tiles, the loop over the depth.
 
 Tiles follow one another in bands of BAND row tiles: the programs that run at once then read few row tiles of one matrix
 and few column tiles of the other, which stay in the second-level cache.
@@ -15,14 +15,14 @@ BAND = tl.constexpr(8)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How tl.dot forms products of this dtype: of fp32 as torch's own setting of TF32 says."""
-    # Not `allow_tf32`, which raises where this is how it was set.
+    """Returns how tl.dot forms products of this dtype: of fp32 as torch's own setting of TF32 says."""
+    # Not `allow_tf32`, which raises where TF32 was set through fp32_precision.
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit
 def tile_of(program, row_tiles, column_tiles):
-    """The row tile and the column tile of a program."""
+    """Returns the row tile and the column tile of a program."""
     band = program // (BAND * column_tiles)
     height = tl.minimum(row_tiles - band * BAND, BAND)
     within = program % (BAND * column_tiles)
@@ -31,7 +31,7 @@ def tile_of(program, row_tiles, column_tiles):
 
 @triton.jit
 def multiply(a, b, b_step, depth, EVEN: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
-    """The product of a tile of rows and one of columns, summed over the depth in fp32.
+    """Multiplies a tile of rows by one of columns, summed over the depth in fp32.
 
     `a` holds pointers to the rows [BLOCK_ROWS, 1], `b` to the first BLOCK_DEPTH steps of the columns [BLOCK_DEPTH,
     BLOCK_COLUMNS], `b_step` elements apart. Every row and column must be readable: the caller wraps those outside.
@@ -46,7 +46,7 @@ def multiply(a, b, b_step, depth, EVEN: tl.constexpr, BLOCK_DEPTH: tl.constexpr)
         else:
             left = tl.load(a, mask=step[None, :] < depth - start, other=0.0)
             right = tl.load(b, mask=step[:, None] < depth - start, other=0.0)
-        # fp32 is multiplied as such: what torch allows tf32 for goes to cuBLAS.
+        # fp32 is multiplied in full: where torch allows tf32, cuBLAS does the product.
         total = tl.dot(left, right, total, input_precision="ieee")
         a += BLOCK_DEPTH
         b += BLOCK_DEPTH * b_step
@@ -55,7 +55,7 @@ def multiply(a, b, b_step, depth, EVEN: tl.constexpr, BLOCK_DEPTH: tl.constexpr)
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of a tile: the same registers."""
+    """Splits a tile into its left and right half: the same registers."""
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
     return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))

@@ -40,7 +40,7 @@ from tfm.operators.norm import ResidualNorm, ResidualNormBackward
 
 @triton.jit
 def load_weight(weight, column, inside, OFFSET: tl.constexpr):
-    """weight_offset + weight in fp32, 1 without a weight."""
+    """Loads weight_offset + weight in fp32; 1 without a weight."""
     if weight is None:
         return tl.full(inside.shape, 1.0, tl.float32)
     else:  # noqa: RET505 - triton takes a return for the end of both branches
@@ -110,7 +110,7 @@ def norm_forward_kernel(
 
 @triton.jit
 def round_to_narrower(value, first: tl.constexpr, second: tl.constexpr):
-    """`value` in fp32, rounded as the narrower of two dtypes stores it; as the first where they are equally wide."""
+    """Rounds `value` in fp32 as the narrower of two dtypes stores it; as the first where they are equally wide."""
     if second.primitive_bitwidth < first.primitive_bitwidth:
         return value.to(second).to(tl.float32)
     else:  # noqa: RET505 - triton compiles both where a return ends the branch
@@ -119,7 +119,7 @@ def round_to_narrower(value, first: tl.constexpr, second: tl.constexpr):
 
 @triton.jit
 def load_gradient(dy_row, h_row, average, inverse, column, inside, CENTRED: tl.constexpr):
-    """dy and z of the formulas above; dy is 0 outside."""
+    """Loads dy and z of the formulas above; dy is 0 outside."""
     d_y = load(dy_row + column, inside)
     value = load(h_row + column, inside)
     return d_y, (value - average) * inverse if CENTRED else value * inverse
@@ -227,7 +227,7 @@ def norm_backward_kernel(
 
 
 def residual_norm(tape: Tape, call: ResidualNorm) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(y, h, statistics), as the operator says. One launch."""
+    """Computes (y, h, statistics) of the operator. One launch."""
     y, h, statistics = outputs = tape.outputs(call)
     rows, columns = statistics.shape[1], call.x.shape[-1]
     (x, x_stride), (residual, residual_stride) = as_rows(call.x), as_rows(call.residual)
@@ -246,7 +246,7 @@ def residual_norm(tape: Tape, call: ResidualNorm) -> tuple[Tensor, Tensor | None
 
 
 def residual_norm_backward(tape: Tape, call: ResidualNormBackward) -> tuple[Tensor | None, ...]:
-    """(dx, dx_bias, dresidual, dweight, dbias), as the operator says.
+    """Computes (dx, dx_bias, dresidual, dweight, dbias) of the operator.
 
     One launch, two with the gradient of a parameter.
     """

@@ -7,14 +7,14 @@ import triton.language as tl
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:
-    """The number of the 65,536 outcomes that drop an element, and what a kept element is multiplied by."""
+    """Returns how many of 65,536 outcomes drop an element, and the factor of a kept one."""
     threshold = round(65536 * p)
     return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-7 of four counters and a key, all uint32, of shapes that broadcast.
+    """Computes Philox4x32-7 of four counters and a key, all uint32, of shapes that broadcast.
 
     (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.)
     """
@@ -29,7 +29,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def keep_mask(row, first_column, group, site, seed, threshold, BLOCK_COLUMNS: tl.constexpr):
-    """Which elements of a tile dropout keeps: int1 [R, BLOCK_COLUMNS], one Philox call for eight of them.
+    """Tells which elements of a tile dropout keeps: int1 [R, BLOCK_COLUMNS], one Philox call for eight of them.
 
     `row` is [R, 1]; `first_column` is a multiple of 8; `seed` points to an int64.
     """

@@ -31,7 +31,7 @@ from tfm.operators.rotary import Rotary, Rotary_
 
 @triton.jit
 def load_angle(table, place, places, stride, column_stride, column, inside):
-    """cos or sin of a tile in fp32; NaN where the table has no such row."""
+    """Loads cos or sin of a tile in fp32; NaN where the table has no such row."""
     pointer = table + place.to(tl.int64) * stride + column * column_stride
     return tl.load(pointer, mask=inside & (place >= 0) & (place < places), other=float("nan")).to(tl.float32)
 
@@ -108,7 +108,7 @@ def rotary_kernel(
 
 
 def rotary(tape: Tape, call: Rotary) -> tuple[Tensor, Tensor | None]:
-    """The operator out of place. One launch."""
+    """Computes the operator out of place. One launch."""
     outputs = y, other_y = tape.outputs(call)
     x, other = side_by_side(call.x), side_by_side(call.other)
     _launch(tape, call, x, y, other, other_y, call.turned, call.inverse)
@@ -116,7 +116,7 @@ def rotary(tape: Tape, call: Rotary) -> tuple[Tensor, Tensor | None]:
 
 
 def rotary_(tape: Tape, call: Rotary_) -> None:
-    """The operator in place. One launch; two copies more where columns are not neighbours."""
+    """Computes the operator in place. One launch; two copies more where columns are not neighbours."""
     part = call.x.narrow(1, 0, call.heads)
     x = side_by_side(part)
     _launch(tape, call, x, x, None, None, call.heads, inverse=False)
@@ -163,7 +163,7 @@ def _launch(
 
 
 def _repeating(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """One value for each token, or for each of those that come again and again along the leading dimensions."""
+    """Returns one value for each token, or for each of those that repeat along the leading dimensions."""
     while values.dim() and values.shape[0] == 1:
         values = values[0]
     if tuple(values.shape) != tuple(shape[len(shape) - values.dim() :]):
@@ -172,7 +172,7 @@ def _repeating(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def _rows_of(table: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """As `_repeating`, a row of the table for each."""
+    """Returns a row of the table for each token, or for each of those that repeat, as `_repeating`."""
     while table.dim() > 1 and table.shape[0] == 1:
         table = table[0]
     if tuple(table.shape[:-1]) != tuple(shape[len(shape) - table.dim() + 1 :]):

@@ -1,4 +1,4 @@
-"""What kernels over the rows of a matrix share: its shape and strides, its tiles, the sums over its rows."""
+"""The parts that kernels over the rows of a matrix share: its shape and strides, its tiles, the sums over its rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tfm.kernels.tape import Tape
 
 
 def as_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """Memory that holds `x` as [rows, columns] with neighbouring columns side by side, and its row stride.
+    """Returns memory that holds `x` as [rows, columns] with neighbouring columns side by side, and its row stride.
 
     `x` itself where it is contiguous, whatever its shape: a kernel needs the address alone. Copied only where no one
     row stride describes `x`. None stays None.
@@ -26,20 +26,20 @@ def as_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def side_by_side(x: Tensor | None) -> Tensor | None:
-    """`x` with neighbouring columns side by side, copied where they are not; None stays None."""
+    """Returns `x` with neighbouring columns side by side, copied where they are not; None stays None."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit
 def cover(row, rows, chunk, columns, BLOCK_COLUMNS: tl.constexpr):
-    """The columns of a chunk [1, BLOCK_COLUMNS], and which elements of the tile lie inside the matrix."""
+    """Returns the columns of a chunk [1, BLOCK_COLUMNS], and which elements of the tile lie inside the matrix."""
     column = chunk * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     return column, (row < rows) & (column < columns)
 
 
 @triton.jit
 def load(pointer, inside):
-    """The elements of a tile in fp32, 0 outside."""
+    """Loads the elements of a tile in fp32, 0 outside."""
     # weight and bias are read for each row: as vectors they get a layout of their own, and the tile is moved into it.
     return tl.load(tl.broadcast_to(pointer, inside.shape), mask=inside, other=0.0).to(tl.float32)
 

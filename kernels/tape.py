@@ -1,4 +1,4 @@
-"""What a launch function does: it makes its outputs, makes scratch memory, and launches kernels, each through a tape.
+"""The tape through which a launch function makes its outputs and scratch memory and launches its kernels.
 
 `Tape` does it at once. tools/check_kernels has one that takes down what would be launched, for tensors without memory
 (torch's device "meta") and for any chip: so the cases that are compiled follow from the launch functions themselves.
@@ -20,19 +20,19 @@ class Tape:
     """Runs launch functions."""
 
     def chip(self, device: torch.device) -> Chip:
-        """The chip that settings are for."""
+        """Returns the chip that settings are for."""
         return chip_of(device)
 
     def outputs(self, call: Any) -> Any:
-        """The results of an operator's call, still empty."""
+        """Returns the results of an operator's call, still empty."""
         return call.outputs()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Scratch memory."""
+        """Returns scratch memory."""
         return torch.empty(shape, dtype=dtype, device=device)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Scratch memory that sums are added to."""
+        """Returns scratch memory that sums are added to."""
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def launch(self, kernel: KernelInterface, grid: tuple[int, ...], options: dict[str, Any], **arguments: Any) -> None:

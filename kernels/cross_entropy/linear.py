@@ -7,7 +7,7 @@ tfm.kernels.cross_entropy.streamed is faster.
 
 Memory beside the results: one chunk of logits (launch.logits_rows), the chunk's rows of X where dW is wanted, and dW in
 fp32. Launches: a product, the kernel, a product and a mask for dX and dW each chunk, and one to sum the losses; nothing
-waits for the device. How many rows a chunk has chooses cuBLAS's kernels, so a row's last bits depend on the batch.
+waits for the device. A chunk's rows decide which kernels cuBLAS takes, so that a row's last bits depend on the batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tfm.operators.cross_entropy import (
 def linear_cross_entropy(
     tape: Tape, call: LinearCrossEntropy
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(loss, scale, dX, dW, dbias), as the operator says."""
+    """Computes (loss, scale, dX, dW, dbias) of the operator."""
     loss, scale, *gradients = outputs = tape.outputs(call)
     call = call._replace(linear_weight=call.linear_weight.to(call.input.dtype), target=call.target.contiguous())
     is_reduced = call.reduction != "none"
@@ -52,10 +52,10 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_backward(tape: Tape, call: LinearCrossEntropyBackward) -> Gradients:
-    """(dX, dW, dbias), as the operator says."""
+    """Computes (dX, dW, dbias) of the operator."""
     given = call.input, call.linear_weight, call.linear_bias
     call = call._replace(linear_weight=call.linear_weight.to(call.input.dtype), target=call.target.contiguous())
-    # As shares of the largest, so that dz keeps its digits in half precision; ignored rows may come with NaN.
+    # Shares of the largest gradient, so that dz keeps its digits in half precision; ignored rows may hold NaN.
     grad = torch.where(call.target != call.ignore_index, call.grad, 0.0).float()
     largest = grad.abs().amax() if len(grad) else grad.new_ones(())
     largest = torch.where(largest == 0, 1.0, largest)
@@ -72,7 +72,7 @@ def _chunks(tape: Tape) -> Chunks:
 
 
 def _kept(call: LinearCrossEntropy | LinearCrossEntropyBackward, gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """[N, 1], False for ignored rows; None where no product needs it."""
+    """Returns [N, 1], False for ignored rows; None where no product needs it."""
     return None if gradients[1] is None else (call.target != call.ignore_index)[:, None]
 
 

@@ -39,7 +39,7 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 @triton.jit
 def softcapped(a, softcap):
-    """softcap · tanh(a / softcap); `a` itself where softcap is None."""
+    """Computes softcap · tanh(a / softcap); `a` itself where softcap is None."""
     if softcap is not None:
         cap = tl.cast(softcap, tl.float32)
         a = cap * tanh(a * (1.0 / cap))
@@ -48,7 +48,7 @@ def softcapped(a, softcap):
 
 @triton.jit
 def load_logits(logits_row, bias, column, width, softcap, EVICTION: tl.constexpr):
-    """A block of z in fp32; beyond the classes, up to the padded width, both vectors hold 0."""
+    """Loads a block of z in fp32; beyond the classes, up to the padded width, logits and bias both hold 0."""
     a = tl.load(logits_row + column, mask=column < width, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     if bias is not None:
         a += tl.load(bias + column, mask=column < width, other=0.0)
@@ -57,11 +57,11 @@ def load_logits(logits_row, bias, column, width, softcap, EVICTION: tl.constexpr
 
 @triton.jit
 def loss_of_row(top, logarithm, peak, total, classes, smoothing, z_loss):
-    """The loss of a row whose largest z is `top`, where logarithm = lse - top.
+    """Computes the loss of a row whose largest z is `top`, where logarithm = lse - top.
 
     `peak` is the target's z, `total` with smoothing the sum of all.
     """
-    # Differences first: of large logits the sum top + logarithm would round what the loss consists of.
+    # Differences first: with large logits the sum top + logarithm would round the loss away.
     loss = (top - peak) + logarithm
     if smoothing is not None:
         share = tl.cast(smoothing, tl.float32)
@@ -78,7 +78,7 @@ def cross_entropy_kernel(
     classes, width, ignore_index, smoothing, z_loss, softcap,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes one row: its loss where wanted, and its gradient in place of the logits.
+    """Each program computes one row's loss where wanted, and writes the row's gradient over its logits.
 
     The gradient is that of the loss times grad[row] / divisor, of the loss alone where grad is None.
     """
@@ -151,7 +151,7 @@ def cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["rows", "chunks", "ignore_index"])
 def mean_loss_kernel(losses, target, loss, scale, rows, chunks, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program sums the losses, always in the same order; the mean is over the rows that count, 0 of none."""
+    """One program sums the losses, always in the same order; the mean is over the rows that count, 0 without any."""
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
     for chunk in range(chunks):
@@ -169,7 +169,7 @@ def mean_loss_kernel(losses, target, loss, scale, rows, chunks, ignore_index, ME
 
 
 def cross_entropy_(tape: Tape, call: CrossEntropy_) -> None:
-    """Fills the losses, and turns the logits into their gradient, as the operator says. One launch.
+    """Fills the losses and turns the logits into their gradient, as the operator does. One launch.
 
     The rows of the logits lie in a buffer of a multiple of PADDING columns, which holds 0 beyond the classes, and will
     again; so does the bias, of the buffer's width.
@@ -180,7 +180,7 @@ def cross_entropy_(tape: Tape, call: CrossEntropy_) -> None:
     tiles = launch.cross_entropy(classes)
     tape.launch(
         cross_entropy_kernel, (rows,), tiles.options,
-        # Whole rows of the buffer: all that the kernel touches.
+        # Whole rows of the buffer, since the kernel touches all of them.
         logits=logits.as_strided((rows, width), (width, 1)), bias=call.bias, target=call.target, losses=call.losses,
         grad=call.grad, divisor=call.divisor, classes=classes, width=width, ignore_index=call.ignore_index,
         smoothing=call.label_smoothing or None, z_loss=call.z_loss or None, softcap=call.softcap,

@@ -30,7 +30,7 @@ from tfm.kernels.softmax import natural_top, power
 from tfm.kernels.tape import Tape
 from tfm.operators.cross_entropy import LinearCrossEntropy
 
-# Parts of one tensor, which begin where the number of rows has it.
+# Parts of one tensor, whose beginnings depend on the number of rows.
 PARTS = ("maxima", "exponentials", "sums")
 
 
@@ -51,7 +51,7 @@ def streaming_statistics_kernel(
     top = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
     exponential = tl.zeros([BLOCK_ROWS], tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    # One loop of both would load ahead from tile to tile, but have each product waited for before the next.
+    # One loop over both would load ahead from tile to tile, but wait for each product before the next.
     for tile in range(tiles):
         start = first + tile * BLOCK_CLASSES
         z = tl.zeros([BLOCK_ROWS, BLOCK_CLASSES], tl.float32)
@@ -87,7 +87,7 @@ def streaming_losses_kernel(
     rows, classes, dim, shares, ignore_index, smoothing, z_loss, softcap,
     BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Each program combines the shares of BLOCK_ROWS rows, always in the same order, and adds what the target gives."""
+    """Each program combines the shares of BLOCK_ROWS rows, always in the same order, and adds the target's part."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
     label = tl.load(target + row, mask=inside, other=ignore_index)
@@ -128,7 +128,7 @@ def streaming_losses_kernel(
 def streaming_cross_entropy(
     tape: Tape, call: LinearCrossEntropy, bias: Tensor | None, losses: Tensor, tiles: launch.StreamingTiles
 ) -> None:
-    """Fills losses [N] (fp32), of a weight of the dtype of the input; `bias` as for cross_entropy_. Two launches."""
+    """Fills losses [N] (fp32); the weight has the input's dtype, `bias` is as for cross_entropy_. Two launches."""
     input, weight = call.input.contiguous(), call.linear_weight.contiguous()
     (rows, dim), classes = input.shape, weight.shape[0]
     if rows == 0:

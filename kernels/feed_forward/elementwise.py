@@ -33,7 +33,7 @@ from tfm.operators.feed_forward import ActivationDropout, LinearActivationBackwa
 
 @triton.jit
 def hidden_tile(gate, up, seed, row, first_column, threshold, scale, site, ACTIVATION: tl.constexpr):
-    """hidden of a tile of pre-activations in fp32; `up` and `seed` may be None."""
+    """Computes hidden of a tile of pre-activations in fp32; `up` and `seed` may be None."""
     value = activate(gate, ACTIVATION)
     if up is not None:
         value *= up
@@ -123,7 +123,7 @@ def activation_dropout_backward_kernel(
 
 
 def activation_dropout(tape: Tape, call: ActivationDropout) -> Tensor:
-    """hidden, as the operator says. One launch."""
+    """Computes hidden of the operator. One launch."""
     hidden = tape.outputs(call)
     rows, columns = hidden.shape
     threshold, scale = threshold_and_scale(call.dropout_p)
@@ -141,7 +141,7 @@ def activation_dropout(tape: Tape, call: ActivationDropout) -> Tensor:
 def activation_dropout_backward(
     tape: Tape, call: LinearActivationBackward, dhidden: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dpre, hidden, dbias), as the operator says, from its product. One launch, two with dbias."""
+    """Computes (dpre, hidden, dbias) of the operator from dhidden. One launch, two with dbias."""
     dpre, hidden, dbias = outputs = tape.outputs(call)
     rows, columns = dhidden.shape
     threshold, scale = threshold_and_scale(call.dropout_p)

@@ -153,7 +153,7 @@ def linear_activation_backward_kernel(
 
 
 def linear_activation(tape: Tape, call: LinearActivation) -> tuple[Tensor, Tensor]:
-    """(hidden, pre), as the operator says. One launch, or as many as tfm.kernels.launch.linear_activation says."""
+    """Computes (hidden, pre) of the operator. One launch, or as many as tfm.kernels.launch.linear_activation says."""
     x, weight, up_weight, bias = call.x, call.weight, call.up_weight, call.bias
     if keeps_hidden(call.gated, call.activation) and call.seed is None and bias is not None:
         # torch's own name for cuBLASLt's epilogue of bias and ReLU, which costs nothing beside the product.
@@ -185,7 +185,7 @@ def linear_activation(tape: Tape, call: LinearActivation) -> tuple[Tensor, Tenso
 
 
 def products(x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The pre-activations by cuBLAS: contiguous, gate and up side by side."""
+    """Returns the pre-activations by cuBLAS: contiguous, gate and up side by side."""
     if bias is not None:
         return torch.addmm(bias.to(x.dtype), x, weight.t())
     if up_weight is None:
@@ -199,7 +199,7 @@ def products(x: Tensor, weight: Tensor, up_weight: Tensor | None, bias: Tensor |
 def linear_activation_backward(
     tape: Tape, call: LinearActivationBackward
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dpre, hidden, dbias), as the operator says.
+    """Computes (dpre, hidden, dbias) of the operator.
 
     One launch, two with dbias, each one more where tfm.kernels.launch.linear_activation_backward leaves the product to
     cuBLAS.

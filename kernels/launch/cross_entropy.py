@@ -40,7 +40,7 @@ WIDEST_STREAMED = 1024
 
 @dataclass(frozen=True)
 class CrossEntropyTiles:
-    """How a program covers a row of logits, or the losses of all rows: `chunks` blocks of `block` elements."""
+    """The tiles of a row of logits, or of the losses of all rows: `chunks` blocks of `block` elements."""
 
     block: int
     chunks: int
@@ -48,13 +48,13 @@ class CrossEntropyTiles:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told."""
+        """The options that the kernel is compiled with."""
         return {"num_warps": self.num_warps}
 
 
 @dataclass(frozen=True)
 class StreamingTiles:
-    """Tiles of logits that are folded as they are made: block_rows x block_classes, block_dim deep a step.
+    """The tiles of logits that are folded as they are made: block_rows x block_classes, block_dim deep a step.
 
     A program folds `tiles` of them; the number of classes that makes must not depend on the rows.
     """
@@ -68,12 +68,12 @@ class StreamingTiles:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told."""
+        """The options that the kernel is compiled with."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def cross_entropy(classes: int) -> CrossEntropyTiles:
-    """8 elements a thread: one 16-byte load of bf16 in flight, in few enough registers that a multiprocessor is full.
+    """Returns 8 elements a thread: one 16-byte load of bf16 in flight, few enough registers to fill a multiprocessor.
 
     What is under way should stay in the L2 cache (50 MB) until it is read again: 4 programs of 16 warps on each of 132
     multiprocessors hold 35 MB of bf16 rows at 32k classes; wider rows take one program of 32 warps, 35 MB at 128k.
@@ -84,12 +84,12 @@ def cross_entropy(classes: int) -> CrossEntropyTiles:
 
 
 def mean_loss(rows: int) -> CrossEntropyTiles:
-    """One program reads 12 bytes a row: about 3 us for 8,192 rows, and no atomics."""
+    """Returns the tiles of one program, which reads 12 bytes a row: about 3 us for 8,192 rows, and no atomics."""
     return CrossEntropyTiles(block=4096, chunks=-(-rows // 4096), num_warps=16)
 
 
 def logits_rows(rows: int, classes: int, itemsize: int) -> int:
-    """Rows whose logits are held at once: chunks of nearly equal size, whole tiles of the matmul."""
+    """Returns how many rows' logits are held at once: chunks of nearly equal size, whole tiles of the matmul."""
     row_bytes = classes * itemsize
     budget = min(max(FEWEST_BYTES, rows * row_bytes // 16), MOST_BYTES)
     chunks = max(1, -(-rows * row_bytes // budget))
@@ -99,7 +99,7 @@ def logits_rows(rows: int, classes: int, itemsize: int) -> int:
 def streaming_cross_entropy(
     dim: int, dtype: torch.dtype, aligned: bool, plain: bool, major: int
 ) -> StreamingTiles | None:
-    """Tiles of the kernel that never stores logits; None where storing them is faster.
+    """Returns the tiles of the kernel that never stores logits; None where storing them is faster.
 
     Args:
         dim: columns of input and weight.
@@ -119,7 +119,7 @@ def streaming_cross_entropy(
 
 
 def streaming_losses(rows: int, dim: int) -> RowTiles:
-    """Rows of the input beside the weight's rows of their targets: 16 elements of each a thread."""
+    """Returns tiles of the input's rows beside their targets' rows of the weight: 16 elements of each a thread."""
     block_dim = min(512, max(16, 1 << (dim - 1).bit_length()))
     block_rows = 2048 // block_dim
     programs, chunks = -(-rows // block_rows), -(-dim // block_dim)

@@ -22,7 +22,7 @@ import torch
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """A program takes `split_keys` keys for `block_heads` query heads of a key head, in tiles of `block_keys`.
+    """The tiles of a program: `split_keys` keys for `block_heads` query heads of a key head, `block_keys` at a time.
 
     It has `stages` - 1 tiles on their way from memory while it works on another. `max_registers` of a thread; None
     where the compiler may choose.
@@ -37,11 +37,11 @@ class DecodeTiles:
 
     @property
     def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
+        """The options that the kernel is compiled with."""
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def splits(self, capacity: int) -> int:
-        """The programs that share the keys of a row."""
+        """Returns how many programs share the keys of a row."""
         return max(1, -(-capacity // self.split_keys))
 
 
@@ -50,17 +50,17 @@ COMBINED_SPLITS = 16
 
 
 def tiles(dim: int, group: int, dtype: torch.dtype) -> DecodeTiles:
-    """The tiles for heads of `dim`, the wider of D and Dv, and `group` query heads a key head."""
+    """Returns the tiles for heads of `dim`, the wider of D and Dv, and `group` query heads a key head."""
     wide = 64 if dim <= 64 else 128 if dim <= 128 else 256
     exact = dtype == torch.float32
     if group == 1:
         # A thread holds 64 keys' and 64 values' numbers of 16 bits, or half as many of fp32.
         block_keys = 16 if exact and wide == 256 else 32
         num_warps = block_keys * wide // (1024 if exact else 2048)
-        # Left to itself, the assembler spills a word or two of some dims and chips, to fit one program more.
+        # Left to itself, the assembler spills a word or two for some dims and chips, to fit one program more.
         most = None if wide == 64 and not exact else 168
         return DecodeTiles(1, block_keys, 256, num_warps, stages=1, max_registers=most)
     if exact:
-        # Multiplied without tensor cores, both factors in registers.
+        # A product without tensor cores holds both factors in registers.
         return DecodeTiles(16, 16, 256, 4, stages=2, max_registers=168 if wide == 64 else None)
     return DecodeTiles(16, 32, 256, 8 if wide > 128 else 4, stages=2, max_registers=168)

@@ -1,4 +1,4 @@
-"""What launch settings need to know of the device and of the tensors' layout."""
+"""The facts that launch settings need of the device and of the tensors' layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Chip:
-    """What the settings ask of a GPU: the major number of its compute capability, and its multiprocessors."""
+    """A GPU as the settings see it: the major number of its compute capability, and its multiprocessors."""
 
     major: int
     multiprocessors: int
@@ -20,7 +20,7 @@ INTERPRETER = Chip(major=9, multiprocessors=2)
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip of `device`."""
+    """Returns the chip of `device`."""
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
@@ -28,5 +28,5 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def are_aligned(*numbers: int) -> bool:
-    """Whether columns and row strides let a thread's elements share an address: triton specialises on 16."""
+    """Tells whether columns and row strides let a thread's elements share an address: triton specialises on 16."""
     return all(number % 16 == 0 for number in numbers)

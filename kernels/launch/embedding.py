@@ -6,7 +6,7 @@ from tfm.kernels.launch.rows import RowTiles, tile_count, width
 
 
 def forward(rows: int, columns: int) -> RowTiles:
-    """Tiles as those of the norms' forward; `chunks` programs side by side share a row of more than 1,024 columns."""
+    """Returns tiles as in the norms' forward; `chunks` programs side by side share a row of more than 1,024 columns."""
     block_columns = min(width(columns), 1024)
     block_rows = 2048 // block_columns
     chunks = -(-columns // block_columns)
@@ -15,7 +15,7 @@ def forward(rows: int, columns: int) -> RowTiles:
 
 
 def backward(chunks: int, chunk: int, rows: int, columns: int) -> tuple[RowTiles, RowTiles]:
-    """The tiles of the kernel that adds up `chunks` times `chunk` tokens, and of the one that writes `rows` rows."""
+    """Returns the tiles to add up `chunks` times `chunk` tokens, and those to write `rows` rows."""
     whole = width(columns)
     first, second = min(whole, 128), min(whole, 512)
     # A program takes as long as the most frequent of its rows: eight at most.

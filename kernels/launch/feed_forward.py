@@ -28,7 +28,7 @@ DEEPEST = 1024
 
 @dataclass(frozen=True)
 class MatmulTiles:
-    """How a matmul covers [rows, columns]: `programs` tiles, `block_depth` at a time, `num_stages` - 1 on their way.
+    """The tiles of a matmul over [rows, columns]: `programs`, `block_depth` at a time, `num_stages` - 1 on their way.
 
     The epilogue takes a tile in `slices` of its columns. Where a matmul computes gate and up, `block_columns` counts
     both. `max_registers` a thread; None for as many as the compiler likes.
@@ -45,13 +45,13 @@ class MatmulTiles:
 
     @property
     def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
+        """The options that the kernel is compiled with."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
 class ElementTiles:
-    """How an element-wise kernel covers [rows, columns]: each program goes down `tiles` tiles of a strip of columns."""
+    """The tiles of an element-wise kernel over [rows, columns]: each program goes down `tiles` of a strip."""
 
     programs: int
     block_rows: int
@@ -61,11 +61,11 @@ class ElementTiles:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told."""
+        """The options that the kernel is compiled with."""
         return {"num_warps": self.num_warps}
 
 
-# From the largest, which is the fastest that still has a program for each multiprocessor.
+# From the largest: the first that has a program for each multiprocessor is the fastest.
 SIZES = ((128, 128), (64, 128), (64, 64), (64, 32))
 
 
@@ -73,14 +73,14 @@ SIZES = ((128, 128), (64, 128), (64, 64), (64, 32))
 def linear_activation(
     rows: int, columns: int, depth: int, gated: bool, dtype: torch.dtype, aligned: bool, chip: Chip
 ) -> MatmulTiles | None:
-    """Tiles of the forward matmul; None where cuBLAS and an element-wise kernel are faster.
+    """Returns the tiles of the forward matmul; None where cuBLAS and an element-wise kernel are faster.
 
     `columns` and row strides are `aligned` where they are multiples of 16 elements.
     """
     if not _suits_epilogue(depth, dtype, aligned):
         return None
     tiles = _matmul_tiles(rows, 2 * columns if gated else columns, chip)
-    # Gated, half as much an element as the backward's: slices twice as wide fit the registers.
+    # The gated epilogue holds half as much an element as the backward's: slices twice as wide fit the registers.
     return replace(tiles, slices=tiles.block_columns // 32) if gated else tiles
 
 
@@ -88,24 +88,24 @@ def linear_activation(
 def linear_activation_backward(
     rows: int, columns: int, depth: int, dtype: torch.dtype, aligned: bool, chip: Chip
 ) -> MatmulTiles | None:
-    """Tiles of the matmul that gives the pre-activation's gradient; None as above."""
+    """Returns the tiles of the matmul that gives the pre-activation's gradient; None as above."""
     return _matmul_tiles(rows, columns, chip) if _suits_epilogue(depth, dtype, aligned) else None
 
 
 @lru_cache(maxsize=1024)
 def activation_dropout(rows: int, columns: int) -> ElementTiles:
-    """Tiles of 16 elements a thread: two 16-byte loads of bf16 in flight."""
+    """Returns tiles of 16 elements a thread: two 16-byte loads of bf16 in flight."""
     return _element_tiles(rows, columns, tiles=1)
 
 
 @lru_cache(maxsize=1024)
 def activation_dropout_backward(rows: int, columns: int) -> ElementTiles:
-    """The same, 16 of them one below the other: a partial sum for each 64 rows, or more where rows are short."""
+    """Returns 16 of those tiles stacked: a partial sum for each 64 rows, or for more where rows are short."""
     return _element_tiles(rows, columns, tiles=16)
 
 
 def _suits_epilogue(depth: int, dtype: torch.dtype, aligned: bool) -> bool:
-    # fp32 is for cuBLAS: alone it uses tf32 where torch allows it, and FMA instructions better where not.
+    # fp32 goes to cuBLAS, which alone uses tf32 where torch allows it, and uses FMA instructions better where not.
     return dtype != torch.float32 and aligned and depth <= DEEPEST
 
 

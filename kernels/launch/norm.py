@@ -13,7 +13,7 @@ CHUNK = 4096
 # Called at every launch, with the few shapes of a model again and again.
 @lru_cache(maxsize=1024)
 def forward(rows: int, columns: int, aligned: bool) -> RowTiles:
-    """A program normalises one tile and ends: many small ones on a multiprocessor hide each other's loads.
+    """Returns tiles of which a program normalises one and ends: many small programs hide each other's loads.
 
     `aligned`: columns and row strides are multiples of 16, so that a thread's elements share an address.
     """
@@ -33,7 +33,7 @@ def forward(rows: int, columns: int, aligned: bool) -> RowTiles:
 
 @lru_cache(maxsize=1024)
 def backward(rows: int, columns: int, aligned: bool, crowded: bool, multiprocessors: int) -> RowTiles:
-    """Two programs a multiprocessor stride over the tiles, so that the partial sums do not grow with the rows.
+    """Returns tiles that two programs a multiprocessor stride over: the partial sums do not grow with the rows.
 
     `aligned`: as in the forward. `crowded`: dx has another dtype than h, and so another layout, or there is a third sum
     beside the row.
@@ -63,7 +63,7 @@ def backward(rows: int, columns: int, aligned: bool, crowded: bool, multiprocess
 
 
 def _blocks(columns: int, tile: int, widest: int, chunk: int) -> tuple[int, int, int]:
-    """Rows of a block, its columns, and how many make a row: the whole row where that is not wider than `widest`."""
+    """Returns a block's rows, its columns and how many make a row: one, unless the row is wider than `widest`."""
     whole = width(columns)
     block_columns = whole if whole <= widest else chunk
     return max(1, tile // block_columns), block_columns, -(-columns // block_columns)

@@ -9,7 +9,7 @@ from tfm.kernels.launch.rows import width
 
 @dataclass(frozen=True)
 class RotaryTiles:
-    """`programs` of `block_tokens` tokens, for each `group` of heads.
+    """The tiles of the rotary embedding: `programs` of `block_tokens` tokens, for each `group` of heads.
 
     A head is two halves of at most `block_half` columns, and at most `block_rest` that are not turned.
     """
@@ -23,12 +23,12 @@ class RotaryTiles:
 
     @property
     def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
+        """The options that the kernel is compiled with."""
         return {"num_warps": self.num_warps}
 
 
 def tiles(tokens: int, half: int, columns: int) -> RotaryTiles:
-    """4 warps with 16 columns of a head a thread; 8 heads one after another, so that the angles are read for all."""
+    """Returns 16 columns of a head for each thread of 4 warps, and 8 heads in turn, which share the angles."""
     block_half = width(half)
     block_rest = width(columns - 2 * half) if columns > 2 * half else 0
     block_tokens = max(1, 2048 // max(2 * block_half, block_rest))

@@ -1,4 +1,4 @@
-"""What the settings of kernels over rows share: how a kernel covers a matrix, and those of the sums over its rows."""
+"""Settings that all kernels over rows share: how tiles cover a matrix, and how sums over its rows are added up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class RowTiles:
-    """How a kernel covers the rows of [rows, columns].
+    """The tiles of a kernel over the rows of [rows, columns].
 
     `programs` run at once, each on tiles of `block_rows` rows; a row is `chunks` blocks of `block_columns` columns.
     A program that strides over tiles has `stages` - 1 of them on their way from memory while it works on another.
@@ -26,21 +26,21 @@ class RowTiles:
 
     @property
     def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
+        """The options that the kernel is compiled with."""
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 @lru_cache(maxsize=1024)
 def sum_partials(columns: int) -> RowTiles:
-    """Columns of fp32 partial sums in 128-byte lines, 128 programs' sums at a time: three rounds on the largest GPU."""
+    """Returns tiles of 128-byte lines of fp32 partial sums of 128 programs: three rounds on the largest GPU."""
     return RowTiles(programs=-(-columns // 32), block_rows=128, block_columns=32, chunks=1, num_warps=8)
 
 
 def width(columns: int) -> int:
-    """The power of two that holds `columns`; at least 16, two octets of the dropout mask."""
+    """Returns the power of two that holds `columns`; at least 16, two octets of the dropout mask."""
     return max(16, 1 << (columns - 1).bit_length())
 
 
 def tile_count(rows: int, block_rows: int) -> int:
-    """How many tiles hold the rows; where there are none still one, whose program stores the empty sums."""
+    """Returns the number of tiles that hold the rows; at least one, whose program stores the empty sums."""
     return max(1, -(-rows // block_rows))

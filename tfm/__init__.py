@@ -31,7 +31,7 @@ __all__ = ["Report", "__version__", "accelerate", "nn", "ops", "restore", "use"]
 
 
 def __dir__() -> list[str]:
-    """What users need, before it is imported as well."""
+    """Lists the names that users need, those not imported yet among them."""
     return [*__all__, *(name for name in globals() if name.startswith("__"))]
 
 

@@ -1,4 +1,4 @@
-"""`tfm`, and `python -m tfm`: the command line, where what it needs is installed."""
+"""`tfm` and `python -m tfm`: the command line, or a line that says which packages it lacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tfm.errors import MissingExtra
 
 
 def main() -> None:
-    """The entry point."""
+    """Runs the command line."""
     try:
         from tfm.cli import main as run
     except MissingExtra as error:

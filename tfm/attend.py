@@ -1,4 +1,4 @@
-"""Where each head of a trained model looks, for one sentence and its translation."""
+"""The attention weights of every head of a trained model, for one sentence and its translation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tfm.tokenizer import BOS, EOS, SPECIAL_TOKENS, Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
-    """Softmax weights, fp32 on the CPU; row i says where token i looks, and sums to 1.
+    """Softmax weights, fp32 on the CPU; row i says how much token i attends to each token, and sums to 1.
 
     Attributes:
         sentence, translation: what was given.
@@ -37,7 +37,7 @@ class AttentionMaps:
 
 
 def attend(model: Transformer, tokenizer: Tokenizer, sentence: str, translation: str) -> AttentionMaps:
-    """The attention weights of one forward pass over `sentence` and, as the decoder's input, `translation`.
+    """Returns the attention weights of one forward pass over `sentence` and, as the decoder's input, `translation`.
 
     Args:
         model: in eval mode.
@@ -61,7 +61,7 @@ def attend(model: Transformer, tokenizer: Tokenizer, sentence: str, translation:
 
 @torch.inference_mode()
 def attention_weights(model: Transformer, source: list[int], target: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax weights of every layer and head ("Attention Is All You Need", equation 1), of the real forward pass.
+    """Returns the softmax weights of a real forward pass ("Attention Is All You Need", equation 1).
 
     Args:
         model: in eval mode.
@@ -99,7 +99,7 @@ def attention_weights(model: Transformer, source: list[int], target: list[int]) 
 
 
 def _weights(query: Tensor, key: Tensor, is_causal: bool) -> Tensor:
-    """[N, heads, D] and [M, heads, D] to [heads, N, M], fp32 on the CPU."""
+    """Turns [N, heads, D] and [M, heads, D] into softmax weights [heads, N, M], fp32 on the CPU."""
     scores = torch.einsum("nhd,mhd->hnm", query.float(), key.float()) / math.sqrt(query.shape[-1])
     if is_causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))

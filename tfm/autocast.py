@@ -1,4 +1,4 @@
-"""Autocast, obeyed at the door of an operation: its inputs take autocast's dtype, and behind the door it is off.
+"""Autocast at the entrance of an operation: its inputs take autocast's dtype, and inside autocast is off.
 
 A backend chooses its own precisions: what it keeps in fp32 must stay so.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on for their device; float64 stays float64."""
+    """Returns the tensors in autocast's dtype where it is on for their device; float64 stays float64."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -21,7 +21,7 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The context in which backends run. Torch has no autocast for tensors without values."""
+    """Returns the context in which backends run. Torch has no autocast for tensors without values."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -42,7 +42,7 @@ CHECKPOINT = re.compile(r"step-([0-9]{8,})\.safetensors")
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of one training run, and where its files lie."""
+    """The folder of one training run, and the paths of its files."""
 
     folder: Path
 
@@ -75,7 +75,7 @@ class Run:
         return self.folder / "loss.png"
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The records of the log, without what a crash tore off at its end.
+        """Returns the records of the log, without what a crash tore off at its end.
 
         Raises:
             UserError: a line is no record.
@@ -83,7 +83,7 @@ class Run:
         return records.parse_log(contents(self.log) if self.log.is_file() else b"", self.log)
 
     def checkpoints(self, after: int = -1) -> list[Path]:
-        """The weights kept of the steps after that one, oldest first; files under any other name are not the run's."""
+        """Lists the weights kept of the steps after `after`, oldest first; other files there are not the run's."""
         found = {path: CHECKPOINT.fullmatch(path.name) for path in (self.folder / "checkpoints").glob("*")}
         steps = {path: int(match[1]) for path, match in found.items() if match and int(match[1]) > after}
         return sorted(steps, key=lambda path: steps[path])
@@ -92,12 +92,12 @@ class Run:
         return self.folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
     def write_config(self, model: TransformerConfig, recipe: Recipe, training: dict[str, Any]) -> None:
-        """`training` is what the trainer wants back on resume: its options, the text's checksum and the like."""
+        """Writes config.json; `training` is what the trainer wants back on resume, such as its options."""
         values = {"model": to_dict(model), "recipe": to_dict(recipe), "training": training}
         write_atomically(self.config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
     def read_config(self) -> tuple[TransformerConfig, Recipe, dict[str, Any]]:
-        """What `write_config` wrote.
+        """Returns what `write_config` wrote.
 
         Raises:
             UserError: the folder is no run, or its config.json is damaged.
@@ -110,7 +110,7 @@ class Run:
         return values.model, values.recipe, values.training
 
     def is_begun(self) -> bool:
-        """Whether training has left a state to resume from.
+        """Tells whether training has left a state to resume from.
 
         Raises:
             UserError: it has left weights or has logged a checkpoint, but the state is missing.
@@ -128,7 +128,7 @@ class Run:
         return False
 
     def read_tokenizer(self, model: TransformerConfig, training: dict[str, Any]) -> Tokenizer:
-        """The tokenizer, checked against what `read_config` gave.
+        """Returns the tokenizer, checked against what `read_config` gave.
 
         Raises:
             UserError: it is missing, damaged, or another run's.
@@ -142,12 +142,12 @@ class Run:
         return tokenizer
 
     def tokenizer_sha256(self) -> str:
-        """Of the tokenizer's file; the trainer stores it in config.json."""
+        """Returns the SHA-256 of the tokenizer's file; the trainer stores it in config.json."""
         return hashlib.sha256(contents(self.tokenizer)).hexdigest()
 
 
 def contents(path: Path) -> bytes:
-    """Of a small file of a run; UserError where it cannot be read."""
+    """Returns the bytes of a small file of a run; raises UserError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -155,7 +155,7 @@ def contents(path: Path) -> bytes:
 
 
 def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer]:
-    """The trained model of a run, in eval mode on `device`, and its tokenizer.
+    """Returns the trained model of a run, in eval mode on `device`, and its tokenizer.
 
     Raises:
         UserError: the folder is no run, has no checkpoint yet, or a file in it is damaged.
@@ -174,19 +174,19 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
 
 
 def layout(config: TransformerConfig) -> Transformer:
-    """The model of `config` without its memory: its names, shapes and dtypes."""
+    """Returns the model of `config` without its memory: its names, shapes and dtypes."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], path: Path) -> None:
-    """Puts `weights`, read from `path`, into `model`; UserError where they are another model's."""
+    """Puts `weights`, read from `path`, into `model`; raises UserError where they are another model's."""
     check_tensors(path, weights, model.state_dict())
     model.load_state_dict(weights)
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """UserError where the tensors of `path` differ from those expected in names, shapes or dtypes."""
+    """Raises UserError where the tensors of `path` differ from those expected in names, shapes or dtypes."""
     for name in sorted({*expected, *found}):
         if name not in found or name not in expected:
             raise UserError(
@@ -200,7 +200,7 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str
 
 
 def average(paths: Iterable[Path], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The arithmetic mean of several checkpoints of a model with such `weights`, summed in float64.
+    """Returns the arithmetic mean of several checkpoints of a model with such `weights`, summed in float64.
 
     Raises:
         UserError: a file is damaged, or another model's.
@@ -216,14 +216,14 @@ def average(paths: Iterable[Path], weights: Mapping[str, Tensor]) -> dict[str, T
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file, written atomically; `metadata` is any JSON."""
+    """Writes a safetensors file, atomically; `metadata` is any JSON."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = {"tfm": json.dumps(metadata), "sha256": digest(on_cpu, json.dumps(metadata))}
     write_atomically(path, save(on_cpu, metadata=described))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote.
+    """Returns what `save_tensors` wrote.
 
     Raises:
         UserError: the file is missing, truncated, altered, or was not written by tfm.
@@ -247,7 +247,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def digest(tensors: dict[str, Tensor], metadata: str) -> str:
-    """SHA-256 over names, dtypes, shapes, bytes, and the metadata."""
+    """Returns the SHA-256 over names, dtypes, shapes, bytes and the metadata."""
     sha = hashlib.sha256(metadata.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""What a model is and how it is trained, as data; presets with the paper that each comes from."""
+"""The shape of a model and the recipe of its training, as data; presets with the paper that each comes from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST_COUNT = 2**31 - 1
 
 
 def check_counts(config: object, *names: str) -> None:
-    """Raises UserError where a field of these names is no count from 1 up to what is sensible for it."""
+    """Raises UserError where a field of these names is outside the range from 1 to its sensible limit."""
     for name in names:
         count, largest = getattr(config, name), LARGEST.get(name, LARGEST_COUNT)
         if count < 1:
@@ -30,7 +30,7 @@ def check_counts(config: object, *names: str) -> None:
 
 
 def shortened(value: object) -> str:
-    """A value for a message of one line, whatever it is."""
+    """Shortens a value, whatever it is, for a message of one line."""
     try:
         return reprlib.repr(value)
     except (ValueError, RecursionError):
@@ -72,7 +72,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained."""
+    """The settings that a model is trained with."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = AS_WRITTEN
 
@@ -100,7 +100,7 @@ class Recipe:
             raise UserError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Of update `step`, counted from 1: linear warm-up, then inverse square root ("Attention", equation 3)."""
+        """Returns the rate of update `step`, from 1: linear warm-up, then inverse square root ("Attention", eq. 3)."""
         if self.schedule == "linear":
             left = max(self.max_steps + 1 - step, 0) / max(self.max_steps + 1 - self.warmup, 1)
             return self.learning_rate * min(step / self.warmup, left)
@@ -160,5 +160,5 @@ PRESETS = {
 
 
 def to_dict(config: TransformerConfig | Recipe) -> dict[str, Any]:
-    """Plain values, for JSON."""
+    """Returns plain values, for JSON."""
     return asdict(config)

@@ -1,4 +1,4 @@
-"""What goes wrong by the caller's doing, or for want of a package.
+"""The errors that callers cause, and the one of a missing package.
 
 An argument that does not fit is a ValueError, and also what torch raises for the same mistake, so that code which was
 written for torch catches it.
@@ -28,7 +28,7 @@ class MissingExtra(ModuleNotFoundError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Around the imports that tfm's extra of this `name` brings: MissingExtra where one fails."""
+    """Raises MissingExtra where one of the imports inside fails, which tfm's extra of this `name` brings."""
     try:
         yield
     except ModuleNotFoundError as error:

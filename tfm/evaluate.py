@@ -58,7 +58,7 @@ WRITINGS = (
 
 
 def score(translations: list[str], references: list[str], tokenize: str = "13a", lowercase: bool = False) -> Scores:
-    """Compare translations with one reference each, both in NFC: what looks the same is the same.
+    """Compares translations with one reference each, both in NFC: what looks the same is the same.
 
     Args:
         translations, references: as many lines of each.
@@ -80,7 +80,7 @@ def score(translations: list[str], references: list[str], tokenize: str = "13a",
 
 
 def misfit(tokenize: str, references: list[str]) -> str:
-    """Why BLEU by this tokenizer would say little of such references, in words; empty where it says what it should.
+    """Says why BLEU by this tokenizer would mean little for such references; empty where it means what it should.
 
     Raises:
         UserError: as `score`, before there is anything to compare.
@@ -96,7 +96,7 @@ def misfit(tokenize: str, references: list[str]) -> str:
 
 
 def _writing(lines: list[str]) -> Writing | None:
-    """That of text which is not cut into words."""
+    """Returns how a text is written that is not cut into words; None where it is."""
     letters: Counter[str] = Counter()
     for character, count in Counter("".join(lines)).items():
         if character.isalpha():

@@ -17,7 +17,7 @@ LEFT_BEHIND = ".tfm-*.part"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds its old contents or all of `data`, whenever the machine stops; its permissions stay.
+    """Writes `path`, which holds its old contents or all of `data` whenever the machine stops; its permissions stay.
 
     A link is followed. A device, a pipe, and whatever this process prints to are no files to replace: they take the
     bytes as they come.
@@ -43,7 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Before any work, what `write_atomically` would say after it.
+    """Raises, before any work, what `write_atomically` would raise after it.
 
     Raises:
         UserError: `path` cannot be written.
@@ -63,7 +63,7 @@ def check_writable(path: Path) -> None:
 
 
 def is_printed_to(path: Path) -> bool:
-    """Whether what is written to `path` appears among what this process prints: /dev/stdout, or its own terminal."""
+    """Tells whether what is written to `path` appears in this process's own output: /dev/stdout, or its terminal."""
     try:
         return _printed_to(_status(path)) == 1
     except OSError:
@@ -79,7 +79,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of what `path` leads to; None where there is nothing yet."""
+    """Returns the status of what `path` leads to; None where there is nothing yet."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _printed_to(status: os.stat_result | None) -> int | None:
-    """The standard stream that is this very file: opened anew it would be written over from its start."""
+    """Returns the standard stream that is this very file, which opening it anew would overwrite; None where none is."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if status is not None and os.path.samestat(os.fstat(descriptor), status):
@@ -123,7 +123,7 @@ def _replace(path: Path, data: bytes, before: os.stat_result | None) -> None:
 
 
 def _keep_name(folder: Path) -> None:
-    """A file's new name outlives a power cut, so that what is written after it is never older."""
+    """Makes a file's new name survive a power cut, so that what is written after it is never older."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -133,7 +133,7 @@ def _keep_name(folder: Path) -> None:
 
 
 def _create(folder: Path, mode: int = 0o666) -> tuple[int, Path]:
-    """A file that was not there before, under a name that nobody can foresee; the umask takes from its `mode`."""
+    """Creates a file under a name that nobody can foresee; the umask takes from its `mode`."""
     part = folder / LEFT_BEHIND.replace("*", secrets.token_hex(8))
     return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), part
 

@@ -33,7 +33,7 @@ class Fonts:
 
     @property
     def advice(self) -> str:
-        """What to install, in one line; empty where nothing is missing."""
+        """One line on what to install; empty where nothing is missing."""
         if not self.missing:
             return ""
         wanted: dict[tuple[str, str], str] = {}
@@ -49,7 +49,7 @@ class Fonts:
 
 @cache
 def fonts_for(text: str) -> Fonts:
-    """matplotlib's own font, and behind it as few others as have what it lacks."""
+    """Returns matplotlib's own font, and behind it as few others as have what it lacks."""
     families = list(rcParams["font.family"])
     missing = {character for character in text if character.isprintable() and not character.isspace()}
     for family in families:
@@ -66,13 +66,13 @@ def fonts_for(text: str) -> Fonts:
 
 
 def _installed() -> Iterator[str]:
-    """The files of the fonts of this machine, those too that matplotlib has not met yet."""
+    """Yields the font files of this machine, those too that matplotlib has not met yet."""
     known = {entry.fname for entry in font_manager.fontManager.ttflist}
     yield from sorted(known | set(font_manager.findSystemFonts()))
 
 
 def _characters(path: str) -> set[str]:
-    """Those that a font has; none where it cannot be read."""
+    """Returns the characters of a font; none where it cannot be read."""
     try:
         font = FT2Font(path)
         return set() if LAST_RESORT in font.family_name else set(map(chr, font.get_charmap()))

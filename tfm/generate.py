@@ -23,7 +23,7 @@ EXTRA_LENGTH = 50
 
 @dataclass(frozen=True)
 class Search:
-    """How translations are looked for.
+    """The settings of the search for translations.
 
     Attributes:
         beam: hypotheses kept for each sentence; 1 is greedy decoding.
@@ -50,7 +50,7 @@ def translate(
     search: Search = Search(),
     on_truncated: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """One line of translation for each line given, in order; a blank line stays blank.
+    """Returns one line of translation for each line given, in order; a blank line stays blank.
 
     Args:
         model: in eval mode.
@@ -80,7 +80,7 @@ def translate(
 
 
 def _batches(sources: dict[int, list[int]], batch_tokens: int) -> list[list[int]]:
-    """Lines of similar length together: the indices of each batch."""
+    """Groups lines of similar length: the indices of each batch."""
     batches: list[list[int]] = []
     # From long to short, so that the first batch tells whether the memory suffices.
     for index in sorted(sources, key=lambda i: -len(sources[i])):
@@ -106,7 +106,7 @@ def _check_memory(model: Transformer, sentences: int, search: Search) -> None:
 
 @torch.inference_mode()
 def beam_search(model: Transformer, sources: list[list[int]], search: Search) -> list[list[int]]:
-    """The best hypothesis found for each source.
+    """Returns the best hypothesis found for each source.
 
     A sentence is done when as many hypotheses as the beam is wide have ended within the beam, or its length limit is
     reached, where every hypothesis must end.
@@ -176,7 +176,7 @@ class Hypotheses:
         return cls(tokens, torch.full((sentences, count), float("-inf"), device=device))
 
     def grow(self, log_p: Tensor, count: int) -> tuple[Hypotheses, Tensor]:
-        """The `count` best with one more token, by `log_p` [B, J, vocab_size], and which each continues [B, count].
+        """Returns the `count` best with one more token, by `log_p` [B, J, vocab_size], and their parents [B, count].
 
         Writes over `log_p`: nothing else of a step is as large.
         """
@@ -185,17 +185,17 @@ class Hypotheses:
         return Hypotheses(torch.cat((_take(self.tokens, parent), token[..., None]), dim=-1), scores), parent
 
     def best(self, count: int) -> tuple[Hypotheses, Tensor]:
-        """The `count` best of each sentence, best first, and their places [B, count]."""
+        """Returns the `count` best of each sentence, best first, and their places [B, count]."""
         scores, place = self.scores.topk(count)
         return Hypotheses(_take(self.tokens, place), scores), place
 
     def joined(self, longer: Hypotheses) -> Hypotheses:
-        """These and `longer`, whose tokens are one more; the difference is filled with EOS."""
+        """Returns these and `longer`, whose tokens are one more; the difference is filled with EOS."""
         tokens = torch.cat((F.pad(self.tokens, (0, 1), value=EOS), longer.tokens), dim=1)
         return Hypotheses(tokens, torch.cat((self.scores, longer.scores), dim=1))
 
     def where(self, kept: Tensor) -> Hypotheses:
-        """Without those that `kept`, bool [B, J], excludes."""
+        """Returns these without those that `kept`, bool [B, J], excludes."""
         return replace(self, scores=self.scores.masked_fill(~kept, float("-inf")))
 
     def first(self, count: int) -> Hypotheses:
@@ -206,13 +206,13 @@ class Hypotheses:
 
 
 def _take(hypotheses: Tensor, index: Tensor) -> Tensor:
-    """[B, K, T] and [B, J] to [B, J, T]: hypotheses by their place in the beam."""
+    """Turns [B, K, T] and [B, J] into [B, J, T]: hypotheses by their place in the beam."""
     return hypotheses.gather(1, index[..., None].expand(-1, -1, hypotheses.shape[-1]))
 
 
 @dataclass
 class Cache:
-    """Keys and values of everything decoded so far, and of the memory, for each decoder layer.
+    """The keys and values of everything decoded so far, and of the memory, for each decoder layer.
 
     What a hypothesis has decoded stays where it was written. One that continues another takes over that one's ancestry,
     a row of a small table, and sentences that leave take theirs along: the cache itself is never reordered.
@@ -249,7 +249,7 @@ class Cache:
         return cls(model, beam, projected, memory.layout.lengths, [(empty, empty)] * config.decoder_layers)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The latest token of each hypothesis, [B, K], to the logits of its successor, fp32 [B, K, vocab_size]."""
+        """Turns each hypothesis's latest token [B, K] into the logits of the next, fp32 [B, K, vocab_size]."""
         sentences, model = len(tokens), self.model
         self._reserve()
         positions = torch.full((tokens.numel(),), self.length, dtype=torch.int32, device=tokens.device)
@@ -274,7 +274,7 @@ class Cache:
         return model.logits(state.normed).float().unflatten(0, (sentences, self.beam))
 
     def reorder(self, parent: Tensor, keep: Tensor | None) -> None:
-        """Hypothesis k of each sentence continues hypothesis parent[:, k]; of the sentences only `keep` stay."""
+        """Has hypothesis k of each sentence continue hypothesis parent[:, k]; of the sentences only `keep` stay."""
         if keep is not None:
             self.memory = [(key[keep], value[keep]) for key, value in self.memory]
             self.memory_lengths = self.memory_lengths[keep]
@@ -288,7 +288,7 @@ class Cache:
         self.ancestry = self.ancestry[rows]
 
     def _reserve(self) -> None:
-        """Room for one more token; the capacity doubles, so that appending costs no copy most of the time."""
+        """Makes room for one more token; the capacity doubles, so that appending costs no copy most of the time."""
         capacity = self.past[0][0].shape[1]
         if self.length < capacity:
             return
@@ -303,7 +303,7 @@ def _own_rows(count: int, device: torch.device) -> Tensor:
 
 
 def _lengthen(past: Tensor, more: int) -> Tensor:
-    """[R, T, ...] to [R, T + more, ...], the new part left unwritten."""
+    """Turns [R, T, ...] into [R, T + more, ...], the new part left unwritten."""
     longer = past.new_empty((len(past), past.shape[1] + more, *past.shape[2:]))
     longer[:, : past.shape[1]] = past
     return longer

@@ -1,4 +1,4 @@
-"""How much memory is left, so that what cannot fit is refused by its name and not by the system."""
+"""The memory that is left, so that what cannot fit is refused with a message and not killed by the system."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available() -> int:
-    """Bytes that this process may still take: of the machine, of its container and of `ulimit -v`."""
+    """Returns the bytes that this process may still take: of the machine, of its container and of `ulimit -v`."""
     return int(min(_of_machine(), _of_container(), _of_process()))
 
 
 def readable(size: int) -> str:
-    """Bytes in words, with the unit that suits them."""
+    """Formats bytes with the unit that suits them."""
     value, units = float(min(size, 10**30)), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
@@ -32,7 +32,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> float:
-    """By version 2 of control groups, less what is used; file cache counts as free."""
+    """Returns the container's limit less what it uses (control groups, version 2); file cache counts as free."""
     with suppress(OSError, ValueError):
         largest = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())

@@ -27,7 +27,7 @@ SITES_PER_LAYER = 8
 
 @dataclass(frozen=True)
 class State:
-    """What runs through a stack: the residual `stream` and the `normed` input of the next sublayer, both [N, dim]."""
+    """The tensors that run through a stack, [N, dim]: the residual `stream` and the next sublayer's `normed` input."""
 
     stream: Tensor
     normed: Tensor
@@ -35,7 +35,7 @@ class State:
 
 @dataclass(frozen=True)
 class Unbiased:
-    """What a sublayer gives: its last product, and the bias that "Add & Norm" adds in its own pass."""
+    """The output of a sublayer: its last product, and the bias that "Add & Norm" adds in its own pass."""
 
     product: Tensor
     bias: Tensor
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding, std=config.dim**-0.5)
 
     def forward(self, source: Ragged, target: Ragged) -> Tensor:
-        """The decoder's output for each target token given those before it.
+        """Returns the decoder's output for each target token, given those before it.
 
         Args:
             source, target: token ids int64 [Ns] and [Nt], of B sentences each; those of `target` begin with BOS.
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         return self.decoder(embedded, target.layout, memory, seed)
 
     def embed(self, tokens: Tensor, positions: Tensor, seed: Tensor | None, site: int) -> Tensor:
-        """Token rows times sqrt(dim), plus sinusoidal positions (sections 3.4 and 3.5), dropped out (5.4)."""
+        """Returns token rows times sqrt(dim), plus sinusoidal positions (3.4 and 3.5), dropped out (5.4)."""
         return ops.embedding(
             tokens,
             self.embedding,
@@ -87,17 +87,17 @@ class Transformer(nn.Module):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., dim] to the logits [..., vocab_size]."""
+        """Turns [..., dim] into the logits [..., vocab_size]."""
         return hidden @ self.embedding.t().to(hidden.dtype)
 
     def loss(self, hidden: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
-        """Cross-entropy [.] of the decoder's output [Nt, dim] against the next tokens [Nt]."""
+        """Returns the cross-entropy [.] of the decoder's output [Nt, dim] against the next tokens [Nt]."""
         return ops.linear_cross_entropy(
             hidden, self.embedding, target, label_smoothing=label_smoothing, reduction=reduction
         )
 
     def projection_weights(self) -> dict[str, Tensor]:
-        """The parameters of attention's matrix products, which autocast rounds one by one, by their names.
+        """Returns the parameters of attention's matrix products, which autocast rounds one by one, by name.
 
         The feed-forward network's are not among them: its operator takes them as they are, and gives fp32 gradients.
         """
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if name.endswith(kinds)}
 
     def draw_seed(self) -> Tensor | None:
-        """One seed for a step's dropouts; none where nothing is dropped."""
+        """Draws one seed for a step's dropouts; none where nothing is dropped."""
         config = self.config
         drops = max(config.dropout, config.attention_dropout, config.activation_dropout) > 0
         return ops.draw_seed(self.embedding.device) if self.training and drops else None
@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config, site) for site in sites)
 
     def forward(self, x: Tensor, layout: Layout, seed: Tensor | None) -> Tensor:
-        """[N, dim] to [N, dim]."""
+        """Turns [N, dim] into [N, dim]."""
         state = State(x, x if self.first_norm is None else self.first_norm(x))
         for layer in self.layers:
             state = layer(state, layout, seed)
@@ -155,14 +155,14 @@ class Decoder(nn.Module):
         self.heads = config.heads
 
     def forward(self, x: Tensor, layout: Layout, memory: Ragged, seed: Tensor | None) -> Tensor:
-        """[Nt, dim] and the memory [Ns, dim] to [Nt, dim]."""
+        """Turns [Nt, dim] and the memory [Ns, dim] into [Nt, dim]."""
         state = State(x, x if self.first_norm is None else self.first_norm(x))
         for layer, key_value in zip(self.layers, self.project_memory(memory.values), strict=True):
             state = layer(state, layout, key_value, memory.layout, seed)
         return state.normed
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, ...]:
-        """The memory [Ns, dim] to each layer's keys and values of it, [Ns, 2, heads, dim / heads]."""
+        """Turns the memory [Ns, dim] into each layer's keys and values of it, [Ns, 2, heads, dim / heads]."""
         projected = self.memory_projection(memory)
         return projected.view(len(memory), len(self.layers), 2, self.heads, -1).unbind(1)
 
@@ -198,7 +198,7 @@ class SelfAttention(nn.Module):
         self.output = Output(config.dim)
 
     def forward(self, x: Tensor, layout: Layout, is_causal: bool, seed: Tensor | None) -> Unbiased:
-        """[N, dim] to [N, dim]."""
+        """Turns [N, dim] into [N, dim]."""
         query, key, value = self.project(x)
         attended = ops.varlen_attention(
             query, key, value, layout.cu_seq, layout.cu_seq, layout.max_length, layout.max_length,
@@ -207,7 +207,7 @@ class SelfAttention(nn.Module):
         return self.output(attended.flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[N, dim] to query, key and value, [N, heads, dim / heads] each: views of one matmul's output."""
+        """Turns [N, dim] into query, key and value, [N, heads, dim / heads] each: views of one matmul's output."""
         return ops.split_heads(self.projection(x), 3, self.heads)
 
 
@@ -223,7 +223,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, layout: Layout, key_value: Tensor, memory_layout: Layout, seed: Tensor | None
     ) -> Unbiased:
-        """[Nt, dim] and keys and values [Ns, 2, heads, dim / heads] to [Nt, dim]."""
+        """Turns [Nt, dim], and keys and values [Ns, 2, heads, dim / heads], into [Nt, dim]."""
         key, value = key_value.unbind(1)
         attended = ops.varlen_attention(
             self.project(x), key, value, layout.cu_seq, memory_layout.cu_seq,
@@ -233,7 +233,7 @@ class CrossAttention(nn.Module):
         return self.output(attended.flatten(1))
 
     def project(self, x: Tensor) -> Tensor:
-        """[N, dim] to the query [N, heads, dim / heads]."""
+        """Turns [N, dim] into the query [N, heads, dim / heads]."""
         return self.projection(x).view(len(x), self.heads, -1)
 
 
@@ -307,7 +307,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def linear(inputs: int, *outputs: int, gain: float = 1.0) -> nn.Linear:
-    """A linear layer for one or several projections side by side; each is Xavier-uniform by itself, biases are 0."""
+    """Makes a linear layer for one or several projections side by side, each Xavier-uniform by itself; biases are 0."""
     layer = nn.Linear(inputs, sum(outputs))
     for weight in layer.weight.split(outputs):
         nn.init.xavier_uniform_(weight, gain)

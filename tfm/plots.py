@@ -27,7 +27,7 @@ FORMATS = ("png", "pdf", "svg")
 
 
 def format_of(path: Path) -> str:
-    """The format that the ending of a picture's name stands for; PNG where it has none.
+    """Returns the format that the ending of a picture's name stands for; PNG where it has none.
 
     Raises:
         UserError: an ending of another kind.
@@ -39,7 +39,7 @@ def format_of(path: Path) -> str:
 
 
 def loss_curve(records: list[dict[str, Any]]) -> bytes:
-    """Training loss, validation loss and BLEU over the updates, from the records of a run's log."""
+    """Draws training loss, validation loss and BLEU over the updates, from the records of a run's log."""
     training = [record for record in records if record["event"] == "train"]
     validation = [record for record in records if record["event"] == "validation"]
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -57,7 +57,7 @@ def loss_curve(records: list[dict[str, Any]]) -> bytes:
 
 
 def attention_maps(maps: AttentionMaps, kind: str = "png") -> bytes:
-    """One small heat map for each head: encoder, decoder and cross-attention above each other, a row for each layer."""
+    """Draws a small heat map for each head, a row for each layer: encoder, decoder, then cross-attention."""
     parts = (
         ("encoder", maps.encoder, maps.source, maps.source),
         ("decoder", maps.decoder, maps.target, maps.target),
@@ -99,12 +99,12 @@ def attention_maps(maps: AttentionMaps, kind: str = "png") -> bytes:
 
 
 def text_of(maps: AttentionMaps) -> str:
-    """All text of the picture that comes from outside."""
+    """Returns all text of the picture that comes from outside."""
     return "".join((maps.sentence, maps.translation, *maps.source, *maps.target))
 
 
 def positional_encoding(length: int, dim: int, kind: str = "png") -> bytes:
-    """The sinusoidal encoding of positions 0 to length - 1 ("Attention Is All You Need", section 3.5)."""
+    """Draws the sinusoidal encoding of positions 0 to length - 1 ("Attention Is All You Need", section 3.5)."""
     encoding = ops.sinusoid(torch.arange(length), dim)
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="dimension", ylabel="position", title="Sinusoidal positional encoding")
@@ -122,7 +122,7 @@ def _cut(sentence: str) -> str:
 
 
 def _labels(tokens: list[str]) -> tuple[list[int], list[str]]:
-    """Places and texts of as many as there is room for, the first among them."""
+    """Returns places and texts of as many tokens as there is room for, the first among them."""
     step = math.ceil(len(tokens) / MOST_LABELS) or 1
     return list(range(0, len(tokens), step)), tokens[::step]
 

@@ -23,7 +23,7 @@ def _recompute(ctx: Any, *gradients: Tensor) -> Recomputed:
 
 
 class Rounded(torch.autograd.Function):
-    """fp32 weights to bf16 ones, and their gradients back: the same bits as autocast's."""
+    """Rounds fp32 weights to bf16, and widens their gradients again: the same bits as autocast's."""
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -36,7 +36,7 @@ class Rounded(torch.autograd.Function):
 
 
 def call(model: nn.Module, *arguments: Any) -> Tensor:
-    """`model(*arguments)` under autocast to bf16, the weights of its projections rounded together.
+    """Returns `model(*arguments)` under autocast to bf16, the weights of its projections rounded together.
 
     Any module may be given; one that is no tfm.model.Transformer is left to autocast alone.
     """

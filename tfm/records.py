@@ -1,4 +1,4 @@
-"""What a run's JSON files may hold, as pydantic reads it: every content is taken as it is or refused in one line."""
+"""The JSON files of a run as pydantic reads them: every content is taken as it is or refused in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ConfigFile:
 
 @dataclass(frozen=True)
 class Started:
-    """How `tfm train` started a run: what config.json calls training.
+    """The way `tfm train` started a run: `training` in config.json.
 
     The paths are in older runs only; paths.json has them since, which need not be shared with the model.
     """
@@ -53,7 +53,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Place:
-    """Where training stands in its data: the metadata of state.safetensors."""
+    """The place of training in its data: the metadata of state.safetensors."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = AS_WRITTEN
 
@@ -69,14 +69,14 @@ class Place:
 
 
 class Logged(BaseModel, strict=True):
-    """What every record of the log has; there may be more."""
+    """The fields that every record of the log has; there may be more."""
 
     event: str
     step: Count
 
 
 def _is_drawable(loss: float) -> float:
-    """What is not finite leaves a gap in the picture; what no fp32 can be has no place on an axis."""
+    """Accepts a loss that is not finite, which leaves a gap in the picture, but not one that no fp32 can be."""
     if math.isfinite(loss) and abs(loss) > LARGEST_LOSS:
         raise ValueError("expected a loss")
     return loss
@@ -99,7 +99,7 @@ KINDS: dict[str, type[Logged]] = {"train": Trained, "validation": Validated}
 
 
 def parse(kind: type[T], data: bytes | str, place: object) -> T:
-    """A value of `kind` from JSON; `place` says where it stands.
+    """Returns a value of `kind` from JSON; `place` says where it stands.
 
     Raises:
         UserError: it is no JSON, a field is missing, unknown or of the wrong type, or its value is senseless.
@@ -109,7 +109,7 @@ def parse(kind: type[T], data: bytes | str, place: object) -> T:
 
 
 def parse_config(data: bytes, place: object) -> ConfigFile:
-    """A config.json whose model and recipe are whole: a default in a field's place would be another model's.
+    """Returns a config.json whose model and recipe are whole: a default in a field's place would be another model's.
 
     Raises:
         UserError: as `parse`.
@@ -124,17 +124,17 @@ def parse_config(data: bytes, place: object) -> ConfigFile:
 
 
 def check(kind: type[T], values: object, place: object) -> T:
-    """The same from values that were JSON: pydantic takes a list for a tuple there alone."""
+    """Returns the same from values that were JSON: pydantic takes a list for a tuple there alone."""
     return parse(kind, json.dumps(values), place)
 
 
 def parse_object(data: bytes | str, place: object) -> dict[str, Any]:
-    """A JSON object with any content."""
+    """Returns a JSON object with any content."""
     return parse(dict[str, Any], data, place)
 
 
 def parse_log(data: bytes, place: object) -> list[dict[str, Any]]:
-    """The records of a log. What a crash tore off at its end is left out.
+    """Returns the records of a log, without what a crash tore off at its end.
 
     Raises:
         UserError: a line is not a record, or is damaged though whole ones follow.
@@ -153,7 +153,7 @@ def parse_log(data: bytes, place: object) -> list[dict[str, Any]]:
 
 
 def _values(data: bytes) -> Iterator[Any]:
-    """What stands in each line, or why it is no JSON; a line without its end is torn."""
+    """Yields what stands in each line, or why it is no JSON; a line without its end is torn."""
     for line in data.splitlines(keepends=True):
         try:
             yield from_json(line if line.endswith(b"\n") else b"")
@@ -163,7 +163,7 @@ def _values(data: bytes) -> Iterator[Any]:
 
 @contextmanager
 def _told(place: object) -> Iterator[None]:
-    """Makes what pydantic or a class's own checks find one line about `place`."""
+    """Turns what pydantic or a class's own checks find into one line about `place`."""
     try:
         yield
     except ValidationError as error:
@@ -173,7 +173,7 @@ def _told(place: object) -> Iterator[None]:
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, in the words of this house."""
+    """Returns the first thing that is wrong, in this project's words."""
     found = error.errors(include_url=False)[0]
     name = ".".join(part if part.isprintable() else shortened(part) for part in map(str, found["loc"]))
     field = f"{name}: " if name else ""

@@ -1,4 +1,4 @@
-"""Where training stands: weights, Adam's moments, random numbers and the place in the data, in one file."""
+"""The state of training in one file: weights, Adam's moments, random numbers and the place in the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What `write` wrote, checked.
+    """The contents of a state file, checked.
 
     Attributes:
         tensors: by the names that `describe` gives.
@@ -44,13 +44,13 @@ class State:
 
 
 def write(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, loss_sum: Tensor, place: Place) -> None:
-    """Everything that `read` gives back."""
+    """Writes everything that `read` gives back."""
     moments = {parameter: optimizer.state[parameter] for parameter in model.parameters()}
     save_tensors(path, describe(model, moments, loss_sum), asdict(place))
 
 
 def read(path: Path, config: TransformerConfig) -> State:
-    """The state of a model of this shape.
+    """Returns the state of a model of this shape.
 
     Raises:
         UserError: the file is missing, damaged, or another model's. Adam's fused kernel trusts its shapes.
@@ -75,7 +75,7 @@ def read(path: Path, config: TransformerConfig) -> State:
 def describe(
     model: Transformer, moments: Mapping[torch.nn.Parameter, Mapping[str, Tensor]], loss_sum: Tensor
 ) -> dict[str, Tensor]:
-    """The tensors of a state, by name; of the GPU's random numbers too, where the model is there."""
+    """Returns the tensors of a state, by name; the GPU's random numbers too, where the model is there."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, tensor in moments[parameter].items():

@@ -58,7 +58,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, lines: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Learn a vocabulary of `vocab_size` tokens from the lines of both languages together.
+        """Learns a vocabulary of `vocab_size` tokens from the lines of both languages together.
 
         The result depends on the lines and the size alone. Pairs seen only once are not merged, so a small corpus may
         not fill the size asked for: `vocab_size` of the result is the size reached.
@@ -87,7 +87,7 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
-        """The token ids of each line, without special tokens. An empty line is one token, the added space.
+        """Returns the token ids of each line, without special tokens. An empty line is one token, the added space.
 
         Raises:
             UserError: a line holds a lone surrogate, which is no Unicode text and has no UTF-8 bytes.
@@ -100,23 +100,23 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each sequence of ids. Never fails on what a model may generate.
+        """Returns the text of each sequence of ids. Never fails on what a model may generate.
 
         Special tokens and ids outside the vocabulary are skipped; bytes that are not UTF-8 become U+FFFD.
         """
         return [text.removeprefix(" ") for text in self._tokenizer.decode_batch(sequences, skip_special_tokens=True)]
 
     def decode_lines(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        """As `decode`, with a space for every line break, so that one sequence is one line of output."""
+        """Returns what `decode` does, with a space for every line break, so that one sequence is one line of output."""
         return [text.translate(LINE_BREAKS) for text in self.decode(sequences)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON of Hugging Face's `tokenizers`, whole or not at all."""
+        """Writes the JSON of Hugging Face's `tokenizers`, whole or not at all."""
         write_atomically(Path(path), self._tokenizer.to_str(pretty=True).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read what `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
             UserError: the file cannot be read, or is not a whole tokenizer of this class.

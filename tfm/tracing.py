@@ -1,4 +1,4 @@
-"""Where a call is recorded to run without tfm: the record holds torch's own operations alone, the reference's."""
+"""Recording of calls that shall run without tfm: the record holds torch's own operations alone, the reference's."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"tfm
 
 
 def tracing() -> bool:
-    """Whether torch.jit.trace or torch.onnx.export records this call. Neither knows operators of others."""
+    """Tells whether torch.jit.trace or torch.onnx.export records this call. Neither knows operators of others."""
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()

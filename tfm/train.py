@@ -35,7 +35,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may differ in without being another model.
+    """The settings in which a run may differ without being another model.
 
     Attributes:
         seed: of the batch order; the caller seeds torch with it before it builds the model.
@@ -109,7 +109,7 @@ class Training:
         max_steps: int | None = None,
         seconds: float | None = None,
     ) -> str:
-        """Train until `max_steps` updates in all, `seconds` of this call, or `stop`; returns which it was.
+        """Trains until `max_steps` updates in all, `seconds` of this call, or `stop`; returns which it was.
 
         Args:
             report: told of every record that goes to the log.
@@ -163,21 +163,21 @@ class Training:
         return batches(self.pairs, self.recipe.batch_tokens, self.options.seed, self.epoch)
 
     def _prepared(self, batch: Batch) -> Batch:
-        """Of few shapes where each costs: a graph on a GPU, and oneDNN's milliseconds for a bf16 matmul on a CPU."""
+        """Rounds the batch so that few shapes occur: each costs a graph capture (GPU) or oneDNN set-up (CPU, bf16)."""
         if self.device.type == "cuda":
             tokens = ROWS * max(1, self.recipe.batch_tokens // (BUDGET_PARTS * ROWS))
             return batch.rounded(tokens, SENTENCES, LENGTH).pin_memory()
         return batch.rounded(ROWS) if self.options.dtype == "bfloat16" else batch
 
     def _update(self, batch: Batch) -> None:
-        """One update of the weights by a batch in the host's memory, which does not wait for it."""
+        """Updates the weights once, by a batch in the host's memory, which does not wait for it."""
         self.step, self.batch = self.step + 1, self.batch + 1
         self.learning_rate.fill_(self.recipe.learning_rate_at(self.step))
         self.steps(self._prepared(batch))
         self.loss_steps += 1
 
     def _step(self, batch: Batch) -> None:
-        """What the device does for an update."""
+        """Computes an update on the device."""
         loss = batch_loss(self.model, batch, self.recipe.label_smoothing, self.options.dtype)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm or math.inf)
@@ -226,7 +226,7 @@ class Training:
             self.validated_step = self.step
 
     def validate(self) -> dict[str, Any]:
-        """Loss per token without smoothing, BLEU of greedy translations, and the first few of them."""
+        """Returns the loss per token without smoothing, BLEU of greedy translations, and the first few of them."""
         assert self.validation is not None
         loss = self.validation_loss()
         self.model.eval()
@@ -243,7 +243,7 @@ class Training:
         }
 
     def validation_loss(self) -> float:
-        """Loss per token of the validation text, without dropout and smoothing."""
+        """Returns the loss per token of the validation text, without dropout and smoothing."""
         self.model.eval()
         total, count = 0.0, 0
         with torch.inference_mode():
@@ -255,7 +255,7 @@ class Training:
         return total / count
 
     def save(self) -> None:
-        """Everything that `resume` needs, and the weights that translate."""
+        """Saves everything that `resume` needs, and the weights that translate."""
         weights = self.model.state_dict()
         save_tensors(self.run.checkpoint(self.step), weights, {"step": self.step})
         checkpoints = self.run.checkpoints()
@@ -315,7 +315,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def batch_loss(model: Transformer, batch: Batch, label_smoothing: float, dtype: str = "float32") -> Tensor:
-    """The mean cross-entropy of a batch's target tokens, a scalar."""
+    """Returns the mean cross-entropy of a batch's target tokens, a scalar."""
     if dtype == "float32":
         return model.loss(model(batch.source, batch.target_input), batch.target_output, label_smoothing)
     hidden = precision.call(model, batch.source, batch.target_input)

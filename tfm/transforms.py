@@ -1,4 +1,4 @@
-"""Where torch's transforms are at work: what they differentiate or batch has to be made of torch's own operations.
+"""Tells where torch's transforms are at work, and computes there what they need by torch's own operations.
 
 Kernels know one thing, the gradient of one call. Second derivatives, batched gradients, torch.func and forward-mode
 differentiation come from the reference, which torch can differentiate as often as it likes.
@@ -22,22 +22,22 @@ Recomputed = tuple[Callable[..., Sequence[Tensor | None]], Sequence[Any]]
 
 
 def transforming() -> bool:
-    """Whether one of torch.func's transforms, or forward-mode differentiation, is at work: Dynamo guards on both."""
+    """Tells whether a transform of torch.func, or forward-mode differentiation, is at work: Dynamo guards on both."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def wraps_tensors(x: Tensor) -> bool:
-    """Whether `x` is of a class that runs torch's operations on tensors inside it, as DTensor does on shards."""
+    """Tells whether `x` is of a class that runs torch's operations on tensors inside it, as DTensor does on shards."""
     return type(x) is not Tensor and is_traceable_wrapper_subclass(x)
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether the host may read values of `x` without waiting: on a CPU, where they are values and not a trace's."""
+    """Tells whether the host may read values of `x` without waiting: on a CPU, unless it is a trace's stand-in."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling() and not transforming()
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a gradient of any of them is recorded, or its tangent carried on."""
+    """Tells whether a gradient of any of them is recorded, or its tangent carried on."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -51,7 +51,7 @@ def gradients(
     compute: Callable[..., Sequence[Tensor | None]], arguments: Sequence[Any], needed: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of the `arguments` that are needed, from those of `compute(*arguments)`: torch's own, of any order.
+    """Returns the gradients of the `arguments` that are needed, from those of `compute(*arguments)`, by torch itself.
 
     They are partial ones, as a backward gives them, whatever else connects the arguments. An argument that is not a
     tensor has none.
@@ -75,7 +75,7 @@ def gradients(
 
 
 def beyond_one_backward(*grads: Tensor | None) -> bool:
-    """Within a backward: whether what it gives is differentiated again, or comes in batches."""
+    """Tells, within a backward, whether what it gives is differentiated again, or comes in batches."""
     # A backward runs with gradients enabled only under create_graph=True; a graph that is compiled has none of this.
     if torch.compiler.is_compiling():
         return False
@@ -85,7 +85,7 @@ def beyond_one_backward(*grads: Tensor | None) -> bool:
 
 
 def differentiable_by(recompute: Callable[..., Recomputed]) -> Callable[[Callable], Callable]:
-    """Of a Function's backward by kernels: its gradients may be differentiated again, and may come in batches.
+    """Decorates a Function's backward by kernels: its gradients may be differentiated again, or come in batches.
 
     Then, and only then, they are those of `recompute(ctx, *grads)`, in the order of the Function's arguments. Where an
     output is linear in an argument that was not saved, zeros may stand for that argument.

@@ -22,7 +22,7 @@ LESS_MEMORY = {"train": SMALLER_RUN, "demo": SMALLER_RUN, "translate": SMALLER_S
 
 
 class Commands(TyperGroup):
-    """The commands, with the one place where errors become messages. What is not the user's mistake stays as it is."""
+    """The commands, and the one place where users' mistakes become messages. All other errors stay as they are."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -83,7 +83,7 @@ def _options(
 
 
 def main() -> None:
-    """The entry point."""
+    """Runs the command line."""
     streams.prepare()
     status: Any = 0
     try:

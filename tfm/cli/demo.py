@@ -119,7 +119,7 @@ def _write_text(run: Run, part: str, pairs: list[Pair]) -> tuple[Path, Path]:
 
 
 def _table(counts: dict[str, tuple[int, int]]) -> Table:
-    """Exactly right translations for each phenomenon, and of all."""
+    """Counts the exactly right translations for each phenomenon, and of all."""
     table = Table("phenomenon", "right", "of", "%")
     for column in table.columns[1:]:
         column.justify = "right"

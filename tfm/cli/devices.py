@@ -1,4 +1,4 @@
-"""--device and --threads."""
+"""The options --device and --threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads;
 
 
 def prepare(device: str, threads: int | None) -> torch.device:
-    """The device of that name, with the threads set. Says so where its kernels are missing.
+    """Returns the device of that name, and sets the threads. Warns where native kernels are missing.
 
     Raises:
         UserError: there is no such device here.
@@ -39,7 +39,7 @@ def prepare(device: str, threads: int | None) -> torch.device:
 
 @cache
 def say_what_is_missing() -> None:
-    """On stderr, once: a CPU without native kernels does everything, but slowly."""
+    """Warns on stderr, once: a CPU without native kernels does everything, but slowly."""
     import torch
 
     from tfm import native

@@ -49,7 +49,7 @@ def doctor() -> None:
 
 
 def try_backend(backend: str, device: torch.device) -> str:
-    """Runs Add & Norm on one backend, next to float64 on the CPU: in words, whether it works, and if not, why."""
+    """Runs Add & Norm on one backend, checks it against float64 on the CPU, and says whether it works or why not."""
     import torch
 
     from tfm import ops
@@ -96,7 +96,7 @@ def _ninja() -> str:
 
 
 def _native() -> str:
-    """Which library of native operators is loaded, for which processors; or why none, and what makes one."""
+    """Says which library of native operators is loaded, for which processors; or why none is, and how to get one."""
     from tfm import native
 
     reason = native.load()[0]
@@ -118,7 +118,7 @@ def _installed(package: str) -> str:
 
 
 def _answer(*command: str) -> str:
-    """The last line that a program prints; of nvcc that is its build."""
+    """Returns the last line that a program prints; nvcc's names its build."""
     if shutil.which(command[0]) is None:
         return "not found"
     try:

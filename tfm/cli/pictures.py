@@ -1,4 +1,4 @@
-"""`tfm attend` and `tfm plot`: what goes on inside, as PNG, PDF or SVG."""
+"""`tfm attend` and `tfm plot`: what a model does inside, as PNG, PDF or SVG."""
 
 from __future__ import annotations
 

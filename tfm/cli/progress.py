@@ -1,4 +1,4 @@
-"""What training says while it runs: a live bar on a terminal, plain lines elsewhere."""
+"""The progress that training shows: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 def say(console: Console, text: str) -> None:
-    """One line as it is: no markup, no colours, no breaks."""
+    """Prints one line as it is: no markup, no colours, no breaks."""
     console.print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -81,7 +81,7 @@ class TrainingProgress:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03, or 2:03 under an hour."""
+    """Formats seconds as hours, minutes and seconds: 1:02:03, or 2:03 under an hour."""
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

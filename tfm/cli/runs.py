@@ -32,7 +32,7 @@ RENAMED_FLAGS = {"interval": "every", "keep": "average"}
 
 @dataclass(frozen=True)
 class Given:
-    """What the command line says of a run; None = not said.
+    """The flags of a run on the command line; None where a flag was not given.
 
     `model`, `recipe` and `options` hold fields of TransformerConfig, Recipe and Options. They belong to the run and may
     not change on resume; the rest may.
@@ -142,7 +142,7 @@ def resume(console: Lines, out: Path, given: Given) -> Training:
 
 
 def read_started(run: Run, described: dict[str, Any]) -> tuple[Started, Options, Texts]:
-    """How the run was started, from what its config.json calls training and from paths.json.
+    """Returns how the run was started, from the `training` of its config.json and from paths.json.
 
     Raises:
         UserError: `tfm train` writes no such thing.
@@ -166,7 +166,7 @@ def _check_kept(out: Path, given: Given, stored: dict[str, Any]) -> None:
 
 
 def _say_end(console: Lines, out: Path, before: Recipe, after: Recipe, step: int) -> None:
-    """What another --max-steps changes.
+    """Says what another --max-steps changes.
 
     Raises:
         UserError: the run is beyond it, so that it is a slip, which config.json should not keep.
@@ -185,7 +185,7 @@ def _say_end(console: Lines, out: Path, before: Recipe, after: Recipe, step: int
 
 
 def fingerprint(pairs: EncodedPairs) -> str:
-    """SHA-256 of the encoded text, which is the text and the tokenizer."""
+    """Returns the SHA-256 of the encoded text, which tells both the text and the tokenizer."""
     sha = hashlib.sha256()
     for tensor in (pairs.source, pairs.source_offsets, pairs.target, pairs.target_offsets):
         sha.update(tensor.numpy().tobytes())
@@ -193,7 +193,7 @@ def fingerprint(pairs: EncodedPairs) -> str:
 
 
 def draw_loss(run: Run) -> None:
-    """loss.png from log.jsonl."""
+    """Draws loss.png from log.jsonl."""
     write_atomically(run.loss_curve, plots.loss_curve(run.read_log()))
 
 

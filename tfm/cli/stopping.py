@@ -1,4 +1,4 @@
-"""How a run ends before its time: a signal, or an output that is lost; and who may be at work in its folder."""
+"""Ends a run before its time, on a signal or when an output is lost, and keeps two processes out of one folder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def end(console: Lines, training: Training, reason: str) -> None:
 
 
 def pasted(path: Path) -> str:
-    """A path as a shell takes it, whatever its name is."""
+    """Quotes a path so that it can be pasted into a shell."""
     text = str(path)
     text = f"./{text}" if text.startswith("-") else text
     if text.isprintable():

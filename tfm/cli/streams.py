@@ -15,7 +15,7 @@ from tfm.errors import UserError
 
 
 def prepare() -> None:
-    """What a shell left closed becomes /dev/null, so that no file opened later takes its number, and its bytes."""
+    """Opens /dev/null for streams that a shell left closed, so that no file opened later takes their numbers."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -29,21 +29,21 @@ def prepare() -> None:
 
 
 def standard_input() -> BinaryIO:
-    """UserError where it is closed, as by `<&-`."""
+    """Returns standard input; raises UserError where it is closed, as by `<&-`."""
     if sys.stdin is None:
         raise UserError("standard input is closed: expected text")
     return sys.stdin.buffer
 
 
 def standard_output() -> BinaryIO:
-    """UserError where it is closed, as by `>&-`."""
+    """Returns standard output; raises UserError where it is closed, as by `>&-`."""
     if sys.stdout is None:
         raise UserError("standard output is closed: what this command says would be lost")
     return sys.stdout.buffer
 
 
 def discard(stream: IO[str] | None) -> None:
-    """What is still printed there goes nowhere, even what Python flushes as it ends."""
+    """Sends to nowhere whatever is still printed there, even what Python flushes as it ends."""
     # Tests print to streams in memory, which have no descriptor.
     with suppress(OSError, AttributeError, ValueError):
         descriptor = cast(IO[str], stream).fileno()
@@ -53,7 +53,7 @@ def discard(stream: IO[str] | None) -> None:
 
 
 def complain(text: str) -> None:
-    """A line on stderr, which may be gone, too."""
+    """Prints a line on stderr, which may be gone, too."""
     try:
         typer.echo(f"tfm: {text}", err=True)
     except OSError:
@@ -97,7 +97,7 @@ class Watched(io.TextIOBase):
 
 
 class Lines(Console):
-    """Where a long command tells what it does; it outlives its reader.
+    """The lines by which a long command tells what it does; it goes on when its reader is gone.
 
     Attributes:
         watched: where to.

@@ -1,4 +1,4 @@
-"""Where a run's text lies: from the command line, and in paths.json, so that it may be resumed from another folder."""
+"""The places of a run's text: from the command line, or from paths.json to resume from another folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tfm.records import Started, parse
 
 @dataclass(frozen=True)
 class Texts:
-    """Where the parallel text lies; None = not given."""
+    """The files of the parallel text; None where one is not given."""
 
     source: Path | None = None
     target: Path | None = None
@@ -24,13 +24,13 @@ class Texts:
     valid_target: Path | None = None
 
     def write(self, run: Run) -> None:
-        """To paths.json, as URIs, which hold a path of any bytes."""
+        """Writes the paths to paths.json as URIs, which hold a path of any bytes."""
         known = {name: None if path is None else path.resolve().as_uri() for name, path in vars(self).items()}
         write_atomically(run.paths, (json.dumps(known, indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, run: Run, started: Started) -> Texts:
-        """What `write` wrote; of a run older than paths.json, what its config.json tells."""
+        """Returns what `write` wrote; for a run older than paths.json, what its config.json tells."""
         if not run.paths.is_file():
             return cls(**{name: _path(getattr(started, name), run.config) for name in vars(cls())})
         known = parse(dict[str, str | None], contents(run.paths), run.paths)

@@ -1,4 +1,4 @@
-"""From parallel text to batches.
+"""The way from parallel text to batches.
 
 text.py reads it, compressed.py what of it is compressed, plan.py encodes and cuts it, batch.py is what is trained on.
 """

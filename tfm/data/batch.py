@@ -35,7 +35,7 @@ class Batch(TensorRecord):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """All that the work of a step follows from but the numbers: each side's sentences, longest and tokens."""
+        """The sizes that decide the work of a step: each side's sentences, longest length and tokens."""
         return *self.source.layout.shape, *self.target_input.layout.shape
 
     def rounded(self, tokens: int, sentences: int = 1, length: int = 1) -> Batch:

@@ -1,4 +1,4 @@
-"""Compressed text, told by its first bytes, whatever its name: gzip, bzip2, xz, and zstd where Python has it."""
+"""Compressed text, recognised by its first bytes, whatever its name: gzip, bzip2, xz, and zstd where Python has it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONGEST_START = 10
 
 
 def opened(stream: BinaryIO, name: str) -> BinaryIO:
-    """The text of `stream` as bytes, decompressed where it is compressed. Waits for its first bytes.
+    """Returns the text of `stream` as bytes, decompressed where it is compressed. Waits for its first bytes.
 
     Raises:
         UserError: it is compressed as nothing here reads; or later, from a read: it is truncated or damaged.
@@ -58,7 +58,7 @@ def opened(stream: BinaryIO, name: str) -> BinaryIO:
 
 
 def _readable() -> list[str]:
-    """The names of those that this Python reads: it may have been built without a library."""
+    """Lists the formats that this Python reads: it may have been built without a library."""
     names = []
     for kind in FORMATS:
         with suppress(ImportError, ValueError):
@@ -85,7 +85,7 @@ class _Rejoined(io.RawIOBase):
 
 
 class _Checked(io.RawIOBase):
-    """What `stream` decompresses; UserError where it is damaged, with `complaint` and why."""
+    """The bytes that `stream` decompresses to; UserError where it is damaged, with `complaint` and why."""
 
     def __init__(self, stream: BinaryIO, error: type[Exception], complaint: str) -> None:
         self.stream, self.error, self.complaint = stream, error, complaint

@@ -47,7 +47,7 @@ class EncodedPairs:
 
 
 def encode_parallel(text: ParallelText, tokenizer: Tokenizer, max_length: int) -> EncodedPairs:
-    """Encode both sides; pairs with a side of more than `max_length` tokens, EOS included, are skipped and counted.
+    """Encodes both sides; pairs with a side of more than `max_length` tokens, EOS included, are skipped and counted.
 
     Raises:
         UserError: no pair is short enough.
@@ -88,7 +88,7 @@ class BatchPlan:
         return len(self.slices)
 
     def indices(self, k: int) -> Tensor:
-        """Which pairs batch k holds: int64 [B]."""
+        """Returns the numbers of the pairs that batch k holds: int64 [B]."""
         first, last = self.slices[k]
         return self.order[first:last]
 
@@ -106,7 +106,7 @@ class BatchPlan:
 def batches(
     pairs: EncodedPairs, batch_tokens: int, seed: int = 0, epoch: int = 0, *, shuffle: bool = True
 ) -> BatchPlan:
-    """Plan an epoch: every pair once, in batches with sentences × longest sentence of either side ≤ `batch_tokens`.
+    """Plans an epoch: every pair once, in batches with sentences × longest sentence of either side ≤ `batch_tokens`.
 
     The budget is that of fairseq's --max-tokens. Pairs are sorted by (source length, target length), cut, and the
     batches shuffled; `seed` and `epoch` decide that order and the order of pairs of equal lengths. A pure function of
@@ -140,7 +140,7 @@ def batches(
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """One 64-bit seed for both, so that seed 1 of epoch 0 is not seed 0 of epoch 1."""
+    """Returns one 64-bit seed for both, so that seed 1 of epoch 0 is not seed 0 of epoch 1."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

@@ -33,7 +33,7 @@ class ParallelText:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 file, plain or compressed (tfm.data.compressed).
+    """Returns the lines of a UTF-8 file, plain or compressed (tfm.data.compressed).
 
     Raises:
         UserError: the file is missing, empty, unreadable, damaged, or not UTF-8.
@@ -57,7 +57,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _contents(stream: BinaryIO, name: str) -> bytes:
-    """All that a stream gives; UserError as soon as it is more than memory holds."""
+    """Reads all that a stream gives; raises UserError as soon as it is more than memory holds."""
     room, pieces, size = memory.available() // COPIES, [], 0
     while piece := stream.read(PIECE):
         pieces.append(piece)
@@ -68,7 +68,7 @@ def _contents(stream: BinaryIO, name: str) -> bytes:
 
 
 def lines_of(stream: BinaryIO, name: str) -> Iterator[bytes]:
-    """The lines of a stream, as soon as each is there.
+    """Yields the lines of a stream, as soon as each is there.
 
     Raises:
         UserError: a line is so long that it is no text.
@@ -88,7 +88,7 @@ def _too_long(name: str, line: int) -> UserError:
 
 
 def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
-    r"""The lines of UTF-8 bytes, split at "\n" only; a "\r" before it and a byte order mark are dropped.
+    r"""Returns the lines of UTF-8 bytes, split at "\n" only; a "\r" before it and a byte order mark are dropped.
 
     Where a text has no "\n" at all, it is split at "\r", as the first Macintosh wrote lines. Other characters that
     Unicode calls line breaks are text: splitting at them would shift one side against the other.
@@ -118,7 +118,7 @@ def split_lines(data: bytes, name: str, first_line: int = 1) -> list[str]:
 
 
 def read_parallel(source_path: str | os.PathLike[str], target_path: str | os.PathLike[str]) -> ParallelText:
-    """Read two files of parallel lines; pairs with a blank side are dropped and counted.
+    """Reads two files of parallel lines; pairs with a blank side are dropped and counted.
 
     Raises:
         UserError: as `read_lines`; the files differ in their number of lines; no pair is left.

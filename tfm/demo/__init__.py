@@ -29,7 +29,7 @@ class Pair:
 
 
 def corpus() -> tuple[list[Pair], list[Pair]]:
-    """Read the 24,000 training pairs and the 500 held-out pairs, both balanced over PHENOMENA.
+    """Reads the 24,000 training pairs and the 500 held-out pairs, both balanced over PHENOMENA.
 
     The first held-out pair is "je suis étudiant", "I am a student".
     """
@@ -37,7 +37,7 @@ def corpus() -> tuple[list[Pair], list[Pair]]:
 
 
 def accuracy_by_phenomenon(pairs: Sequence[Pair], translations: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """For each phenomenon among `pairs`: (translations equal to the target, pairs). Spaces at the ends do not count."""
+    """Counts (translations equal to the target, pairs) for each phenomenon; spaces at the ends do not matter."""
     if len(pairs) != len(translations):
         raise ValueError(f"expected one translation for each of {len(pairs)} pairs, got {len(translations)}")
     counts = {phenomenon: (0, 0) for phenomenon in PHENOMENA if any(p.phenomenon == phenomenon for p in pairs)}

@@ -1,4 +1,4 @@
-"""The native operators, `torch.ops.tfm_native`: where their library is, and why it cannot serve a device.
+"""The native operators, `torch.ops.tfm_native`: finds and loads their library, and says why it cannot serve a device.
 
 The library is one file, C++ for CPUs and, where nvcc was there, CUDA. pip installs it as the module `tfm_native`, or
 `tfm build` compiles it (tfm.native.build). It is loaded, never imported: torch's dispatcher is its only interface.
@@ -28,7 +28,7 @@ _kept: list[torch.library.Library] = []
 
 
 def library() -> Path | None:
-    """The file to load, None where there is none.
+    """Returns the file to load; None where there is none.
 
     TFM_NATIVE names one, there or not; else the installed module `tfm_native` is taken, else what `tfm build` made of
     exactly these sources for exactly this torch.
@@ -50,7 +50,7 @@ def library() -> Path | None:
 
 
 def why_unavailable(device: torch.device) -> str:
-    """Why native operators cannot run on `device`, in words; empty where they can."""
+    """Says why native operators cannot run on `device`; empty where they can."""
     on_cpu, on_gpu = load() if _reasons is None else _reasons
     if device.type == "cpu":
         return on_cpu
@@ -65,7 +65,7 @@ def why_unavailable(device: torch.device) -> str:
 
 
 def load() -> tuple[str, str]:
-    """Loads the library, once, and says why it cannot serve CPUs and GPUs; an empty word where it can.
+    """Loads the library, once, and says why it cannot serve CPUs and GPUs; an empty string where it can.
 
     tfm.ops calls it when it is imported: Dynamo cannot trace it.
     """

@@ -48,7 +48,7 @@ rule link
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told: `report` of each object, done, of how many, and which; `say` of all else.
+    """The functions that are told: `report` of each object, done, of how many, and which; `say` of all else.
 
     `verbose`: not `report`, but each command and its output go to `say`.
     """
@@ -63,7 +63,7 @@ SILENT = Listener()
 
 @dataclass(frozen=True)
 class Built:
-    """`is_new`: it was compiled now. `cuda` says for which GPUs, or why for none."""
+    """The compiled library. `is_new`: it was compiled now. `cuda` says for which GPUs, or why for none."""
 
     library: Path
     is_new: bool
@@ -71,7 +71,7 @@ class Built:
 
 
 def build(force: bool = False, with_cuda: bool = True, listener: Listener = SILENT) -> Built:
-    """Compiles the library of this checkout or installation into the cache, where it is not there already.
+    """Compiles the library of this checkout or installation into the cache, unless it is there already.
 
     Args:
         force: compile everything anew.
@@ -114,7 +114,7 @@ def compile_library(
     force: bool = False,
     listener: Listener = SILENT,
 ) -> Path:
-    """Compiles `csrc` in `folder`, what changed since the last time there; `extra` flags go to compiler and linker.
+    """Compiles in `folder` what changed in `csrc` since the last time there; `extra` goes to compiler and linker.
 
     Raises:
         BuildError: as `build`.
@@ -199,7 +199,7 @@ def _path(path: Path) -> str:
 
 
 def _first_error(lines: Sequence[str], csrc: Path) -> str:
-    """The compiler's first error, without the path to the sources."""
+    """Returns the compiler's first error, without the path to the sources."""
     wrong = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE) and not line.startswith("[")]
     undefined = [line for line in lines if "undefined reference" in line]
     first = next(iter([*wrong[:1], *undefined, *lines[-1:]]), "ninja failed without a word")
@@ -208,7 +208,7 @@ def _first_error(lines: Sequence[str], csrc: Path) -> str:
 
 @contextmanager
 def _locked(path: Path, listener: Listener) -> Iterator[int]:
-    """Alone in the folder, and so is whoever inherits the lock's file. It ends with the processes that hold it."""
+    """Holds the folder alone, with whoever inherits the lock's file, until the last of these processes ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,6 +219,6 @@ def _locked(path: Path, listener: Listener) -> Iterator[int]:
 
 
 def _prune(folder: Path) -> None:
-    """Leaves the newest builds."""
+    """Deletes all but the newest builds."""
     for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_BUILDS]:
         shutil.rmtree(path, ignore_errors=True)

@@ -26,7 +26,7 @@ namespace tfm::arguments {{
 
 
 def headers() -> dict[str, str]:
-    """The text of each header, by its path within the folder."""
+    """Returns the text of each header, by its path within the folder."""
     subjects: dict[str, list[Operator]] = {}
     for item in OPERATORS.values():
         subjects.setdefault(item.subject, []).append(item)
@@ -39,12 +39,12 @@ def headers() -> dict[str, str]:
 
 
 def digest() -> str:
-    """A word that changes with any of the headers: a library of other declarations is told by it."""
+    """Returns a word that changes with any of the headers: it tells a library of other declarations."""
     return hashlib.sha256(repr(sorted(headers().items())).encode()).hexdigest()[:20]
 
 
 def write(folder: Path) -> Path:
-    """Writes the headers into `folder`, which compilers then search; those that say the same already stay as old."""
+    """Writes the headers into `folder`, which compilers then search; unchanged ones keep their time of writing."""
     made = headers() | {"operators/digest.h": f'#define TFM_DECLARATIONS "{digest()}"\n'}
     for name, text in made.items():
         path = folder / name

@@ -1,4 +1,4 @@
-"""What is compiled, and how: every object with its flags, and the name that a build of exactly this goes by.
+"""The recipe of a build: every object with its flags, and the name that a build of exactly this goes by.
 
 Runs no compiler and imports no torch: all of it follows from the sources and what it is told.
 """
@@ -45,7 +45,7 @@ OLDEST = (8, 0)
 
 
 class BuildError(Exception):
-    """Why there is no library, in one line."""
+    """The reason why there is no library, in one line."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Object:
 
     @property
     def file(self) -> str:
-        """What it writes."""
+        """The file that it writes."""
         return self.label.replace("/", "_").replace(" ", ".") + ".o"
 
     @property
@@ -67,7 +67,7 @@ class Object:
 
 
 def sources() -> Path | None:
-    """The folder of the sources: beside the package in a checkout, inside it where it is installed."""
+    """Returns the folder of the sources: beside the package in a checkout, inside it where it is installed."""
     for folder in tfm.__path__:
         if (Path(folder) / "csrc" / "module.cpp").is_file():
             return Path(folder) / "csrc"
@@ -75,7 +75,7 @@ def sources() -> Path | None:
 
 
 def cache() -> Path:
-    """Where builds are kept: libraries, and objects.
+    """Returns the folder that keeps builds: libraries, and objects.
 
     Never a folder that all users share: what lies there is loaded into the process.
 
@@ -92,7 +92,7 @@ def cache() -> Path:
 
 
 def library(csrc: Path, torch_version: str, declarations: str) -> Path:
-    """Where `tfm build` puts the library of exactly these sources, flags, torch and declarations of operators."""
+    """Returns the path of the library that is built of exactly these sources, flags, torch and declarations."""
     flags = (torch_version, declarations, HOST_FLAGS, DEVICE_FLAGS, variants())
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted(path for path in csrc.rglob("*") if path.suffix in SUFFIXES):
@@ -102,12 +102,12 @@ def library(csrc: Path, torch_version: str, declarations: str) -> Path:
 
 
 def variants() -> dict[str, tuple[str, ...]]:
-    """Those of this machine's architecture: names and flags."""
+    """Returns the variants of this machine's architecture: names and flags."""
     return VARIANTS.get(platform.machine(), {})
 
 
 def objects(csrc: Path, gencode: Iterable[str] = (), extra: tuple[str, ...] = ()) -> list[Object]:
-    """Every object of the library.
+    """Lists every object of the library.
 
     Args:
         csrc: the sources.
@@ -130,7 +130,7 @@ def objects(csrc: Path, gencode: Iterable[str] = (), extra: tuple[str, ...] = ()
 
 
 def gencode(architectures: str) -> list[str]:
-    """nvcc's flags for a list as TORCH_CUDA_ARCH_LIST holds it: "8.0;9.0a;10.0+PTX", "Hopper".
+    """Returns nvcc's flags for a list as in TORCH_CUDA_ARCH_LIST: "8.0;9.0a;10.0+PTX", "Hopper".
 
     Chips older than 8.0 are left out.
 

@@ -1,4 +1,4 @@
-"""The compilers of this machine: which there are, where, and for which GPUs nvcc compiles here."""
+"""The compilers of this machine: finds them, and the GPUs that nvcc compiles for here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Cuda:
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: $CXX, or the first of COMPILERS on PATH.
+    """Returns the command of the C++ compiler: $CXX, or the first of COMPILERS on PATH.
 
     Raises:
         BuildError: there is none, or Python's headers are missing.
@@ -54,7 +54,7 @@ def compiler() -> list[str]:
 
 
 def ninja() -> str:
-    """The program, of the Python package or on PATH.
+    """Returns the path of ninja, from its Python package or on PATH.
 
     Raises:
         BuildError: there is none.
@@ -69,7 +69,7 @@ def ninja() -> str:
 
 
 def missing() -> str:
-    """Why nothing can be compiled here, empty where it can."""
+    """Says why nothing can be compiled here; empty where it can."""
     try:
         compiler()
         ninja()
@@ -87,12 +87,12 @@ def torch_folder() -> Path:
 
 
 def includes(csrc: Path, made: Path) -> list[str]:
-    """Where compilers look for headers: ours first, those `made` too, torch's and Python's without warnings."""
+    """Returns the flags for headers: ours first, those `made` too, torch's and Python's without warnings."""
     return [f"-I{csrc}", f"-I{made}", "-isystem", str(torch_folder() / "include"), "-isystem", str(python_headers())]
 
 
 def version_of(command: list[str]) -> str:
-    """What a compiler says it is.
+    """Returns the version that a compiler prints.
 
     Raises:
         BuildError: it does not run.
@@ -105,7 +105,7 @@ def version_of(command: list[str]) -> str:
 
 
 def cuda(wanted: bool = True) -> Cuda:
-    """nvcc, where it is wanted, is whole, and there is a torch to use it.
+    """Returns nvcc where it is wanted, is whole, and there is a torch to use it; else why not.
 
     TFM_BUILD_CUDA=1 asks for the CUDA part with a torch built without CUDA too, TFM_BUILD_CUDA=0 for none.
 
@@ -126,7 +126,7 @@ def cuda(wanted: bool = True) -> Cuda:
 
 
 def find_nvcc() -> tuple[Path | None, str]:
-    """nvcc inside its toolkit, or why there is none to use. What is on PATH may be a link or a script elsewhere."""
+    """Returns nvcc inside its toolkit, or why there is none. What is on PATH may be a link or a script elsewhere."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin") if home else None
     found = found or shutil.which("nvcc")
@@ -147,7 +147,7 @@ def find_nvcc() -> tuple[Path | None, str]:
 
 
 def architectures(nvcc: Path) -> str:
-    """The chips to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the usual that nvcc knows."""
+    """Returns the chips to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs here, else the usual that nvcc knows."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     chips = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}

@@ -33,7 +33,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Section 3.2.2, figure 2 (right).
+        """Attends from each query to the keys in every head, and projects the heads' outputs (figure 2, right).
 
         Args:
             query: [B, Sq, E] (batch_first), [Sq, B, E] or, without a batch, [Sq, E].
@@ -87,7 +87,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return output[0], None if weights is None else weights[0]
 
     def _with_extra_keys(self, x: Tensor, bias: Tensor | None, mask: PaddedMask) -> Tensor:
-        """Keys or values [..., H, D] with `bias` [1, 1, E] and zeros behind those of each sequence."""
+        """Appends `bias` [1, 1, E] and zeros to each sequence's keys or values [..., H, D]."""
         dim = 1 if mask.batch_first else 0
         shape = list(x.shape)
         shape[dim] = 1
@@ -100,7 +100,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def project(module: torch.nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """[..., E] to heads [..., H, D] each; inputs that are the same tensor are projected by one matmul."""
+    """Projects [..., E] inputs to heads [..., H, D]; inputs that are the same tensor share one matmul."""
     for name, x, dim in (("query", query, module.embed_dim), ("key", key, module.kdim), ("value", value, module.vdim)):
         if x.shape[-1] != dim:
             # torch asserts that key and value are alike, and leaves it to the matmul whether they fit the weight.
@@ -150,7 +150,7 @@ def attend(
 
 
 def attention_dropout(module: torch.nn.MultiheadAttention) -> float:
-    """The probability with which `module` drops softmax weights now."""
+    """Returns the probability with which `module` drops softmax weights now."""
     return module.dropout if module.training else 0.0
 
 

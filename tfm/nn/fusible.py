@@ -1,4 +1,4 @@
-"""Which modules are as torch made them, so that their parameters may be used without calling them."""
+"""Tells which modules are as torch made them, so that their parameters may be used without calling them."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Figure 1, left.
+        """Runs self-attention and the feed-forward network on `src` (figure 1, left).
 
         Args:
             src: [B, S, E] (batch_first), [S, B, E] or [S, E].
@@ -147,7 +147,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """Figure 1, right.
+        """Runs self-attention on `tgt`, attention over `memory`, and the feed-forward network (figure 1, right).
 
         Args:
             tgt: [B, T, E] (batch_first), [T, B, E] or [T, E].
@@ -202,14 +202,14 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
 
 def rate(module: torch.nn.Dropout | torch.nn.MultiheadAttention) -> float:
-    """The probability with which a dropout or an attention drops now: each obeys its own training flag."""
+    """Returns the probability with which a dropout or an attention drops now: each obeys its own training flag."""
     if isinstance(module, torch.nn.Dropout):
         return module.p if module.training else 0.0
     return attention_dropout(module)
 
 
 def fused_activation(activation: Callable[[Tensor], Tensor]) -> str:
-    """The name by which tfm.ops.feed_forward knows `activation`; empty where it does not."""
+    """Returns the name by which tfm.ops.feed_forward knows `activation`; empty where it does not."""
     if not isinstance(activation, torch.nn.Module):
         return FUSED_FUNCTIONS.get(activation, "")
     if own_calls(activation):
@@ -241,7 +241,7 @@ def _add_norm(
     seed: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    """(normed, sum) of a sublayer's output `y`, which the norm's pass gives the bias of `linear`, its last layer."""
+    """Returns (normed, sum) of a sublayer's output `y`; the norm's pass adds the bias of `linear`, its last layer."""
     return ops.residual_layer_norm(
         y, residual, norm.weight, norm.bias, norm.eps, rate(dropout), x_bias=linear.bias, seed=seed, site=site
     )
@@ -250,13 +250,13 @@ def _add_norm(
 def _add(
     y: Tensor, linear: torch.nn.Linear, residual: Tensor, dropout: torch.nn.Dropout, seed: Tensor | None, site: int
 ) -> Tensor:
-    """`_add_norm`'s sum alone."""
+    """Returns `_add_norm`'s sum alone."""
     y = y if linear.bias is None else y + linear.bias.to(y.dtype)
     return residual + ops.dropout(y, rate(dropout), seed=seed, site=site)
 
 
 def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer, x: Tensor, seed: Tensor | None) -> Tensor:
-    """Section 3.3, equation 2, with the layer's own activation, and without the bias of linear2."""
+    """Computes equation 2 (3.3) with the layer's own activation, and without the bias of linear2."""
     first, second, dropout_p = layer.linear1, layer.linear2, rate(layer.dropout)
     name = fused_activation(layer.activation)
     if name:

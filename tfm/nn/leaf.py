@@ -1,4 +1,4 @@
-"""What torch's tracers see of tfm.nn's modules: torch.fx a leaf, Dynamo one of torch.nn's; TorchScript a way out."""
+"""tfm.nn's modules as torch's tracers see them: torch.fx a leaf, Dynamo one of torch.nn's, TorchScript an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=Any)
 
 
 def leaf(kind: M) -> M:
-    """`kind`, a subclass of a module of torch's, that torch.fx records as one node instead of looking inside.
+    """Makes torch.fx record `kind`, a subclass of a module of torch's, as one node instead of looking inside.
 
     Dynamo counts it, but no subclass of a user's, among the modules that come with torch, which
     `torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe` asks.
@@ -39,7 +39,7 @@ def leaf(kind: M) -> M:
 
 
 def _unmarking(kind: Any) -> Callable[..., None]:
-    """`__init_subclass__` of `kind`, for which Dynamo counts its subclasses as a user's."""
+    """Returns an `__init_subclass__` for `kind` with which Dynamo counts its subclasses as a user's."""
 
     def unmark(subclass: Any, **named: Any) -> None:
         super(kind, subclass).__init_subclass__(**named)
@@ -49,7 +49,7 @@ def _unmarking(kind: Any) -> Callable[..., None]:
 
 
 def _refuse_script(module: torch.nn.Module) -> torch.nn.Module:
-    """torch.jit.script calls it, of every module, before it compiles any."""
+    """Refuses torch.jit.script, which calls it of every module before it compiles any."""
     name = type(module).__name__
     raise RuntimeError(
         f"torch.jit.script: tfm.nn.{name} is no TorchScript; tfm.restore(model) gives torch.nn.{name} back, and"

@@ -1,4 +1,4 @@
-"""Which keys each query sees: torch's masks turned into what the operations take, for padded and packed tensors."""
+"""Masks of queries and keys: torch's masks turned into what the operations take, for padded and packed tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PaddedMask:
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
     ) -> Tensor:
-        """Takes [..., H, D] query, key and value to the heads' outputs side by side, [..., H · D]."""
+        """Turns [..., H, D] query, key and value into the heads' outputs side by side, [..., H · D]."""
         return self.merge_heads(self._attend(query, key, value, dropout_p, seed, site, False))
 
     def attention_and_weights(
@@ -43,7 +43,7 @@ class PaddedMask:
         return self.merge_heads(output), weights
 
     def merge_heads(self, output: Tensor) -> Tensor:
-        """Takes [B, H, S, D] to [B, S, H · D] or [S, B, H · D]."""
+        """Turns [B, H, S, D] into [B, S, H · D] or [S, B, H · D]."""
         return output.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(-2)
 
     def _attend(
@@ -75,7 +75,7 @@ class PackedMask:
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, seed: Tensor | None, site: int
     ) -> Tensor:
-        """Takes [N, H, D] query, key and value to the heads' outputs side by side, [N, H · D]."""
+        """Turns [N, H, D] query, key and value into the heads' outputs side by side, [N, H · D]."""
         output = ops.varlen_attention(
             query, key, value, self.queries.cu_seq, self.keys.cu_seq, self.queries.max_length, self.keys.max_length,
             dropout_p, self.is_causal, seed=seed, site=site,

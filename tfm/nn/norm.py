@@ -17,7 +17,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` (Ba et al. 2016, equation 4); over several dimensions, or none, it runs torch's own."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., C] to [..., C].
+        """Normalises `input` [..., C] over its last dimension, and returns its shape.
 
         Raises:
             ValueError: a last dimension other than the one normalised.
@@ -33,7 +33,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` (Zhang and Sennrich 2019, equation 4); over several dimensions, or none, torch's own runs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] to [..., C].
+        """Normalises `x` [..., C] over its last dimension, and returns its shape.
 
         Raises:
             ValueError: a last dimension other than the one normalised.
@@ -47,14 +47,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def answers_itself(parameter: Tensor | None) -> bool:
-    """Whether a class of its own answers torch's functions for `parameter`, as those of per-sample gradients do."""
+    """Tells whether `parameter` is of a class with its own __torch_function__, as for per-sample gradients."""
     if parameter is None or type(parameter) in (torch.nn.Parameter, Tensor):
         return False
     return type(parameter).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` as layer norm takes it under autocast, which on a GPU runs it in fp32."""
+    """Returns `x` as layer norm takes it under autocast, which on a GPU runs it in fp32."""
     autocast = x.is_cuda and x.dtype in HALVES and torch.is_autocast_enabled("cuda")
     return x.float() if autocast else x
 

@@ -1,4 +1,4 @@
-"""Sequences at the door of a layer or stack: which of their positions are padding, and whether they run packed."""
+"""Sequences as they enter a layer or stack: which positions are padding, and whether they run packed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class SequenceInput:
         return layout.pack(self.x if self.batch_first else self.x.transpose(0, 1))
 
     def unpack(self, packed: Tensor, layout: Layout) -> Tensor:
-        """Takes [N, E] to the caller's form, zeros at padding."""
+        """Turns [N, E] into the caller's form, zeros at padding."""
         x = layout.unpack(packed)
         if not self.batched:
             return x[0]

@@ -18,7 +18,7 @@ from tfm.nn.norm import LayerNorm
 
 
 class ObservedAttention(quantizable.MultiheadAttention):
-    """What torch calls to observe an attention; torch's own takes only what is exactly torch's."""
+    """The attention that torch calls to observe one; torch's own takes only what is exactly torch's."""
 
     @classmethod
     def from_float(cls, other: MultiheadAttention) -> quantizable.MultiheadAttention:
@@ -28,7 +28,7 @@ class ObservedAttention(quantizable.MultiheadAttention):
 
 
 def register() -> None:
-    """Enter the classes into the tables that `prepare` and `convert` use where they are given none."""
+    """Enters the classes into the tables that `prepare` and `convert` use where they are given none."""
     DEFAULT_STATIC_QUANT_MODULE_MAPPINGS[LayerNorm] = quantized.LayerNorm
     observed = get_default_custom_config_dict()["float_to_observed_custom_module_class"]
     observed[MultiheadAttention] = ObservedAttention

@@ -40,7 +40,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         *,
         lengths: Lengths | None = None,
     ) -> Tensor:
-        """Figure 1, left.
+        """Runs the layers on `src` one after another, then the final norm if there is one (figure 1, left).
 
         Args:
             src: [B, S, E] (batch_first), [S, B, E] or [S, E].
@@ -104,7 +104,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         tgt_lengths: Lengths | None = None,
         memory_lengths: Lengths | None = None,
     ) -> Tensor:
-        """Figure 1, right.
+        """Runs the layers on `tgt` and `memory`, then the final norm if there is one (figure 1, right).
 
         Args:
             tgt: [B, T, E] (batch_first), [T, B, E] or [T, E].
@@ -217,7 +217,7 @@ class Transformer(torch.nn.Transformer):
         src_lengths: Lengths | None = None,
         tgt_lengths: Lengths | None = None,
     ) -> Tensor:
-        """Figure 1.
+        """Encodes `src` and decodes `tgt` over the result (figure 1).
 
         Args:
             src: [B, S, E] (batch_first), [S, B, E] or [S, E].

@@ -15,7 +15,7 @@ from tfm.transforms import beyond_one_backward, gradients, is_differentiated
 
 
 class Forward(NamedTuple):
-    """What an operation's forward leaves.
+    """The results of an operation's forward, and what its backward needs.
 
     Attributes:
         outputs: what the caller gets; None where there is none.
@@ -50,7 +50,7 @@ class Differentiable:
 
     @staticmethod
     def forward(namespace: str, call: Any, wanted: Sequence[bool]) -> Forward:
-        """Computes the call by the operators of `namespace`; `wanted` says which of what learns needs its gradient."""
+        """Computes the call by the operators of `namespace`; `wanted` says which gradients will be needed."""
         raise NotImplementedError
 
     @staticmethod
@@ -58,14 +58,14 @@ class Differentiable:
         namespace: str, saved: Sequence[Tensor | None], options: Any, grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> Sequence[Tensor | None]:  # fmt: skip
-        """The gradients of what learns, None where not wanted; of `grads` at least one is given."""
+        """Returns the gradients of the fields that learn, None where not wanted; of `grads` at least one is given."""
         raise NotImplementedError
 
     @staticmethod
     def again(
         saved: Sequence[Tensor | None], options: Any, grads: Sequence[Tensor | None]
     ) -> tuple[Callable[..., Sequence[Tensor | None]], Sequence[Tensor | None]]:
-        """The outputs as torch's own operations give them: a function of what learns, and that, for higher derivatives.
+        """Returns the outputs as a function in torch's own operations, and its arguments, for higher derivatives.
 
         Where an output is linear in a tensor that was not saved, zeros may stand for that tensor.
         """
@@ -73,7 +73,7 @@ class Differentiable:
 
 
 class _Function(torch.autograd.Function):
-    """Only what may have a gradient is an argument of its own: each costs 0.15 µs."""
+    """The one Function. Only tensors that may have a gradient are arguments of their own: each costs 0.15 µs."""
 
     # Not setup_context, whose arguments torch binds by name, 23 µs a call: that is most of what a small norm takes.
     @staticmethod
@@ -106,7 +106,7 @@ class _Function(torch.autograd.Function):
 
 
 def apply(operation: type[Differentiable], namespace: str, call: Any) -> Any:
-    """The outputs of `operation` for this call, with a gradient for whatever of it learns."""
+    """Returns the outputs of `operation` for this call, with gradients for the fields that learn."""
     learning = [call[place] for place in operation.places]
     if not is_differentiated(*learning):
         # The Function takes longer than a decoding step's few tokens.
@@ -117,7 +117,7 @@ def apply(operation: type[Differentiable], namespace: str, call: Any) -> Any:
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Dynamo does not trace an autograd.Function that gets one tensor twice, as self-attention or x + x does."""
+    """Returns a view of each tensor that comes again: Dynamo does not trace a Function that gets one twice."""
     found: list[Tensor | None] = []
     for x in tensors:
         again = x is not None and any(x is other for other in found)

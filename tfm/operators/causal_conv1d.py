@@ -39,7 +39,7 @@ class CausalConv1d(NamedTuple):
     silu: bool
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(y, final_state): y as `x` lies in memory, and the last W - 1 steps, [B, D, W - 1]."""
+        """Returns empty (y, final_state): y as `x` lies in memory, and the last W - 1 steps, [B, D, W - 1]."""
         batch, channels, _ = self.x.shape
         state = (batch, channels, self.weight.shape[1] - 1)
         return torch.empty_like(self.x), torch.empty(state, dtype=self.x.dtype, device=self.x.device)
@@ -59,7 +59,7 @@ class CausalConv1dBackward(joined("CausalConv1dBackward", Cotangents, CausalConv
     __slots__ = ()
 
     def outputs(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(dx, dinitial_state, dparameters), the last fp32 [D W + D]: of the weight, then of the bias."""
+        """Returns empty (dx, dinitial_state, dparameters), the last fp32 [D W + D]: weight, then bias."""
         state = None if self.initial_state is None else torch.empty_like(self.initial_state)
         channels, width = self.weight.shape
         parameters = torch.empty(channels * (width + 1), dtype=torch.float32, device=self.x.device)
@@ -67,7 +67,7 @@ class CausalConv1dBackward(joined("CausalConv1dBackward", Cotangents, CausalConv
 
 
 class Convolution(Differentiable):
-    """(y, final_state)."""
+    """The operation that gives (y, final_state)."""
 
     arguments = CausalConv1d
     learns = ("x", "weight", "bias", "initial_state")

@@ -38,7 +38,7 @@ class Chunks:
     padding: int
 
     def padded(self, bias: Tensor | None) -> Tensor | None:
-        """The bias in fp32, as long as a row of the logits' buffer."""
+        """Returns the bias in fp32, as long as a row of the logits' buffer."""
         return None if bias is None else F.pad(bias.float(), (0, -len(bias) % self.padding)).contiguous()
 
     def run(
@@ -93,7 +93,7 @@ class Chunks:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a b where it is the first, total += a b after; total is fp32, and so are the sums inside."""
+    """Sets total = a b where it is the first, else adds a b; total is fp32, and so are the sums inside."""
     if a.dtype == total.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     elif not a.is_cuda:
@@ -107,7 +107,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _add_rows(total: Tensor, rows: Tensor, first: bool) -> None:
-    """total = the sum over rows where it is the first, total += that sum after."""
+    """Sets total to the sum over rows where it is the first, else adds that sum."""
     if rows.dtype != total.dtype and not rows.is_cuda:
         # torch's sum over the rows of a 16-bit matrix takes four times as long as a product with ones.
         _add_product(total[None], rows.new_ones(1, len(rows)), rows, first)

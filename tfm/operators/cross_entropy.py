@@ -58,11 +58,11 @@ class LinearCrossEntropy(NamedTuple):
 
     @property
     def options(self) -> reference.Options:
-        """Returns what shapes the loss of a row."""
+        """The options that shape the loss of a row."""
         return reference.Options(*self[5:9])
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """(loss, scale, dX, dW, dbias), fp32 but for dX; the gradients are still to be multiplied by scale.
+        """Returns empty (loss, scale, dX, dW, dbias), fp32 but for dX; the gradients are still to be scaled.
 
         For reduction "none" (losses [N], [0], None, None, None).
         """
@@ -96,11 +96,11 @@ class LinearCrossEntropyBackward(NamedTuple):
 
     @property
     def options(self) -> reference.Options:
-        """Returns what shapes the loss of a row."""
+        """The options that shape the loss of a row."""
         return reference.Options(*self[5:9])
 
     def outputs(self) -> Gradients:
-        """(dX, dW, dbias) in the dtypes of what they are gradients of."""
+        """Returns empty (dX, dW, dbias) in the dtypes of what they are gradients of."""
         d_input, d_weight, d_bias = (
             torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
             for x, needed in zip(self[1:4], self.needs, strict=True)
@@ -136,11 +136,11 @@ class CrossEntropy_(NamedTuple):
     divisor: Tensor | None
 
     def outputs(self) -> None:
-        """Nothing: what it computes is written in place."""
+        """Returns nothing: what it computes is written in place."""
 
 
 class Loss(Differentiable):
-    """(loss,). Saved: input, weight, bias and target, the scale and the gradients that the forward formed."""
+    """The operation that gives (loss,). Saved: input, weight, bias, target, scale and the gradients already formed."""
 
     arguments = LinearCrossEntropy
     learns = ("input", "linear_weight", "linear_bias")
@@ -178,7 +178,7 @@ class Loss(Differentiable):
 
 
 def unscaled_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> Gradients:
-    """Empty (dX, dW, dbias) as a backend fills them, dW and dbias in fp32."""
+    """Returns empty (dX, dW, dbias) as a backend fills them, dW and dbias in fp32."""
     rows = torch.contiguous_format
     d_input = torch.empty_like(input, memory_format=rows) if needs[0] else None
     d_weight = torch.empty_like(weight, dtype=torch.float32, memory_format=rows) if needs[1] else None
@@ -190,7 +190,7 @@ def _single(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def times(unscaled: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`unscaled` times an fp32 scalar on the device, in fp32, rounded once to `dtype`. One launch."""
+    """Returns `unscaled` times an fp32 scalar on the device, in fp32, rounded once to `dtype`. One launch."""
     # As a vector of one the factor is not rounded to the narrower dtype first, as a scalar tensor would be.
     return torch.mul(unscaled, factor.view(1), out=torch.empty_like(unscaled, dtype=dtype))
 

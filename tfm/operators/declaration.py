@@ -91,7 +91,7 @@ class Operator:
         return f"{self.name}({', '.join(words)}) -> {result}"
 
     def fake(self, *arguments: Any) -> Any:
-        """The empty results, which are all that torch.compile needs."""
+        """Returns the empty results, which are all that torch.compile needs."""
         return self.arguments(*arguments).outputs()
 
 
@@ -113,7 +113,7 @@ def operator(subject: str, is_native_only: bool = False) -> Callable[[type[T]], 
 
 
 def joined(name: str, *parts: Any) -> Any:
-    """A NamedTuple with the fields of all `parts`, in order; NamedTuples inherit no fields."""
+    """Makes a NamedTuple with the fields of all `parts`, in order; NamedTuples inherit no fields."""
     hints = [typing.get_type_hints(part, include_extras=True) for part in parts]
     return NamedTuple(name, [field for part in hints for field in part.items()])
 
@@ -123,7 +123,7 @@ _found: dict[tuple[str, str], Callable] = {}
 
 
 def run(namespace: str, call: Any) -> Any:
-    """What the operator of `call` gives, computed by the backend of that namespace."""
+    """Runs the operator of `call` in the namespace of one backend."""
     if torch.compiler.is_compiling():  # Dynamo would guard on all that is in there
         return getattr(getattr(torch.ops, namespace), call.operator).default(*call)
     function = _found.get((namespace, call.operator))

@@ -45,6 +45,6 @@ class DecodeAttention(NamedTuple):
     scale: float
 
     def outputs(self) -> Tensor:
-        """[R, H, Dv]."""
+        """Returns an empty [R, H, Dv]."""
         query = self.query
         return torch.empty((*query.shape[:2], self.value_cache.shape[3]), dtype=query.dtype, device=query.device)

@@ -45,7 +45,7 @@ class Embedding(NamedTuple):
     site: int
 
     def outputs(self) -> Tensor:
-        """[*tokens.shape, D] in the dtype of `weight`."""
+        """Returns an empty [*tokens.shape, D] in the dtype of `weight`."""
         shape = (*self.tokens.shape, self.weight.shape[1])
         return torch.empty(shape, dtype=self.weight.dtype, device=self.weight.device)
 
@@ -79,7 +79,7 @@ class EmbeddingBackward(NamedTuple):
     sparse: bool
 
     def outputs(self) -> tuple[Tensor, Tensor | None]:
-        """The gradient, [rows, D], or its values, [tokens, D], and their indices, int64 [1, tokens]."""
+        """Returns an empty gradient [rows, D], or values [tokens, D] and indices, int64 [1, tokens]."""
         count, device = self.tokens.numel(), self.dy.device
         shape = (count if self.sparse else self.rows, self.dy.shape[-1])
         indices = torch.empty((1, count), dtype=torch.int64, device=device) if self.sparse else None
@@ -87,7 +87,7 @@ class EmbeddingBackward(NamedTuple):
 
 
 class TokenGradient(NamedTuple):
-    """How the gradient of the tokens' table is written, as EmbeddingBackward says."""
+    """The form in which the gradient of the tokens' table is written, as in EmbeddingBackward."""
 
     padding_idx: int | None
     sparse: bool

@@ -59,7 +59,7 @@ class ActivationDropout(NamedTuple):
     site: int
 
     def outputs(self) -> Tensor:
-        """hidden [rows, columns]."""
+        """Returns an empty hidden [rows, columns]."""
         rows, columns = self.pre.shape
         return _matrix(rows, columns // 2 if self.gated else columns, self.pre)
 
@@ -90,17 +90,17 @@ class LinearActivation(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Counts the columns of hidden."""
+        """The number of hidden's columns."""
         rows = self.weight.shape[0]
         return rows // 2 if self.gated and self.up_weight is None else rows
 
     @property
     def keeps_pre(self) -> bool:
-        """Says whether the backward needs the pre-activation."""
+        """True where the backward needs the pre-activation."""
         return self.save and not keeps_hidden(self.gated, self.activation)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(hidden, pre), pre as ActivationDropout takes it, [0] where it is not kept."""
+        """Returns empty (hidden, pre), pre as ActivationDropout takes it, [0] where it is not kept."""
         x, rows, columns = self.x, self.x.shape[0], self.columns
         hidden = _matrix(rows, columns, x)
         if not self.keeps_pre:
@@ -133,7 +133,7 @@ class LinearActivationBackward(NamedTuple):
     dbias: torch.dtype | None
 
     def outputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(dpre, hidden, dbias), None where not wanted."""
+        """Returns empty (dpre, hidden, dbias), None where not wanted."""
         saved, (rows, width) = self.saved, self.saved.shape
         columns = width // 2 if self.gated else width
         hidden = _matrix(rows, columns, saved) if self.recompute else None
@@ -166,7 +166,7 @@ class Network(NamedTuple):
 
 
 class FeedForward(Differentiable):
-    """(y,), as the formulas above say."""
+    """The operation that gives (y,), as the formulas above say."""
 
     arguments = Network
     learns = ("x", "weight", "up_weight", "b1", "w2", "b2")

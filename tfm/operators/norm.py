@@ -57,7 +57,7 @@ class ResidualNorm(NamedTuple):
     out_dtype: torch.dtype | None
 
     def outputs(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(y, h, statistics), the last fp32 [2, rows], mean and 1 / deviation, or [1, rows], 1 / rms."""
+        """Returns empty (y, h, statistics), the last fp32 [2, rows], mean and 1 / deviation, or [1, rows], 1 / rms."""
         x, stored = self.x, self.x.dtype
         if self.residual is not None:
             stored = torch.promote_types(stored, self.residual.dtype)
@@ -92,7 +92,7 @@ class ResidualNormBackward(NamedTuple):
     dbias: torch.dtype | None
 
     def outputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, dx_bias, dresidual, dweight, dbias)."""
+        """Returns empty (dx, dx_bias, dresidual, dweight, dbias)."""
         h = self.h
 
         def matrix(dtype: torch.dtype | None) -> Tensor | None:
@@ -105,7 +105,7 @@ class ResidualNormBackward(NamedTuple):
 
 
 class Norm(Differentiable):
-    """(y, h); h is None where there is no residual. Saved: h or x, the statistics, weight and seed."""
+    """The operation that gives (y, h); h is None without a residual. Saved: h or x, the statistics, weight and seed."""
 
     arguments = ResidualNorm
     learns = ("x", "x_bias", "residual", "weight", "bias")

@@ -23,7 +23,7 @@ ROWS = (
 
 @operator("rotary")
 class Rotary(NamedTuple):
-    """The first `turned` heads of `x` turned and the others copied; all heads of `other` turned.
+    """Turns the first `turned` heads of `x`, copies the others, and turns all heads of `other`.
 
     Attributes:
         x: [B, H, S, D] or packed [N, H, D].
@@ -46,7 +46,7 @@ class Rotary(NamedTuple):
     inverse: bool
 
     def outputs(self) -> tuple[Tensor, Tensor | None]:
-        """In the shapes of `x` and `other`, tokens and heads in the order of their memory."""
+        """Returns empty tensors like `x` and `other`, tokens and heads in the order of their memory."""
 
         def empty(x: Tensor) -> Tensor:
             kept = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
@@ -57,7 +57,7 @@ class Rotary(NamedTuple):
 
 @operator("rotary")
 class Rotary_(NamedTuple):
-    """The first `heads` heads of `x` turned where they lie; the others as in Rotary."""
+    """Turns the first `heads` heads of `x` where they lie; the other arguments are as in Rotary."""
 
     x: Changed
     cos: Tensor
@@ -67,11 +67,11 @@ class Rotary_(NamedTuple):
     interleaved: bool
 
     def outputs(self) -> None:
-        """Nothing: `x` is written."""
+        """Returns nothing: `x` is written."""
 
 
 class DifferentiableRotary(Differentiable):
-    """Out of place. Saved: the tables and positions, nothing of the size of a query."""
+    """The operation out of place. Saved: the tables and positions, nothing of the size of a query."""
 
     arguments = Rotary
     learns = ("x", "other")
@@ -103,7 +103,7 @@ class DifferentiableRotary(Differentiable):
 
 
 class DifferentiableRotary_(Differentiable):
-    """In place; heads that are not turned hand their gradient through. Saved: the tables and positions."""
+    """The operation in place; other heads pass their gradient through. Saved: the tables and positions."""
 
     arguments = Rotary_
     learns = ("x",)

@@ -1,4 +1,4 @@
-"""Every operation once: documented, checked, and dispatched to a backend (tfm.ops.backends)."""
+"""Every operation of tfm as a function: documented, checked, and dispatched to a backend (tfm.ops.backends)."""
 
 from tfm.operators.attention import split_heads
 from tfm.ops.attention import attention, varlen_attention

@@ -96,7 +96,7 @@ def attention(
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
-    """softmax(scale · query keyᵀ + mask) value ("Attention Is All You Need", section 3.2.1, equation 1).
+    """Computes softmax(scale · query keyᵀ + mask) value ("Attention Is All You Need", section 3.2.1, equation 1).
 
     The contract of `torch.nn.functional.scaled_dot_product_attention`, and more: a query whose keys are all masked
     gives 0 and zero gradients, a float mask may learn, NaN in keys that no query may attend to stays there.
@@ -121,7 +121,7 @@ def attention(
         return_weights: also return the softmax weights, as dropout leaves them.
         seed: of the dropout: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         [B, Hq, Sq, Dv] in the dtype of `query`, or autocast's; with `return_lse` also [B, Hq, Sq], fp32 or wider,
@@ -230,7 +230,7 @@ def varlen_attention(
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` over sequences laid end to end, without padding. Names as in `torch.nn.attention.varlen`.
+    """Computes `attention` over sequences laid end to end, without padding. Names as in `torch.nn.attention.varlen`.
 
     Args:
         query: [Nq, Hq, D], the queries of all sequences.

@@ -1,4 +1,4 @@
-"""The rules of attention: what its operations check of them, and how the operators take them."""
+"""The rules of attention: checks of the arguments that state them, and their form for the operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READABLE = {"cpu": CPU_FLOATS, "cuda": FLOATS}
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """The heads, [..., H, S, D] or [N, H, D], are of one dtype, head dim and ratio."""
+    """Checks that the heads, [..., H, S, D] or [N, H, D], are of one dtype, head dim and ratio."""
     check_floating(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
@@ -37,7 +37,7 @@ def check_rules(
     query: Tensor, query_start: int | Tensor, batch: int, window_size: tuple[int, int], softcap: float | None,
     sinks: Tensor | None,
 ) -> None:  # fmt: skip
-    """The rules that padded and packed sequences share fit `batch` sequences and the heads of `query`."""
+    """Checks that the rules of padded and packed sequences fit `batch` sequences and the heads of `query`."""
     if isinstance(query_start, Tensor):
         check_vector("query_start", query_start, batch)
         check_integers(query_start=query_start)
@@ -50,7 +50,7 @@ def check_rules(
 
 
 def check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
-    """The mask is bool or floating point, and broadcasts to `full`."""
+    """Checks that the mask is bool or floating point, and broadcasts to `full`."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise BadArgument(f"attn_mask: expected bool (True = attend) or floating point (added), got {mask.dtype}")
     if not broadcasts(mask.shape, full):
@@ -58,7 +58,7 @@ def check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
 
 
 def check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_length: int) -> None:
-    """`cu_seq` is a vector of integers; where the host may read it, it starts at 0, never falls and ends at `rows`."""
+    """Checks that `cu_seq` is a vector of integers; where the host may read it, from 0 to `rows`, never falling."""
     if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
         raise BadArgument(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
     check_integers(**{name: cu_seq})
@@ -78,14 +78,14 @@ def check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_lengt
 
 
 def widest(query: Tensor, value: Tensor) -> Tensor:
-    """Returns the one whose columns limit what kernels serve."""
+    """Returns query or value, whichever has more columns: these limit what kernels serve."""
     return value if value.shape[-1] > query.shape[-1] else query
 
 
 def why_cuda_unavailable(
     query: Tensor, value: Tensor, attn_mask: Tensor | None, max_q: int, max_k: int, return_weights: bool
 ) -> str:
-    """Why csrc/cuda/attention/short.cu cannot compute this, in words; empty where it can, or where it is not asked."""
+    """Says why csrc/cuda/attention/short.cu cannot compute this; empty where it can, and for other devices."""
     if query.device.type != "cuda":
         return ""
     dims = query.shape[-1], value.shape[-1]
@@ -140,7 +140,7 @@ def readable(x: Tensor | None) -> Tensor | None:
 
 
 def lse_with_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Returns the lse of the operators, where it is -inf for a query without keys, as that of the sink alone there."""
+    """Returns the operators' lse with that of the sink alone where it is -inf, for a query without keys."""
     if sinks is None:
         return lse
     sink = sinks.float() if lse.dim() == 2 else sinks.float()[:, None]

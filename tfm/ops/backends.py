@@ -37,7 +37,7 @@ _forced: str | None = None
 
 @contextmanager
 def use(impl: str) -> Iterator[None]:
-    """Within the block every operation called with impl="auto" runs on backend `impl`, or raises ValueError.
+    """Makes every operation called with impl="auto" inside the block run on backend `impl`, or raise ValueError.
 
     "auto" gives the choice back to the table. The setting is one for the whole process, not for a thread.
     """
@@ -51,7 +51,7 @@ def use(impl: str) -> Iterator[None]:
 
 
 def exports_plainly() -> bool:
-    """Whether torch's own operations alone are recorded: in traces, and where `use("reference")` asks it of export."""
+    """Tells whether torch's own operations alone are recorded: in traces, and in export under `use("reference")`."""
     return tracing() or (_forced == "reference" and torch.compiler.is_exporting())
 
 
@@ -63,7 +63,7 @@ def choose(
     *others: torch.dtype | None,
     native_unavailable: str = "",
 ) -> str:
-    """The backend that runs `operation` on tensors like `x`.
+    """Returns the backend that runs `operation` on tensors like `x`.
 
     `reference_only`: what the caller asks for that no kernel does, in words; empty where kernels do all of it.
     `others`: the dtypes of the other tensors, results included, where they may differ from `x`'s.
@@ -99,7 +99,7 @@ def choose(
 
 
 def why_unavailable(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automatic: bool) -> str:
-    """Why `row` cannot serve `x` beside the `others`, in words; empty where it can."""
+    """Says why `row` cannot serve `x` beside the `others`; empty where it can."""
     # Triton's kernels read the others in any dtype.
     for dtype in (x.dtype, *others) if row.backend == "native" else (x.dtype,):
         if dtype is not None and dtype not in row.dtypes:
@@ -112,7 +112,7 @@ def why_unavailable(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...],
 
 
 def why_triton_unavailable(device: torch.device, automatic: bool) -> str:
-    """Why Triton kernels cannot run on `device`; empty where they can. `auto` never takes the interpreter."""
+    """Says why Triton kernels cannot run on `device`; empty where they can. `auto` never takes the interpreter."""
     if not has_triton():
         return "triton is not installed"
     if device.type == "cpu" and (automatic or not interpreting()):
@@ -129,12 +129,12 @@ def why_triton_unavailable(device: torch.device, automatic: bool) -> str:
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported."""
+    """Tells whether triton can be imported."""
     return _HAS_TRITON
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    """Tells whether Triton runs kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -50,7 +50,7 @@ def causal_conv1d(
         initial_state: [B, D, W - 1], the steps before the first; None for zeros.
         activation: "silu" or None.
         return_final_state: also return the last W - 1 steps of what was convolved.
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         The shape and dtype of `x`; with `return_final_state` also [B, D, W - 1].

@@ -1,4 +1,4 @@
-"""What the operations check of their arguments, once for all backends. Messages say what was expected and what came.
+"""Checks of the operations' arguments, once for all backends. Messages say what was expected and what came.
 
 A message is formatted only where it is raised: torch.compile makes a graph for each size that is formatted.
 """
@@ -21,7 +21,7 @@ def check_dropout(p: float) -> None:
 
 
 def check_numbers(**numbers: float | Tensor | None) -> None:
-    """None of them is NaN, nor a tensor with a gradient, which an operation of numbers would lose without a word.
+    """Refuses NaN, and tensors with a gradient, which an operation of numbers would lose without a word.
 
     Dynamo has met the numbers then: one that it met inside a Function first, it would not let out.
     """
@@ -39,7 +39,7 @@ def check_columns(x: Tensor) -> None:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """All tensors given lie on the device of the first."""
+    """Checks that all tensors given lie on the device of the first."""
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(given.items()))
     for name, device in given.items():
@@ -54,7 +54,7 @@ def check_floating(**tensors: Tensor | None) -> None:
 
 
 def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
-    """`tensor`, where given, is of shape [size]."""
+    """Checks that `tensor`, where given, is of shape [size]."""
     if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
         raise BadArgument(f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
 
@@ -72,6 +72,6 @@ def check_softcap(softcap: float | None) -> None:
 
 
 def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
-    """Whether a tensor of `shape` expands to one of shape `to`."""
+    """Tells whether a tensor of `shape` expands to one of shape `to`."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(have == 1 or have == want for have, want in pairs)

@@ -35,7 +35,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """cross_entropy(input linear_weightᵀ + linear_bias, target), a chunk of rows at a time.
+    """Computes cross_entropy(input linear_weightᵀ + linear_bias, target), a chunk of rows at a time.
 
     Equals `torch.nn.functional.cross_entropy` of the linear layer's output in every argument, but never holds the
     [N, V] logits; gradients are formed in the forward. Where every target is ignored the mean is 0, not NaN. Obeys
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
         z_loss: weight of the squared log-partition added to each row's loss (PaLM, section 5).
         softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         fp32 or wider: a scalar, or the leading shape of `input` for reduction "none".

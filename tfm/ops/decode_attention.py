@@ -1,4 +1,4 @@
-"""Attention of one query a sequence over a cache of keys and values, as decoding step by step has it."""
+"""Attention of one query a sequence over a cache of keys and values, as in decoding step by step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def decode_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(scale · query keysᵀ) values, one query a row ("Attention Is All You Need", 3.2.1, equation 1).
+    """Computes softmax(scale · query keysᵀ) values, one query a row ("Attention Is All You Need", 3.2.1, equation 1).
 
     A row is a hypothesis. Its keys are the first places of the cache, and `parents` says of which row of the cache each
     is, so that a beam that is reordered copies a row of that table and never the cache. A row without keys gives 0, and
@@ -51,7 +51,7 @@ def decode_attention(
         key: [R, Hkv, D], the latest token's, with R <= R'; None where the caches hold it already.
         value: [R, Hkv, Dv]; given where `key` is.
         scale: of the scores; None is 1/sqrt(D).
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         [R, H, Dv] in the dtype of `query`, or autocast's, which must then be the caches' too.

@@ -25,7 +25,7 @@ torch.library.register_fake(
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
-    """A dropout seed: an int64 scalar tensor on `device`, drawn from that device's default generator.
+    """Draws a dropout seed: an int64 scalar tensor on `device`, from that device's default generator.
 
     Ruled by `torch.manual_seed`; replayed by CUDA graphs, repeated by checkpoint recomputation.
     """
@@ -36,7 +36,7 @@ def draw_seed(device: torch.device | str) -> Tensor:
 
 
 def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:
-    """The seed that an operation uses, on `device`: the caller's, or a fresh one; None where nothing is dropped."""
+    """Returns the seed that an operation uses, on `device`: the caller's or a fresh one; None if nothing is dropped."""
     check_dropout(dropout_p)
     if dropout_p == 0.0:
         return None
@@ -54,7 +54,7 @@ def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) 
 
 
 def dropout(x: Tensor, dropout_p: float, *, seed: Tensor | int | None = None, site: int = 0) -> Tensor:
-    """Each element of `x` is 0 with probability `dropout_p`, else scaled by about 1 / (1 - dropout_p).
+    """Sets each element of `x` to 0 with probability `dropout_p`, and scales the others by about 1 / (1 - dropout_p).
 
     The mask is a pure function of the seed and the coordinates (Philox4x32-7; the probability is rounded to a multiple
     of 1/65536), the same on every backend. Runs on the reference.

@@ -31,7 +31,7 @@ def embedding(
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """dropout(weight[tokens] · scale + position) ("Attention Is All You Need", sections 3.4, 3.5 and 5.4).
+    """Computes dropout(weight[tokens] · scale + position) ("Attention Is All You Need", sections 3.4, 3.5 and 5.4).
 
     Args:
         tokens: int32 or int64, any shape.
@@ -46,7 +46,7 @@ def embedding(
             traffic of two dense ones. Not under torch.compile, which has no sparse gradients.
         seed: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         [*tokens.shape, D] in the dtype of `weight`.

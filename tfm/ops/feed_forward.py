@@ -30,7 +30,7 @@ def feed_forward(
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """dropout(activation(x w1ᵀ + b1)) w2ᵀ + b2 ("Attention Is All You Need", section 3.3, equation 2).
+    """Computes dropout(activation(x w1ᵀ + b1)) w2ᵀ + b2 ("Attention Is All You Need", section 3.3, equation 2).
 
     Args:
         x: [..., D], floating point.
@@ -42,7 +42,7 @@ def feed_forward(
         dropout_p: dropout of the hidden activations, in [0, 1]. Always applied: pass 0 in eval.
         seed: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         [..., E] in the dtype of `x`, or autocast's.
@@ -84,7 +84,7 @@ def gated_feed_forward(
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """dropout(activation(x gateᵀ) · (x upᵀ)) downᵀ (Shazeer 2020, "GLU Variants Improve Transformer", equation 6).
+    """Computes dropout(activation(x gateᵀ) · (x upᵀ)) downᵀ (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6).
 
     Args:
         x: [..., D], floating point.

@@ -27,7 +27,7 @@ def layer_norm(
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """LayerNorm over the last dimension (Ba et al. 2016, equation 4), statistics in fp32 at least.
+    """Computes LayerNorm over the last dimension (Ba et al. 2016, equation 4), statistics in fp32 at least.
 
     Args:
         x: [..., C], floating point.
@@ -35,7 +35,7 @@ def layer_norm(
         bias: [C] or None for 0.
         eps: added to the variance.
         out_dtype: of the result; None is that of `x`.
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         Shape of `x`.
@@ -70,7 +70,7 @@ def residual_layer_norm(
     site: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h = residual + dropout(x + x_bias), y = LayerNorm(h): "Add & Norm" in one pass.
+    """Computes h = residual + dropout(x + x_bias) and y = LayerNorm(h): "Add & Norm" in one pass.
 
     ("Attention Is All You Need", figure 1 and section 5.4.) h is rounded to its stored dtype before it is normalised,
     so the backward sees the h that the forward saw.
@@ -87,7 +87,7 @@ def residual_layer_norm(
         out_dtype: of y; None is that of h.
         seed: an int or int64 scalar tensor; None draws one.
         site: which of the dropouts that share a seed this is.
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         (y, h), h in the wider of the two dtypes. Post-norm layers carry y on, pre-norm layers h.
@@ -121,7 +121,7 @@ def rms_norm(
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · (weight_offset + weight) (Zhang and Sennrich 2019, equation 4).
+    """Computes x / sqrt(mean(x²) + eps) · (weight_offset + weight) (Zhang and Sennrich 2019, equation 4).
 
     The families of models differ in what they round, and where weight and activations have two dtypes also in what
     they return:
@@ -140,7 +140,7 @@ def rms_norm(
         weight_offset: 1 for Gemma's 1 + w.
         round_first: round x / rms to the dtype of `x`, or to `out_dtype` where that is narrower, before the weight.
         out_dtype: of the result; None is that of `x`.
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         Shape of `x`.
@@ -175,7 +175,17 @@ def residual_rms_norm(
     site: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h = residual + dropout(x + x_bias), y = RMSNorm(h), as `residual_layer_norm`; the rest as `rms_norm` of h.
+    """Computes h = residual + dropout(x + x_bias) and y = RMSNorm(h), as `residual_layer_norm` and `rms_norm`.
+
+    Args:
+        x: [..., C], a sublayer's output, floating point.
+        residual: the shape of `x`.
+        weight: [C] or None for 1; may be fp32 under narrower activations.
+        eps: added to the mean square.
+        dropout_p, x_bias, seed, site: as in `residual_layer_norm`.
+        weight_offset, round_first: as in `rms_norm`, of h.
+        out_dtype: of y; None is that of h.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         (y, h), h in the wider of the two dtypes.
@@ -202,7 +212,7 @@ def residual_rms_norm(
 
 
 def check_norm(x: Tensor, out_dtype: torch.dtype | None, **parameters: Tensor | None) -> None:
-    """The checks that every norm shares."""
+    """Checks the arguments that all norms share."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise BadArgument(f"x: expected at least one column, got shape {tuple(x.shape)}")
     check_floating(x=x, **parameters)
@@ -214,7 +224,7 @@ def check_norm(x: Tensor, out_dtype: torch.dtype | None, **parameters: Tensor | 
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:
-    """`residual` fits `x`."""
+    """Checks that `residual` fits `x`."""
     if residual.shape != x.shape:
         raise BadArgument(f"residual: expected shape {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     check_floating(residual=residual)
@@ -222,11 +232,11 @@ def check_residual(x: Tensor, residual: Tensor) -> None:
 
 
 def reference_only(stored: torch.dtype, out_dtype: torch.dtype | None) -> str:
-    """What no kernel writes, in words: a result wider than fp32."""
+    """Says why no kernel writes the result: it is wider than fp32. Empty where one does."""
     wide = out_dtype == torch.float64 and stored != torch.float64
     return "expected an out_dtype of at most 32 bits, got float64" if wide else ""
 
 
 def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    """None where there is no tensor."""
+    """Returns the dtypes; None where there is no tensor."""
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)

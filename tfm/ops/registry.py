@@ -18,12 +18,12 @@ NAMESPACE = "tfm"
 
 
 def namespace_of(backend: str) -> str:
-    """The namespace in torch.ops whose operators the backend, "triton" or "native", computes."""
+    """Returns the namespace in torch.ops whose operators the backend, "triton" or "native", computes."""
     return native.NAMESPACE if backend == "native" else NAMESPACE
 
 
 def _kernel(item: Operator) -> Callable:
-    """What torch calls for the operator: its launch function, run on the device of the first argument, a tensor."""
+    """Returns what torch calls for the operator: its launch function, on the device of the first argument, a tensor."""
     launch: Callable | None = None
     tape: Any = None
     make = item.arguments._make

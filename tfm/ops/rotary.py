@@ -40,7 +40,7 @@ def rotary(
             them tables [P, R/2]. R <= D. Floating point, without gradient.
         positions: integers [N], or broadcastable to [B, S]: each token's row of the tables.
         interleaved: pair column 2i with 2i + 1 (GPT-J), not i with i + R/2 (GPT-NeoX, Llama).
-        impl: backend; see tfm.ops.backends.
+        impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
         (query, key), shapes and dtypes as given.
@@ -77,7 +77,7 @@ def rotary_(
     interleaved: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """`rotary` in place, of the first `heads` heads of `x`: of a fused projection the queries and keys, not the values.
+    """Rotates the first `heads` heads of `x` in place: a fused projection's queries and keys, not its values.
 
     Saves the memory of a second copy of queries and keys. Where `x` is a view of a tensor that needs a gradient,
     autograd copies that gradient; there `rotary` of the parts moves less.
@@ -124,7 +124,7 @@ def rotary_table(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(-2i / dim) (Su et al. 2021, section 3.2.2), computed in float64.
+    """Returns cos and sin of position · theta^(-2i / dim) (Su et al. 2021, section 3.2.2), computed in float64.
 
     Args:
         length: the number of positions.
@@ -144,7 +144,7 @@ def rotary_table(
 
 
 def _tokens(x: Tensor) -> tuple[int, ...]:
-    """The shape of the tokens: (B, S), or (N,) where they are packed."""
+    """Returns the shape of the tokens: (B, S), or (N,) where they are packed."""
     return tuple(x.shape[:1]) if x.dim() == 3 else (x.shape[0], x.shape[2])
 
 

@@ -1,4 +1,4 @@
-"""What accelerate() and restore() did to a model, and what they left."""
+"""The report of accelerate() and restore(): what they did to a model, and what they left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """What happened to a model; print it.
+    """The changes to a model; print it.
 
     Attributes:
         verb: "replaced" or "restored".
@@ -42,7 +42,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many modules of each new class."""
+        """The number of modules of each new class."""
         return dict(Counter(module.kind for module in self.swapped))
 
     def __str__(self) -> str:

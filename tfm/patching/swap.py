@@ -32,7 +32,7 @@ MARK = "_accelerated_by_tfm"
 
 
 def accelerate(model: Module) -> Report:
-    """Put tfm.nn's layers in place of torch.nn's everywhere inside `model`, in place.
+    """Puts tfm.nn's layers in place of torch.nn's everywhere inside `model`, in place.
 
     Only modules whose class is exactly torch.nn's change, by their `__class__`; nothing is copied, and state_dict,
     hooks and optimisers stay as they are. User subclasses, TorchScript and Hugging Face modules are left. A second call
@@ -64,7 +64,7 @@ def accelerate(model: Module) -> Report:
 
 
 def restore(model: Module) -> Report:
-    """Undo what accelerate() did to `model`; modules that were made as tfm.nn's stay.
+    """Undoes what accelerate() did to `model`; modules that were made as tfm.nn's stay.
 
     Returns:
         What was restored; print it.
@@ -94,7 +94,7 @@ def _check_module(function: str, model: object) -> None:
 
 
 def _walk(module: Module, name: str = "", seen: set[Module] | None = None) -> Iterator[tuple[str, Module]]:
-    """Each module once, under its first name; what is inside foreign modules stays out."""
+    """Yields each module once, under its first name; what is inside foreign modules stays out."""
     seen = set() if seen is None else seen
     if module in seen:
         return
@@ -116,7 +116,7 @@ def _foreign(module: Module) -> str:
 
 
 def _why_left(module: Module) -> str:
-    """Why a module that one might expect to change does not; empty where there is nothing to say."""
+    """Says why a module that one might expect to change does not; empty where there is nothing to say."""
     reason = _foreign(module)
     if reason:
         return reason

@@ -32,7 +32,7 @@ def attention(
     seed: Tensor | None,
     site: int,
 ) -> Any:
-    """See tfm.ops.attention, which fills in the defaults and has checked the arguments."""
+    """Computes tfm.ops.attention, which fills in the defaults and has checked the arguments."""
     allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
     bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     if allowed is not None:
@@ -48,7 +48,7 @@ def attention(
 def _shield(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, every_query_attends: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros where nobody may attend: there 0 times NaN would be NaN."""
+    """Puts zeros where nobody may attend: there 0 times NaN would be NaN."""
     unreachable = ~allowed.any(dim=-2)[..., None]
     if unreachable.shape[1] not in (1, key.shape[1]):
         unreachable = unreachable.unflatten(1, (key.shape[1], -1)).all(dim=2)
@@ -67,7 +67,7 @@ def allowed_keys(
     window_size: tuple[int, int],
     key_lengths: Tensor | None,
 ) -> Tensor | None:
-    """Which keys each query may attend to: bool, broadcastable to [B, Hq, Sq, Sk] and four-dimensional; None = all.
+    """Returns which keys each query may attend to: bool, [B|1, Hq|1, Sq|1, Sk]; None = all.
 
     Causality, mask, lengths and window combine by AND. A float mask forbids where it is -inf.
     """
@@ -158,7 +158,7 @@ def _attend(
 
 
 def _logsumexp(scores: Tensor) -> Tensor:
-    """Over the last dimension. Its gradient is a softmax; that of torch's own is exp(s - lse) of the lse as rounded."""
+    """Computes log Σ exp over the last dimension; its gradient is a softmax, where torch's is of a rounded lse."""
     near = scores.detach().logsumexp(dim=-1, keepdim=True)
     is_empty = near == float("-inf")
     total = (scores - near.masked_fill(is_empty, 0.0)).exp().sum(dim=-1, keepdim=True)
@@ -184,7 +184,7 @@ def varlen_attention(
     seed: Tensor | None,
     site: int,
 ) -> Any:
-    """See tfm.ops.varlen_attention. Pads, attends and packs again: sentences of a batch are of similar length."""
+    """Computes tfm.ops.varlen_attention: pads, attends and packs again; a batch's sentences are of similar length."""
     query_layout = Layout.of(cu_seq_q, max_q, query.shape[0])
     same = cu_seq_k is cu_seq_q and max_k == max_q
     key_layout = query_layout if same else Layout.of(cu_seq_k, max_k, key.shape[0])

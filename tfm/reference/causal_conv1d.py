@@ -10,7 +10,7 @@ from torch import Tensor
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
-    """(y, final_state) of tfm.ops.causal_conv1d."""
+    """Computes (y, final_state) of tfm.ops.causal_conv1d."""
     width, wide = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
     # Before the first step lies the state, or zeros.
     if initial_state is None:

@@ -22,7 +22,7 @@ DEFAULT_CHUNK_BYTES = 256 << 20
 
 
 class Options(NamedTuple):
-    """What shapes the loss besides its tensors: see tfm.ops.cross_entropy."""
+    """The options that shape the loss: see tfm.ops.linear_cross_entropy."""
 
     ignore_index: int
     label_smoothing: float
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     reduction: str,
     options: Options,
 ) -> Tensor:
-    """See tfm.ops.cross_entropy, which has flattened `input` to [N, D] and `target` to [N] or [N, V]."""
+    """Computes tfm.ops.linear_cross_entropy, which has flattened `input` to [N, D] and `target` to [N] or [N, V]."""
     if not torch.is_grad_enabled():
         # An autograd.Function is told that a gradient is needed even then.
         input, linear_weight = input.detach(), linear_weight.detach()
@@ -54,7 +54,7 @@ def whole(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, class_weight: Tensor | None,
     reduction: str, options: Options,
 ) -> Tensor:  # fmt: skip
-    """The same from all the logits at once, in operations that torch can differentiate as often as it likes."""
+    """Computes the same from all the logits at once, in operations that torch can differentiate again and again."""
     wide = torch.promote_types(input.dtype, torch.float32)
     kept = _kept(target, options.ignore_index)
     logits = F.linear(input.masked_fill(~kept, 0), linear_weight.to(input.dtype)).to(wide)
@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _share(losses: Tensor, target: Tensor, class_weight: Tensor | None, reduction: str, ignore_index: int) -> Tensor:
-    """What the sum of the losses is multiplied by."""
+    """Returns the factor of the sum of the losses."""
     if reduction == "sum":
         return losses.new_ones(())
     kept = _kept(target, ignore_index)[:, 0]
@@ -122,7 +122,7 @@ def _share(losses: Tensor, target: Tensor, class_weight: Tensor | None, reductio
 
 
 def _kept(target: Tensor, ignore_index: int) -> Tensor:
-    """bool [N, 1], False for the rows that count for nothing."""
+    """Returns bool [N, 1], False for the rows that count for nothing."""
     if target.is_floating_point():
         return torch.ones(target.shape[0], 1, dtype=torch.bool, device=target.device)
     return (target != ignore_index)[:, None]
@@ -138,7 +138,7 @@ def _chunks(
     needs: tuple[bool, bool, bool],
     options: Options,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses [N], and, where `needs` asks, the gradients of input, linear weight and bias.
+    """Computes losses [N] and, where `needs` asks, the gradients of input, linear weight and bias.
 
     `row_grad` [N] is the gradient of each loss, None for 1. The gradients of weight and bias are fp32 at least.
     """
@@ -179,7 +179,7 @@ def _chunks(
 
 
 def _parts(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
-    """The chunks of rows; one under torch.compile, whose graphs hold no loop of any length."""
+    """Returns the chunks of rows; one under torch.compile, whose graphs hold no loop of any length."""
     if torch.compiler.is_compiling():
         return [slice(None)]
     per_chunk = max(1, CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES) // row_bytes)
@@ -187,7 +187,7 @@ def _parts(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
 
 
 def _floor(class_weight: Tensor | None, classes: int, smoothing: float, like: Tensor) -> Tensor | None:
-    """What smoothing gives to every class, [V] in the dtype of `like`; None for nothing."""
+    """Returns what smoothing gives to every class, [V] in the dtype of `like`; None for nothing."""
     if smoothing == 0.0:
         return None
     return (like.new_ones(classes) if class_weight is None else class_weight) * (smoothing / classes)
@@ -211,7 +211,7 @@ class _Target:
 def _smoothed(
     target: Tensor, kept: Tensor, class_weight: Tensor | None, floor: Tensor | None, share: float, dtype: torch.dtype
 ) -> _Target:
-    """`target` [m] or [m, V] with `share` of its weight, over `floor`."""
+    """Makes q of `target` [m] or [m, V] with `share` of its weight, over `floor`."""
     if target.is_floating_point():
         q = target.to(dtype) * share
         q = q if class_weight is None else q * class_weight
@@ -225,7 +225,7 @@ def _smoothed(
 
 
 def _rows(logits: Tensor, q: _Target, options: Options, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Losses [m] of logits [m, V], whose memory is used up, and their gradients [m, V]."""
+    """Computes losses [m] of logits [m, V], whose memory is used up, and their gradients [m, V]."""
     slope = None
     if options.softcap is not None:
         logits = logits.div_(options.softcap).tanh_()

@@ -18,7 +18,7 @@ def decode_attention(
     value: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """See tfm.ops.decode_attention, which has checked the arguments. Copies what the rows attend to."""
+    """Computes tfm.ops.decode_attention, which has checked the arguments. Copies what the rows attend to."""
     rows, capacity = len(query), key_cache.shape[1]
     if rows == 0 or capacity == 0:
         return query.new_zeros((*query.shape[:2], value_cache.shape[3]))

@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-7 of four counters and a key.
+    """Computes Philox4x32-7 of four counters and a key.
 
     Counters are int64 tensors holding uint32 values, of shapes that broadcast: rounds that see only rows or only
     columns then cost next to nothing. `seed` is an int64 scalar tensor. Returns four int64 tensors of uint32 values.
@@ -42,18 +42,18 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
 
 
 def threshold(p: float) -> int:
-    """The number of the 65,536 outcomes that drop an element."""
+    """Returns how many of 65,536 outcomes drop an element."""
     return round(65536 * p)
 
 
 def keep_scale(p: float) -> float:
-    """What a kept element is multiplied by; 0 where nothing is kept."""
+    """Returns the factor of a kept element; 0 where nothing is kept."""
     dropped = threshold(p)
     return 65536 / (65536 - dropped) if dropped < 65536 else 0.0
 
 
 def keep_mask(rows: Tensor, columns: int, groups: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
-    """Which elements stay.
+    """Tells which elements stay.
 
     Args:
         rows: int64 row coordinates, [..., R].
@@ -88,7 +88,7 @@ def keep_mask(rows: Tensor, columns: int, groups: Tensor, p: float, seed: Tensor
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
-    """`x` with elements dropped, the rest scaled by 65536 / (65536 - round(65536 p)).
+    """Drops elements of `x`, and scales the rest by 65536 / (65536 - round(65536 p)).
 
     Token-wise: the last dimension gives the columns, all others together count the rows.
     """
@@ -99,7 +99,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None, site: int = 0) -> Tensor:
 
 
 def token_wise_mask(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
-    """Which elements of `x` are kept: bool, in the shape of `x`."""
+    """Tells which elements of `x` are kept: bool, in the shape of `x`."""
     columns = x.shape[-1]
     rows = torch.arange(x.numel() // columns, device=x.device)
     group = torch.zeros((), dtype=torch.int64, device=x.device)

@@ -23,7 +23,7 @@ def embedding(
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
-    """See tfm.ops.embedding."""
+    """Computes tfm.ops.embedding."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     rows = F.embedding(tokens, weight, padding_idx, sparse=sparse).to(wide) * scale
     if position_weight is None:
@@ -34,7 +34,7 @@ def embedding(
 
 
 def sinusoid(positions: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The paper's positional encoding (section 3.5): sin(position / 10000^(2i/dim)) at column 2i, cos at 2i + 1.
+    """Returns the paper's positional encoding (3.5): sin(position / 10000^(2i/dim)) at column 2i, cos at 2i + 1.
 
     Args:
         positions: integers, any shape.

@@ -46,7 +46,7 @@ def feed_forward(
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
-    """See tfm.ops.feed_forward."""
+    """Computes tfm.ops.feed_forward."""
     hidden = ACTIVATIONS[activation](_linear(x, w1, b1))
     return _linear(dropout(hidden, dropout_p, seed, site), w2, b2)
 
@@ -61,7 +61,7 @@ def gated_feed_forward(
     seed: Tensor | None,
     site: int,
 ) -> Tensor:
-    """See tfm.ops.gated_feed_forward."""
+    """Computes tfm.ops.gated_feed_forward."""
     if up_weight is None:
         gate_weight, up_weight = gate_weight.chunk(2)
     hidden = ACTIVATIONS[activation](_linear(x, gate_weight, None)) * _linear(x, up_weight, None)

@@ -16,7 +16,7 @@ from tfm.reference.dropout import dropout
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None
 ) -> Tensor:
-    """See tfm.ops.layer_norm."""
+    """Computes tfm.ops.layer_norm."""
     # Statistics are fp32 at least; the result is rounded once.
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(wide)
@@ -36,7 +36,7 @@ def residual_layer_norm(
     seed: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    """See tfm.ops.residual_layer_norm."""
+    """Computes tfm.ops.residual_layer_norm."""
     h = add_residual(x, residual, x_bias, dropout_p, seed, site)
     return layer_norm(h, weight, bias, eps, out_dtype), h
 
@@ -49,7 +49,7 @@ def rms_norm(
     round_first: bool,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """See tfm.ops.rms_norm."""
+    """Computes tfm.ops.rms_norm."""
     out_dtype = out_dtype or x.dtype
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
@@ -74,7 +74,7 @@ def residual_rms_norm(
     seed: Tensor | None,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    """See tfm.ops.residual_rms_norm."""
+    """Computes tfm.ops.residual_rms_norm."""
     h = add_residual(x, residual, x_bias, dropout_p, seed, site)
     return rms_norm(h, weight, eps, weight_offset, round_first, out_dtype), h
 
@@ -82,7 +82,7 @@ def residual_rms_norm(
 def add_residual(
     x: Tensor, residual: Tensor, x_bias: Tensor | None, dropout_p: float, seed: Tensor | None, site: int
 ) -> Tensor:
-    """residual + dropout(x + x_bias), summed in fp32 at least and rounded to the wider of the two dtypes."""
+    """Computes residual + dropout(x + x_bias), in fp32 at least, rounded to the wider of the two dtypes."""
     stored = torch.promote_types(x.dtype, residual.dtype)
     wide = torch.promote_types(stored, torch.float32)
     x = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)

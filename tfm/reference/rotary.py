@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
-    """See tfm.ops.rotary, of one tensor."""
+    """Computes tfm.ops.rotary of one tensor."""
     if positions is not None:
         # Unlike an index, this refuses negative positions.
         cos, sin = F.embedding(positions, cos), F.embedding(positions, sin)
@@ -26,7 +26,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interl
 def rotary_table(
     length: int, dim: int, theta: float, device: torch.device | str | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """See tfm.ops.rotary_table."""
+    """Computes tfm.ops.rotary_table."""
     frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
     angles = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -64,7 +64,7 @@ class Attention(NamedTuple):
     site: int
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(output, statistics), the latter as `row_statistics` says."""
+        """Returns empty (output, statistics), the latter as `row_statistics` says."""
         return rows_like(self.query, self.value.shape[-1]), row_statistics(self.query)
 
     @property
@@ -93,7 +93,7 @@ TENSORS = Attention._fields.index("max_q")
 
 
 class Incoming(NamedTuple):
-    """What a backward is given beside the forward's arguments.
+    """The arguments of a backward that are not the forward's.
 
     Attributes:
         dout: the gradient of the output.
@@ -125,7 +125,7 @@ class AttentionBackward(BackwardArguments):
         return Attention(*self[len(Incoming._fields) :])
 
     def outputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """(dquery, dkey, dvalue, dbias, dsinks), None where not wanted."""
+        """Returns empty (dquery, dkey, dvalue, dbias, dsinks), None where not wanted."""
         dquery, dkey, dvalue, dbias, dsinks = self.wanted
         return (
             gradient_like(dquery, self.query),
@@ -137,7 +137,7 @@ class AttentionBackward(BackwardArguments):
 
 
 class Parts(NamedTuple):
-    """How many views of one projection there are.
+    """The number of views of one projection.
 
     Attributes:
         parts: 3, query, key and value, or 2, key and value.
@@ -151,12 +151,12 @@ JoinedArguments: Any = joined("JoinedArguments", Incoming, Parts, Attention)
 
 @operator("attention", is_native_only=True)
 class AttentionBackwardJoined(JoinedArguments):
-    """As AttentionBackward, of views of one projection: their gradients lie in one tensor as the views do."""
+    """The gradients of Attention of views of one projection: they lie in one tensor as the views do."""
 
     __slots__ = ()
 
     def outputs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """(dquery, joined, dbias, dsinks), joined being [parts, *key.shape]; with 3 parts dquery is in it."""
+        """Returns empty (dquery, joined [parts, *key.shape], dbias, dsinks); with 3 parts dquery is in `joined`."""
         key = self.key
         # As key's tokens lie in memory, in each of them the parts side by side.
         tokens = sorted(range(0, key.dim() - 1, 2), key=lambda dim: (key.stride(dim), -dim), reverse=True)
@@ -172,7 +172,7 @@ class AttentionBackwardJoined(JoinedArguments):
 
 
 class Statistics(NamedTuple):
-    """What the forward left of each row."""
+    """The statistics that the forward left of each row."""
 
     statistics: Tensor
 
@@ -192,7 +192,7 @@ class AttentionWeights(WeightsArguments):
         return Attention(*self[len(Statistics._fields) :])
 
     def outputs(self) -> Tensor:
-        """[B, Hq, Sq, Sk] in the dtype of the query."""
+        """Returns an empty [B, Hq, Sq, Sk] in the dtype of the query."""
         query = self.query
         shape = (query.shape[0], query.shape[1], self.max_q, self.max_k)
         return torch.empty(shape, dtype=query.dtype, device=query.device)

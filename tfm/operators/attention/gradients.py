@@ -63,7 +63,7 @@ class AttendedWithLse(Attended):
 
 
 def in_torch(call: Attention) -> tuple[Tensor, Tensor]:
-    """(output, lse) in torch's own operations; lse is the natural one, of the sink alone for a query without keys."""
+    """Computes (output, natural lse) in torch's own operations; without keys the lse is that of the sink alone."""
     window = tuple(-1 if side is None else side for side in (call.left, call.right))
     start = call.start if call.starts is None else call.starts
     heads = call.query, call.key, call.value

@@ -33,7 +33,7 @@ class SplitHeads(torch.autograd.Function):
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """A projection [..., parts · heads · D] to `parts` views [..., heads, D], say of query, key and value."""
+    """Splits a projection [..., parts · heads · D] into `parts` views [..., heads, D], say query, key and value."""
     # Dynamo and Inductor fuse what autograd would copy; transforms, traces and DTensor take no such Function.
     plain = torch.compiler.is_compiling() or transforming() or tracing() or wraps_tensors(x)
     if plain or not (x.requires_grad and torch.is_grad_enabled()):
@@ -42,7 +42,7 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 
 
 def joined_parts(heads: tuple[Tensor, ...], wanted: list[bool]) -> int:
-    """How many of query, key and value lie side by side and want their gradients so: 3, 2 (key and value) or 0."""
+    """Returns how many of query, key and value lie side by side, with gradients wanted: 3, 2 (key and value) or 0."""
     if torch.compiler.is_compiling() or heads[0].device.type != "cpu" or not (wanted[1] and wanted[2]):
         return 0
     # [B, H, S, D] to [B, S, H, D].
@@ -53,7 +53,7 @@ def joined_parts(heads: tuple[Tensor, ...], wanted: list[bool]) -> int:
 
 
 def are_side_by_side(views: tuple[Tensor, ...]) -> bool:
-    """Whether [..., H, D] views lie as x.unflatten(-1, (parts, H, D)).unbind(-3) lays them, in one tensor."""
+    """Tells whether [..., H, D] views lie in one tensor as x.unflatten(-1, (parts, H, D)).unbind(-3) lays them."""
     first = views[0]
     steps, shape, offset = first.stride(), first.shape, first.storage_offset()
     width = shape[-2] * shape[-1]

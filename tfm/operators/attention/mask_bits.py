@@ -36,7 +36,7 @@ class AttentionMaskBits(NamedTuple):
     right: int | None
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(words, reach), words empty where there are none. Of a shared mask each sequence with a start has a reach."""
+        """Returns empty (words, reach): words may have no rows; each sequence with a start has a reach."""
         mask = self.mask
         batch, heads, queries, keys = mask.shape
         width = -(-keys // KEYS_OF_A_ROW) * KEYS_OF_A_ROW // 32
@@ -47,7 +47,7 @@ class AttentionMaskBits(NamedTuple):
 
     @property
     def has_one_row(self) -> bool:
-        """Whether all queries share a row."""
+        """True where all queries share a row."""
         return self.mask.shape[2] == 1 or self.mask.stride(2) == 0
 
 

@@ -56,7 +56,7 @@ def refused_training(tmp_path: Path, *flags: Any) -> str:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"un\ndeux\n", "{a} has 2 lines but {b} has 200: expected as many"),
+        (b"un\ndeux\n", "{a} has 2 lines but {b} has 200: expected equally many"),
         (b"un\nd\xe9ux\n", "{a}:2: not valid UTF-8 (byte 0xe9 at column 2)"),
         (b"", "{a}: empty, expected at least one line"),
         (b"\n" * 200, "in every pair of lines a side is blank"),
@@ -114,7 +114,7 @@ def test_evaluate_needs_as_many_references(trained: Path, tmp_path: Path) -> Non
     _, source, _, target = write_text(tmp_path)
     Path(target).write_text("one\n", encoding="utf-8")
     message = refusal("evaluate", trained, "--source", source, "--reference", target)
-    assert message == f"{source} has 200 lines but {target} has 1: expected as many"
+    assert message == f"{source} has 200 lines but {target} has 1: expected equally many"
 
 
 def test_attend_needs_a_sentence_that_fits(trained: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_config_tells_nobody_where_the_text_lies(run: Path) -> None:
     assert str(run.parent.parent) not in (run / "config.json").read_text()
     (run / "paths.json").unlink()
     message = refusal("train", "--resume", "--out", run)
-    assert message == f"{run}: where its text lies is not recorded; give --source and --target"
+    assert message == f"{run}: the location of its text is not recorded; give --source and --target"
 
 
 def test_a_run_whose_config_has_the_paths_goes_on_without(trained: tuple[Path, str], run: Path) -> None:

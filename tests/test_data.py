@@ -193,7 +193,7 @@ def test_different_line_counts_give_both(tmp_path):
     with pytest.raises(UserError) as caught:
         read_parallel(source, target)
     assert str(caught.value) == (
-        f"{source} has 2 lines but {target} has 3: expected as many, line i of one translating line i of the other"
+        f"{source} has 2 lines but {target} has 3: expected equally many, line i of one translating line i of the other"
     )
 
 

@@ -279,7 +279,7 @@ def test_a_bias_may_have_another_dtype_than_its_weight(kind: dict[str, int]) -> 
         ({"query": torch.zeros(5, 3, 11)}, r"query: expected \[\.\.\., 12\], got shape \(5, 3, 11\)"),
         ({"key": torch.zeros(7, 12)}, "expected `key` and `value` to be 3-D but found 2-D and 3-D"),
         ({"value": torch.zeros(6, 3, 12)}, "value: expected"),
-        ({"key": torch.zeros(7, 2, 12), "value": torch.zeros(7, 2, 12)}, "key: expected batch 3 as query, got 2"),
+        ({"key": torch.zeros(7, 2, 12), "value": torch.zeros(7, 2, 12)}, "key: expected batch 3 like query, got 2"),
         ({"key_padding_mask": torch.zeros(3, 5).bool()}, r"padding mask of \(3, 7\), got shape \(3, 5\)"),
         ({"key_padding_mask": torch.zeros(3, 7).int()}, "expected bool .* got torch.int32"),
         ({"attn_mask": torch.zeros(7)}, "expected `attn_mask` to be `None`, 2-D or 3-D but found 1-D"),

@@ -203,7 +203,7 @@ def test_signatures_state_and_copies() -> None:
         ({"tgt_lengths": [1] * 4, "tgt_key_padding_mask": torch.zeros(4, 5).bool()}, "tgt: expected a padding mask or"),
         ({"src_key_padding_mask": torch.zeros(4, 6).bool()}, r"src: expected a padding mask of \(4, 7\)"),
         ({"src": torch.zeros(4, 7, 9)}, r"src: expected \[..., 8\], got shape \(4, 7, 9\)"),
-        ({"tgt": torch.zeros(3, 5, 8)}, "tgt: expected batch 4 as src"),
+        ({"tgt": torch.zeros(3, 5, 8)}, "tgt: expected batch 4 like src"),
     ],
 )
 def test_says_what_was_expected(call: dict[str, object], message: str) -> None:

@@ -192,7 +192,7 @@ BAD_CALLS = {
     r"^key: expected torch.float32 of query's shape \(2, 3, 5, 8\), heads apart, got torch.float32 of \(2, 3, 4, 8\)": (
         X, X[:, :, :4], TABLE[:1], TABLE[:1],
     ),
-    r"^sin: expected torch.float32 of shape \(5, 4\) as cos": (X, None, TABLE, TABLE[:4]),
+    r"^sin: expected torch.float32 of shape \(5, 4\) like cos": (X, None, TABLE, TABLE[:4]),
     r"^cos: expected at most 4 columns for dim 8, got \(5, 5\)": (X, None, torch.zeros(5, 5), torch.zeros(5, 5)),
     r"^cos: expected \[\*tokens, 4\] that broadcasts to the tokens \(2, 5\), got \(3,\)": (
         X, None, TABLE[:3], TABLE[:3],

@@ -1,6 +1,6 @@
 """The `tfm` command. A user's mistake ends in one line on stderr and exit status 2, never in a traceback.
 
-What is slow to import (torch, matplotlib, sacrebleu) is imported inside the commands that need it.
+Packages that are slow to import (torch, matplotlib, sacrebleu) are imported inside the commands that need them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     except SystemExit as ending:
         status = ending.code
     except OSError as error:
-        # Of what typer prints by itself, such as help.
+        # It comes from what typer prints by itself, such as help.
         status = _refused(error)
     try:
         if sys.stdout is not None:
@@ -115,5 +115,5 @@ def _described(error: OSError) -> str:
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     import torch
 
-    # On a CPU torch has no class for it.
+    # On a CPU torch has no exception class for it.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def build(
-    force: Annotated[bool, typer.Option("--force", help="Compile everything anew.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Recompile everything.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show each command and what the compiler says.")] = False,
-    no_cuda: Annotated[bool, typer.Option("--no-cuda", help="Leave CUDA out, whether or not nvcc is here.")] = False,
+    no_cuda: Annotated[bool, typer.Option("--no-cuda", help="Leave CUDA out even if nvcc is installed.")] = False,
     if_possible: Annotated[
-        bool, typer.Option("--if-possible", help="Where there is no compiler, say so and exit with status 0.")
+        bool, typer.Option("--if-possible", help="If there is no compiler, say so and exit with status 0.")
     ] = False,
 ) -> None:
-    """Compile the native operators: C++ for this machine's kind of CPU and, where nvcc is, CUDA.
+    """Compile the native operators: C++ for this machine's kind of CPU and, if nvcc is installed, CUDA.
 
-    The library is kept by its sources, so a second call has nothing to do. Everything works without it, but slower on
-    CPUs.
+    The library is cached under a hash of its sources, so a second call has nothing to do. Everything works without it,
+    but slower on CPUs.
     """
     import torch
 

@@ -87,7 +87,7 @@ def _clear(run: Run) -> None:
         UserError: the folder holds something else.
     """
     texts = {path for part in ("train", "validation", "held-out") for path in _text_files(run, part)}
-    # Without config.json: a demo that was stopped before it began to train.
+    # Without config.json it is a demo that was stopped before it began to train.
     made_here = run.read_config()[2].get("command") == "demo" if run.config.exists() else False
     if not made_here and not set(run.folder.iterdir()) <= texts:
         raise UserError(f"--out {run.folder}: not empty and not made by `tfm demo`; give another folder")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 DeviceName = Literal["auto", "cpu", "cuda"]
-Device = Annotated[DeviceName, typer.Option(help="Where to compute; auto is the GPU where there is one.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; by default as many as torch takes.")]
+Device = Annotated[DeviceName, typer.Option(help="Device to compute on; auto takes a GPU if there is one.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; torch's default unless given.")]
 
 
 def prepare(device: str, threads: int | None) -> torch.device:

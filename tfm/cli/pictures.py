@@ -20,12 +20,12 @@ def attend(
     run: Folder,
     sentence: Annotated[str, typer.Argument(help="A sentence in the source language.")],
     translation: Annotated[
-        str | None, typer.Option(help="What the decoder is given; by default the model's own, greedy.")
+        str | None, typer.Option(help="Translation fed to the decoder; by default the model's own, greedy.")
     ] = None,
     out: Out = Path("attend.png"),
     device: Device = "auto",
 ) -> None:
-    """Draw where every head looks: encoder, decoder, and cross-attention, layer by layer."""
+    """Draw what every head attends to: encoder, decoder and cross-attention, layer by layer."""
     from tfm.attend import attend as attend_sentence
     from tfm.checkpoint import load_model
     from tfm.files import check_writable, is_printed_to, write_atomically
@@ -49,7 +49,7 @@ def attend(
 @plot.command()
 def positions(
     dim: Annotated[int, typer.Option(min=1, help="Columns of the encoding.")] = 128,
-    length: Annotated[int, typer.Option(min=1, help="Positions.")] = 100,
+    length: Annotated[int, typer.Option(min=1, help="Number of positions.")] = 100,
     out: Out = Path("positions.png"),
 ) -> None:
     """Draw the sinusoidal positional encoding ("Attention Is All You Need", section 3.5)."""

@@ -19,10 +19,10 @@ class TrainingProgress:
     """Shows the records that `Training.train` reports.
 
     Args:
-        console: where to.
+        console: where they are shown.
         first_step: updates done before this call.
         last_step: updates at which training ends.
-        seconds: after which it ends, if it has not before.
+        seconds: time after which it ends, if it has not before.
     """
 
     def __init__(self, console: Console, first_step: int, last_step: int, seconds: float | None) -> None:
@@ -47,7 +47,7 @@ class TrainingProgress:
             self.bar.stop()
 
     def report(self, record: dict[str, Any]) -> None:
-        """Show one record of the log."""
+        """Shows one record of the log."""
         if record["event"] == "train":
             self._train(record)
         elif record["event"] == "validation":

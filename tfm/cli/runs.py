@@ -56,10 +56,10 @@ def check_new(out: Path) -> None:
 
 
 def start(console: Lines, out: Path, given: Given, command: str) -> Training:
-    """Train a new run in the folder `out`, and return it trained.
+    """Trains a new run in the folder `out`, and returns it trained.
 
     Raises:
-        UserError: what was given cannot be trained on.
+        UserError: the text or the settings cannot be trained with.
         typer.Exit: a signal ended training; everything is saved.
     """
     device = prepare(given.device or "auto", given.threads)
@@ -97,7 +97,7 @@ def start(console: Lines, out: Path, given: Given, command: str) -> Training:
 
 
 def resume(console: Lines, out: Path, given: Given) -> Training:
-    """Continue the run in `out` from its last checkpoint, or from its first step where there is none yet.
+    """Continues the run in `out` from its last checkpoint, or from its first step where there is none yet.
 
     Raises:
         UserError: `out` holds no run, `given` contradicts it, or its text has changed.
@@ -109,7 +109,7 @@ def resume(console: Lines, out: Path, given: Given) -> Training:
     _check_kept(out, given, {**vars(config), **vars(recipe), **vars(options), "preset": started.preset})
     texts = replace(texts, **_said(vars(given.texts)))
     if texts.source is None or texts.target is None:
-        raise UserError(f"{run.folder}: where its text lies is not recorded; give --source and --target")
+        raise UserError(f"{run.folder}: the location of its text is not recorded; give --source and --target")
     device, threads = given.device or started.device, given.threads or started.threads
     where = prepare(device or "auto", threads)
     tokenizer = run.read_tokenizer(config, described)
@@ -145,7 +145,7 @@ def read_started(run: Run, described: dict[str, Any]) -> tuple[Started, Options,
     """Returns how the run was started, from the `training` of its config.json and from paths.json.
 
     Raises:
-        UserError: `tfm train` writes no such thing.
+        UserError: they are not as `tfm train` writes them.
     """
     if "preset" not in described:
         raise UserError(f"{run.config}: not written by `tfm train`, training.preset is missing")
@@ -169,7 +169,7 @@ def _say_end(console: Lines, out: Path, before: Recipe, after: Recipe, step: int
     """Says what another --max-steps changes.
 
     Raises:
-        UserError: the run is beyond it, so that it is a slip, which config.json should not keep.
+        UserError: the run is beyond it already, so it must be a slip, which config.json should not keep.
     """
     if after.max_steps < before.max_steps and after.max_steps <= step:
         raise UserError(

@@ -19,14 +19,14 @@ from tfm.errors import UserError
 from tfm.files import LEFT_BEHIND, check_writable
 from tfm.train import Training
 
-# Of a lost output, beside the names of signals.
+# The reason of a lost output, beside the names of signals.
 OUTPUT = "output"
 INTERRUPTS = ("SIGINT", "SIGTERM")
 
 
 @contextmanager
 def stopped_by_signals(training: Training) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end training after the update under way, with a checkpoint.
+    """Has SIGINT, SIGTERM and SIGHUP end training after the update under way, with a checkpoint.
 
     A second SIGINT or SIGTERM ends it at once. A terminal that goes may send SIGHUP several times. What the caller of
     the process has it ignore, as `nohup` does, stays ignored.
@@ -53,7 +53,7 @@ def end(console: Lines, training: Training, reason: str) -> None:
     """Says what ended training early, and how to go on.
 
     Raises:
-        typer.Exit: with the status that a shell gives to what a signal ended.
+        typer.Exit: with the status that a shell gives to a process ended by a signal.
     """
     lost = console.watched.lost
     if reason == OUTPUT and lost is not None:
@@ -80,11 +80,11 @@ def pasted(path: Path) -> str:
 
 @contextmanager
 def alone_in(folder: Path, new: bool) -> Iterator[None]:
-    """Holds a run's folder for this process; the system lets go of it when the process ends, however it does.
+    """Locks a run's folder for this process; the system unlocks it when the process ends, however it does.
 
     Args:
         folder: of the run.
-        new: made where it is missing, and taken away again where nothing was written into it.
+        new: the folder is made where it is missing, and removed again where nothing was written into it.
 
     Raises:
         UserError: another process trains there, or the folder cannot be written.
@@ -120,4 +120,4 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise UserError(f"--out {folder}: another tfm is training in this folder") from None
     except OSError as error:
         # Some network file systems have no locks.
-        complain(f"warning: {folder}: cannot be locked ({error.strerror}); train there once at a time")
+        complain(f"warning: {folder}: cannot be locked ({error.strerror}); train there one at a time")

@@ -64,8 +64,8 @@ class Watched(io.TextIOBase):
     """A stream that may be lost: from then on it takes everything, and shows nothing.
 
     Attributes:
-        stream: None where the shell has closed it.
-        lost: why.
+        stream: where it leads; None where the shell has closed it.
+        lost: the error by which it was lost.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -100,7 +100,7 @@ class Lines(Console):
     """The lines by which a long command tells what it does; it goes on when its reader is gone.
 
     Attributes:
-        watched: where to.
+        watched: the stream they are printed to.
     """
 
     def __init__(self) -> None:

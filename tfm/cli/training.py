@@ -38,47 +38,49 @@ def train(
     ] = None,
     dropout: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Of the embeddings and each sublayer's output.", rich_help_panel=MODEL),
+        typer.Option(
+            min=0, max=1, help="Dropout probability for embeddings and sublayer outputs.", rich_help_panel=MODEL
+        ),
     ] = None,
     norm_first: Annotated[
         bool | None,
         typer.Option(
-            "--norm-first/--norm-last", help="LayerNorm before or after each sublayer.", rich_help_panel=MODEL
+            "--norm-first/--norm-last", help="Put LayerNorm before or after each sublayer.", rich_help_panel=MODEL
         ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens in a sentence; longer pairs are skipped.", rich_help_panel=MODEL),
+        typer.Option(min=1, help="Most tokens in a sentence; longer pairs are skipped.", rich_help_panel=MODEL),
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Sentences x longest sentence of a batch, at most.", rich_help_panel=RECIPE),
+        typer.Option(min=1, help="Largest batch: sentences x longest sentence.", rich_help_panel=RECIPE),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(min=0, help="At its peak, the end of the warm-up.", rich_help_panel=RECIPE)
+        float | None, typer.Option(min=0, help="Peak learning rate, at the end of warm-up.", rich_help_panel=RECIPE)
     ] = None,
     warmup: Annotated[
         int | None, typer.Option(min=1, help="Updates until the learning rate peaks.", rich_help_panel=RECIPE)
     ] = None,
     label_smoothing: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Of the training loss.", rich_help_panel=RECIPE)
+        float | None, typer.Option(min=0, max=1, help="Label smoothing of the training loss.", rich_help_panel=RECIPE)
     ] = None,
     clip_norm: Annotated[
-        float | None, typer.Option(min=0, help="Greatest norm of the gradient.", rich_help_panel=RECIPE)
+        float | None, typer.Option(min=0, help="Largest gradient norm; 0 does not clip.", rich_help_panel=RECIPE)
     ] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Updates in all; a resumed run may raise it.", rich_help_panel=RECIPE)
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="End after this time, of this call alone.", rich_help_panel=RUN),
+        typer.Option(min=0, help="Stop after this many minutes of this call.", rich_help_panel=RUN),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --out exactly where its last checkpoint stands. Its settings are read from the "
-            "folder; only --max-steps, --minutes, --device, --threads and the paths of the same text may be new.",
+            help="Continue the run in --out exactly from its last checkpoint. Its settings are read from the folder; "
+            "only --max-steps, --minutes, --device, --threads and the paths of the same text may change.",
             rich_help_panel=RUN,
         ),
     ] = False,
@@ -89,7 +91,7 @@ def train(
     average: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Checkpoints kept; their mean is the model that translates; 1 by default.", rich_help_panel=RUN
+            min=1, help="Checkpoints kept and averaged into the final model; 1 by default.", rich_help_panel=RUN
         ),
     ] = None,
     log_every: Annotated[
@@ -101,22 +103,22 @@ def train(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=2**63 - 1, help="Of weights, batches and dropout; 1 by default.", rich_help_panel=RUN),
+        typer.Option(
+            min=0, max=2**63 - 1, help="Random seed of weights, batches and dropout; 1 by default.", rich_help_panel=RUN
+        ),
     ] = None,
     device: Annotated[
         DeviceName | None,
-        typer.Option(
-            help="Where to compute; auto is the GPU where there is one; auto by default.", rich_help_panel=RUN
-        ),
+        typer.Option(help="Device to compute on; auto, the default, takes a GPU if there is one.", rich_help_panel=RUN),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the activations; float32 by default.", rich_help_panel=RUN)
+        Dtype | None, typer.Option(help="Data type of activations; float32 by default.", rich_help_panel=RUN)
     ] = None,
     graphs: Annotated[
         bool | None,
         typer.Option(
             "--graphs/--no-graphs",
-            help="On a GPU, replay each update as one CUDA graph; takes as much memory again. On by default.",
+            help="On a GPU, replay each update as one CUDA graph, at twice the memory. On by default.",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -124,8 +126,8 @@ def train(
 ) -> None:
     """Train a translation model on two files of parallel lines.
 
-    The tokenizer is learnt from the text. Model, recipe and numbers not given come from the preset.
-    Ctrl-C, SIGTERM, SIGHUP and a closed output finish the update under way, save and exit; --resume goes on from there.
+    The tokenizer is learnt from the text. Settings that are not given come from the preset.
+    Ctrl-C, SIGTERM, SIGHUP or a closed output: the update under way is finished and saved; --resume goes on from there.
     """
     from tfm.cli import runs
     from tfm.cli.stopping import alone_in

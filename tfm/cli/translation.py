@@ -21,9 +21,9 @@ WINDOW_BYTES = 2**22
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained run.")]
 Beam = Annotated[int, typer.Option(min=1, help="Hypotheses kept for each sentence; 1 is greedy.")]
 LengthPenalty = Annotated[
-    float, typer.Option(help="A hypothesis scores log p / length ** this; greater prefers longer ones.")
+    float, typer.Option(help="Hypotheses score log p / length ** this; larger values favour longer ones.")
 ]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Sentences x longest source sentence of a batch, at most.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Largest batch: sentences x longest source sentence.")]
 
 
 def translate(
@@ -38,7 +38,7 @@ def translate(
 
     Blank lines stay blank. A line longer than the model takes is cut, with a warning on stderr.
     """
-    # Before what is slow to import.
+    # Checked before the slow imports.
     stdin, stdout = standard_input(), standard_output()
     from tfm.checkpoint import load_model
     from tfm.data import lines_of, opened, split_lines
@@ -78,7 +78,7 @@ def evaluate(
     source: Annotated[
         Path, typer.Option(help="Text to translate, one sentence a line; UTF-8, plain, gzip, bzip2 or xz.")
     ],
-    reference: Annotated[Path, typer.Option(help="Its right translation, line by line.")],
+    reference: Annotated[Path, typer.Option(help="Its reference translation, line by line.")],
     beam: Beam = 1,
     length_penalty: LengthPenalty = 1.0,
     batch_tokens: BatchTokens = 4096,
@@ -90,8 +90,8 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Translate a text and compare with its reference: BLEU and chrF, with sacrebleu's signatures."""
-    # Before what is slow to import.
+    """Translate a text and compare it with its reference: BLEU and chrF, with sacrebleu's signatures."""
+    # Checked before the slow imports.
     standard_output()
     from tfm.checkpoint import load_model
     from tfm.data import read_lines
@@ -104,7 +104,7 @@ def evaluate(
         check_writable(translations)
     lines, references = read_lines(source), read_lines(reference)
     if len(lines) != len(references):
-        raise UserError(f"{source} has {len(lines)} lines but {reference} has {len(references)}: expected as many")
+        raise UserError(f"{source} has {len(lines)} lines but {reference} has {len(references)}: expected equally many")
     if warning := misfit(tokenize, references):
         complain(f"warning: {warning}")
     model, tokenizer = load_model(run, prepare(device, threads))
@@ -116,7 +116,7 @@ def evaluate(
     scores = score(found, references, tokenize, lowercase)
     typer.echo(f"BLEU {scores.bleu:.2f}  {scores.bleu_signature}")
     typer.echo(f"chrF {scores.chrf:.2f}  {scores.chrf_signature}")
-    # Last, so that a full disk does not take the scores along.
+    # Last, so that a full disk does not lose the scores.
     if translations is not None:
         write_atomically(translations, "".join(f"{line}\n" for line in found).encode())
 

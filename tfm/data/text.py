@@ -127,7 +127,7 @@ def read_parallel(source_path: str | os.PathLike[str], target_path: str | os.Pat
     if len(source) != len(target):
         raise UserError(
             f"{source_path} has {len(source)} lines but {target_path} has {len(target)}: "
-            "expected as many, line i of one translating line i of the other"
+            "expected equally many, line i of one translating line i of the other"
         )
     kept = [(s, t) for s, t in zip(source, target, strict=True) if s.strip() and t.strip()]
     if not kept:

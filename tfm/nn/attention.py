@@ -62,7 +62,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         check_same_batch(query=queries, key=keys)
         if key.shape[:-1] != value.shape[:-1]:
             raise AssertedArgument(
-                f"value: expected {tuple(key.shape[:-1])} rows as key, got shape {tuple(value.shape)}"
+                f"value: expected {tuple(key.shape[:-1])} rows like key, got shape {tuple(value.shape)}"
             )
         q, k, v = project(self, query, key, value)
         if not queries.batched:

@@ -156,10 +156,10 @@ def check_same_batch(**inputs: SequenceInput) -> None:
     if queries.batched != keys.batched:
         expected = "a batch" if queries.batched else "a sequence without a batch"
         raise AssertedArgument(
-            f"{name}: expected {expected} as {first}, got {keys.x.dim() - (not keys.batched)} dimensions"
+            f"{name}: expected {expected} like {first}, got {keys.x.dim() - (not keys.batched)} dimensions"
         )
     if queries.shape[0] != keys.shape[0]:
-        raise BadArgument(f"{name}: expected batch {queries.shape[0]} as {first}, got {keys.shape[0]}")
+        raise BadArgument(f"{name}: expected batch {queries.shape[0]} like {first}, got {keys.shape[0]}")
 
 
 def padded_mask(

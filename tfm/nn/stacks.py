@@ -238,7 +238,7 @@ class Transformer(torch.nn.Transformer):
         """
         dim = 0 if self.batch_first else 1
         if src.dim() == 3 and src.shape[dim] != tgt.shape[dim]:
-            raise BadArgument(f"tgt: expected batch {src.shape[dim]} as src, got shape {tuple(tgt.shape)}")
+            raise BadArgument(f"tgt: expected batch {src.shape[dim]} like src, got shape {tuple(tgt.shape)}")
         for name, x in (("src", src), ("tgt", tgt)):
             if x.shape[-1] != self.d_model:
                 raise BadArgument(f"{name}: expected [..., {self.d_model}], got shape {tuple(x.shape)}")

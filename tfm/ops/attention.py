@@ -139,9 +139,9 @@ def attention(
     check_heads(query, key, value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[0] != batch:
-            raise BadArgument(f"{name}: expected batch {batch} as query, got {tensor.shape[0]}")
+            raise BadArgument(f"{name}: expected batch {batch} like query, got {tensor.shape[0]}")
     if value.shape[2] != keys:
-        raise BadArgument(f"value: expected length {keys} as key, got {value.shape[2]}")
+        raise BadArgument(f"value: expected length {keys} like key, got {value.shape[2]}")
     if attn_mask is not None:
         check_mask(attn_mask, (batch, heads, queries, keys))
     check_vector("key_lengths", key_lengths, batch)
@@ -257,7 +257,7 @@ def varlen_attention(
             raise BadArgument(f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
     check_heads(query, key, value)
     if value.shape[0] != key.shape[0]:
-        raise BadArgument(f"value: expected {key.shape[0]} rows as key, got {value.shape[0]}")
+        raise BadArgument(f"value: expected {key.shape[0]} rows like key, got {value.shape[0]}")
     check_same_device(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, sinks=sinks)
     check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
     check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)

@@ -24,11 +24,11 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_floating(query=query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
-            raise BadArgument(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+            raise BadArgument(f"{name}: expected {query.dtype} like query, got {tensor.dtype}")
     if key.shape[-1] != query.shape[-1]:
-        raise BadArgument(f"key: expected dim {query.shape[-1]} as query, got {key.shape[-1]}")
+        raise BadArgument(f"key: expected dim {query.shape[-1]} like query, got {key.shape[-1]}")
     if value.shape[1] != key.shape[1]:
-        raise BadArgument(f"value: expected {key.shape[1]} heads as key, got {value.shape[1]}")
+        raise BadArgument(f"value: expected {key.shape[1]} heads like key, got {value.shape[1]}")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise BadArgument(f"query: expected a multiple of key's {key.shape[1]} heads, got {query.shape[1]}")
 

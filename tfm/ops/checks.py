@@ -44,7 +44,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
     first_name, first = next(iter(given.items()))
     for name, device in given.items():
         if device != first:
-            raise BadArgument(f"{name}: expected a tensor on {first} as {first_name}, got one on {device}")
+            raise BadArgument(f"{name}: expected a tensor on {first} like {first_name}, got one on {device}")
 
 
 def check_floating(**tensors: Tensor | None) -> None:

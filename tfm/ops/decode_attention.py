@@ -64,7 +64,8 @@ def decode_attention(
     """
     if key is None or value is None:
         if key is not value:
-            raise BadArgument(f"value: expected {'one' if value is None else 'none'} as key, got {_shape(value)}")
+            wanted = "one, as key is given" if value is None else "none, as key is None"
+            raise BadArgument(f"value: expected {wanted}, got {_shape(value)}")
         (query,) = under_autocast(query)
     else:
         query, key, value = under_autocast(query, key, value)
@@ -94,11 +95,11 @@ def _check(
         if not tensor.is_floating_point():
             raise BadArgument(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
-            raise BadArgument(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+            raise BadArgument(f"{name}: expected {query.dtype} like query, got {tensor.dtype}")
         if differentiates and tensor.requires_grad:
             raise BadArgument(f"{name}: expected a tensor without gradient, or torch.no_grad(), got one that needs it")
         if tensor.device != query.device:
-            raise BadArgument(f"{name}: expected a tensor on {query.device} as query, got one on {tensor.device}")
+            raise BadArgument(f"{name}: expected a tensor on {query.device} like query, got one on {tensor.device}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.dim() != 4:
             raise BadArgument(f"{name}: expected [rows, capacity, heads, dim], got shape {tuple(cache.shape)}")
@@ -123,7 +124,7 @@ def _check(
         if numbers is not None and numbers.dtype != torch.int32:
             raise BadArgument(f"{name}: expected int32, got {numbers.dtype}")
         if numbers is not None and numbers.device != query.device:
-            raise BadArgument(f"{name}: expected a tensor on {query.device} as query, got one on {numbers.device}")
+            raise BadArgument(f"{name}: expected a tensor on {query.device} like query, got one on {numbers.device}")
 
 
 def _shape(x: Tensor | None) -> str:

@@ -67,7 +67,7 @@ def embedding(
         raise BadArgument(f"position_weight: expected [positions, {weight.shape[1]}], got shape {came}")
     if not broadcasts(positions.shape, tokens.shape):
         came = tuple(positions.shape)
-        raise BadArgument(f"positions: expected a shape that broadcasts to {tuple(tokens.shape)} as tokens, got {came}")
+        raise BadArgument(f"positions: expected a shape that broadcasts to tokens' {tuple(tokens.shape)}, got {came}")
     vocabulary = weight.shape[0]
     if padding_idx is not None and not -vocabulary <= padding_idx < vocabulary:
         raise AssertedArgument(f"padding_idx: expected one of the {vocabulary} tokens, got {padding_idx}")

@@ -111,7 +111,7 @@ def gated_feed_forward(
     else:
         _check_matrix("up_weight", up_weight, x.shape[-1])
         if up_weight.shape[0] != rows:
-            raise BadArgument(f"up_weight: expected {rows} rows as gate_weight, got {up_weight.shape[0]}")
+            raise BadArgument(f"up_weight: expected {rows} rows like gate_weight, got {up_weight.shape[0]}")
     _check_matrix("down_weight", down_weight, rows)
     check_same_device(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
     _check_activation(activation)

@@ -226,7 +226,7 @@ def check_norm(x: Tensor, out_dtype: torch.dtype | None, **parameters: Tensor | 
 def check_residual(x: Tensor, residual: Tensor) -> None:
     """Checks that `residual` fits `x`."""
     if residual.shape != x.shape:
-        raise BadArgument(f"residual: expected shape {tuple(x.shape)} as x, got {tuple(residual.shape)}")
+        raise BadArgument(f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}")
     check_floating(residual=residual)
     check_same_device(x=x, residual=residual)
 

@@ -156,7 +156,7 @@ def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
     check_same_device(**{name: x}, cos=cos, sin=sin, positions=positions)
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise BadArgument(
-            f"sin: expected {cos.dtype} of shape {tuple(cos.shape)} as cos, got {sin.dtype} of {tuple(sin.shape)}"
+            f"sin: expected {cos.dtype} of shape {tuple(cos.shape)} like cos, got {sin.dtype} of {tuple(sin.shape)}"
         )
     if cos.requires_grad or sin.requires_grad:
         raise BadArgument("cos, sin: expected tables without gradient, got one that requires it: detach it")

@@ -166,7 +166,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
     if not run.model.is_file():
         raise UserError(f"{run.folder}: no checkpoint yet, model.safetensors is missing")
     weights, _ = load_tensors(run.model)
-    # Before anything of the size that config.json asks for is allocated.
+    # Checked before anything of the size that config.json asks for is allocated.
     check_tensors(run.model, weights, layout(config).state_dict())
     model = Transformer(config)
     model.load_state_dict(weights)
@@ -231,7 +231,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: truncated or damaged (not a file)")
     try:
-        # By its descriptor: safetensors takes no path that is not UTF-8.
+        # Opened by its descriptor: safetensors takes no path that is not UTF-8.
         with path.open("rb") as file, safe_open(f"/dev/fd/{file.fileno()}", framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping

@@ -12,9 +12,9 @@ from tfm.ops.feed_forward import ACTIVATIONS
 
 SCHEDULES = ("inverse_sqrt", "linear")
 
-# How pydantic reads these classes from a file: no value is made to fit, and no field is ignored.
+# pydantic's settings for these classes: no value is made to fit, and no field is ignored.
 AS_WRITTEN = {"extra": "forbid", "strict": True}
-# Counts beyond these are slips of the hand: no such model fits any memory, and no such run ends.
+# Larger counts are typing errors: no such model fits any memory, and no such run ends.
 LARGEST = {"vocab_size": 2**24, "dim": 2**16, "ffn_dim": 2**20, "encoder_layers": 1000, "decoder_layers": 1000}
 LARGEST_COUNT = 2**31 - 1
 

@@ -32,7 +32,7 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        # Of tfm itself it is a fault of ours, and another extra has spoken already.
+        # A missing module of tfm itself is our fault; a MissingExtra from another extra says enough already.
         if isinstance(error, MissingExtra) or error.name is None or error.name.partition(".")[0] == "tfm":
             raise
         message = f"{error.name} is not installed: pip install 'tfm[{name}]' brings it ('.[{name}]' in a checkout)"

@@ -41,7 +41,7 @@ class Writing:
     longest: float
 
 
-# sacrebleu's names.
+# The names of sacrebleu's tokenizers.
 TOKENIZERS = (
     "13a", "none", "intl", "char", "zh", "ja-mecab", "ko-mecab", "spm", "flores101", "flores200", "spBLEU-1K",
 )  # fmt: skip
@@ -51,7 +51,7 @@ HANGUL, INDOCHINA = frozenset({"HANGUL"}), frozenset({"THAI", "LAO", "KHMER", "M
 WRITINGS = (
     Writing("Japanese", KANA | HAN, KANA, "ja-mecab", longest=4.0),
     Writing("Chinese", HAN, HAN, "zh", longest=4.0),
-    # Spaces part its phrases: particles are written onto words.
+    # Its spaces separate phrases: particles are attached to words.
     Writing("Korean", HANGUL, HANGUL, "ko-mecab", longest=2.0),
     Writing("Thai, Lao, Khmer, Burmese or Tibetan", INDOCHINA, INDOCHINA, "flores200", longest=8.0),
 )
@@ -116,7 +116,7 @@ def _composed(lines: list[str]) -> list[str]:
 def _bleu(tokenize: str, lowercase: bool) -> sacrebleu.BLEU:
     try:
         return sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, force=True)
-    # A tokenizer of its own package, or one that an older sacrebleu does not know, or a model that cannot be fetched.
+    # A tokenizer may need a package of its own, a newer sacrebleu, or a model that cannot be fetched.
     except (ImportError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"tokenize {tokenize}: sacrebleu {sacrebleu.__version__} cannot: {reason}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tfm.errors import UserError
 
-# What a writer that was killed leaves behind: nobody reads it.
+# The file that a killed writer leaves behind: nobody reads it.
 LEFT_BEHIND = ".tfm-*.part"
 
 

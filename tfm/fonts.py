@@ -13,7 +13,7 @@ with extra("translate"):
     from matplotlib import font_manager, rcParams
     from matplotlib.ft2font import FT2Font
 
-# It has a box for every character there is.
+# A font with a box for every character there is.
 LAST_RESORT = "Last Resort"
 # By the first word of Unicode's names of their characters: a font that has them, and its package in Debian.
 CJK, NOTO = ("Noto Sans CJK", "fonts-noto-cjk"), ("Noto Sans", "fonts-noto-core")

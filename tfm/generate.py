@@ -127,7 +127,7 @@ def beam_search(model: Transformer, sources: list[list[int]], search: Search) ->
     done = torch.zeros(len(sources), dtype=torch.bool, device=device)
     latest = torch.full((len(sources), beam), BOS, device=device)
     running, ended = (Hypotheses.none(len(sources), beam, device) for _ in range(2))
-    # What runs at first is one hypothesis, the empty one.
+    # At first there is one hypothesis, the empty one.
     running.scores[:, 0] = 0.0
     results: list[list[int]] = [[] for _ in sources]
     for length in range(1, max(limits) + 1):

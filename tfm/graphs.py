@@ -13,7 +13,7 @@ import torch
 
 from tfm.data import Batch
 
-# Each keeps some megabytes of launches; a shape that comes later is run kernel by kernel.
+# The most graphs that are kept, some megabytes of launches each; shapes that come later run kernel by kernel.
 MOST_GRAPHS = 128
 
 Replay = Callable[[], object]
@@ -39,7 +39,7 @@ class GraphedSteps:
         """Runs the step of `batch`, one way or the other; from pinned memory the host does not wait."""
         shape = batch.shape
         if shape not in self.graphs:
-            # The first one is run as it is: kernels are compiled and state is made, which no graph can hold.
+            # The first time it runs as it is: kernels are compiled and state is made, which no graph can hold.
             if self.capture is None or shape not in self.met or len(self.graphs) == MOST_GRAPHS:
                 self.met.add(shape)
                 self.step(batch.to(self.device, non_blocking=True))

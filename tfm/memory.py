@@ -27,7 +27,7 @@ def _of_machine() -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
-    # Without Linux's estimate: all there is.
+    # All there is, where Linux gives no estimate.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

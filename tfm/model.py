@@ -21,7 +21,7 @@ from tfm import ops
 from tfm.config import TransformerConfig
 from tfm.sequences import Layout, Ragged
 
-# Dropouts of one step share a seed; each is numbered, so that no two draw the same mask.
+# The dropouts of a step share a seed; each has a number of its own, so that no two draw the same mask.
 SITES_PER_LAYER = 8
 
 

@@ -20,7 +20,7 @@ with extra("translate"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-# Of more tokens every second, third, ... has its label.
+# With more tokens than this only every second, third, ... is labelled.
 MOST_LABELS = 40
 MOST_OF_A_SENTENCE = 200
 FORMATS = ("png", "pdf", "svg")

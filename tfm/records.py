@@ -91,7 +91,7 @@ class Trained(Logged):
 
 class Validated(Logged):
     loss: Loss
-    # sacrebleu's 100 may be a rounding more.
+    # sacrebleu's 100 may come out a rounding error higher.
     bleu: Annotated[float, Field(ge=0, le=101)]
 
 

@@ -123,7 +123,7 @@ class Layout(TensorRecord):
     @property
     def indices(self) -> RowIndices:
         """Indices between the two forms, found at first use, without reading from the device."""
-        # A graph computes what is the same once, and a transform's tensors end with it.
+        # A graph computes equal values once anyway, and a transform's tensors must not outlive it.
         if torch.compiler.is_compiling() or transforming():
             return self._find_indices()
         found: RowIndices | None = vars(self).get("_indices")
@@ -151,7 +151,7 @@ class Layout(TensorRecord):
         shape = (*self.shape[:2], *packed.shape[1:])
         if self.is_rectangular:
             return packed.reshape(shape)
-        # Transforms take no such Function.
+        # Transforms do not take such a Function.
         padded = _unpacked(packed, self.indices) if transforming() else _Unpack.apply(packed, self.indices)
         return padded.view(shape)
 

@@ -25,9 +25,9 @@ SPECIAL_TOKENS = ["⟨pad⟩", "⟨bos⟩", "⟨eos⟩"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(ALPHABET)
 
-# What str.split breaks at.
+# The characters that str.split breaks at.
 SPACES = "[\\t-\\r\\x1c- \\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}]+"
-# NFC, white space as one space, none at the end; one space at the front is the added one.
+# NFC, runs of white space as one space, none at the end; the space at the front is the added one.
 NORMALIZER = normalizers.Sequence(
     [normalizers.NFC(), normalizers.Replace(Regex(SPACES), " "), normalizers.Replace(Regex("(?<=[^ ]) \\z"), "")]
 )
@@ -53,7 +53,7 @@ class Tokenizer:
             self._tokenizer.normalizer = NORMALIZER
         self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._tokenizer.decoder = decoders.ByteLevel()
-        # The special tokens' own spelling, met in a text, is text.
+        # The spelling of a special token is plain text where a text contains it.
         self._tokenizer.encode_special_tokens = True
 
     @classmethod
@@ -137,7 +137,7 @@ class Tokenizer:
             special = [vocabulary.get(token) for token in SPECIAL_TOKENS] == [PAD, BOS, EOS]
             loaded = cls(models.BPE(vocab=vocabulary, merges=merges), normalizes=normalizer is not None)
             ours = normalizer in (None, json.loads(loaded._tokenizer.to_str())["normalizer"])
-        # tokenizers raises bare Exception.
+        # tokenizers raises a bare Exception.
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{path}: not a tokenizer file ({reason})") from None

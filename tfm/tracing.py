@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-# As torch has it for its own modules: the sizes that a trace asks about decide what is refused, not what is computed.
+# As in torch's own modules, the sizes that a trace asks about decide what is refused, not what is computed.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"tfm\.")
 
 

@@ -27,7 +27,7 @@ from tfm.state import State
 from tfm.tokenizer import Tokenizer
 
 SAMPLES = 3
-# What batches are filled up to multiples of, so that their shapes are few: tokens, sentences and the longest sentence.
+# Batches are filled up to multiples of these, so that their shapes are few: tokens, sentences and longest sentence.
 # A sixteenth of the budget costs 3 % of the tokens, and 64 graphs cover an epoch of Multi30k.
 ROWS, SENTENCES, LENGTH, BUDGET_PARTS = 64, 64, 16, 16
 DTYPES = ("float32", "bfloat16")
@@ -85,7 +85,7 @@ class Training:
             self.validation_pairs = encode_parallel(validation, tokenizer, model.config.max_length)
         self.device = model.embedding.device
         on_gpu = self.device.type == "cuda"
-        # A tensor, as a graph reads it anew at each replay.
+        # A tensor, since a graph reads it anew at each replay.
         self.learning_rate = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.Adam(
             model.parameters(), self.learning_rate, recipe.betas, recipe.adam_eps, fused=True, capturable=on_gpu
@@ -261,7 +261,7 @@ class Training:
         checkpoints = self.run.checkpoints()
         save_tensors(self.run.model, average(checkpoints[-self.options.keep :], weights), {"step": self.step})
         place = Place(self.step, self.epoch, self.batch, self.loss_steps)
-        # Last, so that a run that dies before resumes at the checkpoint before, and writes the files above again.
+        # Last, so that a run that dies earlier resumes at the previous checkpoint and writes the files above again.
         state.write(self.run.state, self.model, self.optimizer, self.loss_sum, place)
         for old in checkpoints[: -self.options.keep]:
             old.unlink()
@@ -289,7 +289,7 @@ class Training:
             raise UserError(f"{self.run.state}: batch {place.batch}: epoch {place.epoch} has fewer")
         newer = self.run.checkpoints(after=place.step)
         for path in self.run.checkpoints()[: -len(newer) or None]:
-            # Else the next save would find it, and there would be none.
+            # Otherwise only the next save would find that one is damaged, and could not write the average.
             check_tensors(path, load_tensors(path)[0], self.model.state_dict())
         found.restore(self.model, self.optimizer)
         self.loss_sum.copy_(found.tensors["loss_sum"])
@@ -298,7 +298,7 @@ class Training:
         self.updates.fill_(self.step)
         for path in newer:
             path.unlink()
-        # What was logged after the checkpoint will be logged again, and what was not validated then will be now.
+        # Records after the checkpoint will be logged again, and a validation that was missed then is made up for now.
         records = [record for record in records if record["step"] <= self.step]
         write_atomically(self.run.log, "".join(map(_line, records)).encode())
         self.validated_step = max((r["step"] for r in records if r["event"] == "validation"), default=0)

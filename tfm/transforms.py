@@ -79,7 +79,7 @@ def beyond_one_backward(*grads: Tensor | None) -> bool:
     # A backward runs with gradients enabled only under create_graph=True; a graph that is compiled has none of this.
     if torch.compiler.is_compiling():
         return False
-    # is_grads_batched=True has a vmap of its own.
+    # torch.autograd.grad(is_grads_batched=True) has a vmap of its own.
     batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
     return batched or torch.is_grad_enabled() or transforming()
 

@@ -22,7 +22,7 @@ class Format:
     error: str = ""
 
 
-# No text begins so: most of these are not UTF-8, and bzip2's name goes on with its magic number.
+# No text begins like this: most of these are not UTF-8, and bzip2's start goes on with its magic number.
 FORMATS = (
     Format("gzip", re.compile(rb"\x1f\x8b"), "gzip", "zlib:error"),
     Format("bzip2", re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)"), "bz2", "builtins:OSError"),
@@ -98,7 +98,7 @@ class _Checked(io.RawIOBase):
         try:
             data = self.stream.read(len(view))
         except (EOFError, OSError, self.error) as error:
-            # With a number it is the system's, of a disk that fails.
+            # An error with a number is the system's, such as a failing disk.
             if getattr(error, "errno", None) is not None:
                 raise
             raise UserError(f"{self.complaint} ({error})") from None

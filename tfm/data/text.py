@@ -13,7 +13,7 @@ from tfm import memory
 from tfm.data.compressed import opened
 from tfm.errors import UserError
 
-# Bytes without a line break that are no sentence any more: tokenizing takes hundreds of times their memory.
+# More bytes than this without a line break are no sentence: tokenizing takes hundreds of times their memory.
 LONGEST_LINE = 2**20
 PIECE = 2**24
 # A text is held as bytes, as characters and as lines at once.

@@ -15,15 +15,15 @@ import torch
 from tfm.native import cross_entropy, header, recipe
 from tfm.operators import define
 
-# Of the native operators, in torch.ops.
+# The namespace of the native operators in torch.ops.
 NAMESPACE = "tfm_native"
-# The variable that names the instruction set of the CPU kernels in use: avx2, avx512 or neon. Without it, the widest.
+# The environment variable that names the CPU kernels' instruction set: avx2, avx512 or neon. Unset, the widest is used.
 INSTRUCTION_SET = "TFM_INSTRUCTION_SET"
 
-# Why not on the CPU, and why not on a GPU, as far as the library alone decides; None until it has been loaded.
+# The reasons against the CPU and against a GPU, as far as the library alone decides; None until it has been loaded.
 _reasons: tuple[str, str] | None = None
 _of_gpu: dict[int, str] = {}
-# What Python defined of the library.
+# The parts of the library that Python defined, kept alive here.
 _kept: list[torch.library.Library] = []
 
 

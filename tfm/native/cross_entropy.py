@@ -30,7 +30,7 @@ ROWS = {4: 256, 2: 768}
 CHUNK_BYTES = 64 << 20
 # Fewer than one row in so many may be ignored and yet go through the products.
 FEW_IGNORED = 16
-# Below so many elements torch adds them up on one thread.
+# torch adds up fewer elements than this on one thread.
 SUMMED_AT_ONCE = 1 << 14
 
 
@@ -42,7 +42,7 @@ def logits_rows(rows: int, width: int, itemsize: int) -> int:
     return min(most, -(-even // 32) * 32)
 
 
-# What the names stand for is looked up at each call: the library may be loaded after this module.
+# The names are looked up at each call: the library may be loaded after this module.
 CHUNKS = Chunks(
     lambda call: torch.ops.tfm_native.cross_entropy_.default(*call), lambda *shape: logits_rows(*shape), padding=16
 )

@@ -1,6 +1,6 @@
 """The recipe of a build: every object with its flags, and the name that a build of exactly this goes by.
 
-Runs no compiler and imports no torch: all of it follows from the sources and what it is told.
+It runs no compiler and imports no torch: all of it follows from the sources and its arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import tfm
 
 SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
-# torch 2.11's stable ABI and Python 3.10's: one binary for all that are newer.
+# The stable ABIs of torch 2.11 and Python 3.10: one binary serves all newer versions.
 DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000")
 # No -ffast-math: NaN and infinity keep their meaning.
 HOST_FLAGS = (
@@ -36,9 +36,9 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"neon": ()},
 }  # fmt: skip
-# What chooses among them is compiled for every processor, once.
+# The code that chooses among them is compiled once, for every processor.
 WITHOUT_KERNELS = ("cpu/isa.cpp",)
-# Data-centre chips, and code that newer ones translate. Asked for where there is neither a list nor a GPU.
+# The chips of data centres, and PTX for newer ones: compiled for where there is neither a list nor a GPU.
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 FAMILIES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0a", "Blackwell": "10.0;12.0+PTX"}
 OLDEST = (8, 0)

@@ -21,7 +21,7 @@ from tfm.nn.packing import SequenceInput, check_same_batch, padded_mask
 
 SELF_WEIGHTS, SELF_RESIDUAL, CROSS_WEIGHTS, CROSS_RESIDUAL, HIDDEN, LAST_RESIDUAL = range(6)
 
-# Torch's classes as they are now: another library may put its own under their names.
+# torch's classes as they are at import: another library may put its own under their names later.
 ADOPTED = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: LayerNorm}
 FUSED_FUNCTIONS: dict[Callable[..., Tensor], str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 

@@ -32,7 +32,7 @@ def leaf(kind: M) -> M:
 
     kind.forward = recorded_or_run
     kind.__prepare_scriptable__ = _refuse_script
-    # What torch._dynamo.mark_static does, without that import.
+    # The same as torch._dynamo.mark_static, without importing it.
     kind._dynamo_marked_static = True
     kind.__init_subclass__ = classmethod(_unmarking(kind))
     return kind

@@ -56,7 +56,7 @@ class PaddedMask:
         site: int,
         return_weights: bool,
     ) -> Any:
-        # [B, S, H, D] or [S, B, H, D] to [B, H, S, D].
+        # From [B, S, H, D] or [S, B, H, D] to [B, H, S, D].
         query, key, value = (x.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3)) for x in (query, key, value))
         return ops.attention(
             query, key, value, self.attn_mask, dropout_p, self.is_causal,

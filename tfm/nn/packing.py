@@ -192,7 +192,7 @@ def plan_packing(
     readable = may_read(inputs[0].x)
     frozen = not any(given.padding_mask is not None and given.padding_mask.requires_grad for given in inputs)
     packing = packing and readable and frozen and any(given.is_ragged for given in inputs)
-    # Where padding is read anyway, a mask itself is looked at, not its hint.
+    # Where padding is read from the device anyway, the mask is read too, and its hint ignored.
     measured = packing and any(given.padding_mask is not None for given in inputs)
     questions = []
     looked = []
@@ -253,5 +253,5 @@ def _lengths(name: str, lengths: Lengths, batch: int, longest: int, device: torc
         raise ValueError(f"{name}: expected {batch} lengths, got {len(lengths)}")
     if not all(0 <= length <= longest for length in lengths):
         raise ValueError(f"{name}: expected lengths in [0, {longest}], got {list(lengths)}")
-    # From a list on the host, without waiting for the device.
+    # From a list on the host this does not wait for the device.
     return torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True), sum(lengths)

@@ -298,5 +298,5 @@ def _batch_first(stack: Any) -> bool:
 
 
 def _knows_activations(layers: Any) -> bool:
-    # Another callable may care for the shape it is given.
+    # Any other callable may depend on the shape it is given.
     return all(fused_activation(layer.activation) for layer in layers)

@@ -70,7 +70,7 @@ class Chunks:
         if width > classes:
             buffer[:, classes:] = 0.0
         bias, options = self.padded(call.linear_bias), call.options
-        # A backward may be called under autocast, and what is fp32 here must stay so.
+        # A backward may be called under autocast, yet fp32 must stay fp32 here.
         with without_autocast(input.device):
             for start in range(0, len(input), step):
                 part = slice(start, start + step)
@@ -83,7 +83,7 @@ class Chunks:
                 )  # fmt: skip
                 self.cross_entropy_(rows)
                 if d_weight is not None:
-                    # A gradient of 0 would not stop the NaN of an ignored row in the product.
+                    # A gradient of 0 would not keep the NaN of an ignored row out of the product.
                     counted = x if kept is None else torch.where(kept[part], x, 0.0)
                     _add_product(d_weight, logits.t(), counted, first=start == 0)
                 if d_bias is not None:
@@ -97,7 +97,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     if a.dtype == total.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     elif not a.is_cuda:
-        # Only cuBLAS has products of 16-bit matrices with fp32 results: a chunk's is rounded, their sum is not.
+        # Only cuBLAS multiplies 16-bit matrices into fp32: elsewhere a chunk's product is rounded, their sum is not.
         product = torch.mm(a, b)
         total.copy_(product) if first else total.add_(product)
     elif first:

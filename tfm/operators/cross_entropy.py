@@ -68,7 +68,7 @@ class LinearCrossEntropy(NamedTuple):
         """
         input = self.input
         if self.reduction == "none":
-            # Not len, which fixes a symbolic length.
+            # Not len(), which would fix a symbolic length.
             return _single(input.shape[:1], input), _single((0,), input), None, None, None
         loss = _single((), input)
         return loss, torch.empty_like(loss), *unscaled_gradients(input, self.linear_weight, self.needs)
@@ -158,7 +158,7 @@ class Loss(Differentiable):
             call = LinearCrossEntropyBackward(grad, *given, target, *rest, list(wanted))  # type: ignore[call-arg]
             return run(namespace, call)
         factor = grad * scale
-        # What is handed on as it is may become a parameter's gradient, and change: only where no backward follows.
+        # A saved gradient handed on as it is may become a parameter's, and change: only where no backward follows.
         is_done = _is_one(factor) and not torch._C._autograd._get_current_graph_task_keep_graph()
         return tuple(
             g if g is None or (is_done and g.dtype == x.dtype) else times(g, factor, x.dtype)
@@ -191,7 +191,7 @@ def _single(shape: Sequence[int], like: Tensor) -> Tensor:
 
 def times(unscaled: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `unscaled` times an fp32 scalar on the device, in fp32, rounded once to `dtype`. One launch."""
-    # As a vector of one the factor is not rounded to the narrower dtype first, as a scalar tensor would be.
+    # As a vector of one element the factor is not rounded to the narrower dtype first, as a scalar tensor would be.
     return torch.mul(unscaled, factor.view(1), out=torch.empty_like(unscaled, dtype=dtype))
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # The dtypes that csrc computes in on CPUs.
 CPU_FLOATS = (torch.float32, torch.bfloat16)
-# No limit to the columns.
+# Stands for no limit on the columns.
 MANY = 1 << 30
 
 # A number that torch.compile may keep symbolic.
@@ -37,7 +37,7 @@ Length = Annotated[int, "SymInt"]
 # A tensor that the operator writes into, and one that may be absent.
 Changed = Annotated[Tensor, "Tensor(!)"]
 MaybeChanged = Annotated[Tensor | None, "Tensor(!)?"]
-# As schemas write the types of fields.
+# The types of fields as schemas write them.
 KINDS = {
     Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str", torch.dtype: "ScalarType",
     list[bool]: "bool[]", type(None): "()",
@@ -118,7 +118,7 @@ def joined(name: str, *parts: Any) -> Any:
     return NamedTuple(name, [field for part in hints for field in part.items()])
 
 
-# The operators as torch calls them, by namespace and name: three look-ups are one.
+# The operators as torch calls them, by namespace and name: one look-up instead of three.
 _found: dict[tuple[str, str], Callable] = {}
 
 

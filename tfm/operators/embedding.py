@@ -119,7 +119,7 @@ class DifferentiableEmbedding(Differentiable):
             call = EmbeddingBackward(dy, tokens, seed, scale, dropout_p, site, rows, padding_idx, dtype, sparse)
             dweight, indices = run(namespace, call)
             if sparse:
-                # torch.sparse_coo_tensor(check_invariants=False) warns of itself in torch 2.11.
+                # In torch 2.11 sparse_coo_tensor(check_invariants=False) warns about itself.
                 dweight = torch.ops.aten._sparse_coo_tensor_unsafe(indices, dweight, (rows, dy.shape[-1]))
         if wanted[1]:
             rows, dtype = tables[1]

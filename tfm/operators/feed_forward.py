@@ -182,7 +182,7 @@ class FeedForward(Differentiable):
             LinearActivation(rows, weight, up_weight, b1, gated, activation, dropout_p, seed, site, save),
         )
         y = hidden @ w2.t() if b2 is None else torch.addmm(b2.to(x.dtype), hidden, w2.t())
-        # To autograd a view made in here could not be changed in place.
+        # Autograd would not let a view made in here be changed in place.
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], w2.shape[0]))
         saved = x, weight, up_weight, b1, w2, hidden if keeps_hidden(gated, activation) else pre, seed
         bias_dtypes = tuple(None if bias is None else bias.dtype for bias in (b1, b2))
@@ -195,7 +195,7 @@ class FeedForward(Differentiable):
         needs_x, needs_weight, needs_up, needs_b1, needs_w2, needs_b2 = wanted
         layer = gated, activation, dropout_p, seed, site
         dx = dweight = dup = db1 = dw2 = db2 = None
-        # The gradients have the dtypes of their operands, whatever autocast says of this moment.
+        # The gradients have the dtypes of their operands, whatever autocast says at this moment.
         with without_autocast(x.device):
             dy = grads[0].reshape(-1, w2.shape[0])
             hidden = kept if keeps_hidden(gated, activation) else None

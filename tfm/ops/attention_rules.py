@@ -15,7 +15,7 @@ from tfm.operators.declaration import CPU_FLOATS, FLOATS
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device, check_softcap, check_vector
 from tfm.transforms import is_readable
 
-# In which csrc reads masks and sinks.
+# The dtypes in which csrc reads masks and sinks.
 READABLE = {"cpu": CPU_FLOATS, "cuda": FLOATS}
 
 

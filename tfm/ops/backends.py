@@ -21,14 +21,14 @@ from tfm.transforms import transforming, wraps_tensors
 
 BACKENDS = ("reference", "triton", "native")
 
-# Each subject has its rows beside its operators. On GPUs csrc stands behind Triton, and serves where Triton is not,
-# until a record says where it is faster.
+# Each subject has its rows beside its operators. On GPUs csrc comes after Triton, and serves where Triton is missing,
+# until a record shows where it is faster.
 TABLE = ROWS
 
-# Once, here: Dynamo cannot trace it.
+# Loaded once, here: Dynamo cannot trace it.
 native.load()
 
-# Looked up once: it walks the path, and Dynamo of torch 2.11 breaks its graph there.
+# Looked up once: the search walks sys.path, and torch 2.11's Dynamo breaks its graph there.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # A plain module global: Dynamo guards on it, where a ContextVar would break the graph.
@@ -65,9 +65,9 @@ def choose(
 ) -> str:
     """Returns the backend that runs `operation` on tensors like `x`.
 
-    `reference_only`: what the caller asks for that no kernel does, in words; empty where kernels do all of it.
+    `reference_only`: the reason, in words, why no kernel does what the caller asks for; empty where kernels do.
     `others`: the dtypes of the other tensors, results included, where they may differ from `x`'s.
-    `native_unavailable`: as `reference_only`, of what csrc alone does not do.
+    `native_unavailable`: the reason why csrc does not do it, where only csrc does not.
 
     Raises:
         ValueError: `impl` is no backend, or one that cannot run here; the message says why.
@@ -100,7 +100,7 @@ def choose(
 
 def why_unavailable(row: Row, x: Tensor, others: tuple[torch.dtype | None, ...], automatic: bool) -> str:
     """Says why `row` cannot serve `x` beside the `others`; empty where it can."""
-    # Triton's kernels read the others in any dtype.
+    # Triton's kernels read the other tensors in any dtype.
     for dtype in (x.dtype, *others) if row.backend == "native" else (x.dtype,):
         if dtype is not None and dtype not in row.dtypes:
             return f"expected one of {', '.join(map(_dtype_name, row.dtypes))}, got {_dtype_name(dtype)}"

@@ -102,7 +102,7 @@ def linear_cross_entropy(
                 flat_input, linear_weight, flat, linear_bias, weight, reduction, options
             )
         else:
-            # Which gradients are needed is known where they are recorded.
+            # Only where gradients are recorded is it known which are needed.
             call = LinearCrossEntropy(flat_input, linear_weight, linear_bias, flat, reduction, *options, needs=[])
             (losses,) = apply(Loss, namespace_of(backend), call)
     return losses.view(rows) if reduction == "none" else losses

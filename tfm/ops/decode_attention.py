@@ -80,7 +80,7 @@ def decode_attention(
     return run(namespace_of(backend), call)
 
 
-# Messages are made where they are needed: a step of a small model is as short as a dozen of them.
+# Messages are formatted only where they are raised: a step of a small model takes no longer than a dozen of them.
 def _check(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, parents: Tensor | None,
     key: Tensor | None, value: Tensor | None,

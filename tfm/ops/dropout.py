@@ -30,7 +30,7 @@ def draw_seed(device: torch.device | str) -> Tensor:
     Ruled by `torch.manual_seed`; replayed by CUDA graphs, repeated by checkpoint recomputation.
     """
     device = torch.device(device)
-    # An operator without tensors is not asked which randomness vmap was given.
+    # torch does not ask an operator without tensors for the randomness that vmap was given.
     plainly = transforming() or exports_plainly()
     return _draw_seed(device) if plainly else torch.ops.tfm.draw_seed(device)
 

@@ -65,7 +65,7 @@ def feed_forward(
     with without_autocast(x.device):
         if backend == "reference":
             return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
-        # Weights take the dtype of x, as those of torch's autocast do; a bias is read in its own, or in fp32.
+        # Weights take the dtype of x, as under torch's autocast; a bias is read in its own dtype, or in fp32.
         w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
         b1 = b1 if b1 is None or b1.dtype == x.dtype else b1.float()
         call = Network(x, w1, None, b1, w2, b2, False, activation, dropout_p, drawn, site)

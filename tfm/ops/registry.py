@@ -42,6 +42,6 @@ def _kernel(item: Operator) -> Callable:
 _library = define(NAMESPACE, native=False)
 for _item in OPERATORS.values():
     if not _item.is_native_only:
-        # On CPU tensors in Triton's interpreter.
+        # CPU tensors are served by Triton's interpreter.
         for _device in ("CUDA", "CPU"):
             _library.impl(_item.name, _kernel(_item), _device)

@@ -36,7 +36,7 @@ def attention(
     allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
     bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     if allowed is not None:
-        # Causality alone leaves every query its first key. A compiled graph is for starts of either sign.
+        # Causality alone leaves every query its first key. A compiled graph must do for starts of either sign.
         starts_inside = isinstance(query_start, int) and not torch.compiler.is_compiling() and query_start >= 0
         every_query_attends = starts_inside and attn_mask is None and key_lengths is None and max(window_size) < 0
         query, key, value = _shield(query, key, value, allowed, every_query_attends)
@@ -115,7 +115,7 @@ def _attend(
     plain = (
         dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not (return_lse or return_weights)
     )
-    # torch's CPU kernel gives 0 and finite gradients for fully masked rows; others, where a trace may run, need not.
+    # torch's CPU kernel gives 0 and finite gradients for fully masked rows; others, on which a trace may run, need not.
     safe = (query.device.type == "cpu" and not tracing()) or allowed is None
     # Those kernels have no second derivatives and no tangents.
     if plain and safe and query.dtype != torch.float64 and not transforming():
@@ -193,7 +193,7 @@ def varlen_attention(
         for layout, x in ((query_layout, query), (key_layout, key), (key_layout, value))
     )
     # Keys at padding are 0, so they need a mask but no shield; behind a causal diagonal not even a mask, since queries
-    # at padding are left behind.
+    # at padding are dropped.
     diagonal = is_causal and same and isinstance(query_start, int) and query_start == 0
     key_lengths = None if key_layout.is_rectangular or diagonal else cu_seq_k.diff()
     allowed = allowed_keys(query, key, None, is_causal, query_start, window_size, key_lengths)

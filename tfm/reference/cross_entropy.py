@@ -117,7 +117,7 @@ def _share(losses: Tensor, target: Tensor, class_weight: Tensor | None, reductio
         divisor = kept.sum().to(losses.dtype)
     else:
         divisor = (class_weight[target.masked_fill(~kept, 0)] * kept).sum().to(losses.dtype)
-    # Nothing to average is no loss, and no gradient: 0, where torch has NaN.
+    # Without anything to average, loss and gradient are 0, where torch has NaN.
     return torch.where(divisor > 0, 1 / divisor, 0.0)
 
 
@@ -230,7 +230,7 @@ def _rows(logits: Tensor, q: _Target, options: Options, needs_grad: bool) -> tup
     if options.softcap is not None:
         logits = logits.div_(options.softcap).tanh_()
         slope = 1 - logits.square() if needs_grad else None
-        # Not in place: autograd keeps the tangent where it follows.
+        # Not in place: where autograd follows, it needs the tanh again.
         logits = logits * options.softcap
     log_p = logits.log_softmax(dim=-1)
     loss, mass = log_p.new_zeros(len(log_p)), q.mass

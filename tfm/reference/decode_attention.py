@@ -32,7 +32,7 @@ def decode_attention(
     keys, values = key_cache[:rows], value_cache[:rows]
     if parents is not None:
         place = torch.arange(capacity, device=query.device)
-        # Behind a row's length the table may hold anything.
+        # Beyond a row's length the table may hold anything.
         is_listed = place < (lengths if key is None else latest)[:, None]
         source = torch.where(is_listed, parents, 0 if key is None else own[:, None]) * capacity + place
         keys, values = (

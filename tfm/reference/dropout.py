@@ -33,7 +33,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tupl
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(ROUNDS):
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        # High words may carry dirt above bit 31 until the mask that precedes their next multiplication.
+        # High words may carry garbage above bit 31 until the mask that precedes their next multiplication.
         c0 = ((c1 ^ k0) ^ (product1 >> 32)) & WORD
         c2 = ((c3 ^ k1) ^ (product0 >> 32)) & WORD
         c1, c3 = product1, product0
@@ -83,7 +83,7 @@ def keep_mask(rows: Tensor, columns: int, groups: Tensor, p: float, seed: Tensor
         halves = pairs.view(torch.int16).flatten(-2)
         # At p = 1 the threshold lies outside int16.
         kept = halves >= threshold(p) - 32768 if threshold(p) < 65536 else torch.zeros_like(halves, dtype=torch.bool)
-    # And another for a slice that is all of its tensor.
+    # It also makes one for a slice that is all of its tensor.
     return kept.index_select(-1, torch.arange(columns, device=device)) if compiling else kept[..., :columns]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tfm.operators.declaration import Length, joined, operator
 
-# Farther than any key, and the sum of three such numbers still fits 32 bits: what start, left and right are at most.
+# The most that start, left and right may be: farther than any key, yet the sum of three such numbers fits 32 bits.
 FAR = 1 << 29
 
 
@@ -88,7 +88,7 @@ class Attention(NamedTuple):
         return self.query.shape[-1], self.value.shape[-1]
 
 
-# So many of its fields, the first, are tensors.
+# The number of its fields that are tensors; they come first.
 TENSORS = Attention._fields.index("max_q")
 
 
@@ -158,7 +158,7 @@ class AttentionBackwardJoined(JoinedArguments):
     def outputs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """Returns empty (dquery, joined [parts, *key.shape], dbias, dsinks); with 3 parts dquery is in `joined`."""
         key = self.key
-        # As key's tokens lie in memory, in each of them the parts side by side.
+        # Tokens lie as key's do in memory, the parts side by side in each.
         tokens = sorted(range(0, key.dim() - 1, 2), key=lambda dim: (key.stride(dim), -dim), reverse=True)
         joined = key.new_empty([key.shape[dim] for dim in tokens] + [self.parts, key.shape[1], key.shape[-1]])
         places = [tokens.index(dim) if dim in tokens else len(tokens) + 1 for dim in range(key.dim() - 1)]
@@ -204,7 +204,7 @@ def rows_like(x: Tensor, columns: int) -> Tensor:
     So a [B, S, H, D] projection seen as [B, H, S, D] has an output whose heads lie side by side again.
     """
     order = sorted(range(x.dim() - 1), key=lambda dim: (x.stride(dim), -dim), reverse=True)
-    # No view of another tensor, which autograd would not let anyone change in place.
+    # It is no view of another tensor: autograd would not let anyone change that in place.
     return torch.empty_permuted((*x.shape[:-1], columns), (*order, x.dim() - 1), dtype=x.dtype, device=x.device)
 
 

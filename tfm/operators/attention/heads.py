@@ -45,7 +45,7 @@ def joined_parts(heads: tuple[Tensor, ...], wanted: list[bool]) -> int:
     """Returns how many of query, key and value lie side by side, with gradients wanted: 3, 2 (key and value) or 0."""
     if torch.compiler.is_compiling() or heads[0].device.type != "cpu" or not (wanted[1] and wanted[2]):
         return 0
-    # [B, H, S, D] to [B, S, H, D].
+    # From [B, H, S, D] to [B, S, H, D].
     views = tuple(x.transpose(1, 2) if x.dim() == 4 else x for x in heads)
     if wanted[0] and are_side_by_side(views):
         return 3

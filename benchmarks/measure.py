@@ -40,7 +40,7 @@ CALLS_IN_GRAPH = 8  # at least: the launch of a graph itself takes as long as a 
 
 
 class Unavailable(Exception):
-    """Says why a peer does not exist here."""
+    """The reason why a peer does not exist here."""
 
 
 def measure(benchmark: Any, case: Case) -> None:

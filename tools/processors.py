@@ -66,7 +66,7 @@ STARTS_PROCESSES = {"subprocess", "small_run"}
 
 
 def computing(folder: Path = TESTS) -> list[Path]:
-    """The files of tests whose results are the processor's: they or a helper of theirs compare tensors.
+    """Returns the files of tests whose results are the processor's: they or a helper of theirs compare tensors.
 
     Those that start processes are of commands, packages and builds, which are the same everywhere.
     """
@@ -82,14 +82,14 @@ def computing(folder: Path = TESTS) -> list[Path]:
 
 
 def environment(setting: Setting | None) -> dict[str, str]:
-    """What a process is given: this setting alone."""
+    """Returns the environment of a process, with this setting alone."""
     variables = {other.variable for other in SETTINGS}
     given = {name: value for name, value in os.environ.items() if name not in variables}
     return given | ({setting.variable: setting.value} if setting else {})
 
 
 def instructions(setting: Setting | None) -> dict[str, str]:
-    """What torch, oneDNN and tfm say they use."""
+    """Returns the instructions that torch, oneDNN and tfm say they use."""
     command = [sys.executable, "-c", PROBE]
     said = subprocess.run(
         command, cwd=ROOT, env=environment(setting), stdout=subprocess.PIPE, text=True, check=True
@@ -99,14 +99,14 @@ def instructions(setting: Setting | None) -> dict[str, str]:
 
 
 def has(plain: Mapping[str, str], capability: str) -> bool:
-    """Whether a processor that uses `plain` by itself has these instructions, too."""
+    """Tells whether a processor that uses `plain` by itself has these instructions, too."""
     known = CAPABILITIES.index(plain["torch"]) if plain["torch"] in CAPABILITIES else 0
     return CAPABILITIES.index(capability) <= known
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the tests went, or why they did not run."""
+    """The result of the tests, or the reason why they did not run."""
 
     note: str
     passed: int = 0
@@ -142,7 +142,7 @@ def run(setting: Setting, plain: Mapping[str, str], pytest: Sequence[str]) -> Ou
 
 
 def counts(report: Path) -> tuple[int, int]:
-    """Tests that passed, and tests and files that did not."""
+    """Counts tests that passed, and tests and files that did not."""
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
     total, skipped, *wrong = (int(suite.get(name, 0)) for name in ("tests", "skipped", "failures", "errors"))
     return total - skipped - sum(wrong), sum(wrong)

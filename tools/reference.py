@@ -1,4 +1,4 @@
-"""A hook of MkDocs: pages of docs/reference/ name what is public, and this finds where each name is defined.
+"""A hook of MkDocs: finds where each public name on the pages of docs/reference/ is defined.
 
 A page says `::: tfm.ops.attention`; what is documented is the object that this name has once tfm is imported, so that a
 definition may move from file to file. `::: tfm.ops.*` stands for what is public there and not named on the page.

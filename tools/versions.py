@@ -1,4 +1,4 @@
-"""The tests and check-kernels under each torch and triton that tfm supports: `make versions`.
+"""Runs the tests and check-kernels under each torch and triton that tfm supports: `make versions`.
 
     python -m tools.versions [--only torch-2.12,triton-3.9] [--parts tests,kernels] [--again] [--out FILE]
 
@@ -82,14 +82,14 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Part:
-    """What is run of a pair: a target of the Makefile, and how its last lines are read; None where they are missing."""
+    """A target of the Makefile that is run of a pair, and how its last lines are read; None where they are missing."""
 
     target: str
     read: Callable[[str], dict[str, Any] | None]
 
 
 def read_tests(output: str) -> dict[str, Any] | None:
-    """pytest's summary: how many passed, failed and were skipped, and which failed."""
+    """Returns pytest's summary: how many passed, failed and were skipped, and which failed."""
     summaries = SUMMARY.findall(output)
     if not summaries:
         return None
@@ -100,7 +100,7 @@ def read_tests(output: str) -> dict[str, Any] | None:
 
 
 def read_kernels(output: str) -> dict[str, Any] | None:
-    """check-kernels' summary: how many compilations, how many faults, and which."""
+    """Returns check-kernels' summary: how many compilations, how many faults, and which."""
     found = COMPILED.search(output)
     if found is None:
         return None
@@ -149,7 +149,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def make_environment(pair: Pair) -> Path:
-    """The folder of a virtual environment that holds the pair and whatever the tests need, with this tree in it.
+    """Makes a virtual environment that holds the pair and whatever the tests need, with this tree in it.
 
     Raises:
         CalledProcessError: what was to be installed could not be.
@@ -181,7 +181,7 @@ def make_environment(pair: Pair) -> Path:
 
 
 def pins(constraints: str, pair: Pair) -> str:
-    """constraints.txt with the pair in place of its torch and triton, and without what torch itself pins."""
+    """Returns constraints.txt with the pair in place of its torch and triton, and without what torch itself pins."""
     replaced = {*UNPINNED, *map(_package, pair.beside)}
     lines = [line for line in constraints.splitlines() if _package(line) not in replaced]
     return "\n".join([*lines, *pair.pinned]) + "\n"
@@ -211,43 +211,43 @@ def run_part(part: Part, environment: Path) -> dict[str, Any]:
 
 
 def is_current(done: Mapping[str, Any] | None) -> bool:
-    """Whether a part's record is of the sources that are here."""
+    """Tells whether a part's record is of the sources that are here."""
     return done is not None and not done["uncommitted_changes"] and not has_changed(done["commit"])
 
 
 def has_changed(commit: str | None) -> bool:
-    """Whether what the parts rest upon differs here from what it was in that commit, or may."""
+    """Tells whether what the parts rest upon differs here from what it was in that commit, or may."""
     command = ["git", "diff", "--quiet", str(commit), "--", *SOURCES]
     return subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, check=False).returncode != 0
 
 
 def faults(done: Mapping[str, Any] | None) -> Sequence[str]:
-    """What a part found, a line each."""
+    """Lists what a part found, a line each."""
     if done is None:
         return ["not run"]
     return [done["ended"]] if "ended" in done else done["failures"]
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The record's rows, by the names of their pairs."""
+    """Returns the record's rows, by the names of their pairs."""
     stored = json.loads(path.read_text())["rows"] if path.exists() else []
     return {Pair(row["torch"], row["triton"]).name: row for row in stored}
 
 
 def write_rows(path: Path, rows: Mapping[str, dict[str, Any]]) -> None:
-    """The whole record anew, dated by what was run last."""
+    """Writes the whole record anew, dated by what was run last."""
     stored = list(in_order(rows).values())
     dates = [row[name]["date"] for row in stored for name in PARTS if name in row]
     record.write(path, {"benchmark": "versions", "environment": {"date": max(dates)}, "rows": stored})
 
 
 def in_order(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of PAIRS that have something to tell, in their order."""
+    """Returns those of PAIRS that have something to tell, in their order."""
     return {pair.name: rows[pair.name] for pair in PAIRS if rows.get(pair.name)}
 
 
 def cache() -> Path:
-    """Where the environments are kept."""
+    """Returns the folder where the environments are kept."""
     return Path(os.environ.get("TFM_VERSIONS") or recipe.cache().parent / "versions")
 
 
@@ -256,7 +256,7 @@ def _package(requirement: str) -> str:
 
 
 def _without_make(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what a make hands to those it calls: this one is called anew."""
+    """Removes what a make hands to those it calls: this one is called anew."""
     return {name: value for name, value in environment.items() if not re.fullmatch(r"M(AKE)?FLAGS|MAKE\w+", name)}
 
 

@@ -83,7 +83,7 @@ def main() -> int:
 
 
 class Table:
-    """A line for each chip, under the kernel's name, as the rows come."""
+    """The table of a run: a line for each chip under the kernel's name, as the rows come."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -99,7 +99,7 @@ class Table:
 
 
 def _mix(instructions: dict[str, int]) -> str:
-    """As "MUFU 8  LDG 4x128 2x16": tensor cores first."""
+    """Formats counts of instructions as "MUFU 8  LDG 4x128 2x16", tensor cores first."""
     counts = defaultdict(list)
     for opcode, count in sorted(instructions.items(), key=lambda item: "MMA" not in item[0]):
         name, _, bits = opcode.partition(".")

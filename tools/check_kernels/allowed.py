@@ -1,4 +1,4 @@
-"""What tools.check_kernels lets pass, each with its reason; what is no longer needed fails there too."""
+"""The faults that tools.check_kernels allows, each with its reason; one that is no longer needed fails there too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NEWER = ("ptxas-blackwell",)
 
 @dataclass(frozen=True)
 class Allowed:
-    """Each of these kernels, by its case's name, has this fault on each of these chips.
+    """A fault that each of these kernels, by its case's name, may have on each of these chips.
 
     `fault` is a key of tools.check_kernels.compiled.Compiled.faults: "error", "spill", "shared", "tensor", "barrier",
     "serialised" or "hazard"; by each of these `assemblers` that makes the chip's kernels, nvcc those of csrc. Where not
@@ -28,7 +28,7 @@ class Allowed:
     until: tuple[int, int] | None = None
 
     def is_for(self, triton: str) -> bool:
-        """Whether it concerns what this version of triton makes, "3.7.1"."""
+        """Tells whether it is about kernels as this version of triton makes them, "3.7.1"."""
         version = tuple(map(int, triton.split(".")[:2]))
         return self.since <= version and (self.until is None or version <= self.until)
 

@@ -47,7 +47,7 @@ class Assembled:
 
 @cache
 def found() -> dict[str, Assembler]:
-    """Those of NAMES that this triton has, by name."""
+    """Returns those of NAMES that this triton has, by name."""
     from triton import knobs
 
     tools = {}
@@ -61,14 +61,14 @@ def found() -> dict[str, Assembler]:
 
 
 def missing() -> list[str]:
-    """A line for each of NAMES that this triton lacks."""
+    """Returns a line for each of NAMES that this triton lacks."""
     import triton
 
     return [f"triton {triton.__version__} has no {name}: not checked with it" for name in NAMES if name not in found()]
 
 
 def own(capability: int) -> Assembler:
-    """The one that Triton takes for this chip."""
+    """Returns the assembler that Triton takes for this chip."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     tool = get_ptxas(capability)
@@ -76,14 +76,14 @@ def own(capability: int) -> Assembler:
 
 
 def of(capability: int, every: bool) -> list[Assembler]:
-    """Triton's own for this chip first; with `every` the others that may make its kernels, too."""
+    """Returns Triton's own for this chip first; with `every` the others that may make its kernels, too."""
     first = own(capability)
     return [first, *(other for other in found().values() if every and capability in BY_EVERY and other != first)]
 
 
 @contextmanager
 def heard(assembler: Assembler | None = None) -> Iterator[io.StringIO]:
-    """What the assembler says to whatever is compiled meanwhile; by this assembler instead of Triton's own."""
+    """Yields what the assembler says to whatever is compiled meanwhile; by this assembler instead of Triton's own."""
     from triton import knobs
 
     with knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as said:
@@ -94,7 +94,7 @@ def heard(assembler: Assembler | None = None) -> Iterator[io.StringIO]:
 
 
 def assemble(ptx: str, assembler: Assembler, capability: int, options: dict[str, Any]) -> Assembled:
-    """As Triton's backend would with this assembler: its flags, and the kernel's `options`.
+    """Assembles as Triton's backend would with this assembler: its flags, and the kernel's `options`.
 
     Raises:
         PTXASError: it does not take this PTX.
@@ -112,7 +112,7 @@ def assemble(ptx: str, assembler: Assembler, capability: int, options: dict[str,
 
 
 def what_it_said(log: str) -> tuple[int, int, str]:
-    """Registers, bytes of stack, and why it serialised asynchronous products; "" where it did not.
+    """Returns registers, bytes of stack, and why it serialised asynchronous products; "" where it did not.
 
     Raises:
         RuntimeError: the log is another's.

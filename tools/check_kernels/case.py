@@ -50,18 +50,18 @@ class Case:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """Of its tensors, each once."""
+        """The types of its tensors, each once."""
         texts = {argument for argument in self._fields if isinstance(argument, str)}
         return tuple(sorted(text for text in texts if text.startswith(("*", "tensordesc"))))
 
     @property
     def given(self) -> int:
-        """How many arguments are not absent."""
+        """The number of arguments that are not absent."""
         return sum(argument is not None for argument in self._fields)
 
     @property
     def _fields(self) -> Iterator[Any]:
-        """The arguments, of tuples their fields."""
+        """The arguments; of tuples their fields."""
         for argument in self.arguments.values():
             yield from argument if isinstance(argument, tuple) else (argument,)
 
@@ -71,7 +71,7 @@ FIRST = 90
 
 
 def telling(cases: Sequence[Case]) -> list[tuple[int, ...] | None]:
-    """The chips that each case is compiled for where not every one is; None for all of its own.
+    """Returns the chips that each case is compiled for where not every one is; None for all of its own.
 
     fp16 has bf16's settings and, but for a few, its registers: one of the two. What other chips share with FIRST is
     compiled there, and for them only the hungriest of each kernel and dtype: of the most arguments, the last, which is
@@ -106,7 +106,7 @@ def _group(case: Case) -> tuple[object, ...]:
 
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:
-    """The cases, those that are one but for their chips as one for the chips of all.
+    """Yields the cases, with those that differ only in their chips as one for all of these.
 
     Raises:
         ValueError: two that differ in more than chips and warps have one name.

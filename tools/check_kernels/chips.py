@@ -1,4 +1,4 @@
-"""What a multiprocessor of each compute capability holds, and how many blocks of a kernel fit on it at once.
+"""The limits of a multiprocessor of each compute capability, and how many blocks of a kernel fit on it at once.
 
 CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; how registers and shared memory are
 dealt out is from the occupancy calculator that came with CUDA 11.
@@ -39,7 +39,7 @@ CHIPS = {
 
 
 def resident_blocks(capability: int, num_warps: int, registers: int, shared: int) -> int:
-    """Blocks of `num_warps` warps that a multiprocessor holds at once; 0 where not even one fits.
+    """Returns how many blocks of `num_warps` warps a multiprocessor holds at once; 0 where not even one fits.
 
     Args:
         capability: of CHIPS.

@@ -41,7 +41,7 @@ OF_ASSEMBLERS = ("error", "spill", "serialised", "hazard")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes on one chip: registers and bytes of stack a thread, bytes of shared memory a block.
+    """The resources of one kernel on one chip: registers and bytes of stack a thread, bytes of shared memory a block.
 
     By one `assembler`, as it prints itself; "" where the kernel came to none. `tensor_memory` counts columns;
     `instructions` are those that tools.check_kernels.sass counts, `serialised` and `hazards` as there, `rereads` what
@@ -76,7 +76,7 @@ class Compiled:
 
     @property
     def blocks(self) -> int:
-        """That a multiprocessor holds at once, estimated."""
+        """The estimated number of blocks that a multiprocessor holds at once."""
         if self.error:
             return 0
         return resident_blocks(self.capability, self.num_warps, self.registers, self.shared)
@@ -88,7 +88,7 @@ class Compiled:
 
     @property
     def faults(self) -> dict[str, str]:
-        """Why this kernel must not ship: the kind, as tools.check_kernels.allowed names it, and an explanation."""
+        """The reasons why this kernel must not ship: each kind, named as in tools.check_kernels.allowed, explained."""
         if self.error:
             return {"error": f"does not compile: {self.error}"}
         found = {}
@@ -111,7 +111,7 @@ class Compiled:
         return found
 
     def record(self) -> dict[str, Any]:
-        """The row as JSON holds it."""
+        """Returns the row as JSON holds it."""
         estimates = {"blocks": self.blocks, "occupancy": self.occupancy}
         return asdict(self) | estimates | {"faults": self.faults}
 
@@ -164,7 +164,7 @@ def compile_all(
 
 
 def _in_order(jobs: Sequence[Job], workers: int, pool: ProcessPoolExecutor) -> Iterator[list[Compiled]]:
-    """Each job's rows; a compiler that takes its process down with it is one row, not the end of the run."""
+    """Yields each job's rows; a compiler that takes its process down with it is one row, not the end of the run."""
     done = 0
     futures = [pool.submit(_compile_job, *job) for job in jobs]
     try:
@@ -192,7 +192,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Without Triton's interpreter: the processes started here import triton anew, and read the variable then."""
+    """Switches Triton's interpreter off: the processes started here import triton anew, and read the variable then."""
     interpreting = os.environ.pop("TRITON_INTERPRET", None)
     try:
         yield
@@ -203,7 +203,7 @@ def _compiling() -> Iterator[None]:
 
 @cache
 def cases_of(module: str, every: bool) -> list[Case]:
-    """The cases that `module` lists; imported late, so that only workers import triton."""
+    """Lists the cases of `module`; imported late, so that only workers import triton."""
     return [case for family in importlib.import_module(module).ALL for case in family(every)]
 
 
@@ -237,7 +237,7 @@ def compile_case(case: Case, capability: int, by_every: bool = True) -> Iterator
     aligned: dict[tuple[int, ...], Any] = {}
 
     def kind(argument: Any, place: tuple[int, ...], is_constant: bool) -> Any:
-        """The type of an argument, as Triton's signatures write it, of a tuple those of its fields."""
+        """Returns an argument's type, as Triton's signatures write it; of a tuple those of its fields."""
         if isinstance(argument, tuple) and not is_constant:
             kinds = [kind(field, (*place, i), False) for i, field in enumerate(argument)]
             return type(argument)(*kinds) if hasattr(argument, "_fields") else tuple(kinds)
@@ -274,7 +274,7 @@ def compile_case(case: Case, capability: int, by_every: bool = True) -> Iterator
 def _machine_code(
     asm: Mapping[str, Any], assembler: Assembler, capability: int, options: dict[str, Any], said: str
 ) -> sass.MachineCode:
-    """What `assembler` makes of a kernel, kept in Triton's cache under all that decides it.
+    """Returns what `assembler` makes of a kernel, kept in Triton's cache under all that decides it.
 
     `said`: its words where it has just made the kernel; "" where it has not, or Triton had the kernel from its cache.
     """
@@ -297,5 +297,5 @@ def _machine_code(
 
 
 def _seconds() -> float:
-    """Of this process and of its children, the assemblers and the disassembler."""
+    """Returns the processor time of this process and of its children, the assemblers and the disassembler."""
     return sum(os.times()[:4])

@@ -1,4 +1,4 @@
-"""The cases that a launch function comes to: it runs on tensors without memory, and what it would launch is taken down.
+"""Cases from launch functions: each runs on tensors without memory, and what it would launch is recorded.
 
 Triton specialises on the same things here as at a launch: absent tensors and constants, numbers that are 1 and those
 that are multiples of 16, where the kernel does not forbid it. Addresses count as aligned.
@@ -29,25 +29,25 @@ MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}
 
 
 def chip(major: int) -> Chip:
-    """A chip of this generation for settings."""
+    """Returns a chip of this generation for settings."""
     return Chip(major, MULTIPROCESSORS[major])
 
 
 def meta(*shape: int, dtype: str = "bf16") -> Tensor:
-    """A tensor of this shape without memory; its dtype by Triton's name."""
+    """Returns a tensor of this shape without memory; its dtype by Triton's name."""
     types = {name: dtype for dtype, name in TYPES.items()}
     return torch.empty(shape, dtype=types[dtype], device="meta")
 
 
 class DescribingTape(Tape):
-    """Takes down what would be launched on a chip."""
+    """A tape that records what would be launched on a chip."""
 
     def __init__(self, on: Chip) -> None:
         self.on = on
         self.launches: list[tuple[JITFunction, dict[str, Any], dict[str, Any]]] = []
 
     def chip(self, device: torch.device) -> Chip:
-        """The chip that settings are for."""
+        """Returns the chip that settings are for."""
         return self.on
 
     def launch(self, kernel: Any, grid: tuple[int, ...], options: dict[str, Any], **arguments: Any) -> None:
@@ -59,7 +59,7 @@ def described(
     label: str, launch: Callable[..., Any], call: Any, on: Chip, *, matrix: Sequence[str] = (),
     capabilities: tuple[int, ...] | None = None, apart: tuple[str, ...] = (),
 ) -> Iterator[Case]:  # fmt: skip
-    """A case for each launch of `launch(tape, call)`, named by the kernel and `label`.
+    """Yields a case for each launch of `launch(tape, call)`, named by the kernel and `label`.
 
     Args:
         label: what the case's name has behind the kernel's.
@@ -87,14 +87,14 @@ def described(
 
 
 def _of_types(argument: Any) -> Any:
-    """An argument with the types of tensors for the tensors."""
+    """Returns an argument with the types of tensors in their place."""
     if isinstance(argument, tuple):
         return tuple(_of_types(field) for field in argument)
     return f"*{TYPES[argument.dtype]}" if isinstance(argument, Tensor) else argument
 
 
 def _written(parameter: Any, argument: Any) -> Any:
-    """An argument as Case writes it."""
+    """Returns an argument as Case writes it."""
     if parameter.is_constexpr or argument is None:
         return argument
     if isinstance(argument, tuple):
@@ -106,7 +106,7 @@ def _written(parameter: Any, argument: Any) -> Any:
 
 
 def _value(argument: Any, forgets: bool, aligns: bool) -> Any:
-    """A type, or a constant where Triton specialises on it: `forgets` says that it does not, `aligns` that it may."""
+    """Returns a type, or 1 where Triton specialises on it; `forgets` and `aligns` say on which numbers it does."""
     if argument is None:
         return None
     aligned = ":16" if aligns else ""

@@ -41,7 +41,7 @@ class Instruction:
 
     @property
     def name(self) -> str:
-        """Without what modifies it."""
+        """The opcode without its modifiers."""
         return self.opcode.partition(".")[0]
 
     @property
@@ -51,7 +51,7 @@ class Instruction:
 
     @property
     def goes_on(self) -> bool:
-        """Whether what stands behind it may come next."""
+        """True where the next instruction in the code may come next."""
         if self.name == "BRA":
             return not self.is_always or len(self.operands) > 1
         return self.name not in ("EXIT", "RET", "KILL") or not self.is_always
@@ -78,7 +78,7 @@ Pending = dict[tuple[int, bool], tuple[int, int]]
 
 
 def hazards(code: str) -> list[str]:
-    """The hazards in one kernel's disassembly, a line each, by address."""
+    """Lists the hazards in one kernel's disassembly, a line each, by address."""
     instructions, labels = _parsed(code)
     places = {0, *labels.values()}
     known: dict[int, Pending] = {}
@@ -102,7 +102,7 @@ def hazards(code: str) -> list[str]:
 
 
 def _step(instruction: Instruction, pending: Pending) -> Iterator[str]:
-    """What one instruction touches too early; `pending` is as it leaves it."""
+    """Yields what one instruction touches too early, and updates `pending`."""
     if instruction.name in ASYNCHRONOUS:
         sums, factor, *_ = instruction.operands
         wide = ".F32" in instruction.opcode or instruction.name == "IGMMA"
@@ -135,7 +135,7 @@ def _touched(
 
 
 def _joined(before: Pending | None, pending: Pending) -> Pending | None:
-    """Of two paths to one place, the worse for each register; None where the second adds nothing to the first."""
+    """Merges two paths at one place, the worse for each register; None where the second adds nothing to the first."""
     if before is None:
         return dict(pending)
     worse = {key: now for key, now in pending.items() if key not in before or now[0] < before[key][0]}
@@ -143,7 +143,7 @@ def _joined(before: Pending | None, pending: Pending) -> Pending | None:
 
 
 def _parsed(code: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions, and of each label which of them is the first behind it."""
+    """Returns the instructions, and for each label the number of the first one after it."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -161,7 +161,7 @@ def _registers(first: re.Match[str] | None, width: int) -> range:
 
 
 def _width(opcode: str) -> int:
-    """Registers of a result."""
+    """Returns the number of registers of a result."""
     name, *modifiers = opcode.split(".")
     if "128" in modifiers or name == "HMMA" or (name == "LDSM" and "4" in modifiers):
         return 4

@@ -36,7 +36,7 @@ LARGEST_BLOCK = 1024
 
 
 def usable() -> tuple[Path | None, str]:
-    """nvcc, or why there is nothing to compile."""
+    """Returns nvcc, or why there is nothing to compile."""
     csrc = recipe.sources()
     if csrc is None or not any(csrc.rglob("*.cu")):
         return None, "no sources"
@@ -44,7 +44,7 @@ def usable() -> tuple[Path | None, str]:
 
 
 def concerns(exception: Allowed) -> bool:
-    """Whether it is about kernels of csrc."""
+    """Tells whether an exception is about kernels of csrc."""
     return any(".cu " in name for name in exception.kernels)
 
 
@@ -56,7 +56,7 @@ def compile_all(
     report: Callable[[Compiled], Any] = lambda _: None,
     csrc: Path | None = None,
 ) -> list[Compiled]:
-    """A row for each kernel and chip; arguments as of tools.check_kernels.compiled.compile_all."""
+    """Returns a row for each kernel and chip; arguments as in tools.check_kernels.compiled.compile_all."""
     csrc = csrc or recipe.sources()
     assert csrc is not None
     version, rows = toolchain.version_of([str(nvcc)]), []
@@ -76,7 +76,7 @@ def compile_all(
 
 
 def _compile(nvcc: Path, version: str, csrc: Path, source: Path, capability: int) -> list[Compiled]:
-    """The kernels of one file on one chip, from the cache where nothing changed."""
+    """Returns the kernels of one file on one chip, from the cache where nothing changed."""
     headers = sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cuh"))
     read = b"".join(path.read_bytes() for path in (Path(__file__), source, *headers))
     columns = [field.name for field in fields(Compiled)]
@@ -135,14 +135,14 @@ def _label(csrc: Path, source: Path) -> str:
 
 
 def _with_dynamic_shared(listing: str) -> set[str]:
-    """The kernels of a PTX that use shared memory whose size the launch gives: `shared` and `blocks` leave it out."""
+    """Returns the kernels of a PTX whose launch gives the size of shared memory: `shared` and `blocks` leave it out."""
     names = re.findall(r"\.extern \.shared [^;]*?(\w+)\[\]", listing)
     _, *parts = re.split(r"\.entry (\w+)\(", listing)
     return {kernel for kernel, body in zip(parts[::2], parts[1::2], strict=True) if any(name in body for name in names)}
 
 
 def _readable(mangled: Sequence[str]) -> list[str]:
-    """Names as in the source: without namespaces, parameters and casts."""
+    """Returns names as in the source: without namespaces, parameters and casts."""
     if not mangled:
         return []
     done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)

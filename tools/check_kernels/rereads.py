@@ -42,7 +42,7 @@ class Event:
 
 
 def rereads(ttir: str, apart: Collection[str] = ()) -> list[str]:
-    """The arguments that are loaded from behind a store to them, on some path without a barrier; sorted.
+    """Returns the arguments that are loaded after a store to them, on some path without a barrier; sorted.
 
     `apart` names those whose loads never meet their stores, which the intermediate form cannot show.
     """

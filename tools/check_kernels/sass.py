@@ -1,4 +1,4 @@
-"""What a compiled kernel's machine code says of it, as the disassemblers of triton's wheel print it."""
+"""The machine code of a compiled kernel, as the disassemblers of triton's wheel print it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MachineCode:
 
 
 def read(assembled: Assembled) -> MachineCode:
-    """Of one kernel."""
+    """Reads the machine code of one kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -49,7 +49,7 @@ def read(assembled: Assembled) -> MachineCode:
 
 
 def disassemble(cubin: Path) -> dict[str, dict[str, int]]:
-    """`count_instructions` of each kernel in a file of several, by its mangled name."""
+    """Runs `count_instructions` on each kernel in a file of several, by its mangled name."""
     from triton import knobs
 
     code = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(cubin))
@@ -58,7 +58,7 @@ def disassemble(cubin: Path) -> dict[str, dict[str, int]]:
 
 
 def count_instructions(code: str) -> dict[str, int]:
-    """Tensor-core instructions (HMMA, HGMMA, UTCHMMA, ...) and those of BY_WIDTH and COUNTED, in a disassembly."""
+    """Counts tensor-core instructions (HMMA, HGMMA, UTCHMMA, ...) and those of BY_WIDTH and COUNTED."""
     counts: Counter[str] = Counter()
     for opcode in INSTRUCTION.findall(code):
         name, *modifiers = opcode.split(".")
@@ -70,7 +70,7 @@ def count_instructions(code: str) -> dict[str, int]:
 
 
 def _bits(modifiers: list[str]) -> int:
-    """Of an access: its modifier, as in LDG.E.64 or LDG.E.U16; 32 without one."""
+    """Returns the width of an access by its modifier, as in LDG.E.64 or LDG.E.U16; 32 without one."""
     widths = [int(found[1]) for found in map(re.compile(r"[US]?(8|16|64|128|256)").fullmatch, modifiers) if found]
     return widths[0] if widths else 32
 

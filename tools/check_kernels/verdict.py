@@ -11,7 +11,7 @@ from tools.check_kernels.compiled import OF_ASSEMBLERS, Compiled
 
 
 def by_assembler(rows: Sequence[Compiled]) -> list[str]:
-    """A line for each assembler: its kernels, and how many have which of its faults."""
+    """Returns a line for each assembler: its kernels, and how many have which of its faults."""
     lines = []
     for assembler in sorted({row.assembler for row in rows if row.assembler}):
         own = [row for row in rows if row.assembler == assembler]
@@ -26,7 +26,7 @@ def by_assembler(rows: Sequence[Compiled]) -> list[str]:
 
 
 def verdict(rows: Sequence[Compiled], allowed: Sequence[Allowed], whole: bool) -> list[str]:
-    """What must not ship, a line each: faults that are not allowed, and exceptions that are not needed.
+    """Returns what must not ship, a line each: faults that are not allowed, and exceptions that are not needed.
 
     `whole`: every case was compiled, so that an exception that no row takes is one for nothing. Exceptions for other
     versions of triton than the installed one, which compiled the rows, do not count.

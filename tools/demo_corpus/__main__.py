@@ -9,7 +9,7 @@ from tools.demo_corpus.sampling import draw
 
 
 def packed(pairs: list[Pair]) -> bytes:
-    """One line a pair: phenomenon, source and target, apart by tabs; gzip without a time or a name."""
+    """Writes one line a pair: phenomenon, source and target, separated by tabs; gzip without a time or a name."""
     lines = "".join(f"{pair.phenomenon}\t{pair.source}\t{pair.target}\n" for pair in pairs)
     return gzip.compress(lines.encode(), mtime=0)
 

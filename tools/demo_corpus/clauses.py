@@ -32,7 +32,7 @@ def clause(
     object_pronoun: Phrase = NOTHING,
     antecedent: NounPhrase | None = None,
 ) -> Phrase:
-    """A statement. `antecedent` is what a relative "que" stands for: a participle with avoir agrees with it."""
+    """Makes a statement. `antecedent` is what a relative "que" stands for: a participle with avoir agrees with it."""
     french_verb = _french_verb(subject, verb, tense, negation, object_pronoun, antecedent)
     before, after = _english_verb(subject.person, verb, tense, negation)
     return Phrase(
@@ -51,7 +51,7 @@ def question(
     asked: Phrase = NOTHING,
     object_pronoun: Phrase = NOTHING,
 ) -> Phrase:
-    """A question with est-ce que, after the phrase that is asked for (empty for yes or no)."""
+    """Makes a question with est-ce que, after the phrase that is asked for (empty for yes or no)."""
     before, after = _english_verb(subject.person, verb, tense, "")
     if not before:
         before, after = (_do(tense, subject.person),), tuple(verb.english.split())
@@ -85,7 +85,7 @@ def _french_verb(
 
 
 def _english_verb(person: int, verb: Verb, tense: str, negation: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The verb as (auxiliary and negation, main verb); only the first part goes before the subject in a question."""
+    """Returns (auxiliary and negation, main verb); only the first part goes before the subject in a question."""
     denial = NEGATIONS[negation]
     base = tuple(verb.english.split())
     if tense == "future":

@@ -37,7 +37,7 @@ class Adjective:
     before_vowel: str
 
     def agreed(self, feminine: bool, plural: bool) -> str:
-        """The form for a gender and a number: petit, petite, petits, petites."""
+        """Returns the form for a gender and a number: petit, petite, petits, petites."""
         form = self.feminine if feminine else self.masculine
         return french_plural(form) if plural else form
 

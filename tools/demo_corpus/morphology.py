@@ -18,13 +18,13 @@ CONSONANT_SOUND = ("use", "uni")
 
 
 def starts_with_vowel(word: str) -> bool:
-    """Whether a French word begins with a vowel sound, so that the word before it elides."""
+    """Tells whether a French word begins with a vowel sound, so that the word before it elides."""
     word = word.lower()
     return word[0] in VOWELS + "h" and not word.startswith(ASPIRATED)
 
 
 def french_text(words: Sequence[str]) -> str:
-    """Join French words: elision (j', l', d', qu'), contraction (au, du, des, aux), mon/cet before a vowel."""
+    """Joins French words: elision (j', l', d', qu'), contraction (au, du, des, aux), mon/cet before a vowel."""
     text = ""
     skip = False
     for i, word in enumerate(words):
@@ -44,7 +44,7 @@ def french_text(words: Sequence[str]) -> str:
 
 
 def english_text(words: Sequence[str]) -> str:
-    """Join English words: "an" before a vowel sound, the question mark without a space."""
+    """Joins English words: "an" before a vowel sound, the question mark without a space."""
     text = ""
     for i, word in enumerate(words):
         if word == "a" and words[i + 1][0].lower() in "aeiou" and not words[i + 1].startswith(CONSONANT_SOUND):
@@ -54,14 +54,14 @@ def english_text(words: Sequence[str]) -> str:
 
 
 def french_plural(word: str) -> str:
-    """The plural of a noun or an adjective: chat, chats; bateau, bateaux; gris, gris."""
+    """Returns the plural of a noun or an adjective: chat, chats; bateau, bateaux; gris, gris."""
     if word.endswith(("s", "x", "z")):
         return word
     return word + ("x" if word.endswith("eau") else "s")
 
 
 def english_plural(word: str) -> str:
-    """The plural of a noun: cat, cats; box, boxes; story, stories."""
+    """Returns the plural of a noun: cat, cats; box, boxes; story, stories."""
     if word.endswith(("s", "x", "ch", "sh")):
         return word + "es"
     if word.endswith("y") and word[-2] not in "aeiou":
@@ -70,7 +70,7 @@ def english_plural(word: str) -> str:
 
 
 def third_person(verb: str) -> str:
-    """The third person singular, inflecting the first word: look for, looks for; go, goes; have, has."""
+    """Returns the third person singular, inflecting the first word: look for, looks for; go, goes; have, has."""
     if verb == "have":
         return "has"
     first, *rest = verb.split()
@@ -79,7 +79,7 @@ def third_person(verb: str) -> str:
 
 
 def regular_past(verb: str) -> str:
-    """The regular simple past, inflecting the first word: listen to, listened to; carry, carried."""
+    """Returns the regular simple past, inflecting the first word: listen to, listened to; carry, carried."""
     first, *rest = verb.split()
     if first.endswith("e"):
         first += "d"
@@ -91,7 +91,7 @@ def regular_past(verb: str) -> str:
 
 
 def present_forms(infinitive: str, strong: str = "") -> tuple[str, ...]:
-    """The six present forms of a regular -er, -ir or -re verb; `strong` is the stem where it is stressed (achèt-)."""
+    """Returns the present forms of a regular -er, -ir or -re verb; `strong` is the stressed stem (achèt-)."""
     stem, group = infinitive[:-2], infinitive[-2:]
     if group == "er":
         strong = strong or stem
@@ -102,24 +102,24 @@ def present_forms(infinitive: str, strong: str = "") -> tuple[str, ...]:
 
 
 def future_forms(stem: str) -> tuple[str, ...]:
-    """The six forms of the futur simple on its stem: manger-, sera-."""
+    """Returns the six forms of the futur simple on its stem: manger-, sera-."""
     return tuple(stem + ending for ending in FUTURE_ENDINGS)
 
 
 def future_stem(infinitive: str, strong: str = "") -> str:
-    """The regular stem of the futur simple: manger, finir, vendr, achèter."""
+    """Returns the regular stem of the futur simple: manger, finir, vendr, achèter."""
     if infinitive.endswith("re"):
         return infinitive[:-1]
     return strong + "er" if strong else infinitive
 
 
 def participle(infinitive: str) -> str:
-    """The regular past participle, masculine singular: mangé, fini, vendu."""
+    """Returns the regular past participle, masculine singular: mangé, fini, vendu."""
     return infinitive[:-2] + {"er": "é", "ir": "i", "re": "u"}[infinitive[-2:]]
 
 
 def agree(word: str, feminine: bool, plural: bool) -> str:
-    """A regular adjective or participle agreed in gender and number: parti, partie, partis, parties."""
+    """Returns a regular adjective or participle in a gender and number: parti, partie, partis, parties."""
     if feminine:
         word += "e"
     return french_plural(word) if plural else word

@@ -44,18 +44,18 @@ class NounPhrase(Phrase):
 
 
 def extended(noun_phrase: NounPhrase, tail: Phrase) -> NounPhrase:
-    """The noun phrase with words after it that change nothing in its agreement, such as a relative clause."""
+    """Returns the noun phrase with words after it that change nothing in its agreement, such as a relative clause."""
     whole = Phrase.__add__(noun_phrase, tail)
     return replace(noun_phrase, french=whole.french, english=whole.english, lemmas=whole.lemmas)
 
 
 def phrase(french: str, english: str, *lemmas: str) -> Phrase:
-    """A phrase from two strings of words."""
+    """Makes a phrase from two strings of words."""
     return Phrase(tuple(french.split()), tuple(english.split()), lemmas)
 
 
 def pronoun(rng: Random) -> NounPhrase:
-    """A subject pronoun; gender and number are drawn where the pronoun leaves them open."""
+    """Draws a subject pronoun, and gender and number where the pronoun leaves them open."""
     french, english, person, feminine, plural = rng.choice(lexicon.PRONOUNS)
     feminine = rng.random() < 0.4 if feminine is None else feminine
     plural = rng.random() < 0.5 if plural is None else plural
@@ -63,13 +63,13 @@ def pronoun(rng: Random) -> NounPhrase:
 
 
 def name(rng: Random) -> NounPhrase:
-    """A first name."""
+    """Draws a first name."""
     text, feminine = rng.choice(lexicon.NAMES)
     return NounPhrase((text,), (text,), (text,), 2, feminine, False, "name")
 
 
 def fitting_adjective(rng: Random, noun: Noun, before_noun: bool | None = None) -> Adjective | None:
-    """An adjective to put beside this noun, if there is one."""
+    """Draws an adjective to put beside this noun, if there is one."""
     fitting = [
         adjective
         for adjective in lexicon.ADJECTIVES
@@ -83,7 +83,7 @@ def fitting_adjective(rng: Random, noun: Noun, before_noun: bool | None = None) 
 def determined(
     noun: Noun, determiner: Determiner, plural: bool = False, adjectives: Sequence[Adjective] = ()
 ) -> NounPhrase:
-    """Determiner, noun and adjectives on their two sides: "un vieux livre rouge", "an old red book"."""
+    """Joins determiner, noun and adjectives on their two sides: "un vieux livre rouge", "an old red book"."""
     before = [a for a in adjectives if a.before_noun]
     after = [a for a in adjectives if not a.before_noun]
     french = [noun.plural if plural else noun.singular]
@@ -109,7 +109,7 @@ def determined(
 
 
 def determiner_for(rng: Random, kind: str, pointed: bool) -> Determiner:
-    """A determiner that is natural for this kind of noun; `pointed` keeps to the, this and my."""
+    """Draws a determiner that is natural for this kind of noun; `pointed` keeps to the, this and my."""
     if kind in MASS:
         return DEFINITE if pointed or rng.random() < 0.3 else PARTITIVE
     if kind in ("parent", "relative"):
@@ -132,7 +132,7 @@ def noun_phrase(
     plural: float = 0.3,
     adjective: float = 0.1,
 ) -> NounPhrase:
-    """A noun of one of `kinds` with a determiner; `plural` and `adjective` are the chances of having them."""
+    """Draws a noun of one of `kinds` with a determiner; `plural` and `adjective` are the chances of having them."""
     nouns = KINDS[rng.choice(kinds)]
     noun = rng.choice(nouns)
     is_plural = noun.kind not in (*MASS, "parent") and rng.random() < (plural / 3 if noun.kind in UNIQUE else plural)
@@ -142,13 +142,13 @@ def noun_phrase(
 
 
 def object_phrase(rng: Random, kinds: Sequence[str], *, pointed: bool = False, plural: float = 0.3) -> NounPhrase:
-    """What a verb that takes `kinds` acts on: a noun phrase or, where people are meant, a name."""
+    """Draws an object for a verb that takes `kinds`: a noun phrase or, where people are meant, a name."""
     kind = rng.choice(kinds)
     return name(rng) if kind == "name" else noun_phrase(rng, (kind,), pointed=pointed, plural=plural)
 
 
 def subject(rng: Random, *, animals: bool = False, pronouns: float = 0.5, pointed: bool = False) -> NounPhrase:
-    """Somebody: a pronoun, a name, a person or, with `animals`, an animal."""
+    """Draws somebody: a pronoun, a name, a person or, with `animals`, an animal."""
     draw = rng.random()
     if draw < pronouns:
         return pronoun(rng)
@@ -159,7 +159,7 @@ def subject(rng: Random, *, animals: bool = False, pronouns: float = 0.5, pointe
 
 
 def coordinated(rng: Random) -> NounPhrase:
-    """Two names: "Marie et Paul", masculine unless both are women's."""
+    """Draws two names: "Marie et Paul", masculine unless both are women's."""
     first, second = rng.sample(lexicon.NAMES, 2)
     return NounPhrase(
         (first[0], "et", second[0]),
@@ -172,12 +172,12 @@ def coordinated(rng: Random) -> NounPhrase:
 
 
 def time(rng: Random, tense: str, chance: float = 0.25) -> Phrase:
-    """When: an adverbial of time that goes with the tense, or nothing."""
+    """Draws an adverbial of time that goes with the tense, or nothing."""
     return phrase(*rng.choice(lexicon.TIMES[tense])) if rng.random() < chance else Phrase()
 
 
 def location(rng: Random) -> Phrase:
-    """Where: in a place, in front of something, on or under a piece of furniture or a thing."""
+    """Draws a place: in one, near one, or on or under a piece of furniture or a thing."""
     draw = rng.random()
     if draw < 0.5:
         return phrase("dans", "in") + noun_phrase(rng, ("place",), pointed=True, plural=0, adjective=0.05)

@@ -1,4 +1,4 @@
-"""Training and held-out pairs from the grammar, apart as tfm.demo promises."""
+"""Training and held-out pairs from the grammar, separate as tfm.demo promises."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ FIRST_HELD_OUT = Sentence(Pair("je suis étudiant", "I am a student", "professio
 
 
 def draw(seed: int = 0, size: int = 24_000) -> tuple[list[Pair], list[Pair]]:
-    """Draw `size` training pairs and 500 held-out pairs, both balanced over PHENOMENA; equal arguments, equal pairs.
+    """Draws `size` training pairs and 500 held-out pairs, both balanced over PHENOMENA; equal arguments, equal pairs.
 
     The first held-out pair is "je suis étudiant", "I am a student". Which combinations are reserved does not depend on
     the seed. Raises ValueError when the grammar cannot give that many pairs.
@@ -67,7 +67,7 @@ def draw(seed: int = 0, size: int = 24_000) -> tuple[list[Pair], list[Pair]]:
 
 
 def split(seed: int, size: int) -> tuple[list[Sentence], list[Sentence]]:
-    """The two parts of `draw`, with lemmas."""
+    """Returns the two parts of `draw`, with lemmas."""
     training = _draw(Random(f"{seed} training"), size, [], lambda sentence: not has_reserved(sentence.lemmas))
     counts = Counter(word for sentence in training for word in words(sentence.pair))
     enough = -(-size // PAIRS_PER_OCCURRENCE)
@@ -79,19 +79,19 @@ def split(seed: int, size: int) -> tuple[list[Sentence], list[Sentence]]:
 
 
 def words(pair: Pair) -> list[str]:
-    """The words of both sides, French ones marked so that the languages stay apart; clitics such as j' are words."""
+    """Returns the words of both sides, French ones marked to keep the languages apart; clitics such as j' are words."""
     french = re.findall(r"[\w-]+'?|\?", pair.source)
     return [f"fr:{word}" for word in french] + pair.target.replace("?", " ?").split()
 
 
 def has_reserved(lemmas: Sequence[str]) -> bool:
-    """Whether two of the lemmas must not meet in a training sentence."""
+    """Tells whether two of the lemmas must not meet in a training sentence."""
     return any(reserved(*sorted(pair)) for pair in combinations(lemmas, 2))
 
 
 @cache
 def reserved(first: str, second: str) -> bool:
-    """Whether this combination is kept for the held-out part; the lemmas come in alphabetical order.
+    """Tells whether this combination is kept for the held-out part; the lemmas come in alphabetical order.
 
     A pronoun and a verb never are: together they make the verb's form, which training must show.
     """
@@ -103,7 +103,7 @@ def reserved(first: str, second: str) -> bool:
 
 
 def _draw(rng: Random, size: int, first: list[Sentence], wanted: Callable[[Sentence], bool]) -> list[Sentence]:
-    """`first` and new wanted sentences, phenomenon after phenomenon, until there are `size`."""
+    """Draws new wanted sentences after `first`, phenomenon after phenomenon, until there are `size`."""
     drawn = list(first)
     sources = {sentence.pair.source for sentence in drawn}
     open_phenomena = list(PHENOMENA)

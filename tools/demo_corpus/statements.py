@@ -39,13 +39,13 @@ BE_IN_STATE = replace(AVOIR, english="be", english_past="was")
 
 
 def object_of(rng: Random, verb: Verb, *, pointed: bool = False) -> NounPhrase:
-    """An object the verb takes. "j'aime les chats" is about cats in general, so a pointed verb has no plural."""
+    """Draws an object the verb takes. "j'aime les chats" is about cats in general: a pointed verb has no plural."""
     pointed = pointed or verb.pointed
     return object_phrase(rng, verb.objects, pointed=pointed, plural=0 if verb.pointed else 0.3)
 
 
 def action(rng: Random, tense: str, *, pointed: bool = False) -> tuple[Verb, Phrase]:
-    """A verb that has this tense, with its object if it takes one."""
+    """Draws a verb that has this tense, with its object if it takes one."""
     if rng.random() < 0.3:
         return rng.choice(INTRANSITIVE), Phrase()
     verb = rng.choice([v for v in TRANSITIVE if v.completed or tense != "past"])
@@ -53,7 +53,7 @@ def action(rng: Random, tense: str, *, pointed: bool = False) -> tuple[Verb, Phr
 
 
 def statement(rng: Random, tense: str) -> Phrase:
-    """Somebody does something, at times with an adverbial of time."""
+    """Draws a sentence in which somebody does something, at times with an adverbial of time."""
     verb, complement = action(rng, tense)
     who = subject(rng, animals=verb.animate)
     when = Phrase() if verb.pointed else time(rng, tense)
@@ -61,7 +61,7 @@ def statement(rng: Random, tense: str) -> Phrase:
 
 
 def predicate(rng: Random, who: NounPhrase, degree: float = 0.2) -> Phrase:
-    """An adjective that agrees with the subject: "très fatiguées"."""
+    """Draws an adjective that agrees with the subject: "très fatiguées"."""
     kind = "person" if who.kind == "name" else who.kind
     adjective = rng.choice([a for a in lexicon.ADJECTIVES if kind in a.kinds and a.masculine != "nouveau"])
     words = phrase(adjective.agreed(who.feminine, who.plural), adjective.english, adjective.masculine)
@@ -69,7 +69,7 @@ def predicate(rng: Random, who: NounPhrase, degree: float = 0.2) -> Phrase:
 
 
 def state(rng: Random, who: NounPhrase, when: str) -> Phrase:
-    """A predicate, with an adverbial of time if the state is one that passes."""
+    """Draws a predicate, with an adverbial of time if the state is one that passes."""
     words = predicate(rng, who)
     return words + time(rng, when, 0.4) if lexicon.PASSING & set(words.lemmas) else words
 
@@ -129,7 +129,7 @@ def adjectives(rng: Random) -> Phrase:
 
 
 def described(rng: Random, kinds: tuple[str, ...], determiner: Determiner | None = None) -> NounPhrase:
-    """A noun phrase with one or two adjectives; a determiner that is given is used, in the singular.
+    """Draws a noun phrase with one or two adjectives; a determiner that is given is used, in the singular.
 
     Of two, the second is one of colour, nationality or state, so that both languages keep the same order.
     """
@@ -201,7 +201,7 @@ def numbers(rng: Random) -> Phrase:
 
 
 def counted(rng: Random, number: Determiner, kinds: list[str] | tuple[str, ...]) -> NounPhrase:
-    """Some number of things: "trois chats"."""
+    """Draws some number of things: "trois chats"."""
     what = determined(rng.choice(KINDS[rng.choice(kinds)]), number, True)
     return replace(what, lemmas=(number[0], *what.lemmas))
 
@@ -226,7 +226,7 @@ def professions(rng: Random) -> Phrase:
 
 
 def profession(rng: Random, who: NounPhrase) -> NounPhrase:
-    """A profession without an article in French, agreeing with the subject: "étudiantes", "students"."""
+    """Draws a profession without an article in French, agreeing with the subject: "étudiantes", "students"."""
     jobs = [n for n in KINDS["profession"] if n.feminine == who.feminine]
     return determined(rng.choice(jobs), NO_ARTICLE, who.plural)
 

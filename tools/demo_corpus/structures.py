@@ -118,7 +118,7 @@ def antecedent(rng: Random, kinds: tuple[str, ...], determiner: Determiner | Non
 
 
 def doing(rng: Random, kinds: tuple[str, ...], determiner: Determiner | None = None) -> NounPhrase:
-    """A noun phrase with a relative qui: "la fille qui chante"."""
+    """Draws a noun phrase with a relative qui: "la fille qui chante"."""
     who = antecedent(rng, kinds, determiner)
     relative = replace(who, french=("qui",), english=("who" if who.kind in HUMAN else "that",), lemmas=())
     if rng.random() < 0.2:
@@ -131,7 +131,7 @@ def doing(rng: Random, kinds: tuple[str, ...], determiner: Determiner | None = N
 
 
 def done_to(rng: Random, determiner: Determiner | None = None) -> NounPhrase:
-    """A noun phrase with a relative que, and the participle that agrees with it: "la pomme qu'il a mangée"."""
+    """Draws a noun phrase with a relative que and an agreeing participle: "la pomme qu'il a mangée"."""
     tense = rng.choice(("present", "past", "past", "future"))
     verb = rng.choice([v for v in TRANSITIVE if v.completed])
     kinds = tuple(k for k in verb.objects if k in KINDS and k not in ("parent", "relative"))
@@ -141,7 +141,7 @@ def done_to(rng: Random, determiner: Determiner | None = None) -> NounPhrase:
 
 
 def finished(rng: Random, who: NounPhrase) -> Phrase:
-    """The noun phrase with its relative clause as subject of a sentence."""
+    """Makes the noun phrase with its relative clause the subject of a sentence."""
     if who.kind not in (*HUMAN, "animal") or rng.random() < 0.6:
         return clause(who, ETRE, "present", predicate(rng, who, 0.1))
     return clause(who, rng.choice([v for v in INTRANSITIVE if v.animate or who.kind != "animal"]))
@@ -171,7 +171,7 @@ def possession(rng: Random) -> Phrase:
 
 
 def owner(rng: Random) -> NounPhrase:
-    """A third person whose gender shows, so that son is his or her."""
+    """Draws a third person whose gender shows, so that son is his or her."""
     while True:
         who = subject(rng)
         if who.person in (2, 5) and who.kind != "profession" and "enfant" not in who.lemmas:
@@ -179,7 +179,7 @@ def owner(rng: Random) -> NounPhrase:
 
 
 def owned(rng: Random) -> NounPhrase:
-    """What somebody owns: "le chien du voisin", "the neighbour's dog"."""
+    """Draws something that somebody owns: "le chien du voisin", "the neighbour's dog"."""
     if rng.random() < 0.4:
         of_whom: NounPhrase = name(rng)
     else:
@@ -220,12 +220,12 @@ def contractions(rng: Random) -> Phrase:
 
 
 def receiver(rng: Random) -> Phrase:
-    """To somebody: "aux enfants", "à Marie"."""
+    """Draws somebody who is given something: "aux enfants", "à Marie"."""
     return phrase("à", "to") + object_phrase(rng, PEOPLE, pointed=True, plural=0.4)
 
 
 def by(rng: Random) -> Phrase:
-    """Near or next to a place, with de and its contractions."""
+    """Draws a place near or next to something, with de and its contractions."""
     preposition = rng.choice((("près de", "near"), ("à côté de", "next to")))
     return phrase(*preposition) + determined(rng.choice((*KINDS["place"], *KINDS["landmark"])), DEFINITE)
 
@@ -246,12 +246,12 @@ def pronouns(rng: Random) -> Phrase:
 
 
 def apart(person: int, other: int) -> bool:
-    """Whether two persons are not one: neither je with me or nous, nor tu with te or vous."""
+    """Tells whether two persons are not one: neither je with me or nous, nor tu with te or vous."""
     return person in (2, 5) or person % 3 != other % 3
 
 
 def personal_pronoun(rng: Random, who: NounPhrase) -> tuple[Verb, Phrase]:
-    """A verb and an object pronoun; l' would hide whether it is him or her, so le and la want a consonant."""
+    """Draws a verb and an object pronoun; l' would hide whether it is him or her, so le and la want a consonant."""
     verb = rng.choice(PERSONAL)
     elides = verb.infinitive[0] in "aeéio"
     fitting = [

@@ -51,7 +51,7 @@ def main(command_line: list[str] | None = None) -> int:
 
 
 def parts(options: Options) -> list[Part]:
-    """Those of the plan that were asked for, and the environment.
+    """Returns the parts of the plan that were asked for, and the environment.
 
     Raises:
         UserError: one of --parts is none of them.
@@ -66,7 +66,7 @@ def parts(options: Options) -> list[Part]:
 
 
 def plan(options: Options) -> list[Part]:
-    """The parts in their order. Weights are about the seconds that an H200 with 16 cores takes, out of 540."""
+    """Returns the parts in their order. Weights are about the seconds that an H200 with 16 cores takes, out of 540."""
     suites = [name for name in options.suites if name != TRAINING]
     presets = speed.presets(options) if TRAINING in options.suites else ()
     return [
@@ -86,14 +86,14 @@ def plan(options: Options) -> list[Part]:
 
 
 def record_environment(run: Run, seconds: float) -> tuple[str, str]:
-    """The machine, its software, and the GPU's clocks as they are."""
+    """Records the machine, its software, and the GPU's clocks as they are."""
     machine = run.record["environment"] = record.environment(torch.device("cpu" if run.options.rehearse else "cuda"))
     absent = [name for name in record.PACKAGES if machine[name] is None]
     return "done", f"not installed: {', '.join(absent)}" if absent else ""
 
 
 def parse(command_line: list[str] | None = None) -> Options:
-    """The options of a run.
+    """Returns the options of a run.
 
     Raises:
         UserError: no GPU, or one that is too old; a suite, folder or number that is none.
@@ -147,7 +147,7 @@ def parse(command_line: list[str] | None = None) -> Options:
 
 
 def gpu_name() -> str:
-    """The name of the GPU that is measured.
+    """Returns the name of the GPU that is measured.
 
     Raises:
         UserError: there is none that the kernels are for.

@@ -1,4 +1,4 @@
-"""What no kernel on this GPU is faster than: a copy of device memory, and a product of large bf16 matrices.
+"""The speeds that no kernel on this GPU exceeds: a copy of device memory, and a product of large bf16 matrices.
 
     python -m tools.gpu.ceilings
 
@@ -22,7 +22,7 @@ from tools.gpu.child import JOURNAL, append
 
 @dataclass(frozen=True)
 class Work:
-    """How much is done: the size of the copied buffer, the matrices' side, samples, and steps in each."""
+    """The amount of work: the size of the copied buffer, the matrices' side, samples, and steps in each."""
 
     copied: int
     side: int
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def copy_rates(device: torch.device, work: Work) -> list[float]:
-    """GB/s of what is read and written by `Tensor.copy_` inside the device's memory, each sample."""
+    """Returns GB/s of what is read and written by `Tensor.copy_` inside the device's memory, each sample."""
     size = work.copied
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -69,13 +69,13 @@ def copy_rates(device: torch.device, work: Work) -> list[float]:
 
 
 def matmul_rates(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor, work: Work) -> list[float]:
-    """TFLOP/s of torch's product of two square matrices, each sample."""
+    """Returns TFLOP/s of torch's product of two square matrices, each sample."""
     seconds = sample(lambda: torch.mm(left, right, out=product), left.device, work)
     return [2 * work.side**3 / each / 1e12 for each in seconds]
 
 
 def sample(step: Callable[[], object], device: torch.device, work: Work) -> list[float]:
-    """Seconds of one step, by the host's clock around `work.steps` of them; the first sample warms up."""
+    """Returns seconds of one step, by the host's clock around `work.steps` of them; the first sample warms up."""
 
     def finish() -> None:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Processes that do the work of a part: within a time limit, with all they started, and what they left behind."""
+"""Processes that do the work of a part, with all they start, within a time limit, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Command:
             )
 
     def under(self, *words: str) -> Command:
-        """The same program, run by another."""
+        """Returns the same program, run by another."""
         return replace(self, words=(*words, *self.words))
 
     @property
@@ -55,13 +55,13 @@ class Command:
         return self.journal.with_suffix(".txt")
 
     def text(self) -> str:
-        """What it printed so far."""
+        """Returns what it has printed so far."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
 @dataclass(frozen=True)
 class End:
-    """How a command ended: `status` as in subprocess, None where its time was up; `reason` in its own last words."""
+    """The end of a command: `status` as in subprocess, None where its time was up; `reason` in its own last words."""
 
     status: int | None
     seconds: float
@@ -69,7 +69,7 @@ class End:
 
     @property
     def died(self) -> bool:
-        """Whether it was taken down, by a signal or with its GPU, rather than ended or stopped."""
+        """True where it was taken down, by a signal or with its GPU, rather than ended or stopped."""
         return self.status is not None and (self.status < 0 or self.status == GPU_LOST)
 
     @property
@@ -78,7 +78,7 @@ class End:
 
 
 def lost_gpu() -> str:
-    """Why this process's GPU answers nothing but errors, as after an illegal access; empty where it answers."""
+    """Says why this process's GPU answers nothing but errors, as after an illegal access; empty where it answers."""
     if not torch.cuda.is_initialized():
         return ""
     try:
@@ -112,7 +112,7 @@ def run(commands: Mapping[str, Command], seconds: float) -> dict[str, End]:
 
 
 def run_one(command: Command, seconds: float) -> End:
-    """`run` of a single command."""
+    """Runs a single command as `run` does."""
     return run({"": command}, seconds)[""]
 
 
@@ -123,7 +123,7 @@ def append(journal: Path, value: Any) -> None:
 
 
 def read(journal: Path) -> list[Any]:
-    """The lines of a journal; one that a killed process left unfinished does not count."""
+    """Returns the lines of a journal, without one that a killed process left unfinished."""
     if not journal.exists():
         return []
     whole, _, _ = journal.read_text().rpartition("\n")
@@ -138,7 +138,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(status: int, text: str) -> str:
-    """The exception of pytest's report where there is one, else the last line."""
+    """Returns the exception of pytest's report where there is one, else the last line."""
     if status < 0:
         return f"ended by signal {-status}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

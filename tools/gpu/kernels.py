@@ -1,4 +1,4 @@
-"""Every kernel compiled for one chip, in parallel: Triton's cache is warm afterwards, and what each takes is known.
+"""Compiles every kernel for one chip, in parallel, and records what each takes; Triton's cache is warm afterwards.
 
     python -m tools.gpu.kernels --capability 90 --workers 16 [--only layer_norm]
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def cases_under(operations: Sequence[str]) -> list[str]:
-    """The names of the cases whose kernels these operations launch, by the files that the operations reach."""
+    """Returns the names of the cases whose kernels these operations launch, by the files that the operations reach."""
     if not operations:
         return []
     # Interpreted kernels cannot be compiled, and triton reads the variable when it is imported: by the cases.

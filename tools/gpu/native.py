@@ -31,7 +31,7 @@ WEIGHT = 400
 
 
 def part(run: Run, seconds: float) -> tuple[str, str]:
-    """The library for what follows; where there is none, what follows says so."""
+    """Builds the library for all that follows; where there is none, what follows says so."""
     command = run.command("native", "-m", "tools.gpu.native")
     end = child.run_one(command, seconds)
     found = run.record["native"] = {name: value for line in child.read(command.journal) for name, value in line.items()}
@@ -75,14 +75,14 @@ def main() -> None:
 
 
 def find_toolkit() -> None:
-    """Has nvcc found where it is not on PATH but where toolkits are installed."""
+    """Makes nvcc be found where it is not on PATH but where toolkits are installed."""
     nvcc = record.cuda_tool("nvcc")
     if nvcc is not None and toolchain.find_nvcc()[0] is None:
         os.environ["CUDA_HOME"] = str(Path(nvcc).parent.parent)
 
 
 def built() -> dict[str, Any]:
-    """What `tfm build` makes here, from the cache where it is.
+    """Builds what `tfm build` makes here, or takes it from the cache.
 
     Raises:
         BuildError: as tfm.native.build.build.
@@ -110,7 +110,7 @@ def why_unavailable() -> dict[str, str]:
 
 
 def kernels(nvcc: Path) -> dict[str, Any]:
-    """csrc's CUDA kernels compiled for this GPU: registers, stack and shared memory of each, and what must not ship."""
+    """Compiles csrc's CUDA kernels for this GPU: registers, stack and shared memory of each, and what must not ship."""
     major, minor = torch.cuda.get_device_capability()
     rows = native_kernels.compile_all(nvcc, (10 * major + minor,))
     allowed = [exception for exception in ALLOWED if native_kernels.concerns(exception)]

@@ -1,4 +1,4 @@
-"""What bounds the two cases furthest from their ceiling: Nsight Compute over one call of each.
+"""Nsight Compute over one call of each of the two cases furthest from their ceiling: what bounds them.
 
     ncu ... python -m tools.gpu.profile 'benchmarks/bench_norm.py::test_layer_norm[...]'
 
@@ -81,7 +81,7 @@ WAITS = {
 
 
 def profile(run: Run, seconds: float) -> tuple[str, str]:
-    """Nsight Compute over the worst cases of this run, one after the other."""
+    """Runs Nsight Compute over the worst cases of this run, one after the other."""
     deadline = time.perf_counter() + seconds
     entries = worst(run.record.get("benchmarks", []))
     if not entries:
@@ -104,7 +104,7 @@ def profile(run: Run, seconds: float) -> tuple[str, str]:
 
 
 def worst(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Our entries with the lowest share of their ceiling, of different operations; of what a call takes by itself.
+    """Returns our entries with the lowest share of their ceiling, of different operations, by the time of a call alone.
 
     Where launches outlast the kernels only a graph's replay says how fast these are.
     """
@@ -123,7 +123,7 @@ def worst(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ncu() -> str | None:
-    """Where Nsight Compute's program lies: with the CUDA toolkit, or by itself, its newest version."""
+    """Returns the path of Nsight Compute's program: with the CUDA toolkit, or by itself, its newest version."""
     versions = {
         tuple(map(int, re.findall(r"\d+", path.parent.name))): str(path) for path in sorted(INSTALLED.glob("*/ncu"))
     }
@@ -149,7 +149,7 @@ def _row(entry: dict[str, Any], text: str, end: child.End) -> dict[str, Any]:
 
 
 def kernels(text: str) -> list[Kernel]:
-    """What ncu's raw page in CSV says, a kernel an entry, the one that took longest first; other lines do not count.
+    """Reads ncu's raw page in CSV, an entry a kernel, the one that took longest first; other lines do not count.
 
     Where one was launched more than once, `seconds` are their sum and the rest is of the longest launch.
 
@@ -200,7 +200,7 @@ def _launch(head: Sequence[str], units: Sequence[str], row: Sequence[str]) -> Ke
 
 
 def _number(cell: str) -> float | None:
-    """ "1,234.5" and the like; None for words, of which "n/a" is one."""
+    """Returns the number in "1,234.5" and the like; None for words, "n/a" among them."""
     try:
         return float(cell.replace(",", ""))
     except ValueError:
@@ -208,7 +208,7 @@ def _number(cell: str) -> float | None:
 
 
 def bound(kernel: Kernel) -> str:
-    """What keeps a kernel from being faster, in words."""
+    """Says what keeps a kernel from being faster."""
     busy = {name: kernel[f"{name} %"] or 0.0 for name in ("DRAM", "L2", "tensor", "SM")}
     shares = ", ".join(f"{name} {share:.0f}%" for name, share in busy.items())
     # Whatever keeps an SM busy is in its own number, the tensor cores too: it counts where nothing else does.
@@ -225,12 +225,12 @@ def bound(kernel: Kernel) -> str:
 
 
 def said(row: dict[str, Any]) -> str:
-    """What came of a case, in a line."""
+    """Says what came of a case, in a line."""
     return f"{row['kernel']}: {row['bound']}" if "bound" in row else row["reason"]
 
 
 def brief(name: str) -> str:
-    """A kernel's name; C++'s without its arguments and those of its template."""
+    """Shortens a kernel's name; C++'s without its arguments and those of its template."""
     plain = re.sub(r"^void |\(anonymous namespace\)::|<unnamed>::", "", name)
     return re.split(r"[<(]", plain)[0]
 

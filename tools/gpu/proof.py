@@ -1,4 +1,4 @@
-"""What is proven on the GPU: the kernels compile for it, the tests pass, compute-sanitizer has nothing to say."""
+"""The proof on the GPU: the kernels compile for it, the tests pass, and compute-sanitizer has nothing to say."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REHEARSED_CAPABILITY = 90
 
 
 def kernels(run: Run, seconds: float) -> tuple[str, str]:
-    """Every kernel compiled ahead for this GPU."""
+    """Compiles every kernel for this GPU ahead of time."""
     capability = REHEARSED_CAPABILITY
     if not run.options.rehearse:
         major, minor = torch.cuda.get_device_capability()
@@ -46,7 +46,7 @@ def kernels(run: Run, seconds: float) -> tuple[str, str]:
 
 
 def tests(run: Run, seconds: float) -> tuple[str, str]:
-    """Every test of a kernel, on the GPU."""
+    """Runs every test of a kernel on the GPU."""
     root = child.ROOT
     files = [path for path in sorted((root / "tests").glob("test_*.py")) if run.options.covers(subject(path))]
     if not files:
@@ -62,7 +62,7 @@ def tests(run: Run, seconds: float) -> tuple[str, str]:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and what the failed ones said."""
+    """Counts the tests that passed, failed and were skipped, with what the failed ones said."""
     outcomes: dict[str, dict[str, Any]] = {}
     for line in lines:
         # A test that fails when it is taken down has passed before: the failure counts.
@@ -83,7 +83,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sanitizer(run: Run, seconds: float) -> tuple[str, str]:
-    """compute-sanitizer over a small pass of every kernel, its two tools side by side."""
+    """Runs compute-sanitizer over a small pass of every kernel, its two tools side by side."""
     program = record.cuda_tool("compute-sanitizer")
     if program is None:
         reason = "no compute-sanitizer on PATH or in /usr/local/cuda/bin"

@@ -25,14 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In a rehearsal the interpreter is the GPU. tests/conftest.py comes before, and skips what needs a real one."""
+    """Takes the interpreter for the GPU in a rehearsal; tests/conftest.py has skipped what needs a real one."""
     for item in items:
         if os.environ.get("TFM_REHEARSAL") == "1" and "kernel_device" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")
 
 
 class Journal:
-    """Under pytest-xdist the workers only watch their GPU: the one process that hears of all writes."""
+    """The plugin. Under pytest-xdist the workers only watch their GPU: the one process that hears of all writes."""
 
     def __init__(self, path: Path, is_worker: bool) -> None:
         self.path = path
@@ -59,7 +59,7 @@ class Journal:
             self.collected(ids)
 
     def collected(self, ids: Iterable[str]) -> None:
-        """How many there are to run, file by file."""
+        """Notes how many there are to run, file by file."""
         self.write(collected=Counter(name.partition("::")[0] for name in ids))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -90,14 +90,14 @@ class Journal:
         return report
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """What is known of a benchmark before it runs: its process may not come back from it."""
+        """Notes what is known of a benchmark before it runs: its process may not come back from it."""
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if "benchmark" in getattr(item, "fixturenames", ()) and "case" in params:
             self.write(case=item.nodeid, info=params["case"].info())
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
-        """After an illegal access every later call fails: the process ends here, the next one goes on."""
+        """Ends the process after an illegal access, when every later call fails; the next process goes on."""
         reason = lost_gpu()
         if reason:
             self.write(finished=item.nodeid, outcome="failed", seconds=0.0, message=reason)
@@ -108,13 +108,13 @@ class Journal:
 
 
 def failed_entry(nodeid: str, reason: str, extra_info: dict[str, Any]) -> dict[str, Any]:
-    """What stands in the place of pytest-benchmark's entry for a case that failed."""
+    """Makes the entry of a case that failed, in the place of pytest-benchmark's."""
     name = nodeid.partition("::")[2]
     return {"name": name, "fullname": nodeid, "extra_info": extra_info | {"failed": reason}, "stats": None}
 
 
 def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """The exception, in one line."""
+    """Returns the exception, in one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash is not None else report.longreprtext
     lines = text.strip().splitlines() or [""]

@@ -1,4 +1,4 @@
-"""What the time that is left teaches: BLEU of preset tiny on Multi30k, after the updates of its recipe.
+"""The BLEU of preset tiny on Multi30k, after the updates of its recipe that fit into the time left.
 
 Predicted for an H200: an update is one graph of some 310 kernels, 64 for each of four pairs of layers
 (tests/test_launch_budget.py) and about 55 around them, of about 3 us each at 13,000 tokens, and beside it the host
@@ -22,12 +22,12 @@ REHEARSED_UPDATES = 3
 
 
 def updates(options: Options) -> int:
-    """How many the recipe has; a rehearsal's few say nothing of a model."""
+    """Returns how many updates the recipe has; a rehearsal's few say nothing of a model."""
     return REHEARSED_UPDATES if options.rehearse else PRESETS[PRESET].recipe.max_steps
 
 
 def quality(run: Run, seconds: float) -> tuple[str, str]:
-    """BLEU of greedy translations after as many of the recipe's updates as fit."""
+    """Measures BLEU of greedy translations after as many of the recipe's updates as fit."""
     if run.options.data is None:
         return "missing", "BLEU needs real text: --data names none"
     training = seconds - LOADING - TRANSLATING

@@ -37,7 +37,7 @@ class Options:
     parts: Sequence[str] = ()
 
     def covers(self, name: str) -> bool:
-        """Whether something of this name belongs to a suite that is measured: test_varlen_attention to attention."""
+        """Tells whether something of this name belongs to a measured suite: test_varlen_attention to attention."""
         return self.everything or any(suite in name or name in suite for suite in self.suites)
 
 
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass
 class Run:
-    """What the parts share. `folder` is for journals and what programs print, which goes with the run.
+    """The state that the parts share. `folder` is for journals and what programs print, which goes with the run.
 
     `cases` counts those of each suite; `commands` are those of the part that runs; `native` is the library of csrc.
     """
@@ -70,30 +70,30 @@ class Run:
 
     @property
     def ceilings(self) -> Path:
-        """Where benchmarks read what their shares are shares of, once it is measured."""
+        """The file where benchmarks read what their shares are shares of, once it is measured."""
         return self.folder / "ceilings.json"
 
     @property
     def inductor(self) -> Path:
-        """Where Inductor keeps what it compiled."""
+        """The folder where Inductor keeps what it compiled."""
         return self.folder / "inductor"
 
     def elapsed(self) -> float:
-        """Seconds since the command was called."""
+        """Returns the seconds since the command was called."""
         return time.perf_counter() - self.started
 
     def left(self) -> float:
-        """Seconds until the run must close."""
+        """Returns the seconds until the run must close."""
         return 60 * self.options.minutes - CLOSING_SECONDS - self.elapsed()
 
     def do_all(self, parts: Sequence[Part]) -> None:
-        """Each part within its share of the time left: what one does not use, those behind it get."""
+        """Runs each part within its share of the time left: what one does not use, those after it get."""
         for place, part in enumerate(parts):
             behind = sum(map(self.weight, parts[place:]))
             self.do(part, self.left() * self.weight(part) / behind)
 
     def weight(self, part: Part) -> float:
-        """The weight of a part; a suite's is that of an average suite until its cases are known."""
+        """Returns the weight of a part; a suite's is that of an average suite until its cases are known."""
         if part.name not in self.cases:
             return part.weight
         return part.weight * len(self.cases) * self.cases[part.name] / sum(self.cases.values())
@@ -118,7 +118,7 @@ class Run:
         print(f"{row['seconds']:6.1f} s  {part.name}: {state}{f' ({reason})' if reason else ''}", flush=True)
 
     def command(self, name: str, *words: str, **environment: str) -> Command:
-        """`python3` with these words; `name` names its journal."""
+        """Returns `python3` with these words; `name` names its journal."""
         shared = {
             # Of this run alone: what an earlier one tuned beside other work is not taken over.
             "TORCHINDUCTOR_CACHE_DIR": str(self.inductor),
@@ -136,26 +136,26 @@ class Run:
         return command
 
     def pytest(self, name: str, *words: str, **environment: str) -> Command:
-        """pytest with these words, its results in the journal of that name."""
+        """Returns pytest with these words, its results in the journal of that name."""
         plugin = ("-p", "tools.gpu.pytest_journal")
         return self.command(name, "-m", "pytest", *plugin, "--continue-on-collection-errors", *words, **environment)
 
     def workers(self) -> int:
-        """Processes at a time: a core and memory of the GPU for each."""
+        """Returns how many processes run at a time: a core and memory of the GPU for each."""
         memory = self.record.get("environment", {}).get("memory", MOST_WORKERS * WORKER_MEMORY)
         return max(1, min(MOST_WORKERS, cores(), memory // WORKER_MEMORY))
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def subject(path: Path) -> str:
-    """What a file of tests or benchmarks is about, by its name."""
+    """Returns what a file of tests or benchmarks is about, by its name."""
     return path.stem.removeprefix("test_").removeprefix("bench_").removeprefix("cuda_")
 
 
 def ended(end: End, finding: str = "") -> tuple[str, str]:
-    """State and reason of a part that was one command; `finding` is what it found out."""
+    """Returns state and reason of a part that was one command; `finding` is what it found out."""
     return end.state, "; ".join(filter(None, (end.reason, finding)))

@@ -1,4 +1,4 @@
-"""What is timed on the GPU: the two ceilings, every benchmark of an operation, training steps of the presets."""
+"""The timings on the GPU: the two ceilings, every benchmark of an operation, training steps of the presets."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ REHEARSED_SECONDS = 0.1
 
 
 def presets(options: Options) -> tuple[str, ...]:
-    """What is trained: the bundled model's sizes, one of them where time is short."""
+    """Returns the presets that are trained: the bundled model's sizes, one of them where time is short."""
     return ("tiny",) if options.rehearse else ("base",) if options.quick else ("tiny", "base", "big")
 
 
 def ceilings(run: Run, seconds: float) -> tuple[str, str]:
-    """The rates that shares are shares of."""
+    """Measures the rates that shares are shares of."""
     command = run.command("copy_and_matmul", "-m", "tools.gpu.ceilings")
     end = child.run_one(command, seconds)
     measured = {name: value for line in child.read(command.journal) for name, value in line.items()}
@@ -49,7 +49,7 @@ def ceilings(run: Run, seconds: float) -> tuple[str, str]:
 
 
 def warm_up(run: Run, seconds: float) -> tuple[str, str]:
-    """Every benchmark once, untimed: what Triton and Inductor compile is on the disk afterwards.
+    """Runs every benchmark once, untimed: what Triton and Inductor compile is on the disk afterwards.
 
     In parallel, but for the peers that choose their matmuls by timing them: those have the GPU to themselves.
     """
@@ -81,13 +81,13 @@ def warm_up(run: Run, seconds: float) -> tuple[str, str]:
 
 
 def forget_tuning(cache: Path) -> None:
-    """Inductor's choices of block sizes, timed while others used the GPU: each is made again when it is timed alone."""
+    """Deletes Inductor's choices of block sizes, timed while others used the GPU: each is made again alone."""
     for choice in cache.rglob("*.best_config"):
         choice.unlink()
 
 
 def suite(run: Run, seconds: float, name: str) -> tuple[str, str]:
-    """One file of benchmarks. Where its process dies, another goes on behind the case that it died of."""
+    """Runs one file of benchmarks. Where its process dies, another goes on after the case that it died of."""
     deadline = time.perf_counter() + seconds
     command = run.pytest(f"bench_{name}", _file(name), *PYTEST, "--benchmark-enable", **ALONE)
     lines: list[Any] = []
@@ -112,7 +112,7 @@ def suite(run: Run, seconds: float, name: str) -> tuple[str, str]:
 
 
 def close(journal: Path, lines: Sequence[dict[str, Any]], reason: str) -> None:
-    """Notes for the case that its process was in when it ended that it failed."""
+    """Records as failed the case that its process was in when it ended."""
     finished = {line["finished"] for line in lines if "finished" in line}
     known = {line["case"]: line["info"] for line in lines if "case" in line}
     for case in [line["started"] for line in lines if "started" in line and line["started"] not in finished]:
@@ -121,7 +121,7 @@ def close(journal: Path, lines: Sequence[dict[str, Any]], reason: str) -> None:
 
 
 def training(run: Run, seconds: float, preset: str) -> tuple[str, str]:
-    """Tokens a second of a preset's training step, against torch.nn.Transformer, all in autocast bf16."""
+    """Measures tokens a second of a preset's training step, against torch.nn.Transformer, all in autocast bf16."""
     timed = min(MOST_SECONDS, seconds * TRAINING_TIMED / TRAINING_REPEATS / (1 + len(TRAINING_PEERS)))
     if run.options.rehearse:
         timed = REHEARSED_SECONDS

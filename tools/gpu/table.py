@@ -13,7 +13,7 @@ from tools.gpu.profile import said
 
 
 def show(record: dict[str, Any], console: Console) -> None:
-    """Parts and their states, then each suite: our share of the ceiling, and the best peer's time over ours."""
+    """Prints parts and their states, then each suite: our share of the ceiling, and the best peer's time over ours."""
     parts = Table("part", "seconds", "state", "", title=record.get("environment", {}).get("gpu"))
     parts.columns[0].no_wrap = True
     for row in record["parts"]:
@@ -42,5 +42,5 @@ def show(record: dict[str, Any], console: Console) -> None:
 
 
 def _of_others(info: dict[str, Any]) -> list[float]:
-    """How many times our time each peer of the case took; another way of ours is none."""
+    """Returns how many times our time each peer of the case took; another way of ours is no peer."""
     return [ratio for peer, ratio in info.get("speed_up", {}).items() if not peer.startswith(OURS)]

@@ -1,4 +1,4 @@
-"""What the host does for every operation, counted and timed without a GPU: launches, syncs, compilations, microseconds.
+"""The host's work for every operation, counted and timed without a GPU: launches, syncs, compilations, microseconds.
 
     make host        or        python -m tools.host [--counts] [--compare] [--out FILE]
 

@@ -65,7 +65,7 @@ def main(command_line: list[str] | None = None) -> int:
 
 
 def run(only: str, ran: int, with_times: bool, console: Console) -> dict[str, Any]:
-    """The record of a run."""
+    """Returns the record of a run."""
     chosen = [piece for piece in everything() if only in piece.name]
     with counting() as launches:
         rows = [record.row(piece, piece.count(launches)) for piece in track(chosen, "launches", console=console)]
@@ -87,7 +87,7 @@ def run(only: str, ran: int, with_times: bool, console: Console) -> dict[str, An
 
 
 def chosen_of(found: dict[str, Any], only: str) -> dict[str, Any]:
-    """The part of a record that a run of `only` gives."""
+    """Returns the part of a record that a run of `only` gives."""
     return {
         "rows": [row for row in found["rows"] if only in row["name"]],
         "compilations": {kind: asked for kind, asked in found["compilations"].items() if only in kind},

@@ -1,4 +1,4 @@
-"""How often Triton compiles while ragged batches come: once for each way in which a kernel is specialised.
+"""Triton's compilations while ragged batches come: one for each way in which a kernel is specialised.
 
 Only the batch at which each compilation is first asked for is kept: so a run over fewer batches says the same of them.
 """
@@ -32,7 +32,7 @@ Work = Callable[[random.Random], None]
 
 
 def kinds() -> Iterator[tuple[str, Work]]:
-    """By name, what takes one ragged batch."""
+    """Yields, by name, the work of one ragged batch."""
     yield "attention, packed", _packed
     for name, masked in MASKS.items():
         yield f"attention, {name}", partial(_padded, masked=masked)
@@ -46,7 +46,7 @@ def kinds() -> Iterator[tuple[str, Work]]:
 
 
 def compilations(work: Work, batches: int = BATCHES) -> Compilations:
-    """Those of `work` over the first so many batches."""
+    """Returns the compilations of `work` over the first so many batches."""
     draw = random.Random(20170612)
     asked: list[tuple[str, str]] = []
 
@@ -67,18 +67,18 @@ def compilations(work: Work, batches: int = BATCHES) -> Compilations:
 
 
 def first(found: Compilations, batches: int) -> Compilations:
-    """What of it a run over so many batches would have found."""
+    """Returns what a run over so many batches would have found of it."""
     kept = {name: [batch for batch in asked if batch < batches] for name, asked in found.items()}
     return {name: asked for name, asked in kept.items() if asked}
 
 
 def _sentences(draw: random.Random, most: int) -> list[int]:
-    """Lengths as translation has them."""
+    """Draws lengths as translation has them."""
     return [max(1, min(100, round(draw.gauss(14, 8)))) for _ in range(draw.randint(most // 3, most))]
 
 
 def _pairs(draw: random.Random, most: int) -> tuple[list[int], list[int]]:
-    """Lengths of sentences and of their translations."""
+    """Draws lengths of sentences and of their translations."""
     source = _sentences(draw, most)
     return source, [max(1, round(length * draw.uniform(0.7, 1.4))) for length in source]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Budget:
-    """What a row may take at most: launches, and the host's time as a multiple of torch.add; None for no limit."""
+    """The most that a row may take: launches, and the host's time as a multiple of torch.add; None for no limit."""
 
     launches: int | None = None
     host: float | None = None
@@ -22,7 +22,7 @@ NONE = Budget()
 
 @dataclass(frozen=True)
 class Call:
-    """`call()` is the forward; `leaves` are what its backward gives gradients of, none where there is no backward.
+    """A forward, `call()`, and its backward, which gives gradients of `leaves`; there is none where those are empty.
 
     `forward` is the budget with gradients to come, `backward` that of the backward alone.
     """

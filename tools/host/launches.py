@@ -1,4 +1,4 @@
-"""What a piece of work would launch on a GPU, and where the host would wait for it: counted, neither run nor compiled.
+"""Launches and waits of a piece of work on a GPU: counted, neither run nor compiled.
 
 A call of torch that computes counts as one launch, however many kernels cuBLAS or a sort make of it. Views and
 allocations are none; a list that becomes a tensor is one, the copy to the GPU.
@@ -40,7 +40,7 @@ READING = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 
 @dataclass
 class Launches:
-    """How often each: Triton's kernels, products of matrices, torch's other computations, and waits of the host."""
+    """Counts of Triton's kernels, products of matrices, torch's other computations, and waits of the host."""
 
     triton: Counter[str] = field(default_factory=Counter)
     products: Counter[str] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ Launched = Callable[[str, dict[str, Any]], None]
 
 @contextmanager
 def without_compiling(launched: Launched) -> Iterator[None]:
-    """Within the block each launch of a Triton kernel only tells `launched` its name and what it would be compiled by.
+    """Has each launch of a Triton kernel within the block only tell `launched` its name and specialisation.
 
     The latter is what triton's own hook is told: "key" is the same where a compilation serves both.
     """
@@ -93,7 +93,7 @@ def without_compiling(launched: Launched) -> Iterator[None]:
 
 
 class Unlaunched:
-    """To triton a compiled kernel, whose launch is told and no more."""
+    """A compiled kernel in triton's eyes, whose launch is told and no more."""
 
     function = packed_metadata = None
 
@@ -155,7 +155,7 @@ class Watching(TorchFunctionMode):
 
 @contextmanager
 def counting() -> Iterator[Launches]:
-    """Gives what has been launched in the block so far."""
+    """Yields what has been launched in the block so far."""
     found = Launches()
 
     def launched(name: str, _: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def counting() -> Iterator[Launches]:
 
 
 def count(found: Launches, work: Callable[[], Any]) -> Launches:
-    """Those of `work`, where `found` counts: of its second call, since what is made once for all is not counted."""
+    """Counts launches of `work`, where `found` counts: of its second call, as what is made once does not count."""
     work()
     once = found.copy()
     work()

@@ -42,7 +42,7 @@ Observed = TypeVar("Observed")
 
 
 def layer_cases() -> list[Call]:
-    """Drop-in layers in training, post-norm, with and without a padding mask."""
+    """Returns drop-in layers in training, post-norm, with and without a padding mask."""
     options: dict[str, Any] = {"dropout": 0.1, "batch_first": True, "dtype": HALF}
     encoder = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, **options)
     decoder = nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, **options)
@@ -63,12 +63,12 @@ def layer_cases() -> list[Call]:
 
 
 def small_model(layers: int = LAYERS, **changes: Any) -> Transformer:
-    """The bundled model, of the paper's depth where nothing is said."""
+    """Returns the bundled model, of the paper's depth where nothing is said."""
     return Transformer(TransformerConfig(CLASSES, WIDTH, HEADS, HIDDEN, layers, layers, **changes))
 
 
 def ragged_pairs(lengths: list[tuple[int, int]]) -> EncodedPairs:
-    """Sentence pairs of these lengths, of one token each."""
+    """Returns sentence pairs of these lengths, of one token each."""
 
     def side(place: int) -> tuple[Tensor, Tensor]:
         sizes = torch.tensor([0, *(pair[place] for pair in lengths)])
@@ -78,20 +78,20 @@ def ragged_pairs(lengths: list[tuple[int, int]]) -> EncodedPairs:
 
 
 def training(model: Transformer, pairs: EncodedPairs) -> Training:
-    """What trains `model` in bf16 under autocast; nothing is read or written."""
+    """Returns the training of `model` in bf16 under autocast; nothing is read or written."""
     run, options = Run(Path(tempfile.gettempdir()) / "none"), Options(dtype="bfloat16", graphs=False)
     return Training(run, model, cast(Tokenizer, None), PRESETS["base"].recipe, pairs, None, options)
 
 
 def training_step() -> Callable[[], Any]:
-    """An update of the bundled model: forward, backward, clipping and Adam."""
+    """Returns an update of the bundled model: forward, backward, clipping and Adam."""
     pairs = ragged_pairs([(LENGTH, LENGTH - 1)] * SENTENCES)
     batch = BatchPlan(pairs, torch.arange(len(pairs)), [(0, len(pairs))])[0]
     return partial(training(small_model(), pairs).steps, batch)
 
 
 def decode(model: Transformer, lengths: list[int], observe: Callable[[], Observed]) -> list[Observed]:
-    """Translates sentences of these lengths, and gives what `observe` says at the beginning of each step.
+    """Translates sentences of these lengths, and returns what `observe` says at the beginning of each step.
 
     Between two of them lie a step of the model and one of the search. No translation ends before the model's limit: the
     logits are others than the model's, whose kernels do not run.
@@ -111,7 +111,7 @@ def decode(model: Transformer, lengths: list[int], observe: Callable[[], Observe
 
 
 def _steady_steps(observe: Callable[[], Observed], steps: int) -> list[Observed]:
-    """As `decode`, of steps that find what the first ones made, the cache's room among it."""
+    """Decodes as `decode`, in steps that find what the first ones made, the cache's room among it."""
     model = small_model(max_length=STEADY + steps).to(HALF).eval()
     return decode(model, [LENGTH] * SENTENCES, observe)[STEADY:]
 
@@ -129,7 +129,7 @@ class DecodingStep(Piece):
 
 
 def everything() -> list[Piece]:
-    """All rows of the table, in their order."""
+    """Returns all rows of the table, in their order."""
     search = partial(_steady_steps, lambda: None, 2)
     return [
         *pieces(operation_cases()),

@@ -1,4 +1,4 @@
-"""What a run found, as JSON keeps it, and what one run differs in from another."""
+"""The findings of a run, as JSON keeps them, and the differences between two runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def row(piece: Piece, launches: Launches) -> Row:
-    """Times come later: `add_time`."""
+    """Makes a row. Times come later: `add_time`."""
     counts = {part: dict(sorted(found.items())) for part, found in vars(launches).items()}
     return {"name": piece.name, "direction": piece.direction, **counts, "budget": asdict(piece.budget)}
 
@@ -38,7 +38,7 @@ def key_of(row: Row) -> str:
 
 
 def over_budget(row: Row) -> list[str]:
-    """What of a row is more than its budget: "launches", "host"."""
+    """Lists which counts of a row exceed their budget: "launches", "host"."""
     spent = {"launches": launches_of(row), "host": row.get("host")}
     return [
         name
@@ -48,7 +48,7 @@ def over_budget(row: Row) -> list[str]:
 
 
 def exact_changes(before: Row, after: Row, ran: int = batches.BATCHES) -> list[str]:
-    """A line for each launch, sync or compilation that two records differ in; `ran`: the batches that `after` ran."""
+    """Returns a line for each launch, sync or compilation that differs; `ran`: the batches that `after` ran."""
     lines = []
     for key, old, new in _pairs(before["rows"], after["rows"]):
         if old is None or new is None:
@@ -69,7 +69,7 @@ def exact_changes(before: Row, after: Row, ran: int = batches.BATCHES) -> list[s
 
 
 def changed_times(before: Row, after: Row) -> list[str]:
-    """A line for each row whose time has changed by more than such a measurement's noise."""
+    """Returns a line for each row whose time has changed by more than such a measurement's noise."""
     lines = []
     for key, old, new in _pairs(before["rows"], after["rows"]):
         if old and new and "host" in old and "host" in new and abs(new["host"] / old["host"] - 1) > NOISE:

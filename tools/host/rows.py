@@ -26,12 +26,12 @@ class Piece:
     budget: Budget = NONE
 
     def count(self, found: Launches) -> Launches:
-        """What it launches, where `found` counts."""
+        """Counts the launches, where `found` counts."""
         with torch.set_grad_enabled(self.has_gradient):
             return count(found, self.work)
 
     def time(self) -> Timed:
-        """What it takes the host, where Triton's kernels are launched."""
+        """Measures the host's time, where Triton's kernels are launched."""
         with torch.set_grad_enabled(self.has_gradient):
             return timed(self.work)
 
@@ -41,7 +41,7 @@ class Piece:
 
 
 def pieces(cases: list[Call]) -> Iterator[Piece]:
-    """Each case in its directions."""
+    """Yields each case in its directions."""
     for case in cases:
         yield Piece(case.name, WITHOUT_GRAD, case.call)
         if case.leaves:
@@ -50,7 +50,7 @@ def pieces(cases: list[Call]) -> Iterator[Piece]:
 
 
 def _both(case: Call) -> Callable[[], Any]:
-    """The call and the gradients of all its results."""
+    """Returns the call and the gradients of all its results, as one function."""
 
     def work() -> None:
         results = case.call()
@@ -64,7 +64,7 @@ _cotangents: dict[tuple[torch.Size, tuple[int, ...], torch.dtype], Tensor] = {}
 
 
 def _cotangent(output: Tensor) -> Tensor:
-    """The same at every call: what it takes to make one is not the operation's."""
+    """Returns the same cotangent at every call: what it takes to make one is not the operation's."""
     key = (output.shape, output.stride(), output.dtype)
     if key not in _cotangents:
         _cotangents[key] = torch.ones_like(output)

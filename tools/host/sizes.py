@@ -1,4 +1,4 @@
-"""The sizes of calls whose host time is told: of no account to the host, and as little arithmetic as can be."""
+"""The sizes of calls whose host time is measured: any would do for the host, and these need little arithmetic."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LONG = 300
 
 
 def leaf(*shape: int) -> Tensor:
-    """Random numbers that need a gradient."""
+    """Returns random numbers that need a gradient."""
     return torch.randn(shape, dtype=HALF).requires_grad_()
 
 
 def heads(length: int) -> Tensor:
-    """[B, H, S, D] as a projection has it: heads side by side in their rows."""
+    """Returns [B, H, S, D] as a projection has it: heads side by side in their rows."""
     return torch.randn(SENTENCES, length, HEADS, DIM, dtype=HALF).transpose(1, 2).requires_grad_()

@@ -29,7 +29,7 @@ READERS = [cross_entropy, *map(import_module, ("tfm.ops.attention_rules", "tfm.o
 
 
 class Driver:
-    """What Triton asks of a driver before it compiles; it has nothing to load or launch with."""
+    """The answers that Triton needs of a driver before it compiles; it has nothing to load or launch with."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", CAPABILITY, 32)
@@ -43,7 +43,7 @@ class Driver:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Within the block, what tfm does with CPU tensors is what it does with a GPU's."""
+    """Makes tfm do with CPU tensors, within the block, what it does with a GPU's."""
     told: list[tuple[Any, str, Any]] = [
         (backends, "why_triton_unavailable", lambda device, automatic: ""),
         *((module, "chip_of", lambda device: CHIP) for module in (device, tape)),
@@ -59,11 +59,11 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """One product, as cuBLAS adds those of 16-bit matrices to fp32; CPUs have none such, so its numbers are dropped."""
+    """Makes one product, as cuBLAS adds 16-bit ones to fp32; CPUs have none such, so its numbers are dropped."""
     torch.mm(a, b)
 
 
 def _add_rows(total: Tensor, rows: Tensor, first: bool) -> None:
-    """A sum, and what puts it into place."""
+    """Makes a sum, and what puts it into place."""
     summed = rows.sum(0, dtype=total.dtype)
     total.copy_(summed) if first else total.add_(summed)

@@ -13,7 +13,7 @@ from tools.host.rows import BACKWARD
 
 
 def of_rows(rows: Iterable[Row]) -> Table:
-    """A line for each direction of each case; what is over its budget is red."""
+    """Makes a line for each direction of each case; what is over its budget is red."""
     table = Table(title="Launches and host time", caption="times: multiples of one torch.add")
     table.add_column("")
     table.add_column("")
@@ -37,7 +37,7 @@ def of_rows(rows: Iterable[Row]) -> Table:
 
 
 def of_compilations(found: dict[str, batches.Compilations], ran: int) -> Table:
-    """A line for each kind of batch."""
+    """Makes a line for each kind of batch."""
     table = Table(title=f"Compilations over {ran} ragged batches")
     for head in ("", f"of {batches.MOST}", "last at batch", "by kernel"):
         table.add_column(head)

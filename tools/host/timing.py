@@ -64,7 +64,7 @@ def why_unavailable() -> str:
 
 
 def _compiler() -> str | None:
-    """As triton looks for one."""
+    """Finds a C compiler as triton does."""
     return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
 
 
@@ -79,7 +79,7 @@ def use_launcher() -> None:
 
 
 def timed(work: Callable[[], Any]) -> Timed:
-    """The processor's time of `work`, whatever else the machine does."""
+    """Measures the processor's time of `work`, whatever else the machine does."""
     work()
     start = time.process_time()
     work()
@@ -95,13 +95,13 @@ def timed(work: Callable[[], Any]) -> Timed:
 
 
 def seconds_of_add() -> float:
-    """The unit."""
+    """Measures the unit."""
     x = torch.ones(16)
     return _least(lambda: torch.add(x, x), 1000, 15)
 
 
 def _least(work: Callable[[], Any], calls: int, samples: int) -> float:
-    """Seconds of a call, in the sample that other work on the machine has disturbed least."""
+    """Returns seconds of a call, in the sample that other work on the machine has disturbed least."""
     return min(_sample(work, calls) for _ in range(samples))
 
 
@@ -113,7 +113,7 @@ def _sample(work: Callable[[], Any], calls: int) -> float:
 
 
 def _built() -> Path:
-    """The library, in triton's cache."""
+    """Builds the library, in triton's cache."""
     text = SOURCE.read_bytes()
     stored = get_cache_manager(hashlib.sha256(text).hexdigest())
     if not all(map(stored.get_file, LIBRARIES)):

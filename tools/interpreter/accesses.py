@@ -30,7 +30,7 @@ State = tuple[np.ndarray, np.ndarray | None]
 
 
 class Touched:
-    """For each cell of a storage the first program that accessed it in one way, another one if any, and where."""
+    """The programs that accessed each cell of a storage in one way: the first, another one if any, and where."""
 
     def __init__(self, cells: int) -> None:
         self.programs = np.full((2, cells), NOBODY, np.int32)
@@ -43,7 +43,7 @@ class Touched:
             self.programs[row, cells[chosen]], self.places[row, cells[chosen]] = program, place
 
     def others(self, cells: np.ndarray, program: int) -> np.ndarray:
-        """[2, cells]: by whom other than `program`."""
+        """Returns [2, cells]: by whom other than `program`."""
         programs = self.programs[:, cells]
         return (programs != NOBODY) & (programs != program)
 
@@ -90,7 +90,7 @@ class Argument:
         memory.cell = min(memory.cell, self.width)
 
     def covers(self, offsets: np.ndarray, width: int) -> np.ndarray:
-        """Which of these accesses, `width` bytes each, lie on elements of this tensor alone."""
+        """Tells which of these accesses, `width` bytes each, lie on elements of this tensor alone."""
         first, count = offsets // self.width, max(1, width // self.width)
         inside = (offsets >= 0) & (first + count <= len(self.inside))
         for step in range(count if inside.any() else 0):
@@ -98,7 +98,7 @@ class Argument:
         return inside
 
     def element(self, offset: int) -> str:
-        """As a reader of the kernel counts: from where the tensor's pointer points."""
+        """Names an element as a reader of the kernel counts: from where the tensor's pointer points."""
         return f"element {offset // self.width - self.first}"
 
     def __str__(self) -> str:
@@ -119,17 +119,17 @@ class Launch:
     _known: set[object] = field(default_factory=set)
 
     def add(self, name: str, tensor: Tensor, allocation: Allocation | None) -> None:
-        """One more argument; `allocation` where its storage came unwritten."""
+        """Adds an argument; `allocation` where its storage came unwritten."""
         storage = tensor.untyped_storage()
         memory = self._memories.setdefault(storage.data_ptr(), Memory(storage, allocation))
         self.arguments[len(self.arguments) + 1] = Argument(name, tensor, memory)
 
     def tagged(self, pointer: np.ndarray, number: int) -> np.ndarray:
-        """`pointer`, which it and all derived from it will say to be to the argument of this number."""
+        """Returns `pointer` marked, with all that is derived from it, as belonging to the argument of this number."""
         return pointer | np.uint64(number) << TAG_SHIFT
 
     def begin(self) -> None:
-        """The programs run from the first, in whatever order; what an earlier one has shown is not counted again."""
+        """Starts the programs anew, in whatever order; what an earlier order has shown is not counted again."""
         self._known = {finding.key for finding in self.findings}
         for memory in self._memories.values():
             memory.touched.clear()
@@ -152,7 +152,7 @@ class Launch:
     def admit(
         self, pointers: np.ndarray, mask: np.ndarray, width: int, kind: str, place: Place
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The addresses behind `pointers`, and `mask` without those that must not be touched, which are reported."""
+        """Returns the addresses of `pointers`, and `mask` without what must not be touched, which is reported."""
         admitted = mask.copy()
         lanes = np.flatnonzero(mask)
         addresses = pointers.ravel()[lanes]
@@ -170,7 +170,7 @@ class Launch:
         return pointers & ADDRESS, admitted
 
     def _access(self, argument: Argument, offsets: np.ndarray, width: int, kind: str, place: Place) -> np.ndarray:
-        """Which of the accesses to `argument` may go on; all that is wrong with them is reported."""
+        """Tells which of the accesses to `argument` may go on; all that is wrong with them is reported."""
         inside, aligned = argument.covers(offsets, width), offsets % width == 0
         for name, wrong in (("out of bounds", ~inside), ("misaligned", inside & ~aligned)):
             if wrong.any():

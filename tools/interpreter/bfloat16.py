@@ -44,7 +44,7 @@ def install() -> None:
 
 
 def is_right() -> bool:
-    """Whether the interpreter loads, multiplies, subtracts, rounds and stores a matrix of bf16 as torch does."""
+    """Tells whether the interpreter loads, multiplies, subtracts, rounds and stores a bf16 matrix as torch does."""
     given = (torch.arange(256.0) / 7 - 9).bfloat16().view(16, 16)
     found = torch.zeros_like(given)
     try:
@@ -62,12 +62,12 @@ def _sample(given, found):
 
 
 def np_dtype(dtype: Any) -> np.dtype:
-    """What NumPy keeps Triton's `dtype` as."""
+    """Returns the NumPy dtype in which Triton's `dtype` is kept."""
     return BFLOAT16 if dtype.scalar == tl.bfloat16 else shipped_np_dtype(dtype)
 
 
 def convert_float(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
-    """`values` of the one of Triton's types in the other."""
+    """Converts `values` from one of Triton's types to another."""
     if tl.bfloat16 not in (source, target) or source.is_fp8() or target.is_fp8():
         return shipped_convert_float(values, source, target, rounding_mode)
     round_ = toward_zero if rounding_mode == TOWARD_ZERO else to_nearest
@@ -75,7 +75,7 @@ def convert_float(values: np.ndarray, source: Any, target: Any, rounding_mode: A
 
 
 def to_nearest(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`values` in `dtype`, ties to even; float64 becomes bf16 by an odd fp32, which is no tie of bf16's."""
+    """Rounds `values` to `dtype`, ties to even; float64 becomes bf16 by an odd fp32, which is no tie of bf16's."""
     if (values.dtype, dtype) == (np.float64, BFLOAT16):
         below = toward_zero(values, np.dtype(np.float32))
         values = odd(below, (below != values) & ~np.isnan(values))
@@ -83,18 +83,18 @@ def to_nearest(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def toward_zero(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`values` in a narrower `dtype`, none larger than it was."""
+    """Rounds `values` to a narrower `dtype`, none larger than it was."""
     nearest = values.astype(dtype)
     return smaller(nearest, np.abs(nearest.astype(values.dtype)) > np.abs(values))
 
 
 def smaller(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """One unit in the last place nearer to zero, `where` that is asked."""
+    """Returns one unit in the last place nearer to zero, `where` that is asked."""
     return (values.view(f"u{values.itemsize}") - where).view(values.dtype)
 
 
 def odd(below: np.ndarray, inexact: np.ndarray) -> np.ndarray:
-    """`below` with the last bit set where more was cut off: what is rounded after it is rounded as if once."""
+    """Sets the last bit of `below` where more was cut off: what is rounded after it is rounded as if once."""
     return (below.view(f"u{below.itemsize}") | inexact).view(below.dtype)
 
 
@@ -112,7 +112,7 @@ class Builder(interpreter.InterpreterBuilder):
     def create_masked_load(
         self, ptrs: TensorHandle, mask: Any, other: TensorHandle | None, *policy: Any, **named: Any
     ) -> TensorHandle:
-        """A load of 16 bits, seen as bf16."""
+        """Loads 16 bits, seen as bf16."""
         if ptrs.get_element_ty() != tl.bfloat16:
             return super().create_masked_load(ptrs, mask, other, *policy, **named)
         integers = TensorHandle(ptrs.data, tl.pointer_type(tl.uint16), ptrs.attr)
@@ -126,7 +126,7 @@ class Builder(interpreter.InterpreterBuilder):
         super().create_masked_store(ptrs, as_bits(value), mask, *policy, **named)
 
     def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-        """Rounded once: in float64 the product is exact, and what the sum loses is known (Knuth's TwoSum)."""
+        """Rounds once: in float64 the product is exact, and what the sum loses is known (Knuth's TwoSum)."""
         if z.data.dtype != BFLOAT16:
             return super().create_fma(x, y, z)
         product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
@@ -146,7 +146,7 @@ class Reduction(interpreter.ReduceOps):
     """The interpreter's reductions; NumPy would add numbers of bf16 one by one, until they are too small to count."""
 
     def sum(self, input: Any) -> Any:
-        """Halves added to halves, each sum rounded, as a GPU's threads add."""
+        """Adds halves to halves, each sum rounded, as a GPU's threads add."""
         data = input.handle.data
         if data.dtype != BFLOAT16:
             return super().sum(input)

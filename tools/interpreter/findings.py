@@ -1,4 +1,4 @@
-"""What the memory checker has to say: what went wrong, in which kernel, on which line, by which programs, on what."""
+"""The findings of the memory checker: what went wrong, in which kernel, on which line, by which programs, on what."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MACHINERY = tuple(folder + os.sep for folder in FOLDERS)
 
 
 def here(kernel: str = "") -> Place:
-    """Where the program now is; no further out than the function `kernel`, one line deep where none is given."""
+    """Returns where the program now is, no further out than the function `kernel`; one line deep if none is given."""
     lines: list[tuple[str, int, str]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -38,7 +38,7 @@ def here(kernel: str = "") -> Place:
 
 
 def text_of(place: Place) -> str:
-    """Kernel last: "kernels/rows.py:38 in load, from kernels/norm.py:66"."""
+    """Formats a place with the kernel last: "kernels/rows.py:38 in load, from kernels/norm.py:66"."""
     lines = [f"{from_root(file)}:{line} in {function}" for file, line, function in place]
     return ", from ".join(lines).rpartition(" in ")[0]
 
@@ -64,7 +64,7 @@ class Finding:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells it from other faults; a race is the same whoever comes first."""
+        """The facts that tell it from other faults; a race is the same whoever comes first."""
         return self.kind, self.kernel, self.tensor, frozenset(self.places)
 
     def __str__(self) -> str:

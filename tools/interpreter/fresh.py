@@ -1,4 +1,4 @@
-"""Which bytes of torch's own memory nobody has written yet.
+"""The bytes of torch's own memory that nobody has written yet.
 
 A tensor from torch.empty and its kin (empty_like, empty_strided, empty_permuted, new_empty, new_empty_strided) is
 unwritten, byte by byte, until a kernel stores there or an operator of ATen writes there. Both are seen, not guessed
@@ -41,7 +41,7 @@ class Allocation:
     written: np.ndarray  # a byte for each of the storage's, padded to whole elements of any width
 
     def elements(self, x: Tensor) -> np.ndarray:
-        """The bytes' marks of each element of `x`, as integers as wide as an element."""
+        """Returns the bytes' marks of each element of `x`, as integers as wide as an element."""
         width = min(x.element_size(), 8)
         marks = self.written.view(f"u{width}")
         steps = [step * x.element_size() for step in x.stride()]
@@ -50,7 +50,7 @@ class Allocation:
 
 
 def all_written(width: int) -> int:
-    """The marks of an element that is written, read as one integer."""
+    """Returns the marks of an element that is written, read as one integer."""
     return int.from_bytes(b"\1" * width, "little")
 
 
@@ -64,7 +64,7 @@ class FreshMemory(TorchDispatchMode):
         self._allocations: dict[int, Allocation] = {}
 
     def allocation(self, x: Tensor) -> Allocation | None:
-        """Of the storage of `x`; None where it has none or that did not come unwritten."""
+        """Returns the allocation of `x`'s storage; None where it has none or it did not come unwritten."""
         if x.layout != torch.strided or x.device.type != "cpu":
             return None
         found = self._allocations.get(x.untyped_storage().data_ptr())
@@ -120,7 +120,7 @@ class FreshMemory(TorchDispatchMode):
 
 
 def _tensors(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Tensor]]:
-    """Each tensor that `func` is given, with the argument of its schema that it is (part of)."""
+    """Yields each tensor that `func` is given, with the argument of its schema that it is (part of)."""
     arguments = func._schema.arguments
     given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
     for argument, value in given:

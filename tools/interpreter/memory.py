@@ -49,7 +49,7 @@ SHUFFLE_SEED = 20170612
 
 @contextmanager
 def checked() -> Iterator[Checker]:
-    """Every launch inside is checked and runs in three orders; what is wrong is among the checker's findings."""
+    """Checks every launch inside, in three orders; what is wrong is among the checker's findings."""
     checker = Checker()
     builder, memory = interpreter.interpreter_builder, interpreter._interpreter
     with ExitStack() as stack:
@@ -69,7 +69,7 @@ def checked() -> Iterator[Checker]:
 
 @dataclass
 class Checked:
-    """How much of a kernel was checked: elements are those of accesses, in one order of the programs."""
+    """The extent to which a kernel was checked: elements are those of accesses, in one order of the programs."""
 
     launches: int = 0
     programs: int = 0
@@ -96,7 +96,7 @@ class Checker:
         self._arguments, self._programs = iter(range(0)), iter(range(0))
 
     def run(self, execute: Callable, executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
-        """A launch in its own order and, where it has several programs, in two others; the first one's results stay."""
+        """Runs a launch in its own order and, where it has several programs, in two others; the first results stay."""
         self.fresh.paused = True
         try:
             self.launch = launch = Launch(executor.fn.__name__, self.findings)
@@ -121,7 +121,7 @@ class Checker:
         execute(executor, *args, **kwargs)
 
     def next_program(self, set_grid_idx: Callable, *first: int) -> None:
-        """The interpreter's loop asks for the programs one after another; it is given those of the present order."""
+        """Gives the interpreter's loop, which asks for the programs in turn, those of the present order."""
         if not any(first):
             grid = interpreter.interpreter_builder.grid_dim
             self.launch.programs = [(x, y, z) for x, y, z in product(*map(range, grid))]
@@ -135,7 +135,7 @@ class Checker:
         set_grid_idx(*self.launch.programs[self.launch.program])
 
     def convert(self, convert: Callable, argument: Any) -> Any:
-        """An argument as the interpreter has it; a pointer names the tensor that it came from."""
+        """Returns an argument as the interpreter has it; a pointer names the tensor that it came from."""
         converted = convert(argument)
         if hasattr(argument, "data_ptr"):
             converted.handle.data = self.launch.tagged(converted.handle.data, next(self._arguments))
@@ -165,12 +165,12 @@ class Checker:
 
 
 def _around(wrapper: Callable, original: Callable) -> Callable:
-    """`wrapper`, told what it stands around; a function, which becomes a method where it is a class's."""
+    """Returns `wrapper`, told what it stands around; a function, which becomes a method where it is a class's."""
     return lambda *args, **kwargs: wrapper(original, *args, **kwargs)
 
 
 def _tensors(executor: GridExecutor, args: Any, kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-    """Those of a launch by their parameters' names, in the order in which the interpreter converts them."""
+    """Yields a launch's tensors by their parameters' names, in the order in which the interpreter converts them."""
     parameters = inspect.getfullargspec(executor.fn).args
     given = {name: value for name, value in kwargs.items() if name in parameters}
     for name, value in inspect.getcallargs(executor.fn, *args, **given).items():

@@ -1,4 +1,4 @@
-"""Which accesses in the source of kernels a run has come to: what it never came to, it has not checked.
+"""The accesses in the source of kernels that a run has reached: those it never reached, it has not checked.
 
 An access is a call of tl.load, tl.store or an atomic, of a descriptor's load or store, or of a device function that
 does one of these, wherever it stands in a function of triton.jit.
@@ -28,7 +28,7 @@ class Access:
 
 
 def launched(files: Iterable[Path]) -> set[str]:
-    """The kernels, by the ends of their names, that Python refers to in these files: whoever does, launches them."""
+    """Returns the kernels, by the ends of their names, that Python in these files refers to: so it launches them."""
     trees = [_tree(file) for file in files]
     jit = [function for tree in trees for function in _jit_functions(tree)]
     within = {node for function in jit for node in ast.walk(function)}
@@ -37,7 +37,7 @@ def launched(files: Iterable[Path]) -> set[str]:
 
 
 def unreached(files: Iterable[Path], places: Iterable[Place]) -> list[Access]:
-    """The accesses in these files that none of `places` leads through."""
+    """Lists the accesses in these files that none of `places` leads through."""
     reached = {line for place in places for line in place}
     return [
         access
@@ -47,7 +47,7 @@ def unreached(files: Iterable[Path], places: Iterable[Place]) -> list[Access]:
 
 
 def accesses(files: Iterable[Path]) -> list[Access]:
-    """All of these files."""
+    """Lists all accesses of these files."""
     functions = [(str(file.resolve()), function) for file in files for function in _jit_functions(_tree(file))]
     # A device function accesses memory where one that it calls does.
     accessing: set[str] = set()

@@ -1,4 +1,4 @@
-"""From records to pages: tables and pictures of what was measured, and where the tree has moved on since.
+"""Writes tables and pictures of what was measured into the pages, and marks where the tree has moved on since.
 
     python -m tools.report [--check]
 

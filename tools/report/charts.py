@@ -21,7 +21,7 @@ LINE_INCHES = 0.2
 
 
 def roofline(record: Record) -> bytes | None:
-    """Bars: our share of the rate that bounds each case, as PNG; None where no rate was measured."""
+    """Draws bars: our share of the rate that bounds each case, as PNG; None where no rate was measured."""
     rows = [row for row in record.rows if row.is_ours and row.share is not None]
     if not rows:
         return None
@@ -42,7 +42,7 @@ def roofline(record: Record) -> bytes | None:
 
 
 def speed_up(record: Record) -> bytes | None:
-    """Points: for each case, every peer's time over ours, as PNG; None where there is no pair to compare."""
+    """Draws points: for each case, every peer's time over ours, as PNG; None where there is no pair to compare."""
     # Where there are several ways of ours, the one that a call takes by itself.
     ours = {row.case: row for row in record.rows if row.peer == "ours"}
     pairs = [(row, row.times(ours[row.case])) for row in record.rows if not row.is_ours and row.case in ours]
@@ -67,7 +67,7 @@ def speed_up(record: Record) -> bytes | None:
 
 
 def _chart(record: Record, rows: list[Row], meaning: str) -> tuple[Figure, Axes, list[int]]:
-    """An empty chart with a line a case, and the place of each in `_by_suite`'s order: a heading above each suite."""
+    """Returns an empty chart with a line a case, and each one's place in `_by_suite`'s order under its suite's heading."""
     lines: list[str] = []
     places: list[int] = []
     headings: list[tuple[int, str]] = []
@@ -90,12 +90,12 @@ def _chart(record: Record, rows: list[Row], meaning: str) -> tuple[Figure, Axes,
 
 
 def _by_suite(record: Record, rows: Iterable[Row]) -> list[Row]:
-    """A suite's cases one after the other: records hold them in the order they were measured in."""
+    """Puts a suite's cases one after the other: records hold them in the order they were measured in."""
     return sorted(rows, key=lambda row: record.suites.index(row.suite))
 
 
 def label(row: Row) -> str:
-    """A case of ours, its suite apart."""
+    """Names a case of ours, without its suite."""
     ways = [row.peer.removeprefix("ours").strip(", "), "one graph" * (row.mode == "graph")]
     return ", ".join(filter(None, (in_words(row.suite, row.size), row.direction, *ways)))
 

@@ -1,4 +1,4 @@
-"""The table of benchmarks/README.md of what the host does: launches, its time, and how much is compiled."""
+"""The table of benchmarks/README.md of the host's work: launches, its time, and how much is compiled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHOWN = (
 
 
 def summary(record: Record, root: Path = ROOT) -> str:
-    """What a call launches, and what it takes of the host: forward with autograd on, and with its backward in all."""
+    """Makes the table of launches and host time of a call: forward with autograd on, and with its backward."""
     environment, found = record.environment, record.data["compilations"]
     path = record.path.relative_to(root) if record.path.is_relative_to(root) else record.path.name
     asked = {kind: sum(map(len, kernels.values())) for kind, kernels in found.items()}
@@ -59,7 +59,7 @@ def summary(record: Record, root: Path = ROOT) -> str:
 
 
 def _load(environment: dict[str, Any]) -> str:
-    """Where others kept the machine busy, times are longer than they need be."""
+    """Warns where others kept the machine busy: times are longer than they need be then."""
     load, cores = environment["load_average"], environment["cores"]
     return f", beside other work (a load of {load:.0f} on {cores} cores)" if load > cores else ""
 

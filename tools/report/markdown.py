@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of one: its head, the rule under it, and a line for each row."""
+    """Returns a table's lines: its head, the rule under it, and a line for each row."""
     return [_line(head), "|---" * len(head) + "|", *map(_line, rows)]
 
 

@@ -18,7 +18,7 @@ SUITS = {
 
 
 def table() -> str:
-    """Markdown, a row a preset."""
+    """Returns the table in Markdown, a row a preset."""
     head = (
         "preset",
         "layers, width, heads",
@@ -49,7 +49,7 @@ def table() -> str:
 
 
 def parameters(name: str) -> int:
-    """Of a preset with the whole vocabulary that its recipe asks for."""
+    """Counts the parameters of a preset with the whole vocabulary that its recipe asks for."""
     preset = PRESETS[name]
     with torch.device("meta"):
         model = Transformer(preset.config(preset.recipe.vocab_size))

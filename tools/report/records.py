@@ -20,7 +20,7 @@ NAMED = ("training", "learning", "host", "versions")
 
 @dataclass(frozen=True)
 class Row:
-    """What one peer did in one case: an entry of pytest-benchmark."""
+    """The result of one peer in one case: an entry of pytest-benchmark."""
 
     entry: dict[str, Any]
 
@@ -33,7 +33,7 @@ class Row:
         return None if self.failed else self.entry["stats"]["median"]
 
     def times(self, other: Row) -> float | None:
-        """How many times as long as `other` this took; None where one of them failed."""
+        """Returns how many times as long as `other` this took; None where one of them failed."""
         return None if self.seconds is None or other.seconds is None else self.seconds / other.seconds
 
     @property
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def case(self) -> tuple[str, ...]:
-        """What rows that differ in their peer alone have in common."""
+        """The names that rows which differ only in their peer have in common."""
         return self.suite, self.direction, self.size, self.mode
 
 
@@ -71,7 +71,7 @@ class Record:
         return list(dict.fromkeys(row.suite for row in self.rows))
 
     def changed_sources(self, operation: str, root: Path = ROOT) -> list[str]:
-        """The source files that the operation's numbers rest upon and that differ from those measured."""
+        """Lists the source files that the operation's numbers rest upon and that differ from those measured."""
         measured, folders = self.data["sources"], ["kernels"] if self.environment["gpu"] else ["csrc/cpu"]
         if any((row.suite, row.peer, row.failed) == (operation, "ours, native", None) for row in self.rows):
             folders.append("csrc/cuda")
@@ -80,7 +80,7 @@ class Record:
 
 
 def load(folder: Path) -> list[Record]:
-    """Every record of `folder`, oldest first.
+    """Returns every record of `folder`, oldest first.
 
     Raises:
         ValueError: a file that is no record, or of a format this program does not know.
@@ -99,13 +99,13 @@ def load(folder: Path) -> list[Record]:
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """The newest record of operations of each device."""
+    """Returns the newest record of operations of each device."""
     of_operations = [record for record in records if record.data.get("format") == FORMAT]
     return list({record.device: record for record in of_operations}.values())
 
 
 def rows_of_versions(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """What the tests and check-kernels said under each torch and triton: the rows of the newest such record."""
+    """Returns what the tests and check-kernels said under each torch and triton in the newest such record."""
     rows: list[dict[str, Any]] = []
     for record in records:
         if record.data.get("benchmark") == "versions":

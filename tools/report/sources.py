@@ -15,20 +15,20 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def subjects(root: Path = ROOT) -> list[str]:
-    """The subjects that kernels serve, what a record should cover: tfm/ops/ and kernels/ both have the name."""
+    """Lists the subjects that kernels serve, what a record should cover: tfm/ops/ and kernels/ both have the name."""
     names = sorted(path.stem for path in (root / "tfm" / "ops").glob("*.py"))
     return [name for name in names if _module_path(f"tfm.kernels.{name}", root)]
 
 
 def subject_of(operation: str, root: Path = ROOT) -> str:
-    """The subject of that name, or else the one whose file in tfm/ops/ defines the operation; "" where none does."""
+    """Returns the subject of that name, or else the one whose file in tfm/ops/ defines it; "" where none does."""
     found = subjects(root)
     defining = (name for name in found if f"\ndef {operation}(" in (root / "tfm" / "ops" / f"{name}.py").read_text())
     return operation if operation in found else next(defining, "")
 
 
 def sources_of(operation: str, root: Path = ROOT, folder: str = "kernels") -> list[str]:
-    """The files of the operation's subject in `folder`, and what they import or include, relative to `root`.
+    """Lists the files of the operation's subject in `folder`, and what they import or include, relative to `root`.
 
     `folder` is kernels, csrc/cpu or csrc/cuda. A suite of no one operation, such as a training step, rests upon all of
     its files.
@@ -46,13 +46,13 @@ def sources_of(operation: str, root: Path = ROOT, folder: str = "kernels") -> li
 
 
 def _owner(path: Path, names: list[str]) -> str:
-    """The subject whose name the path holds, the longest of several: decode_attention, not attention."""
+    """Returns the subject whose name the path holds, the longest of several: decode_attention, not attention."""
     held = (name for name in names if re.search(rf"(?<![a-z]){name}(?![a-z])", str(path)))
     return max(held, key=len, default="")
 
 
 def _imports(path: Path, root: Path) -> Iterator[Path]:
-    """The files of kernels/ that a Python file imports modules or names from."""
+    """Yields the files of kernels/ that a Python file imports modules or names from."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tfm.kernels"):
             for alias in node.names:
@@ -62,13 +62,13 @@ def _imports(path: Path, root: Path) -> Iterator[Path]:
 
 
 def _module_path(module: str, root: Path) -> Path | None:
-    """The file of a module of tfm.kernels; None where there is none."""
+    """Returns the file of a module of tfm.kernels; None where there is none."""
     place = root.joinpath(*module.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
 def _includes(path: Path, root: Path) -> Iterator[Path]:
-    """What a file of csrc/ includes from there; "operators/norm.h" is made when it is compiled."""
+    """Yields the files of csrc/ that a file includes; "operators/norm.h" is made when it is compiled."""
     for name in re.findall(r'#include "([^"]+)"', path.read_text()):
         if (root / "csrc" / name).is_file():
             yield root / "csrc" / name

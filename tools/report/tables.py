@@ -44,7 +44,7 @@ def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
 
 
 def device(record: Record, root: Path = ROOT) -> str:
-    """The newest record of a device: its ceilings, its tests, a table for each operation."""
+    """Returns the newest record of a device: its ceilings, its tests, a table for each operation."""
     lines = [f"### {record.device}", "", f"{provenance(record, root)}."]
     if ceilings := record.data.get("ceilings"):
         lines.append(f"Measured in the same run: {', '.join(_ceilings(ceilings)) or 'no ceilings'}.")
@@ -93,7 +93,7 @@ def _suite(record: Record, suite: str, stale: bool) -> list[str]:
 
 
 def _ceilings(measured: dict[str, Any]) -> list[str]:
-    """Each with its name, its rate, and by what it was measured."""
+    """Returns each ceiling with its name, its rate, and by what it was measured."""
     found = []
     if copy := measured.get("copy", {}).get("GB/s"):
         found.append(f"memory {copy:,.0f} GB/s (a copy that no cache holds)")
@@ -116,7 +116,7 @@ def _share(row: Row) -> str:
 
 
 def _is_cached(row: Row) -> bool:
-    """Faster than memory, as records say it that know no ceiling of the caches."""
+    """Tells whether it is faster than memory, in records that know no ceiling of the caches."""
     return row.is_ours and row.ceiling == "copy" and (row.share or 0.0) > 1
 
 
@@ -165,7 +165,7 @@ def training(record: Record, with_speed: bool = True, with_learnt: bool = True) 
 
 
 def learning(record: Record) -> str:
-    """A record of the learning benchmark: losses of both sides at equal updates, and whether they differ."""
+    """Returns a record of the learning benchmark: losses of both sides at equal updates, and whether they differ."""
     arguments, points, found = record.data["arguments"], record.data["points"], record.data["summary"]
     lines = [
         f"At equal updates: preset `{arguments['preset']}` on {CORPORA[record.data['corpus']]} with dropout "
@@ -187,7 +187,7 @@ def learning(record: Record) -> str:
 
 
 def _task(record: Record) -> tuple[str, str, str]:
-    """What was trained where: the corpus, the preset and the device."""
+    """Returns the corpus, the preset and the device of a training."""
     corpus = record.data["corpus"]
     preset = record.data["arguments"]["preset"] or ("demo" if corpus == "bundled" else "tiny")
     return corpus, preset, record.device
@@ -209,7 +209,7 @@ def _throughput(results: dict[str, Any], baseline: str) -> list[str]:
 
 
 def _learnt(data: dict[str, Any]) -> list[str]:
-    """What a record of the training benchmark says of translations, and how long the models had learnt."""
+    """Returns what a record of the training benchmark says of translations, and how long the models had learnt."""
     arguments = data["arguments"]
     # Older records know no limit but minutes. Beside it these say little: a row says how many updates fitted in them.
     updates = arguments.get("updates")
@@ -243,7 +243,7 @@ def _profile(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def missing(records: Sequence[Record], root: Path = ROOT) -> str:
-    """One paragraph: the subjects with kernels that no record of a GPU covers."""
+    """Names, in one paragraph, the subjects with kernels that no record of a GPU covers."""
     gpus = [record for record in newest(records) if record.environment["gpu"]]
     covered = {subject_of(suite, root) for record in gpus for suite in record.suites}
     bare = [name for name in subjects(root) if name not in covered]
@@ -253,7 +253,7 @@ def missing(records: Sequence[Record], root: Path = ROOT) -> str:
 
 
 def charts_of(record: Record) -> list[Path]:
-    """Where the pictures of a record lie, those that have been drawn."""
+    """Returns the paths of a record's pictures, those that have been drawn."""
     paths = (record.path.with_name(f"{record.path.stem}_{kind}.png") for kind in ("roofline", "speed_up"))
     return [path for path in paths if path.exists()]
 

@@ -13,7 +13,7 @@ COUNTS = {"tests": ("passed", "failed", "skipped"), "kernels": ("compiled", "fau
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: when and where, a row for each pair of versions, and by name what failed."""
+    """Returns in Markdown when and where, a row for each pair of versions, and by name what failed."""
     parts = [row[name] for row in rows for name in COUNTS if name in row]
     if not parts:
         return "No version has a record yet."
@@ -38,7 +38,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(part: Mapping[str, Any] | None, wanted: Sequence[str]) -> list[str]:
-    """A cell for each; where there are no counts the first says why."""
+    """Returns a cell for each; where there are no counts the first says why."""
     if part is None or "ended" in part:
         return ["not run" if part is None else part["ended"], *[""] * (len(wanted) - 1)]
     return [f"{part[name]:,}" for name in wanted]
@@ -50,5 +50,5 @@ def _commit(part: Mapping[str, Any]) -> str:
 
 
 def _each(words: Iterable[str]) -> str:
-    """Those that differ, in order."""
+    """Joins the words that differ, in order."""
     return "; ".join(dict.fromkeys(words))

@@ -34,7 +34,7 @@ LOSS = rf"{TABLES}x(?P<classes>\d+)", "{n} tokens of {columns}, {classes} classe
 
 
 def in_words(suite: str, size: str) -> str:
-    """A case's size for people to read; as it stands where it is of a kind unknown here."""
+    """Words a case's size for people to read; as it stands where it is of a kind unknown here."""
     size, _, dropout = size.partition(" dropout ")
     size, _, smoothing = size.partition(" smoothing ")
     for pattern, words in (LOSS, *PATTERNS) if suite == "linear_cross_entropy" else PATTERNS:

@@ -32,7 +32,7 @@ def passes() -> dict[str, Pass]:
 
 
 def run(backend: str, operation: str, device: torch.device, dtype: torch.dtype) -> None:
-    """One operation's kernels, forward and backward; the GPU is done when this returns."""
+    """Runs one operation's kernels, forward and backward; the GPU is done when this returns."""
     new = Tensors(device, dtype, short=backend == "native" and device.type == "cuda")
     with backends.use(backend):
         for outputs in passes()[operation](new):
@@ -44,7 +44,7 @@ def run(backend: str, operation: str, device: torch.device, dtype: torch.dtype) 
 
 
 def served(backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, ...]]:
-    """The operations that the backend's kernels serve on such a device, with the dtypes that they are passed in."""
+    """Returns the operations that the backend's kernels serve on such a device, with the dtypes of their passes."""
     rows = [row for row in backends.TABLE if row.backend == backend and row.device in ("", device.type)]
     halves = torch.float16, torch.bfloat16
     csrcs = backend == "native" and device.type == "cuda"
@@ -56,7 +56,7 @@ def served(backend: str, device: torch.device) -> dict[str, tuple[torch.dtype, .
 
 
 def missing(backend: str, device: torch.device) -> str:
-    """Why the backend's kernels cannot run here, in words; empty where they can."""
+    """Says why the backend's kernels cannot run here; empty where they can."""
     if backend == "native":
         return native.why_unavailable(device)
     return backends.why_triton_unavailable(device, automatic=False)

@@ -37,7 +37,7 @@ SEED = 20170612
 
 
 def check(operation: str, dtype: torch.dtype) -> tuple[Findings, dict[str, memory.Checked]]:
-    """What is found in one operation's kernels, and what was checked of each."""
+    """Checks one operation's kernels; returns what was found, and what was checked of each."""
     interpreter.mend()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
@@ -48,7 +48,7 @@ def check(operation: str, dtype: torch.dtype) -> tuple[Findings, dict[str, memor
 
 
 def check_all(only: Sequence[str] = ()) -> tuple[Findings, dict[str, memory.Checked]]:
-    """The same of every operation whose name contains one of `only`, if any are given."""
+    """Checks every operation whose name contains one of `only`, or all, in the same way."""
     jobs = [
         (operation, dtype)
         for operation, dtypes in every_kernel.served("triton", CPU).items()
@@ -89,7 +89,7 @@ def main(only: Sequence[str]) -> int:
 
 
 def _unreached(places: set[Place]) -> list[str]:
-    """A line for each access that was not come to and should have been, or the other way round."""
+    """Returns a line for each access that was not reached and should have been, or the other way round."""
     lines, needed = [], set()
     for access in reached.unreached(KERNELS, places):
         excuses = {

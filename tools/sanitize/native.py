@@ -33,7 +33,7 @@ NEEDS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw", "avx
 
 
 def address(pytest: list[str]) -> int:
-    """The tests under the address and undefined behaviour sanitizers."""
+    """Runs the tests under the address and undefined behaviour sanitizers."""
     csrc = recipe.sources()
     assert csrc is not None
     library = compile_library(
@@ -59,7 +59,7 @@ def address(pytest: list[str]) -> int:
 
 
 def thread() -> int:
-    """The driver under the thread sanitizer, for each instruction set."""
+    """Runs the driver under the thread sanitizer, for each instruction set."""
     csrc = recipe.sources()
     assert csrc is not None
     sources, failures = sorted((ROOT / "tests" / "native_threads").glob("*.cpp")), 0

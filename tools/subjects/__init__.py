@@ -1,4 +1,4 @@
-"""What each subject is proven on, a file a subject: `compiled` cases, small `PASSES`, and calls that are `timed`.
+"""The proof of each subject, a file a subject: `compiled` cases, small `PASSES`, and calls that are `timed`.
 
 compiled(every)     the cases of its kernels that tools.check_kernels compiles, the hungriest or all
 PASSES              by operation, a small pass of each of its kernels, for what watches memory (tools.sanitize)

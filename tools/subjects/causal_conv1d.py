@@ -21,7 +21,7 @@ BATCH, STEPS, CHANNELS = 8, 2048, 1024
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """With bias, SiLU and both states; steps or channels side by side."""
+    """Yields cases with bias, SiLU and both states; steps or channels side by side."""
     for dtype in ("bf16", "fp16", "fp32"):
         for width in (2, 3, 4) if every else (4,):
             for channels_first in (True, False):

@@ -28,7 +28,7 @@ EVERYTHING: Options = (-100, 0.1, 0.01, 30.0)
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """Rows of one block, of several, and of more warps, each with its gradient; every tile of streamed logits."""
+    """Yields rows of one block, of several and of more warps, with their gradients; every tile of streamed logits."""
     powers = [1 << bits for bits in range(8, 19)]
     for dtype in ("bf16", "fp16", "fp32"):
         for classes in powers if every else (4096, 32768, 65536):
@@ -40,7 +40,7 @@ def compiled(every: bool) -> Iterator[Case]:
 
 
 def _stored(dtype: str, classes: int) -> Iterator[Case]:
-    """Losses and gradients in one launch, as the forward makes them; and with everything, grad and divisor included."""
+    """Yields losses and gradients in one launch, as the forward makes them; and with grad, divisor and all else."""
     label, target = f"{classes} {dtype}", meta(TILE_ROWS, dtype="i64")
     input, weight = meta(TILE_ROWS, DIM, dtype=dtype), meta(classes, DIM, dtype=dtype)
     call = LinearCrossEntropy(input, weight, None, target, "mean", *USUAL, needs=[True] * 3)
@@ -52,7 +52,7 @@ def _stored(dtype: str, classes: int) -> Iterator[Case]:
 
 
 def _streamed(dtype: str, name: str, major: int, options: Options) -> Iterator[Case]:
-    """The loss alone: logits in registers, what combines their shares, and the sum over rows."""
+    """Yields the loss alone: logits in registers, what combines their shares, and the sum over rows."""
     input, weight, target = meta(ROWS, DIM, dtype=dtype), meta(32768, DIM, dtype=dtype), meta(ROWS, dtype="i64")
     bias = None if options is USUAL else meta(32768, dtype="fp32")
     call = LinearCrossEntropy(input, weight, bias, target, "mean", *options, needs=[False] * 3)

@@ -25,7 +25,7 @@ SHORT, LONG = 256, 4000
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """With ancestry, a latest key and pieces; a query head a key head, and several."""
+    """Yields cases with ancestry, a latest key and pieces; a query head a key head, and several."""
     dims = (32, 64, 80, 128, 256) if every else (64, 80, 128, 256)
     for dtype, dim, group in product(("bf16", "fp16", "fp32"), dims, (1, 8)):
         label = f"{'grouped ' * (group > 1)}{dim} {dtype}"
@@ -36,7 +36,7 @@ def compiled(every: bool) -> Iterator[Case]:
 
 
 def _cases(label: str, dtype: str, dim: int, group: int, capacity: int, is_first: bool) -> Iterator[Case]:
-    """`is_first`: nothing is behind the queries, neither a latest key nor ancestors."""
+    """Yields the cases of one size; `is_first`: there is neither a latest key nor ancestors."""
     cache = meta(ROWS, capacity, HEADS // group, dim, dtype=dtype)
     latest = None if is_first else meta(ROWS, HEADS // group, dim, dtype=dtype)
     parents = None if is_first else meta(ROWS, capacity, dtype="i32")

@@ -22,7 +22,7 @@ TOKENS, VOCABULARY = 8192, 32768
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """With dropout; the forward with the sinusoid, which takes more registers than a table; int64 tokens."""
+    """Yields cases with dropout; the forward with the sinusoid, which takes more registers; int64 tokens."""
     tokens, seed, on = meta(TOKENS, dtype="i64"), meta(dtype="i64"), chip(9)
     for dtype in ("bf16", "fp16", "fp32"):
         for columns in (16, 63, 512, 1000, 1024, 4096) if every else (512, 1000):

@@ -29,14 +29,14 @@ EVEN, ODD, DEEP = 512, 496, 2048
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """Dropout, bias, and what the backward needs besides; GELU takes the most registers, plain and gated."""
+    """Yields dropout, bias, and what the backward needs; GELU takes the most registers, plain and gated."""
     for gated in (False, True):
         yield from _matmul_cases(every, gated)
         yield from _element_cases(every, gated)
 
 
 def _matmul_cases(every: bool, gated: bool) -> Iterator[Case]:
-    """The largest tiles, those of small chips, and smaller ones with a depth that ends within a step."""
+    """Yields the largest tiles, those of small chips, and smaller ones with a depth that ends within a step."""
     everything = dict.fromkeys(product(ROWS, (9, 8), ("bf16", "fp16"), ("gelu", "relu")))
     everything |= dict.fromkeys(product(ROWS[:1], (9,), ("bf16",), ACTIVATIONS))
     hungriest = [(8192, 9, "bf16", "gelu"), (8192, 8, "bf16", "gelu"), (1024, 9, "bf16", "gelu")]
@@ -60,7 +60,7 @@ def _matmul_cases(every: bool, gated: bool) -> Iterator[Case]:
 
 
 def _element_cases(every: bool, gated: bool) -> Iterator[Case]:
-    """Rows of odd lengths take an address for each element."""
+    """Yields rows of odd lengths, which take an address for each element."""
     everything = product((16, 63, 511, 512), ("bf16", "fp16", "fp32"), ("gelu",))
     hungriest = [(511, "bf16", "gelu"), (512, "fp32", "gelu")]
     for columns, dtype, activation in everything if every else hungriest:

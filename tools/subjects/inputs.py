@@ -1,4 +1,4 @@
-"""What the subjects' files share: tensors for small passes, of sizes that are no multiples of tiles."""
+"""Tensors for the subjects' small passes, of sizes that are no multiples of tiles."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Tensors:
         return leaf
 
     def biases(self, *shape: int) -> Tensor:
-        """They learn where attention's may."""
+        """Returns random biases, which learn where attention's may."""
         return self(*shape).detach() if self.short else self(*shape)
 
     def integers(self, *values: int) -> Tensor:

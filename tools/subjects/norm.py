@@ -25,7 +25,7 @@ HUNGRY = {True: (63, 1024, 4095, 8192, 32767), False: (1024, 8191)}
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """Both norms in every dtype: LayerNorm, and an RMSNorm of 1 + weight that rounds before the weight."""
+    """Yields both norms in every dtype: LayerNorm, and an RMSNorm of 1 + weight that rounds before the weight."""
     for centred in (True, False):
         for given, stored in DTYPES:
             for columns in EVERYTHING if every else HUNGRY[centred]:

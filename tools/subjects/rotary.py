@@ -22,7 +22,7 @@ BATCH, HEADS, LENGTH = 64, 16, 128
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """Queries and keys out of place, with positions; whole and partial rotation, halves and neighbours."""
+    """Yields queries and keys out of place, with positions; whole and partial rotation, halves and neighbours."""
     on, positions = chip(9), meta(BATCH, LENGTH, dtype="i64")
     for dtype in ("bf16", "fp16", "fp32"):
         for columns, half in ((64, 32), (80, 40), (96, 12), (128, 64), (256, 32)) if every else ((80, 40), (256, 32)):

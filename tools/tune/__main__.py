@@ -76,7 +76,7 @@ def parse(command_line: list[str] | None) -> argparse.Namespace:
 
 
 def destination(given: argparse.Namespace, gpu: str) -> Path:
-    """The file of the record: --out, or named after the GPU in --out where that is a folder, or beside the results."""
+    """Returns the file of the record: --out, or a file named after the GPU in that folder or beside the results."""
     name = f"{re.sub('[^a-z0-9]+', '_', f'{gpu} {given.family}'.lower())}.json"
     if given.out is None:
         root = Path(__file__).parent.parent.parent

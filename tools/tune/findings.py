@@ -1,4 +1,4 @@
-"""What a run found: of each task its trials and whether the prediction held; what is printed of them, and recorded."""
+"""The findings of a run: of each task its trials and whether the prediction held; what is printed and recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FASTER, MISSED, FAILED, NOT_TRIED = 5500, 3000, 1500, 1200
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one call: the least share of today's time that was expected, that measured, and how far samples are apart."""
+    """The outcome of one call: the least share of today's time, expected and measured, and the spread of samples."""
 
     call: str
     expected: float
@@ -27,13 +27,13 @@ class Verdict:
 
     @property
     def held(self) -> bool:
-        """Whether they are no farther apart than the samples."""
+        """True where they are no farther apart than the samples."""
         return abs(self.measured - self.expected) <= self.spread
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one task; no trials where its turn did not come."""
+    """The outcome of one task; no trials where its turn did not come."""
 
     task: Task
     trials: Sequence[Trial]
@@ -42,7 +42,7 @@ class Finding:
         return [list(trials) for _, trials in groupby(self.trials, key=lambda trial: trial.call)]
 
     def verdicts(self) -> Iterator[Verdict]:
-        """One of each call whose today's choice was timed, and another one, too."""
+        """Yields one for each call whose today's choice was timed, and another one, too."""
         for trials in self.calls():
             tried = [trial for trial in trials if trial.reason != OUT_OF_TIME]
             measured = [trial for trial in tried if trial.samples]
@@ -72,7 +72,7 @@ class Finding:
 
 
 def findings(chosen: Sequence[Task], lines: Sequence[dict[str, Any]]) -> list[Finding]:
-    """Of each task, from the lines of the journal; the first that was noted of a trial counts."""
+    """Returns the outcome of each task, from the lines of the journal; the first that was noted of a trial counts."""
     ended: dict[tuple[int, int], Trial] = {}
     for line in lines:
         if "ended" in line:
@@ -88,7 +88,7 @@ def findings(chosen: Sequence[Task], lines: Sequence[dict[str, Any]]) -> list[Fi
 
 
 def rows(finding: Finding) -> Iterator[str]:
-    """A table for the terminal: the trials as shares of today's time."""
+    """Yields a table for the terminal: the trials as shares of today's time."""
     yield f"\n{finding.task}"
     yield "  expected  measured        µs"
     for trials in finding.calls():
@@ -103,7 +103,7 @@ def rows(finding: Finding) -> Iterator[str]:
 
 
 def summary(found: Sequence[Finding]) -> Iterator[str]:
-    """What to paste, what was predicted wrongly, what failed, what was not tried; shortened to what can be seen."""
+    """Yields what to paste, what was predicted wrongly, what failed and what was not tried, short enough to be seen."""
     better = []
     missed = []
     failed: Counter[str] = Counter()

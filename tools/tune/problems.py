@@ -1,4 +1,4 @@
-"""What is tried in a run: sweeps at their sizes, what promises most first."""
+"""The tasks of a run: sweeps at their sizes, what promises most first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Task:
 
 
 def tasks(family: str, size: str = "", dtype: str = "bf16", rehearse: bool = False) -> list[Task]:
-    """Those of a family, or of all, whose size is written so in part; a rehearsal takes one tiny size of each sweep.
+    """Returns the tasks of a family, or of all, whose size contains `size`; in a rehearsal one tiny size a sweep.
 
     Raises:
         UserError: no such family or size.
@@ -49,7 +49,7 @@ def tasks(family: str, size: str = "", dtype: str = "bf16", rehearse: bool = Fal
 
 
 def sweeps(family: str) -> list[tuple[str, Sweep]]:
-    """(family, sweep), the largest predicted gain first.
+    """Returns (family, sweep), the largest predicted gain first.
 
     Raises:
         UserError: no such family.
@@ -61,7 +61,7 @@ def sweeps(family: str) -> list[tuple[str, Sweep]]:
 
 
 def listed(pairs: Sequence[tuple[str, Sweep]]) -> Iterator[str]:
-    """The questions in words."""
+    """Yields the questions in words."""
     for family, sweep in pairs:
         yield f"{sweep.subject}, {sweep.direction}, {sweep.mode} ({family}): {sweep.gain:.0%} to gain"
         yield f"  Open: {sweep.question}"

@@ -48,7 +48,7 @@ class Run:
         }
 
     def all(self) -> list[str]:
-        """Compiles, times, records and prints; what went wrong with the run itself, in words."""
+        """Compiles, times, records and prints; returns what went wrong with the run itself, in words."""
         record.write(self.out, self.record)
         self.compile()
         command = self.command("timed")
@@ -59,7 +59,7 @@ class Run:
         return self.failures
 
     def compile(self) -> None:
-        """Every candidate once, side by side: what Triton compiles is on the disk afterwards."""
+        """Runs every candidate once, side by side: what Triton compiles is on the disk afterwards."""
         begun = self.clock()
         seconds = COMPILE_SHARE * (self.until - begun)
         workers = min(MOST_WORKERS, cores(), len(self.chosen))
@@ -80,7 +80,7 @@ class Run:
                 print(f"  process {part}: {end.reason}", flush=True)
 
     def time(self, command: Command) -> None:
-        """One candidate after the other, in one process; where it dies, another goes on behind what it died of."""
+        """Times one candidate after the other, in one process; where it dies, another goes on after what it died of."""
         lines: list[Any] = []
         while True:
             end = child.run_one(command, self.until + GRACE_SECONDS - self.clock())
@@ -93,13 +93,13 @@ class Run:
             self.failures.append(f"the process that times ended: {end.reason}")
 
     def command(self, name: str, *words: str) -> Command:
-        """The worker, with its journal of this name."""
+        """Returns the worker, with its journal of this name."""
         words = (*WORKER, *self.words, "--until", str(self.until), *words)
         return Command((sys.executable, *words), self.folder / f"{name}.jsonl", {})
 
     @contextmanager
     def watched(self, journal: Path) -> Iterator[None]:
-        """In the block what is done is printed and recorded, task by task."""
+        """Prints and records what is done within the block, task by task."""
         ended = threading.Event()
 
         def watch() -> None:
@@ -130,7 +130,7 @@ class Run:
 
 
 def close(journal: Path, lines: Sequence[dict[str, Any]], reason: str) -> None:
-    """Notes for the trial that a process was in when it ended why it has no result."""
+    """Notes, for the trial that a process was in when it ended, why it has no result."""
     ended = {tuple(line["ended"]) for line in lines if "ended" in line}
     for line in lines:
         if "begun" in line and tuple(line["begun"]) not in ended:

@@ -26,7 +26,7 @@ Timing = Callable[[Sequence[Step], str], Sequence[float]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one candidate for one call: seconds of each round, or the reason why there are none."""
+    """The outcome of one candidate for one call: seconds of each round, or the reason why there are none."""
 
     call: str
     settings: str
@@ -41,7 +41,7 @@ class Trial:
 
 
 def timed(steps: Sequence[Step], mode: str) -> list[float]:
-    """Seconds of a step, a number a round: of replays of one graph of all of them, or of calls in turn."""
+    """Returns seconds of a step, a number a round: of replays of one graph of all of them, or of calls in turn."""
     is_eager = mode == EAGER
     run = Turns(steps) if is_eager else device.capture(steps)
     # Of a graph one call is all steps; called in turn, each is called as often.
@@ -75,7 +75,7 @@ class Problem:
         return _cast(self.case.inputs(), self.dtype)
 
     def results(self, tensors: Sequence[Any]) -> list[Tensor]:
-        """Outputs, and gradients where the direction says so; dropout and cotangents are always the same."""
+        """Returns outputs, and gradients where the direction says so; dropout and cotangents are always the same."""
         torch.manual_seed(SEED)
         inputs = [given for given in tensors if isinstance(given, Tensor) and given.requires_grad]
         with torch.set_grad_enabled(self.case.direction == BOTH):
@@ -89,20 +89,20 @@ class Problem:
         return [*(output.detach() for output in outputs), *gradients]
 
     def learn_truth(self) -> None:
-        """The truth, and `errors`: today's, or plain torch's in the same dtype where those are larger."""
+        """Computes the truth, and `errors`: today's, or plain torch's in the same dtype where those are larger."""
         with tfm.use("reference"):
             self.truth = self.results(_cast(self.tensors, torch.float64))
             plain = self.errors_of(self.results(self.tensors))
         self.errors = list(map(max, plain, self.errors_of(self.todays)))
 
     def errors_of(self, results: Sequence[Tensor]) -> list[float]:
-        """The largest absolute error of each result, relative to the largest true value."""
+        """Returns the largest absolute error of each result, relative to the largest true value."""
         tiny = torch.finfo(torch.float64).tiny
         pairs = zip(results, self.truth, strict=True)
         return [((found - true).abs().max() / true.abs().max().clamp(min=tiny)).item() for found, true in pairs]
 
     def check(self) -> None:
-        """The choice in place errs by at most twice `errors`, plus a rounding: the rule of the tests' oracle.
+        """Checks that the choice in place errs by at most twice `errors`, plus a rounding, as in the tests' oracle.
 
         Raises:
             ValueError: it errs by more.
@@ -114,14 +114,14 @@ class Problem:
                 raise ValueError(f"result {k} errs by {found:.1e}, expected at most {allowed:.1e}")
 
     def steps(self) -> list[Step]:
-        """What is timed: a call for each of so many sets of inputs that they do not stay in the cache."""
+        """Returns the calls that are timed, one for each of as many sets of inputs as do not stay in the cache."""
         size = sum(given.nbytes for given in self.tensors if isinstance(given, Tensor))
         count = input_sets(size, device.cache_bytes())
         sets = [self.tensors, *(self.inputs() for _ in range(count - 1))]
         return [step_of(self.case.peer.function, tensors, self.case.direction) for tensors in sets]
 
     def candidates(self) -> Iterator[tuple[Trial, AbstractContextManager[None]]]:
-        """For each call today's choice first, then what promises most: what is tried, and how to put it in place."""
+        """Yields each call's trials, today's choice first, then what promises most; and how to put it in place."""
         for arguments, current in self.calls:
             words = ", ".join(f"{name}={value}" for name, value in arguments.items())
             call = f"{self.sweep.subject}({words})"
@@ -135,17 +135,17 @@ class Problem:
 
 
 class Notes:
-    """What is told before and after each trial of a problem, so that it outlives the process. Here: nobody."""
+    """The notes taken before and after each trial of a problem, so that they outlive the process. Here: none."""
 
     def is_known(self, place: int) -> bool:
-        """Whether the trial of this place has been begun before."""
+        """Tells whether the trial of this place has been begun before."""
         return False
 
     def begin(self, place: int, trial: Trial) -> None:
-        """The trial of this place begins; place 0 builds the problem."""
+        """Notes that the trial of this place begins; place 0 builds the problem."""
 
     def end(self, place: int, trial: Trial) -> None:
-        """It has ended so."""
+        """Notes that it has ended so."""
 
 
 def try_all(
@@ -228,7 +228,7 @@ def compile_all(
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest, where its median beats the fastest round of today's choice; None where that stays."""
+    """Returns the fastest, where its median beats the fastest round of today's choice; None where that stays."""
     measured = [trial for trial in trials if trial.samples]
     current = next((trial for trial in measured if trial.is_current), None)
     if current is None:

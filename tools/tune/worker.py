@@ -23,7 +23,7 @@ MOST_SECONDS = 90
 
 
 class Journal(Notes):
-    """Of the task of this place; the process ends where a trial takes too long, or loses the GPU."""
+    """The notes of the task of this place; the process ends where a trial takes too long, or loses the GPU."""
 
     def __init__(self, path: Path, task: int) -> None:
         self.path, self.task = path, task
@@ -47,7 +47,7 @@ class Journal(Notes):
 def try_tasks(
     chosen: Sequence[Task], journal: Path, until: float, clock: Callable[[], float], timing: Timing = timed
 ) -> None:
-    """Every task in its order, each within its share of the time that is left until `until`."""
+    """Tries every task in its order, each within its share of the time that is left until `until`."""
     lines = read(journal)
     # Done, or its process ended while it was built.
     closed = {line["done"] for line in lines if "done" in line}
@@ -65,7 +65,7 @@ def try_tasks(
 
 
 def compile_tasks(chosen: Sequence[Task], journal: Path, part: str, until: float, clock: Callable[[], float]) -> None:
-    """Those of `part`: "3/16" is every sixteenth from the fourth on."""
+    """Compiles the tasks of `part`: "3/16" is every sixteenth from the fourth on."""
     first, step = map(int, part.split("/"))
     for number in range(first, len(chosen), step):
         task = chosen[number]

@@ -49,7 +49,7 @@ FAMILIES = (
 
 
 def attention_cases(every: bool) -> Iterator[Case]:
-    """Each row of the tables at the hungriest calls that come to it."""
+    """Yields each row of the tables at the hungriest calls that come to it."""
     for family in FAMILIES:
         for kernel, table in zip(KERNELS, family.tables, strict=True):
             for width, rows in table.items():
@@ -66,7 +66,7 @@ def attention_cases(every: bool) -> Iterator[Case]:
 
 
 def _cases(family: Family, dims: tuple[int, int], kind: str, dtype: str) -> Iterator[Case]:
-    """The kernels of one call each way; of two passes each by what it leaves out."""
+    """Yields the kernels of one call each way; of two passes each by what it leaves out."""
     # A tile's scores may be large without a softcap, where what is computed does not say so.
     for softcap in (2.0,) if dtype in ("fp32", "tf32") or "bias" in kind else (2.0, None):
         with products_of(dtype):
@@ -85,7 +85,7 @@ def _cases(family: Family, dims: tuple[int, int], kind: str, dtype: str) -> Iter
 
 
 def _kinds(rows: tuple[tables.AttentionTiles, ...], every: bool) -> list[str]:
-    """The kinds of call for each row; the last row serves whatever has as many extras or more."""
+    """Lists the kinds of call for each row; the last row serves whatever has as many extras or more."""
     found: list[str] = []
     for extras, tiles in enumerate(rows):
         served = KINDS[extras:] if tiles is rows[-1] else KINDS[extras : extras + 1]

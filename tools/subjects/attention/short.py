@@ -23,7 +23,7 @@ KERNELS = ("short_attention_forward", "short_attention_backward")
 
 
 def short_attention_cases(every: bool) -> Iterator[Case]:
-    """Every rule and dropout at once; head dims and keys at the rows of the launch settings, for either tensor core."""
+    """Yields every rule and dropout at once, at the rows of the launch settings, for either tensor core."""
     yield from merged(
         case
         for way, kernel in enumerate(KERNELS)
@@ -35,7 +35,7 @@ def short_attention_cases(every: bool) -> Iterator[Case]:
 
 
 def _cases(dtype: str, dim: int, keys: int, kind: str, major: int) -> Iterator[Case]:
-    """The kernels of one call each way whose tiles are those keys; of two passes each by what it makes."""
+    """Yields the kernels of one call each way whose tiles are those keys; of two passes each by what it makes."""
     call = attention_call((dim, dim), f"{kind} dropout", dtype, keys)
     # With its gradient a bias asks for delta, too.
     backward = backward_call(call, "qkvbs" if kind == "bias" else "qkvs")
@@ -55,7 +55,7 @@ def _cases(dtype: str, dim: int, keys: int, kind: str, major: int) -> Iterator[C
 
 
 def score_cases(every: bool) -> Iterator[Case]:
-    """The bias gradient, and the weights, at the head dims of the launch settings."""
+    """Yields the bias gradient, and the weights, at the head dims of the launch settings."""
     yield from merged(_score_cases(every))
 
 
@@ -87,7 +87,7 @@ def _named(case: Case, dim: int, kind: str, dtype: str) -> Case:
 
 
 def _rows(dtype: str, table: dict[tuple[int, int], object], every: bool) -> Iterator[tuple[str, int, int, str, int]]:
-    """(dtype, head dim, keys, kind, major) of every row of a table; narrower dims and fp16, too, where `every`.
+    """Yields (dtype, head dim, keys, kind, major) of every row of a table; narrower dims and fp16, too, where `every`.
 
     Elsewhere all of them in bf16 at 64, where most models are, and of the others the longest with its hungriest kind.
     """
@@ -101,5 +101,5 @@ def _rows(dtype: str, table: dict[tuple[int, int], object], every: bool) -> Iter
 
 
 def _is_wide(dtype: str, rows: int) -> bool:
-    """Whether sm_90 must show HGMMA: it takes 64 rows. Sentences are shorter, and their tiles HMMA's; fp32 is exact."""
+    """Tells whether sm_90 must show HGMMA, which takes 64 rows; sentences are shorter (HMMA), and fp32 is exact."""
     return dtype != "fp32" and rows >= 64

@@ -1,4 +1,4 @@
-"""What tools.tune tries: open questions about launch settings and backends, candidates and predictions.
+"""The open questions about launch settings and backends that tools.tune tries, with candidates and predictions.
 
 One file for each family. A new one adds its SWEEPS to FAMILIES. A question about settings is worth a GPU's time where
 an answer is expected to gain 2 %, or where the choice is between a kernel and doing without it; a question that a run

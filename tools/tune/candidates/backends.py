@@ -22,7 +22,7 @@ def named(current: str, arguments: Arguments, backend: str) -> Iterator[str]:
 
 
 def native(share: float) -> tuple[tuple[str, float], ...]:
-    """csrc, and the share of Triton's time that it is expected to take."""
+    """Returns csrc, and the share of Triton's time that it is expected to take."""
     return (("native", share),)
 
 

@@ -43,7 +43,7 @@ def epilogues(
 
 
 def beside_cublas(share: float) -> tuple[tuple[Any, ...], ...]:
-    """The tiles, and None: cuBLAS and an element-wise kernel, expected to take this share."""
+    """Returns the tiles, and None: cuBLAS and an element-wise kernel, expected to take this share."""
     return ((None, share), *MATMUL_TILES)
 
 

@@ -35,7 +35,7 @@ TILES = (
 def backward(
     current: RowTiles, arguments: Arguments, rows: float, warps: float, resident: int, stages: int
 ) -> Iterator[RowTiles]:
-    """Nothing where no tile is left on its way, a row of several chunks would get company, or the warps exceed 32."""
+    """Yields nothing where no tile stays on its way, chunked rows would get company, or the warps exceed 32."""
     block_rows, num_warps = int(current.block_rows * rows), int(current.num_warps * warps)
     stages += current.stages
     if stages < 1 or block_rows < 1 or (current.chunks > 1 and block_rows > 1) or not 1 <= num_warps <= 32:

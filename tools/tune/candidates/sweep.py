@@ -1,4 +1,4 @@
-"""What a candidates file says: an open question, what might answer it, and what we expect, in numbers."""
+"""The form of a candidates file: an open question, what might answer it, and what we expect, in numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Candidate:
-    """`settings` in place of today's, and the time that they are expected to take as a share of today's."""
+    """A choice to try: `settings` in place of today's, and the share of today's time that they are expected to take."""
 
     settings: Any
     expected: float
@@ -63,24 +63,24 @@ class Sweep:
         return max(0.0, 1.0 - min(row[-1] for row in self.table))
 
     def candidates(self, current: Any, arguments: Arguments) -> Iterator[Candidate]:
-        """Of one call; what promises most comes first."""
+        """Yields the candidates of one call; what promises most comes first."""
         for *values, expected in sorted(self.table, key=lambda row: row[-1]):
             for settings in [None] if values == [None] else self.settings(current, arguments, *values):
                 yield Candidate(settings, expected)
 
     def rows(self) -> Iterator[str]:
-        """The table in words."""
+        """Yields the table in words."""
         names = list(inspect.signature(self.settings).parameters)[2:]
         for *values, expected in self.table:
             row = "None" if values == [None] else ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
             yield f"{row}: {expected:.2f}"
 
     def recorded(self) -> AbstractContextManager[list[tuple[Arguments, Any]]]:
-        """Today's choice is in place; the choices made in the block, each once: (arguments by name, what is chosen)."""
+        """Collects, with today's choice in place, the choices made in the block, each once: (arguments, choice)."""
         raise NotImplementedError
 
     def substituted(self, arguments: Arguments, settings: Any) -> AbstractContextManager[None]:
-        """In the block the choice for these arguments is `settings`."""
+        """Makes `settings` the choice for these arguments within the block."""
         raise NotImplementedError
 
 

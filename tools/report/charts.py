@@ -67,7 +67,7 @@ def speed_up(record: Record) -> bytes | None:
 
 
 def _chart(record: Record, rows: list[Row], meaning: str) -> tuple[Figure, Axes, list[int]]:
-    """Returns an empty chart with a line a case, and each one's place in `_by_suite`'s order under its suite's heading."""
+    """Returns an empty chart with a line a case, a heading above each suite, and each case's place in that order."""
     lines: list[str] = []
     places: list[int] = []
     headings: list[tuple[int, str]] = []

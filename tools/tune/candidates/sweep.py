@@ -76,7 +76,7 @@ class Sweep:
             yield f"{row}: {expected:.2f}"
 
     def recorded(self) -> AbstractContextManager[list[tuple[Arguments, Any]]]:
-        """Collects, with today's choice in place, the choices made in the block, each once: (arguments, choice)."""
+        """Collects the choices made in the block with today's choice in place, each once: (arguments, choice)."""
         raise NotImplementedError
 
     def substituted(self, arguments: Arguments, settings: Any) -> AbstractContextManager[None]:

@@ -32,7 +32,7 @@ class Channels:
         return f"{self.batch}x{self.steps}x{self.channels}"
 
 
-# Of Mamba at 370 million weights.
+# The width of Mamba at 370 million weights.
 SIZES = sizes(
     gpu=[Channels(8, 2048, 2048)],
     cpu=[Channels(4, 256, 512)],
@@ -59,7 +59,7 @@ def work(size: Channels, direction: str) -> Work:
     return Work(bytes=2 * moved if direction == FORWARD else 5 * moved)
 
 
-# Compiled forward alone: a GPU's run has no time for more.
+# Only the forward is compiled: a GPU's run has no time for more.
 COMPILED = Peer(in_torch, compiled="default", where=lambda size, direction: direction == FORWARD)
 PEERS = {OURS: Peer(ours), "eager": Peer(in_torch), "compile": COMPILED}
 SUITE = Suite("causal_conv1d", SIZES, PEERS, inputs, work)

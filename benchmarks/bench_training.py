@@ -186,21 +186,27 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source-language", default="en")
     parser.add_argument("--target-language", default="de")
     parser.add_argument("--test-set", default="test_2016_flickr")
-    parser.add_argument("--preset", choices=PRESETS, help="default: demo where it learns the bundled corpus, else tiny")
+    parser.add_argument("--preset", choices=PRESETS, help="default: demo if it learns the bundled corpus, else tiny")
     parser.add_argument("--batch-tokens", type=int, help="default: 2048 on a CPU, the preset's on a GPU")
     parser.add_argument("--learning-rate", type=float, default=0.004)
     parser.add_argument("--warmup", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peers", type=names, default=["eager", "compile"], help=f"of {', '.join(CONTENDERS)}")
-    parser.add_argument("--throughput-seconds", type=float, default=60.0, help="a repeat of a contender; 0 = skip")
+    parser.add_argument("--peers", type=names, default=["eager", "compile"], help=f"some of {', '.join(CONTENDERS)}")
+    parser.add_argument(
+        "--throughput-seconds", type=float, default=60.0, help="seconds of each repeat of a contender; 0 = skip"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, help="of training for quality; 0 = skip; default: 20")
-    parser.add_argument("--updates", type=updates, help="ends that training, too; without --minutes it alone does")
-    parser.add_argument("--train-peers", type=names, default=["eager"], help="as --peers, to be trained for quality")
+    parser.add_argument("--minutes", type=float, help="minutes of training for quality; 0 = skip; default: 20")
+    parser.add_argument(
+        "--updates", type=updates, help="end that training after so many updates; without --minutes by these alone"
+    )
+    parser.add_argument(
+        "--train-peers", type=names, default=["eager"], help="like --peers, those to be trained for quality"
+    )
     parser.add_argument("--train-seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
-    parser.add_argument("--quick", action="store_true", help="a rehearsal: 3 seconds, 2 repeats, 0.1 minutes")
+    parser.add_argument("--quick", action="store_true", help="rehearse: 3 seconds, 2 repeats, 0.1 minutes")
     arguments = parser.parse_args(command_line)
     arguments.contenders, arguments.train_contenders = beside(arguments.peers), beside(arguments.train_peers)
     arguments.baseline = next((name for name in BASELINES if name in arguments.contenders), None)

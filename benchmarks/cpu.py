@@ -81,7 +81,9 @@ def known(measured: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.json"))
-    parser.add_argument("--only", default=BENCHMARKS, help="which of them, as pytest's -k; default: %(default)s")
+    parser.add_argument(
+        "--only", default=BENCHMARKS, help="benchmarks to run, as for pytest's -k; default: %(default)s"
+    )
     arguments = parser.parse_args()
     record: dict[str, Any] = {"format": FORMAT, "environment": environment(CPU), "sources": sources()}
     record["ceilings"] = ceilings()

@@ -39,7 +39,7 @@ def curve(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]
     task = replace(task, config=replace(task.config, dropout=arguments.dropout))
     training = TimedTraining(name, task, CPU, seed)
     start_loss = training.start_loss()
-    # So that dropout's numbers do not depend on how many the initial weights took.
+    # Seeded again, so that dropout's numbers do not depend on how many the initial weights took.
     torch.manual_seed(seed)
     seconds = 0.0
     for _ in range(arguments.updates // UPDATES_PER_POINT):
@@ -91,18 +91,20 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=seeds, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--updates", type=int, default=500, help=f"of each run, a multiple of {UPDATES_PER_POINT}")
+    parser.add_argument(
+        "--updates", type=int, default=500, help=f"updates of each run, a multiple of {UPDATES_PER_POINT}"
+    )
     parser.add_argument("--dropout", type=float, default=0.3)
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=0.004)
     parser.add_argument("--warmup", type=int, default=300)
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--processes", type=int, default=2, help="number of runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "learning.json")
     arguments = parser.parse_args(command_line)
     if arguments.updates < UPDATES_PER_POINT or arguments.updates % UPDATES_PER_POINT:
         parser.error(f"--updates: expected a multiple of {UPDATES_PER_POINT}, got {arguments.updates}")
-    # For `load`: the bundled corpus, and something to learn from it.
+    # `load` reads these: the bundled corpus, and a training that is to learn from it.
     arguments.data, arguments.minutes = None, math.inf
     return arguments
 

@@ -118,7 +118,7 @@ def step_of(function: Callable[..., Any], tensors: Sequence[Any], direction: str
         return forward
     inputs = [given for given in tensors if isinstance(given, Tensor) and given.requires_grad]
     outputs = _outputs(function(*tensors))
-    # Of a loss the gradient is 1, and some peers are faster then.
+    # The gradient of a loss is 1, with which some peers are faster.
     cotangents = [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in outputs]
 
     def both() -> None:

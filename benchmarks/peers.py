@@ -26,7 +26,7 @@ from benchmarks.suite import FORWARD, OURS, Peer
 from tfm.native import why_unavailable
 from tfm.ops.backends import use
 
-# Its own CUDA graphs would hide what "graph" cases show.
+# Inductor's own CUDA graphs would hide what "graph" cases show.
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 EPS = 1e-6
 
@@ -110,7 +110,7 @@ def linear_cross_entropy(x, weight, target, label_smoothing):
 
 
 def torchs_linear_cross_entropy(x, weight, target, label_smoothing):
-    # Its chunks know no smoothing, and with it only say that they are not taken.
+    # Its chunks support no smoothing, and with it only report that they are not used.
     options = None if label_smoothing else torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(x, weight, target, label_smoothing=label_smoothing, options=options)
 
@@ -166,7 +166,7 @@ SDPA = {"eager": Peer(sdpa, where=lambda size, _: size not in LONG)} | {
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
     )
 }
-# Whole matrices of scores in memory: of interest where a mask that learns leaves the others out.
+# It holds whole matrices of scores in memory: of interest where a mask that learns rules the others out.
 SDPA["sdpa math"] = Peer(
     sdpa, context=partial(sdpa_kernel, SDPBackend.MATH), gpu=True, where=lambda size, _: size.mask == "bias"
 )
@@ -229,7 +229,7 @@ def _varlen(is_causal: bool) -> Callable[..., Any]:
 
     if not is_causal:
         return varlen_attn
-    # Until torch 2.10 a flag, then a window.
+    # A flag until torch 2.10, then a window.
     if "is_causal" in inspect.signature(varlen_attn).parameters:
         causal: dict[str, Any] = {"is_causal": True}
         return partial(varlen_attn, **causal)

@@ -15,7 +15,7 @@ OURS = "ours"  # and "ours, ..." where there are two ways
 
 # About what a GPU of today and one core reach. They decide what bounds a case where no ceiling was measured.
 NOMINAL = {"copy": 4000.0, "matmul": 700.0} if device.AS_GPU else {"copy": 10.0, "matmul": 0.1}
-# Below it a case takes as long as Python takes to launch some ten kernels.
+# A case of less work takes as long as Python takes to launch some ten kernels.
 LAUNCH_BOUND_SECONDS = 100e-6
 
 

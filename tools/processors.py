@@ -48,7 +48,7 @@ SETTINGS = (
     Setting("ONEDNN_MAX_CPU_ISA", "AVX512_CORE", "AVX512"),
     Setting(INSTRUCTION_SET, "avx2", "AVX2"),
 )
-# What is in use. oneDNN says it where something is computed with it.
+# Prints the instructions in use; oneDNN tells its own only when it computes something.
 PROBE = """
 import torch
 from tfm import native

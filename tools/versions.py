@@ -69,9 +69,9 @@ class Pair:
         return [f"torch=={self.torch}", *[f"triton=={self.triton}"] * (not self.forced), *self.beside]
 
 
-# Of each torch the triton that its wheels ask for on Linux; the newest triton is ahead of every torch.
+# For each torch the triton that its wheels ask for on Linux; the newest triton is ahead of every torch.
 PAIRS = (
-    # Its interpreter takes an array of one number for that number, which NumPy 2.4 refuses.
+    # Its interpreter uses an array of one number as that number, which NumPy 2.4 refuses.
     Pair("2.11.0", "3.6.0", beside=("numpy==2.3.5",)),
     Pair("2.12.0", "3.7.0"),
     Pair("2.13.0", "3.7.1"),
@@ -117,9 +117,9 @@ PARTS = {"tests": Part("test", read_tests), "kernels": Part("check-kernels", rea
 
 def main(command_line: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_names, default=(), help="pairs whose name contains one of these")
-    parser.add_argument("--parts", type=_names, default=tuple(PARTS), help="of tests and kernels")
-    parser.add_argument("--again", action="store_true", help="also what the record has of these sources")
+    parser.add_argument("--only", type=_names, default=(), help="only pairs whose name contains one of these")
+    parser.add_argument("--parts", type=_names, default=tuple(PARTS), help="only these parts: tests, kernels")
+    parser.add_argument("--again", action="store_true", help="run also what the record already has for these sources")
     parser.add_argument("--out", type=Path, default=RECORD)
     arguments = parser.parse_args(command_line)
     pairs = [pair for pair in PAIRS if not arguments.only or any(part in pair.name for part in arguments.only)]

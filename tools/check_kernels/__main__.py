@@ -31,13 +31,15 @@ HEADER = "kernel\n  chip    by    warps  regs  stack  shared     blocks  instruc
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel; fail on what must not ship.")
-    parser.add_argument("--every", action="store_true", help="every launch setting and chip, not the hungriest")
     parser.add_argument(
-        "--only", type=_names, default=(), help="kernels whose name contains one of these: norm,attention"
+        "--every", action="store_true", help="compile every launch setting for every chip, not only the hungriest"
     )
-    parser.add_argument("--capabilities", type=_numbers, help="of the chips: 90,100")
-    parser.add_argument("--workers", type=int, help="processes; one for each core where not given")
-    parser.add_argument("--json", type=Path, help="where to write all rows")
+    parser.add_argument(
+        "--only", type=_names, default=(), help="compile only kernels whose name contains one of these: norm,attention"
+    )
+    parser.add_argument("--capabilities", type=_numbers, help="compute capabilities of the chips: 90,100")
+    parser.add_argument("--workers", type=int, help="number of processes; default: one for each core")
+    parser.add_argument("--json", type=Path, help="file to write all rows to")
     parser.add_argument("--cases", default=CASES, help="the module that lists the kernels in ALL")
     parser.add_argument("--allowed", default=ALLOWED, help="the module that lists exceptions in ALLOWED")
     arguments = parser.parse_args()

@@ -19,7 +19,7 @@ NAMES = ("ptxas", "ptxas-blackwell")
 # Chips whose kernels every assembler makes.
 BY_EVERY = (90,)
 PTX_VERSION = re.compile(r"(?<=\.version )(\d+)\.(\d+)")
-# Of the assembler's words (-v): why it waits for each asynchronous product before the next.
+# In the assembler's words (-v): why it waits for each asynchronous product before the next.
 SERIALISED = re.compile(r"\(C7515\).*?wgmma\S* instructions are serialized due to (.*?) in (?:the )?function")
 
 
@@ -103,7 +103,7 @@ def assemble(ptx: str, assembler: Assembler, capability: int, options: dict[str,
     from triton.backends.nvidia.compiler import CUDABackend, ptx_get_version
 
     backend = CUDABackend(GPUTarget("cuda", capability, 32))
-    # What was written for a newer assembler names a version that an older one would refuse unread.
+    # PTX written for a newer assembler names a version that an older one would refuse unread.
     newest = divmod(ptx_get_version(assembler.release), 10)
     ptx = PTX_VERSION.sub(lambda known: "{}.{}".format(*min(newest, (int(known[1]), int(known[2])))), ptx, count=1)
     with heard(assembler) as said:

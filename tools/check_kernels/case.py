@@ -8,7 +8,7 @@ from typing import Any
 
 from triton.runtime.jit import JITFunction
 
-# Of what a sublayer gives, and of the residual stream: autocast makes the last pair.
+# The dtypes of a sublayer's output and of the residual stream: autocast makes the last pair.
 DTYPES = (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"))
 
 # By the major number of the compute capability that launch settings ask about: Hopper, Blackwell for data centres, and
@@ -31,7 +31,7 @@ class Case:
     num_stages: int = 3
     # Whether it multiplies matrices, so that sm_90 must show HGMMA.
     matrix: bool = False
-    # Of a thread, at most; None where the launch sets no limit.
+    # The most registers of a thread; None where the launch sets no limit.
     max_registers: int | None = None
     # The chips that the launch gives these settings; None for all.
     capabilities: tuple[int, ...] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KIB = 1024
-# Of all chips below: registers of each of the multiprocessor's four parts, and in what numbers a warp is given them.
+# On all chips below: registers of each of the multiprocessor's four parts, and in what numbers a warp is given them.
 PARTS, PART_REGISTERS, REGISTER_UNIT = 4, 16384, 256
 # Shared memory that the driver takes of each block, and in what numbers a block is given it; bytes.
 RESERVED_SHARED, SHARED_UNIT = KIB, 128

@@ -35,7 +35,7 @@ EVERY_CAPABILITY = (80, 86, 89, 90, 100, 120)
 # Cases by their place in the list: kernels do not travel between processes. The module, every or not, the place; name,
 # chip, and whether by every assembler.
 Job = tuple[str, bool, int, str, int, bool]
-# Of these faults each assembler has its own; the others are the kernel's by whichever.
+# These faults differ by assembler; the others are the kernel's whichever assembles it.
 OF_ASSEMBLERS = ("error", "spill", "serialised", "hazard")
 
 

@@ -98,7 +98,7 @@ def _written(parameter: Any, argument: Any) -> Any:
     if parameter.is_constexpr or argument is None:
         return argument
     if isinstance(argument, tuple):
-        # Of its fields Triton forgets none, whatever the kernel says.
+        # Triton forgets none of its fields, whatever the kernel says.
         fields = [_value(field, forgets=False, aligns=True) for field in argument]
         return type(argument)(*fields) if hasattr(argument, "_fields") else tuple(fields)
     forgets = parameter.do_not_specialize

@@ -30,7 +30,7 @@ ARCHITECTURES = {90: "90a"}
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers([^\n]*)", re.DOTALL
 )
-# Of the PTX: a kernel's name and, before its body, the threads of its largest block.
+# In the PTX: a kernel's name and, before its body, the threads of its largest block.
 THREADS = re.compile(r"\.entry (\w+)\([^)]*\)\s*(?:\.maxntid (\d+))?")
 LARGEST_BLOCK = 1024
 
@@ -67,7 +67,7 @@ def compile_all(
         ]
         for chips in started:
             found = [row for chip in chips for row in chip.result()]
-            # Under a kernel's name, its chips.
+            # A kernel's chips stand under its name.
             for row in sorted(found, key=lambda row: (row.name, row.capability)):
                 if not only or any(part in row.name for part in only):
                     rows.append(row)

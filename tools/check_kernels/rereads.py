@@ -61,7 +61,7 @@ def _may_meet(store: Event, load: Event, barriers: list[Event]) -> bool:
     loops = [region for region in reversed(common) if region.is_loop]
     branches = {region.number for region in store.regions} & {region.number for region in load.regions}
     if store.line < load.line and len(branches) == len(common):  # else the two branches of one condition
-        # Of what an iteration has to itself, two addresses are two tiles.
+        # Two addresses of what an iteration has to itself are two tiles.
         apart = bool(loops) and loops[0].variable in store.variables & load.variables and store.address != load.address
         if not apart and not any(store.line < barrier.line < load.line for barrier in barriers):
             return True
@@ -95,7 +95,7 @@ def _events(ttir: str) -> Iterator[Event]:
             used = VALUE.findall(line[result.end() :])
             for known in (origins, variables):
                 known[result[1]] = frozenset().union(*(known.get(value, frozenset()) for value in used))
-            # What is loaded is data: it does not lie where it came from.
+            # A loaded value is data: it does not point to where it came from.
             if " = tt.load " in line:
                 yield _access("load", number, regions, used[0], origins, variables)
                 origins[result[1]] = frozenset()

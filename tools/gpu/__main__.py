@@ -25,14 +25,14 @@ from tools.gpu.run import Options, Part, Run, subject
 
 MINUTES, QUICK_MINUTES = 9.0, 2.0
 TRAINING = "training"
-# Of the table, where no terminal says how wide it is.
+# The width of the table where no terminal says its own.
 LINE = 120
 
 
 def main(command_line: list[str] | None = None) -> int:
     try:
         options = parse(command_line)
-        # Ended by a signal, the run still ends its processes.
+        # A run that is ended by a signal still ends its processes.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         with tempfile.TemporaryDirectory() as folder:
             run = Run(options, Path(folder), STARTED)
@@ -80,7 +80,7 @@ def plan(options: Options) -> list[Part]:
         *(Part(name, 140 / len(suites), partial(speed.suite, name=name)) for name in suites),
         *([Part("profile", 35, profile)] if suites else []),
         *(Part(f"{TRAINING} {name}", 70 / len(presets), partial(speed.training, preset=name)) for name in presets),
-        # Last: it takes whatever is left. Without text it says so, and leaves its time to the others.
+        # Last, since it takes whatever time is left. Without text it says so, and leaves its time to the others.
         *([Part("quality", 80 if options.data else 1, quality)] if presets else []),
     ]
 
@@ -103,13 +103,17 @@ def parse(command_line: list[str] | None = None) -> Options:
         prog="python -m tools.gpu", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", metavar="NAMES", help=f"of {', '.join(known)}, with commas between them; default: all"
+        "--only", metavar="NAMES", help=f"some of {', '.join(known)}, separated by commas; default: all"
     )
-    parser.add_argument("--parts", metavar="NAMES", default="", help="of the run alone: native,tests,sanitizer, say")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:.0f} minutes: fewer sizes and rounds")
-    parser.add_argument("--minutes", type=float, help=f"the limit of the whole run; default: {MINUTES:.0f}")
+    parser.add_argument(
+        "--parts", metavar="NAMES", default="", help="only these parts of the run: native,tests,sanitizer, say"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"take {QUICK_MINUTES:.0f} minutes: fewer sizes and rounds"
+    )
+    parser.add_argument("--minutes", type=float, help=f"limit of the whole run; default: {MINUTES:.0f}")
     parser.add_argument("--data", type=Path, help="folder of Multi30k's tok files; default: random text of its lengths")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: interpreted kernels, tiny shapes")
+    parser.add_argument("--rehearse", action="store_true", help="run without a GPU: interpreted kernels, tiny shapes")
     parser.add_argument(
         "--out", type=Path, default=os.environ.get("OUT") or None, help="file or folder; default: $OUT, or results/"
     )

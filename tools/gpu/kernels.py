@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--capability", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
-    parser.add_argument("--only", nargs="*", default=(), help="operations; default: all")
+    parser.add_argument("--only", nargs="*", default=(), help="only these operations; default: all")
     arguments = parser.parse_args()
     journal = Path(os.environ[JOURNAL])
 
@@ -35,7 +35,7 @@ def main() -> None:
     if arguments.only and not only:
         append(journal, {"missing": f"no kernel serves {', '.join(arguments.only)}"})
         return
-    # All that this GPU will run, as it will run it.
+    # Everything that this GPU will run, as it will run it.
     rows = compile_all(
         capabilities=(arguments.capability,), workers=arguments.workers, only=only, report=keep,
         by_every=False, chosen=False,

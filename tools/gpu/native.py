@@ -26,7 +26,7 @@ from tools.check_kernels.verdict import verdict
 from tools.gpu import child
 from tools.gpu.run import Run, ended
 
-# A limit, and no estimate: alone on 16 cores it ends after about half a minute, and killed it leaves no library.
+# A limit, not an estimate: alone on 16 cores it ends after about half a minute, and killed it leaves no library.
 WEIGHT = 400
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     find_toolkit()
     nvcc, _ = native_kernels.usable()
     with ThreadPoolExecutor(1) as beside:
-        # Beside the build, for as long: the same compiler reads the same files.
+        # At the same time as the build, and about as long: the same compiler reads the same files.
         taken = beside.submit(kernels, nvcc) if nvcc is not None and torch.cuda.is_available() else None
         try:
             library = {"library": given} if given else built()

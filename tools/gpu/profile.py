@@ -38,7 +38,7 @@ from tools.gpu.run import Run
 CASES = 2
 # Where NVIDIA's own packages install each version, whatever the machine.
 INSTALLED = Path("/opt/nvidia/nsight-compute")
-# Of one call: no operation launches as many, and a case that did would take all the time there is.
+# Kernels of one call: no operation launches as many, and a case that did would take all the time there is.
 MOST_LAUNCHES = 64
 WARM_UP_CALLS = 2
 BUSY = 60.0
@@ -48,7 +48,7 @@ REASON_LENGTH = 300
 Kernel = dict[str, Any]
 DURATION, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
 OF_PEAK = ".pct_of_peak_sustained_elapsed"
-# What is kept under which name, all but a duration and bytes in ncu's own units.
+# The metrics that are kept, by our names, all but a duration and bytes in ncu's own units.
 METRICS = {
     "SM %": f"sm__throughput.avg{OF_PEAK}",
     "tensor %": f"sm__pipe_tensor_cycles_active.avg{OF_PEAK}",
@@ -186,7 +186,7 @@ def _launch(head: Sequence[str], units: Sequence[str], row: Sequence[str]) -> Ke
     if not seconds:
         raise ValueError(f"ncu: expected a duration of {row[head.index('Kernel Name')]}, got none")
     waits = {match[1]: values[name] for name in values if (match := STALL.fullmatch(name))}
-    # An instruction that is issued is no wait; with it they are all that a warp does.
+    # Issuing an instruction is no wait; together they are all that a warp does.
     cycles, issued = sum(waits.values()), waits.pop("selected", 0.0)
     longest = sorted(waits, key=lambda name: -waits[name])[:STALLS] if cycles > issued else []
     return {
@@ -211,7 +211,7 @@ def bound(kernel: Kernel) -> str:
     """Says what keeps a kernel from being faster."""
     busy = {name: kernel[f"{name} %"] or 0.0 for name in ("DRAM", "L2", "tensor", "SM")}
     shares = ", ".join(f"{name} {share:.0f}%" for name, share in busy.items())
-    # Whatever keeps an SM busy is in its own number, the tensor cores too: it counts where nothing else does.
+    # The SM's own number includes the tensor cores and all else in it: it counts only where nothing else does.
     top = max(("DRAM", "L2", "tensor"), key=lambda name: busy[name])
     if busy[top] >= BUSY or busy["SM"] >= BUSY:
         unit = top if busy[top] >= BUSY else "SM"

@@ -13,7 +13,7 @@ from benchmarks import record
 from tools.gpu import child
 from tools.gpu.run import Run, cores, ended, subject
 
-# Exit statuses of pytest. Tests that failed are counted.
+# Exit statuses of pytest that are no failure of the run: tests that failed are counted.
 TESTS_FAILED, NOTHING_COLLECTED = 1, 5
 # What compute-sanitizer says last, tool by tool.
 SUMMARIES = {
@@ -65,12 +65,12 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts the tests that passed, failed and were skipped, with what the failed ones said."""
     outcomes: dict[str, dict[str, Any]] = {}
     for line in lines:
-        # A test that fails when it is taken down has passed before: the failure counts.
+        # A test whose teardown fails has passed before: the failure counts.
         name = line.get("finished")
         if name is not None and (name not in outcomes or outcomes[name]["outcome"] != "failed"):
             outcomes[name] = line
     counts = Counter(line["outcome"] for line in outcomes.values())
-    # Where a process went on behind another, the first one's list is the whole.
+    # Where a process went on after another, the first one's list is the whole.
     collected = max((sum(line["collected"].values()) for line in lines if "collected" in line), default=0)
     failed = [line for line in outcomes.values() if line["outcome"] == "failed"]
     return {

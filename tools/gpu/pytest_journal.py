@@ -16,7 +16,7 @@ import pytest
 
 from tools.gpu.child import GPU_LOST, JOURNAL, append, lost_gpu, read
 
-# Of the traceback of a test that failed.
+# The characters kept of the traceback of a test that failed.
 DETAIL_CHARACTERS = 2000
 
 

@@ -15,8 +15,8 @@ from tools.gpu import child
 from tools.gpu.run import Options, Run, ended
 
 PRESET, CONTENDER = "tiny", "tfm-bf16"
-# Of the part's time, in seconds. Before the training's clock: two processes that import torch, the tokenizer, kernels
-# and graphs of every shape of batch. Behind it: the translations, in fp32, for which kernels are compiled anew.
+# Seconds of the part's time. Before the training's clock: two processes that import torch, the tokenizer, kernels and
+# graphs of every shape of batch. After it: the translations, in fp32, for which kernels are compiled anew.
 LOADING, TRANSLATING = 25.0, 35.0
 REHEARSED_UPDATES = 3
 

@@ -14,9 +14,9 @@ from benchmarks import record
 from tools.gpu.child import Command, End
 
 FORMAT = 1
-# At the end, for the last record and the table.
+# Seconds at the end for the last record and the table.
 CLOSING_SECONDS = 3.0
-# Of what the programs of a part that failed have printed.
+# The characters kept of what the programs of a failed part have printed.
 OUTPUT_CHARACTERS = 4000
 MOST_WORKERS = 16
 # GPU memory of one process that tests: its context, and the largest tensors.
@@ -107,7 +107,7 @@ class Run:
         else:
             try:
                 state, reason = part.work(self, seconds)
-            # Whatever it is: it is this part's result, and the next one's turn.
+            # Whatever it is, it is this part's result, and the next part's turn.
             except Exception as error:
                 state, reason = "failed", f"{type(error).__name__}: {error}"
         row = {"name": part.name, "seconds": time.perf_counter() - started, "state": state, "reason": reason}
@@ -120,7 +120,7 @@ class Run:
     def command(self, name: str, *words: str, **environment: str) -> Command:
         """Returns `python3` with these words; `name` names its journal."""
         shared = {
-            # Of this run alone: what an earlier one tuned beside other work is not taken over.
+            # For this run alone: what an earlier one tuned beside other work is not taken over.
             "TORCHINDUCTOR_CACHE_DIR": str(self.inductor),
         }
         if self.ceilings.exists():

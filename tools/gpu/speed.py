@@ -17,14 +17,14 @@ from tools.gpu.run import Options, Run, ended, subject
 
 # Importing hypothesis takes a second, and no benchmark needs it.
 PYTEST = ("-o", "python_files=bench_*.py", "-q", "-p", "no:hypothesispytest")
-# No pool of Inductor's to compile in: one for each of many processes is too much, and none may run beside a timed one.
+# Inductor compiles without its pool: one for each of many processes is too much, and none may run beside a timed one.
 ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # The bundled model stands beside them in the same dtype.
 TRAINING_PEERS = ("eager-bf16", "compile-bf16")
 TRAINING_REPEATS = 3
-# In the names of the cases whose peer has Inductor time its matmuls; and what the others may take of the warm-up.
+# The name in cases whose peer has Inductor time its matmuls; and the share of the warm-up for the others.
 TUNED, PARALLEL_SHARE = "max-autotune", 0.7
-# Of a preset's time; the rest is for building the models and their warm-up. More seconds than that say nothing more.
+# The share of a preset's time, the rest being for building and warm-up, and the most seconds that say anything more.
 TRAINING_TIMED, MOST_SECONDS = 0.5, 5.0
 REHEARSED_SECONDS = 0.1
 

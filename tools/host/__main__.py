@@ -29,12 +29,14 @@ RECORD = ROOT / "benchmarks" / "results" / "host.json"
 
 def main(command_line: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", action="store_true", help="the exact facts alone: nothing is compiled or timed")
-    parser.add_argument("--compare", action="store_true", help="write nothing; fail where exact facts changed")
-    parser.add_argument("--only", default="", help="rows and kinds of batch whose names contain this; writes nothing")
-    parser.add_argument("--batches", type=int, default=batches.BATCHES, help="ragged batches of each kind")
-    parser.add_argument("--record", type=Path, default=RECORD, help="what is compared with")
-    parser.add_argument("--out", type=Path, help="what is written; the record where nothing is said")
+    parser.add_argument("--counts", action="store_true", help="count only; compile and time nothing")
+    parser.add_argument("--compare", action="store_true", help="write nothing; fail if counts changed")
+    parser.add_argument(
+        "--only", default="", help="only rows and kinds of batch whose names contain this; writes nothing"
+    )
+    parser.add_argument("--batches", type=int, default=batches.BATCHES, help="number of ragged batches of each kind")
+    parser.add_argument("--record", type=Path, default=RECORD, help="record to compare with")
+    parser.add_argument("--out", type=Path, help="file to write; default: the record")
     arguments = parser.parse_args(command_line)
     if not arguments.counts and (why_not := why_unavailable()):
         parser.error(f"{why_not}; --counts does without")

@@ -24,7 +24,7 @@ from tools.host.sizes import HALF, HEADS, HIDDEN, WIDTH
 BATCHES, MOST = 200, 20
 # Tokens of a translation: the cache grows once.
 DECODED = 18
-# Of the paper's base model.
+# Sizes of the paper's base model.
 ATTENTION_HEADS, ATTENTION_DIM = 8, 64
 # By kernel, the batches at which it is compiled once more.
 Compilations = dict[str, list[int]]
@@ -105,7 +105,7 @@ def _bias(sentences: int, queries: int, keys: int) -> dict[str, Tensor]:
     return {"attn_mask": torch.empty(1, ATTENTION_HEADS, queries, keys, dtype=HALF, requires_grad=True)}
 
 
-# What a batch of (sentences, queries, keys) is masked by.
+# The mask of a batch of (sentences, queries, keys).
 MASKS: dict[str, Callable[[int, int, int], dict[str, Tensor]]] = {
     "key lengths": lambda sentences, queries, keys: {"key_lengths": torch.full((sentences,), keys, dtype=torch.int32)},
     "bool mask of padding": lambda sentences, queries, keys: {

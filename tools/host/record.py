@@ -14,7 +14,7 @@ from tools.host.rows import Piece
 from tools.host.timing import Timed
 
 PARTS = ("triton", "products", "others", "syncs")
-# Times of two runs on one machine differ by so much of themselves.
+# Times of two runs on one machine differ by this share.
 NOISE = 0.15
 Row = dict[str, Any]
 

@@ -24,7 +24,7 @@ from tfm.ops import backends
 
 DEVICE, CAPABILITY = 0, 90
 CHIP = Chip(major=9, multiprocessors=132)
-# By name: tfm.ops has functions of these names.
+# Imported by name, since tfm.ops has functions of these names.
 READERS = [cross_entropy, *map(import_module, ("tfm.ops.attention_rules", "tfm.ops.cross_entropy"))]
 
 
@@ -49,7 +49,7 @@ def as_on_gpu() -> Iterator[None]:
         *((module, "chip_of", lambda device: CHIP) for module in (device, tape)),
         (chunks, "_add_product", _add_product),
         (chunks, "_add_rows", _add_rows),
-        # Values on a GPU are not looked at: that would wait for it.
+        # Values on a GPU are not read: that would wait for it.
         *((reader, "is_readable", lambda x: False) for reader in READERS),
     ]
     with ExitStack() as stack:

@@ -30,7 +30,7 @@ from tools.host.stand_in import Driver
 SOURCE = Path(__file__).with_name("driver.c")
 # The linker asks for one name or the other.
 LIBRARIES = ("libcuda.so.1", "libcuda.so")
-# Seconds of a sample, short enough that few others interrupt it, and of all of them; how many there are.
+# Seconds of a sample, short enough that little interrupts it, and of all of them; how few and how many there are.
 SAMPLE, ALL, FEWEST, MOST = 0.002, 0.15, 6, 60
 
 
@@ -72,7 +72,7 @@ def _compiler() -> str | None:
 def use_launcher() -> None:
     """Has Triton compile kernels and launch them into nothing from now on, unless `why_unavailable` says otherwise."""
     library = _built()
-    # Loaded under the name that triton's library asks for, it is what that gets.
+    # Loaded under the name that triton's library asks for, it is the one that is found.
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     knobs.nvidia.libcuda_path = str(library.parent)
     driver.set_active(LaunchingDriver())

@@ -25,7 +25,7 @@ READ, WRITE, ATOMIC = "reads", "writes", "updates atomically"
 CLASHES = {READ: (WRITE, ATOMIC), WRITE: (READ, WRITE, ATOMIC), ATOMIC: (READ, WRITE)}
 NOBODY = -1
 
-# Of a storage: its bytes, and which of them are written where that is known.
+# The state of a storage: its bytes, and which of them are written where that is known.
 State = tuple[np.ndarray, np.ndarray | None]
 
 

@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 from tools.interpreter.findings import Finding, Findings, Place, here
 
 ALLOCATES = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
-# Ask a tensor for its shape alone.
+# These ask a tensor only for its shape.
 SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
 SHAPES_ONLY |= {"new_zeros", "new_ones", "new_full", "set_", "resize_", "is_same_size"}
-# Write over their first argument without having read it, as every `out` argument is written.
+# These overwrite their first argument without reading it, as every `out` argument is written.
 OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
 
 

@@ -53,7 +53,7 @@ def checked() -> Iterator[Checker]:
     checker = Checker()
     builder, memory = interpreter.interpreter_builder, interpreter._interpreter
     with ExitStack() as stack:
-        # The functions that all accesses come to, whoever has changed the builder's methods above them.
+        # All accesses come to these functions, whoever has changed the builder's methods above them.
         for name, wrapper in (
             ("load", checker.load), ("store", checker.store),
             ("atomic_rmw", checker.atomic_rmw), ("atomic_cas", checker.atomic_cas),

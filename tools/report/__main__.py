@@ -14,7 +14,7 @@ from tools.report.records import ROOT, load, newest
 
 def main(command_line: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--pages", type=Path, default=ROOT, help="the folder that holds README.md and the other pages")
     arguments = parser.parse_args(command_line)

@@ -33,7 +33,7 @@ BOUNDS = {"copy": "memory", "cache": "cache", "matmul": "matmul"}
 def markdown(records: Sequence[Record], root: Path = ROOT) -> str:
     """Returns every measurement: the training records, the newest record of each device, and what is missing."""
     of_training = [record for record in records if record.data.get("benchmark") == "training"]
-    # Of several that measured the same the newest speaks of speed; an older one only of what was learnt.
+    # Among several that measured the same, the newest tells the speed; older ones only what was learnt.
     fastest = {_task(record): record for record in of_training if record.data.get("throughput")}
     parts = [training(record, fastest.get(_task(record), record) is record) for record in reversed(of_training)]
     parts += [learning(record) for record in reversed(records) if record.data.get("benchmark") == "learning"]

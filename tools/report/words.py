@@ -12,7 +12,7 @@ MASKS = {
     "self": "self-attention",
     "cross": "cross-attention",
 }
-# Of a suite, in the order of benchmarks/shapes.py: what its sizes look like, and what the numbers are.
+# For each suite, in the order of benchmarks/shapes.py: what its sizes look like, and what the numbers are.
 SEQUENCES = r"(?P<n>\d+)x(?P<length>\d+) heads (?P<heads>\d+)x(?P<dim>\d+)"
 TABLES = r"(?P<n>\d+)x(?P<columns>\d+)"
 PATTERNS = (

@@ -27,7 +27,7 @@ from tools.interpreter.findings import Findings, Place, from_root
 from tools.sanitize import every_kernel
 
 KERNELS = sorted((Path(__file__).parents[2] / "kernels").rglob("*.py"))
-# Accesses that no call of an operation comes to: file, how they begin, why.
+# Accesses that no call of an operation reaches: file, how they begin, why.
 UNREACHABLE = {
     ("kernels/attention/backward_keys.py", "tl.load(upper + 2"): "no launch row has more queries here than for dq",
     ("kernels/attention/bias_gradient.py", "mask_tile("): "of a float mask there are no words",

@@ -25,7 +25,7 @@ FOLDER = ROOT / "build" / "sanitize"
 COMMON = ("-O1", "-g1", "-fno-omit-frame-pointer")
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", *COMMON)
 THREAD = ("-fsanitize=thread", *COMMON)
-# Those that run native operators on the CPU: all that are named so, but for the one about compiling.
+# The tests that run native operators on the CPU: all that are named so, but for the one about compiling.
 TESTS = sorted(
     {str(path) for path in ROOT.glob("tests/test_native_*.py")} - {str(ROOT / "tests" / "test_native_build.py")}
 )
@@ -42,13 +42,13 @@ def address(pytest: list[str]) -> int:
     runtimes = [_runtime(name) for name in ("libasan.so", "libubsan.so")]
     environment = os.environ | {
         "TFM_NATIVE": str(library),
-        # Python is not compiled so: the sanitizers must be there before it. What Python keeps to its end is no leak.
+        # Python is not compiled like this: the sanitizers must be loaded first. Memory that Python keeps is no leak.
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }
-    # Tests of operators that are not there would be skipped.
+    # Without the library its tests would be skipped.
     loads = "import sys; from tfm import native; sys.exit(native.load()[0] or 0)"
     tests = ["-m", "pytest", "-q", *(pytest or TESTS)]
     for arguments in (["-c", loads], tests):
@@ -72,7 +72,7 @@ def thread() -> int:
             FOLDER / f"thread-{name}", [Object(source, f"{source.name} {name}", options) for source in sources],
             "native_threads", csrc, THREAD, toolchain.Cuda(), listener=Listener(report=_report),
         )  # fmt: skip
-        # The sanitizer's own memory must be where it expects it: some kernels place programs too freely.
+        # The sanitizer needs its memory at fixed addresses: some kernels randomise them too much.
         done = subprocess.run(["setarch", "-R", str(program)], check=False)
         print(f"{name}: {'clean' if done.returncode == 0 else f'exit status {done.returncode}'}")
         failures += done.returncode != 0

@@ -22,7 +22,7 @@ from tools.subjects.inputs import Outputs, Pass, Tensors
 
 ROWS, DIM = 8192, 512
 Options = tuple[int, float, float, float | None]
-# Ignored class, label smoothing, z-loss and softcap: as a translation model is trained; and everything.
+# Ignored class, label smoothing, z-loss and softcap: as translation models are trained, and with everything.
 USUAL: Options = (-100, 0.1, 0.0, None)
 EVERYTHING: Options = (-100, 0.1, 0.01, 30.0)
 

@@ -45,7 +45,7 @@ def pass_embedding(new: Tensors) -> Iterator[Outputs]:
     weight, learned = new(inputs.CLASSES, inputs.COLUMNS), new(inputs.WIDTH, inputs.COLUMNS)
     for table in (None, learned):
         yield ops.embedding(tokens, weight, positions, position_weight=table, dropout_p=inputs.DROPOUT_P, padding_idx=0)
-    # So many of one token that they are added up in parts.
+    # One token occurs so often that its rows are added up in parts.
     often = new.below(inputs.WIDTH, 3 * inputs.ROWS)
     often[3:] = 5
     for sparse in (False, True):

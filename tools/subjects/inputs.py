@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DROPOUT_P = 0.1
-# No multiples of tiles; COLUMNS and WIDTH are of 16, as matmuls want. Rows of WIDE columns do not fit the registers.
+# No multiples of tiles; COLUMNS and WIDTH are multiples of 16, as matmuls want. WIDE rows do not fit the registers.
 ROWS, COLUMNS, WIDTH, CLASSES, WIDE = 35, 80, 144, 1031, 8193
 # Columns that matmuls' tiles divide.
 EVEN = 128

@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.tune import __doc__ as description
 
 SECONDS = 120.0
-# At the end, for the last record and the summary.
+# Seconds at the end for the last record and the summary.
 CLOSING_SECONDS = 3.0
 
 
@@ -23,7 +23,7 @@ def main(command_line: list[str] | None = None, clock: Callable[[], float] = tim
     started = clock()
     given = parse(command_line)
     if given.rehearse:
-        # Read when benchmarks.device and triton are imported: below, and by the processes that try.
+        # Both are read when benchmarks.device and triton are imported: below, and in the processes that try.
         os.environ |= {"TFM_REHEARSAL": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     import torch
@@ -40,7 +40,7 @@ def main(command_line: list[str] | None = None, clock: Callable[[], float] = tim
         if not given.rehearse and not torch.cuda.is_available():
             raise UserError("expected an NVIDIA GPU; --rehearse and --list do without")
         out = destination(given, "rehearsal" if given.rehearse else torch.cuda.get_device_name())
-        # Ended by a signal, the run still ends its processes.
+        # A run that is ended by a signal still ends its processes.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         words = [given.family, "--size", given.size, "--dtype", given.dtype, *["--rehearse"] * given.rehearse]
         with tempfile.TemporaryDirectory() as folder:
@@ -60,12 +60,14 @@ def parse(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.tune", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", help="of kernels: a file of tools/tune/candidates, or all")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of the whole run; default: {SECONDS:.0f}")
-    parser.add_argument("--size", default="", help="only sizes that are written so, in part or whole: 8192x1024")
+    parser.add_argument("family", help="a family of kernels: a file of tools/tune/candidates, or all")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"limit of the whole run; default: {SECONDS:.0f}"
+    )
+    parser.add_argument("--size", default="", help="only sizes that contain this: 8192x1024")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument("--rehearse", action="store_true", help="in Triton's interpreter, at tiny sizes")
-    parser.add_argument("--list", action="store_true", help="prints questions, predictions and candidates, and ends")
+    parser.add_argument("--rehearse", action="store_true", help="run in Triton's interpreter, at tiny sizes")
+    parser.add_argument("--list", action="store_true", help="print questions, predictions and candidates, and exit")
     parser.add_argument(
         "--out", type=Path, default=os.environ.get("OUT") or None, help="default: $OUT, or benchmarks/results/tuning/"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from tools.tune.problems import Task
 from tools.tune.trials import OUT_OF_TIME, Trial, best_of
 
-# Of what is printed last, each of its parts; together within 12,000 characters.
+# The characters of each part of what is printed last; together within 12,000.
 FASTER, MISSED, FAILED, NOT_TRIED = 5500, 3000, 1500, 1200
 
 
@@ -78,7 +78,7 @@ def findings(chosen: Sequence[Task], lines: Sequence[dict[str, Any]]) -> list[Fi
         if "ended" in line:
             number, place = line["ended"]
             trial = Trial(**line["trial"])
-            # That a problem could be built is no result.
+            # It is no result that a problem could be built.
             if place > 0 or trial.reason:
                 ended.setdefault((number, place), trial)
     return [

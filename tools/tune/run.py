@@ -19,11 +19,11 @@ from tools.tune.trials import OUT_OF_TIME
 
 FORMAT = 1
 WORKER = ("-m", "tools.tune.worker")
-# Of the time, what compilation may take at most.
+# The share of the time that compilation may take at most.
 COMPILE_SHARE = 0.3
 MOST_WORKERS = 16
 POLL_SECONDS = 0.5
-# Beyond its time, for a worker that has begun a candidate.
+# Seconds beyond its time for a worker that has begun a candidate.
 GRACE_SECONDS = 1.0
 
 

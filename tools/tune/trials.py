@@ -44,7 +44,7 @@ def timed(steps: Sequence[Step], mode: str) -> list[float]:
     """Returns seconds of a step, a number a round: of replays of one graph of all of them, or of calls in turn."""
     is_eager = mode == EAGER
     run = Turns(steps) if is_eager else device.capture(steps)
-    # Of a graph one call is all steps; called in turn, each is called as often.
+    # One call of a graph is all steps; called in turn, each is called as often.
     steps_a_call, multiple = (1, len(steps)) if is_eager else (len(steps), 1)
     calls, _ = calibrate(run, multiple, device.clock)
     samples = []
@@ -65,7 +65,7 @@ class Problem:
     def __init__(self, sweep: Sweep, size: Any, dtype: torch.dtype) -> None:
         self.sweep, self.dtype = sweep, dtype
         self.case = Case(sweep.suite, size, sweep.direction, sweep.mode, OURS)
-        # The same in every process, so that one which goes on for another compares the same.
+        # The same seed in every process, so that one which goes on for another compares the same.
         torch.manual_seed(SEED)
         self.tensors = self.inputs()
         with sweep.recorded() as self.calls:
@@ -206,7 +206,7 @@ def _tried(trial: Trial, problem: Problem, substituted: AbstractContextManager[N
 
 
 def _end(notes: Notes, place: int, trial: Trial) -> None:
-    # First: of a GPU that is lost nothing can be given back.
+    # First, since nothing can be given back of a GPU that is lost.
     notes.end(place, trial)
     if trial.reason:
         device.forget_failure()

@@ -18,7 +18,7 @@ from tools.gpu.child import GPU_LOST, JOURNAL, append, lost_gpu, read
 from tools.tune.problems import Task, tasks
 from tools.tune.trials import Notes, Timing, Trial, compile_all, timed, try_all
 
-# Compilation, float64's truth and timing take a few; a candidate that takes so many hangs.
+# Seconds: compilation, float64's truth and timing take a few; a candidate that takes so many hangs.
 MOST_SECONDS = 90
 
 
@@ -34,7 +34,7 @@ class Journal(Notes):
 
     def begin(self, place: int, trial: Trial) -> None:
         append(self.path, {"begun": [self.task, place], "trial": asdict(trial)})
-        # Its signal ends the process wherever it waits.
+        # The timer's signal ends the process wherever it waits.
         signal.alarm(MOST_SECONDS)
 
     def end(self, place: int, trial: Trial) -> None:
@@ -49,7 +49,7 @@ def try_tasks(
 ) -> None:
     """Tries every task in its order, each within its share of the time that is left until `until`."""
     lines = read(journal)
-    # Done, or its process ended while it was built.
+    # It is done, or its process ended while it was built.
     closed = {line["done"] for line in lines if "done" in line}
     closed |= {
         line["ended"][0] for line in lines if "ended" in line and line["ended"][1] == 0 and line["trial"]["reason"]
@@ -84,7 +84,9 @@ def main(clock: Callable[[], float] = time.monotonic) -> None:
     parser.add_argument("--size", default="")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--until", type=float, required=True, help="of time.monotonic, the same in all processes")
+    parser.add_argument(
+        "--until", type=float, required=True, help="when to end, by time.monotonic, the same in all processes"
+    )
     parser.add_argument("--compile", default="", metavar="K/N")
     arguments = parser.parse_args()
     chosen = tasks(arguments.family, arguments.size, arguments.dtype, arguments.rehearse)

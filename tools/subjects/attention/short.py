@@ -63,7 +63,7 @@ def _score_cases(every: bool) -> Iterator[Case]:
     hungriest = ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 128)
     pairs = product(("bf16", "fp16", "fp32"), (16, 32, 64, 128, 256)) if every else hungriest
     for (dtype, dim), (major, chips) in product(pairs, CHIPS.items()):
-        # All sequences and heads share it.
+        # All sequences and heads share the bias.
         call = attention_call((dim, dim), "bias dropout", dtype, LENGTH, mask_shape=(1, 1))
         backward = backward_call(call, "b")
         for case in described(dtype, attention.attention_backward, backward, chip(major), capabilities=chips):

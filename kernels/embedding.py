@@ -203,7 +203,7 @@ def embedding_backward_kernel(
 
 
 def embedding(tape: Tape, call: Embedding) -> Tensor:
-    """y, as the operator says. One launch, where positions are those of all tokens or repeat over the leading
+    """Computes y of the operator. One launch, where positions are those of all tokens or repeat over the leading
     dimensions.
     """
     y = tape.outputs(call)

@@ -116,7 +116,7 @@ class Preset:
     recipe: Recipe
 
     def config(self, vocab_size: int, **changes: Any) -> TransformerConfig:
-        """The model of this preset for a vocabulary, with `changes` to its fields."""
+        """Returns the model of this preset for a vocabulary, with `changes` to its fields."""
         return TransformerConfig(vocab_size=vocab_size, **(self.model | changes))
 
 

@@ -11,12 +11,12 @@
 // bf16: forward 4 (gated 6), backward 8 with hidden (gated 12). Backward, a block goes down its rows and leaves one
 // partial sum a column of the bias's gradient; a second kernel adds them up in order.
 //
-// Why beside Triton's: what a call costs before its kernel starts. Of a Xeon's time, launches left out but the products
-// of a few rows in, linear_activation takes 8 µs and its backward 11; the Triton twins on the library's product 20 and
-// 22, and an element-wise launch is 6-13 µs there for 2. Predicted for an H200 outside a graph, 256 rows of 2,048
-// hidden columns in bf16: 4 µs of host's time for the element-wise part, for 20. At 8,192 rows both move the same
-// bytes, 67 MB in 17 µs forward, 134 MB in 33 backward, where exact GELU's arithmetic, some 45 instructions an element,
-// takes about as long as its bytes.
+// Why it exists beside Triton's: a call costs less before its kernel starts. On a Xeon, launches left out but the
+// products of a few rows included, linear_activation takes 8 µs of the host's time and its backward 11; the Triton
+// twins, on the library's product, take 20 and 22, and an element-wise launch costs 6-13 µs there instead of 2.
+// Predicted for an H200 outside a graph, 256 rows of 2,048 hidden columns in bf16: 4 µs of the host's time for the
+// element-wise part, instead of 20. At 8,192 rows both move the same bytes, 67 MB in 17 µs forward, 134 MB in 33
+// backward, where exact GELU's arithmetic, some 45 instructions an element, takes about as long as its bytes.
 #include "cuda/activations.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/sums.cuh"

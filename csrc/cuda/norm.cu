@@ -13,12 +13,12 @@
 // each, which have 32 KB of loads under way at once; each strides over the rows and leaves one partial sum a column,
 // which a second kernel adds up in order.
 //
-// Why beside Triton's: what a call costs before its kernel starts. Of a Xeon's time, launches left out, the operator
-// takes 8 µs forward and 12 backward with every gradient, torch's dispatch of so many arguments 3 of them; the Triton
-// twin 28 and 33, and its launches are dearer, 6-13 µs for 2. Predicted for an H200 outside a graph, 1,024 rows of 512
-// in bf16: 10 µs forward and 16 backward, for 37 and 53, though the kernels themselves take 2 and 4. At 8,192 rows of
-// 1,024 both move the same bytes, at 4.0 TB/s 17 µs and 21, the backward's small sum 3 more: nothing is won there but
-// the host's time, and inside a graph nothing at all.
+// Why it exists beside Triton's: a call costs less before its kernel starts. On a Xeon, launches left out, the operator
+// takes 8 µs of the host's time forward and 12 backward with every gradient, 3 of them for torch's dispatch of so many
+// arguments; the Triton twin takes 28 and 33, and its launches cost more, 6-13 µs instead of 2. Predicted for an H200
+// outside a graph, 1,024 rows of 512 in bf16: 10 µs forward and 16 backward, instead of 37 and 53, though the kernels
+// themselves take 2 and 4. At 8,192 rows of 1,024 both move the same bytes, at 4.0 TB/s 17 µs and 21, the backward's
+// small sum 3 more: only the host's time is won there, and inside a graph nothing at all.
 #include "cuda/norm_backward.cuh"
 #include "cuda/norm_forward.cuh"
 #include "operators/norm.h"

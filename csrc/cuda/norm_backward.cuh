@@ -87,7 +87,7 @@ __device__ void store_sums(const Octet (&sums)[OCTETS], const Team& team, float*
     __syncthreads();
 }
 
-// Each team takes every so manieth row, OCTETS times eight columns a lane.
+// Teams stride over the rows, OCTETS times eight columns a lane.
 template <class Access, int OCTETS>
 __global__ void __launch_bounds__(256, Access::BLOCKS) norm_backward_kernel(const NormBackward call) {
     float2* const slots = shared_memory<float2>();
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(256, Access::BLOCKS) norm_backward_kernel(cons
         store(dweight);
 }
 
-// Each block takes every so manieth row, and reads dy and h twice; its sums lie in memory, where no one else adds.
+// Blocks stride over the rows, and read dy and h twice; a block's sums lie in memory, where no other block adds.
 template <class Access>
 __global__ void __launch_bounds__(512, 1) long_norm_backward_kernel(const NormBackward call) {
     Team team{call.team_warps, shared_memory<float2>()};

@@ -81,7 +81,7 @@ def _train_and_show(console: Lines, run: Run, minutes: float | None, device: str
 
 
 def _clear(run: Run) -> None:
-    """Remove an older demo from its folder.
+    """Removes an older demo from its folder.
 
     Raises:
         UserError: the folder holds something else.

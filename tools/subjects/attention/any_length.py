@@ -131,7 +131,7 @@ def backward_call(call: Attention, wanted: str) -> AttentionBackward:
 
 @contextmanager
 def products_of(dtype: str) -> Iterator[None]:
-    """Within the block torch forms products of fp32 by tf32 where that is the dtype's name."""
+    """Has torch form products of fp32 by tf32 within the block where that is the dtype's name."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"

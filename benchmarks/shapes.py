@@ -117,7 +117,7 @@ class Decoding:
     def ancestry(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns int32 [rows, length], the row that decoded each token, and int64 [rows], the row that each continues.
 
-        Of random parents, the same at each call; of the last step they are a rotation, so that none is lost.
+        The parents are random, the same at each call; in the last step they are a rotation, so that none is lost.
         """
         generator = torch.Generator().manual_seed(1)
         own = torch.arange(self.rows)

@@ -186,8 +186,8 @@ def test_a_damaged_config(tmp_path, data, message):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ({"source": "http://[a"}, "'http://[a': no URI (Invalid IPv6 URL)"),
-        ({"source": "file:///a%00b"}, "'/a\\x00b': no path"),
+        ({"source": "http://[a"}, "'http://[a': not a URI (Invalid IPv6 URL)"),
+        ({"source": "file:///a%00b"}, "'/a\\x00b': not a path"),
         ({"source": 3}, "source: expected a valid string, got 3"),
         ([], "expected an object, got []"),
     ],

@@ -55,7 +55,7 @@ def drop(name: str) -> Callable[[Tensors], Tensors]:
         (change(f"model.{WEIGHT}", lambda t: t.double()), r"expected dtype torch.float32, got torch.float64"),
         (change("loss_sum", lambda t: t.float()), r"loss_sum: expected dtype torch.float64"),
         (change("random.cpu", lambda t: t[:-1]), r"random.cpu: expected shape \(5056,\), got \(5055,\)"),
-        (change("random.cpu", torch.zeros_like), "random.cpu: no state of torch's generator"),
+        (change("random.cpu", torch.zeros_like), "random.cpu: not a state of torch's generator"),
         (drop(f"optimizer.{WEIGHT}.exp_avg"), "exp_avg is missing: another model's weights"),
         (drop(f"model.{WEIGHT}"), "weight is missing: another model's weights"),
         (drop("random.cpu"), "random.cpu is missing"),

@@ -69,7 +69,8 @@ def attention_weights(model: Transformer, source: list[int], target: list[int]) 
         target: T token ids, BOS included.
 
     Returns:
-        Of the encoder [layers, heads, S, S], the decoder [layers, heads, T, T] and between them [layers, heads, T, S].
+        Those of the encoder [layers, heads, S, S], the decoder [layers, heads, T, T] and between them
+        [layers, heads, T, S].
     """
     encoder: list[Tensor] = []
     decoder: list[Tensor] = []

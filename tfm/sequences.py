@@ -165,8 +165,8 @@ class Layout(TensorRecord):
     def filled(self, rows: int, sequences: int, max_length: int) -> Layout:
         """Returns the layout with sequences added behind, until there are so many rows and sequences.
 
-        Those added have `max_length`, which is to be at least this layout's, as long as rows are left, and then none.
-        Their rows are all at position 0.
+        The added ones have `max_length` rows, which must be at least this layout's, as long as rows are left, and then
+        none. Their rows are all at position 0.
         """
         added = torch.arange(1, sequences - len(self) + 1, dtype=self.cu_seq.dtype, device=self.cu_seq.device)
         cu_seq = torch.cat((self.cu_seq, (self.cu_seq[-1] + added * max_length).clamp(max=rows)))

@@ -68,7 +68,7 @@ def read(path: Path, config: TransformerConfig) -> State:
     try:
         torch.Generator().set_state(tensors["random.cpu"])
     except RuntimeError as error:
-        raise UserError(f"{path}: random.cpu: no state of torch's generator ({error})") from None
+        raise UserError(f"{path}: random.cpu: not a state of torch's generator ({error})") from None
     return State(tensors, place)
 
 

@@ -68,7 +68,7 @@ STARTS_PROCESSES = {"subprocess", "small_run"}
 def computing(folder: Path = TESTS) -> list[Path]:
     """Returns the files of tests whose results are the processor's: they or a helper of theirs compare tensors.
 
-    Those that start processes are of commands, packages and builds, which are the same everywhere.
+    Tests that start processes are left out: commands, packages and builds are the same everywhere.
     """
     found = []
     for path in sorted(folder.glob("test_*.py")):

@@ -39,7 +39,7 @@ class Texts:
 
 def _path(text: str | None, place: Path) -> Path | None:
     if text is not None and "\0" in text:
-        raise UserError(f"{place}: {text!r}: no path")
+        raise UserError(f"{place}: {text!r}: not a path")
     return None if text is None else Path(text)
 
 
@@ -47,4 +47,4 @@ def _from_uri(uri: str | None, place: Path) -> str | None:
     try:
         return None if uri is None else os.fsdecode(unquote_to_bytes(urlsplit(uri).path))
     except ValueError as error:
-        raise UserError(f"{place}: {uri!r}: no URI ({error})") from None
+        raise UserError(f"{place}: {uri!r}: not a URI ({error})") from None

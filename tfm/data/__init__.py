@@ -1,6 +1,6 @@
 """The way from parallel text to batches.
 
-text.py reads it, compressed.py what of it is compressed, plan.py encodes and cuts it, batch.py is what is trained on.
+text.py reads it, compressed.py decompresses it, plan.py encodes it and cuts it into batches, batch.py holds a batch.
 """
 
 from tfm.data.batch import IGNORED, Batch

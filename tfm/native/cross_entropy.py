@@ -1,8 +1,8 @@
 """Cross-entropy of a linear layer's output on CPUs: torch's own products around csrc/cpu/cross_entropy.cpp.
 
-What it adds to the loop of tfm/operators/chunks.py: a CPU may look at the targets. Ignored rows are left out before the
-first product, and the mean's 1 / count goes into each dz as it is rounded, so that a backward whose gradient is 1 has
-nothing to do.
+Unlike a GPU, a CPU may look at the targets while it runs the loop of tfm/operators/chunks.py. Ignored rows are left out
+before the first product, and the mean's 1 / count goes into each dz as it is rounded, so that a backward whose gradient
+is 1 has nothing to do.
 """
 
 from __future__ import annotations
@@ -95,11 +95,10 @@ def linear_cross_entropy_backward(call: LinearCrossEntropyBackward) -> Gradients
 
 
 def _counted(call: Call) -> tuple[Call, Tensor | None, Tensor | None]:
-    """Returns the call as the loop takes it, of the rows that count.
+    """Returns the call for the rows that count, their indices, and a mask [N, 1] of those that count.
 
-    Beside it their indices, None where they are all or most rows; and which rows count [N, 1], None where all that is
-    left do. A few ignored rows stay: oneDNN prepares bf16 products, a millisecond each, for every number of rows it
-    meets.
+    The indices are None where all or most rows count, the mask where all that are left do. A few ignored rows stay:
+    oneDNN prepares bf16 products, a millisecond each, for every number of rows it meets.
     """
     which = call.target != call.ignore_index
     count = int(which.sum())

@@ -77,7 +77,7 @@ def sources() -> Path | None:
 def cache() -> Path:
     """Returns the folder that keeps builds: libraries, and objects.
 
-    Never a folder that all users share: what lies there is loaded into the process.
+    It is never one that all users share: what lies there is loaded into the process.
 
     Raises:
         BuildError: this user has no home folder, and XDG_CACHE_HOME names none.

@@ -142,7 +142,7 @@ def attend(
 ) -> Tensor:
     """Runs the multi-head attention of a layer: [..., E] queries over [..., E] memory, padded or packed as `mask` says.
 
-    Without the bias of `module.out_proj`, which the norm behind it adds.
+    The bias of `module.out_proj` is left out: the norm that follows adds it.
     """
     q, k, v = project(module, query, memory, memory)
     output = mask.attention(q, k, v, attention_dropout(module), seed, site)

@@ -70,7 +70,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             is_causal: hint that `src_mask` is the causal mask; without a mask, it stands for one.
 
         Returns:
-            The form of `src`, 0 at padding.
+            The output in the form of `src`, 0 at padding.
 
         Raises:
             ValueError: shapes or dtypes that do not fit.
@@ -160,7 +160,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             memory_is_causal: likewise of `memory_mask`.
 
         Returns:
-            The form of `tgt`, 0 at its padding.
+            The output in the form of `tgt`, 0 at its padding.
 
         Raises:
             ValueError: shapes or dtypes that do not fit.

@@ -15,8 +15,8 @@ M = TypeVar("M", bound=Any)
 def leaf(kind: M) -> M:
     """Makes torch.fx record `kind`, a subclass of a module of torch's, as one node instead of looking inside.
 
-    Dynamo counts it, but no subclass of a user's, among the modules that come with torch, which
-    `torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe` asks.
+    Dynamo counts it among the modules that come with torch, for
+    `torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe`, but not a user's subclass of it.
     """
     forward, of_torch = kind.forward, kind.__bases__[0].forward
 
@@ -52,6 +52,6 @@ def _refuse_script(module: torch.nn.Module) -> torch.nn.Module:
     """Refuses torch.jit.script, which calls it of every module before it compiles any."""
     name = type(module).__name__
     raise RuntimeError(
-        f"torch.jit.script: tfm.nn.{name} is no TorchScript; tfm.restore(model) gives torch.nn.{name} back, and"
+        f"torch.jit.script: tfm.nn.{name} cannot be scripted; tfm.restore(model) gives torch.nn.{name} back, and"
         " torch.jit.trace and torch.export take it as it is"
     )

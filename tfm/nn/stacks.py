@@ -51,7 +51,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 not read from the device.
 
         Returns:
-            The form of `src`, 0 at padding.
+            The output in the form of `src`, 0 at padding.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, lengths outside [0, S] or beside a padding mask.
@@ -119,7 +119,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
                 host knows is not read from the device.
 
         Returns:
-            The form of `tgt`, 0 at its padding.
+            The output in the form of `tgt`, 0 at its padding.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, lengths outside [0, length] or beside a padding mask.
@@ -230,7 +230,7 @@ class Transformer(torch.nn.Transformer):
             tgt_lengths: [B], in place of `tgt_key_padding_mask`.
 
         Returns:
-            The form of `tgt`, 0 at its padding.
+            The output in the form of `tgt`, 0 at its padding.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, lengths beside a padding mask, or given to a custom encoder or

@@ -53,7 +53,7 @@ def causal_conv1d(
         impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
-        The shape and dtype of `x`; with `return_final_state` also [B, D, W - 1].
+        The result in the shape and dtype of `x`; with `return_final_state` also [B, D, W - 1].
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation, a backend that cannot run.

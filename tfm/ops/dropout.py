@@ -66,7 +66,7 @@ def dropout(x: Tensor, dropout_p: float, *, seed: Tensor | int | None = None, si
         site: which of the dropouts that share a seed this is.
 
     Returns:
-        Shape and dtype of `x`.
+        The result, in the shape and dtype of `x`.
 
     Raises:
         ValueError: an `x` that is no such tensor, a probability outside [0, 1], or a seed that is no int64 scalar.

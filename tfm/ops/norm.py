@@ -38,7 +38,7 @@ def layer_norm(
         impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
-        Shape of `x`.
+        The result, in the shape of `x`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
@@ -143,7 +143,7 @@ def rms_norm(
         impl: the backend, "reference", "triton" or "native"; "auto" leaves the choice to tfm.ops.backends.
 
     Returns:
-        Shape of `x`.
+        The result, in the shape of `x`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.

@@ -1,6 +1,6 @@
 """The operators of Triton's kernels, `torch.ops.tfm`: opaque to torch.compile, and imported when they are first called.
 
-Without triton, or where nobody asks for it, the kernels' modules stay where they are.
+Without triton, or until someone asks for it, the kernels' modules are not imported.
 """
 
 from __future__ import annotations

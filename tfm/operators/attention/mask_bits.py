@@ -2,8 +2,8 @@
 
 words[b, h, i, j // 32] has bit j % 32 set where query i may attend to key j by the mask alone. reach[b, h, j // 32] has
 it where some query may, by the mask and the window together: a key or value that nobody reaches is read as 0, whatever
-lies there, since 0 · NaN would be NaN. Of a float mask, which stays the bias that it is, reach alone is made: -inf
-forbids. A mask with one row for all queries is its own reach, and needs no words.
+lies there, since 0 · NaN would be NaN. A float mask stays the bias that it is and only gets a reach: -inf forbids. A
+mask with one row for all queries is its own reach, and needs no words.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ Attention attention(bool narrow) {
             .bias = narrow ? Heads{} : Heads{input(3), false, 0, 0, LENGTH, 1},
             .words = narrow ? words() : Bits{},
             .reach = narrow ? reach() : Bits{},
-            .sinks = narrow ? nullptr : floats(4),
+            .extra_scores = narrow ? Matrix{} : matrix(floats(4)),
+            .extra_gradients = nullptr,
             .extents = EXTENTS,
             .heads = HEADS,
             .group = GROUP,
@@ -145,12 +146,12 @@ Case backward(bool narrow) {
         wanted.push_back({SEQUENCES * HEADS});
     return {named("attention_backward", narrow), static_cast<int64_t>(all.size()), wanted,
             [=](Memory& outputs, int64_t begin, int64_t end) {
-                const AttentionBackward call{.attention = attention(narrow),
-                                             .given = cotangents(narrow),
-                                             .dq = heads(outputs[0].data(), narrow, HEADS, DIM),
-                                             .dk = heads(outputs[1].data(), narrow, KEY_HEADS, DIM),
-                                             .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM),
-                                             .sink_partials = narrow ? nullptr : floats(outputs[3])};
+                AttentionBackward call{.attention = attention(narrow),
+                                       .given = cotangents(narrow),
+                                       .dq = heads(outputs[0].data(), narrow, HEADS, DIM),
+                                       .dk = heads(outputs[1].data(), narrow, KEY_HEADS, DIM),
+                                       .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM)};
+                call.attention.extra_gradients = narrow ? nullptr : floats(outputs[3]);
                 std::vector<float> memory = scratch(backward_scratch(call.attention).floats);
                 TFM_ISA::attention_backward(call, all.data(), begin, end, memory.data());
             }};

@@ -36,7 +36,7 @@ struct RowNumbers {
     int64_t sequence, head, row;
 };
 
-// Of each row the largest score and log2 Σ exp(s - top), sinks included; without keys -inf and 0.
+// Of each row the largest score and log2 Σ exp(s - top), the extra score included; without keys -inf and 0.
 struct RowStatistics {
     RowNumbers tops, logs;
 };
@@ -58,9 +58,10 @@ constexpr int64_t OPEN = int64_t(1) << 40;
 
 struct Attention {
     Heads query, key, value, bias;
-    Bits words; // of each query: what it may attend to
-    Bits reach; // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
-    const float* sinks;
+    Bits words;             // of each query: what it may attend to
+    Bits reach;             // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
+    Matrix extra_scores;    // of each head, one more in every row, of a key without a value; without data: none
+    float* extra_gradients; // [sequences, heads], each of its own queries; null: not wanted
     const Extent* extents;
     int64_t heads, group, dim, value_dim;
     int64_t longest_query, longest_key;

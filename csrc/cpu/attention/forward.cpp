@@ -53,7 +53,7 @@ TFM_KERNEL(attention_forward, const AttentionForward& call, const Task* tasks, i
 
 #ifdef TFM_ISA
 
-#include "cpu/attention/tiles.h"
+#include "cpu/attention/extra_score.h"
 
 namespace tfm::TFM_ISA {
 
@@ -100,19 +100,14 @@ void weigh(const Attention& call, const Tile& tile, float* scores, const uint16_
     }
 }
 
-// Adds the sinks, and leaves the statistics in tops and logs, and in totals what the sums are to be multiplied by: 0
-// without keys.
+// Adds the extra score, and leaves the statistics in tops and logs, and in totals what the sums are to be multiplied
+// by: 0 without keys.
 void finish_rows(const Attention& call, const Tile& tile, const Rows& rows) {
     const float kept_scale = call.dropout.seed ? call.dropout.scale : 1.0f;
     for (int64_t first = 0; first < tile.rows; first += WIDTH) {
-        Floats top = load(rows.tops + first), total = load(rows.totals + first), shrink = broadcast(1.0f);
+        Floats top = load(rows.tops + first), total = load(rows.totals + first);
         const Ints is_empty = total == 0.0f;
-        if (call.sinks) {
-            const Floats sink = broadcast(call.sinks[tile.head]), higher = maximum(top, sink);
-            shrink = exp2((top - higher) * LOG2E);
-            total = total * shrink + exp2((sink - higher) * LOG2E);
-            top = higher;
-        }
+        const Floats shrink = add_extra_score(call, tile.head, top, total);
         store(rows.tops + first, is_empty ? broadcast(-INFINITE) : top);
         store(rows.logs + first, is_empty ? Floats{} : log2(total));
         store(rows.totals + first, is_empty ? Floats{} : shrink * kept_scale / total);

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "common/tensor.h"
+#include "operators/attention.h"
 
 namespace tfm {
 
@@ -60,6 +60,24 @@ inline Tensor row_statistics(const Tensor& query) {
         return empty({2, batch, heads, query.size(2)}, ScalarType::Float, query);
     return torch::stable::transpose(empty({2, heads, batch}, ScalarType::Float, query), 1, 2);
 }
+
+// What both kernels of attention_mask_bits are told of its mask [B, H, Sq, Sk], and its results, still empty.
+struct MaskBitTensors {
+    // Rows of words are whole tiles of so many keys: the kernels' longest.
+    static constexpr int64_t KEYS_OF_A_ROW = 256;
+    bool is_bool;
+    bool has_one_row; // its reach is the row itself: the window is the attention's business
+    int64_t batch, heads, queries, keys, width;
+    Tensor words, reach;
+
+    explicit MaskBitTensors(const arguments::AttentionMaskBits& a)
+        : is_bool(a.mask.scalar_type() == ScalarType::Bool), has_one_row(a.mask.size(2) == 1 || a.mask.stride(2) == 0),
+          batch(a.mask.size(0)), heads(a.mask.size(1)),
+          queries(has_one_row ? std::min<int64_t>(a.mask.size(2), 1) : a.mask.size(2)), keys(a.mask.size(3)),
+          width((keys + KEYS_OF_A_ROW - 1) / KEYS_OF_A_ROW * KEYS_OF_A_ROW / 32),
+          words(empty({batch, heads, is_bool && !has_one_row ? queries : 0, width}, ScalarType::Int, a.mask)),
+          reach(empty({a.starts && !has_one_row ? a.starts->size(0) : batch, heads, width}, ScalarType::Int, a.mask)) {}
+};
 
 // Each head's extra score, of a key without a value, which the operator calls its `sinks`.
 struct ExtraScoreTensors {

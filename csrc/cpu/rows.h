@@ -19,11 +19,11 @@ inline bool is_narrow(Width width) {
 inline Matrix matrix(const Rows& x) { return {x.data(), is_narrow(x.width()), x.stride}; }
 inline Matrix matrix(const Vector& x) { return {x.data(), is_narrow(x.width()), 0}; }
 
-// The numbers of a vector of any stride.
+// The numbers of a vector of any stride, or of a contiguous tensor.
 template <class To>
 std::vector<To> numbers_of(const Tensor& x) {
     const void* const data = x.const_data_ptr();
-    const auto read = [&, step = x.stride(0)](const auto* from) {
+    const auto read = [&, step = x.stride(x.dim() - 1)](const auto* from) {
         std::vector<To> found(x.numel());
         for (size_t i = 0; i < found.size(); ++i)
             found[i] = static_cast<To>(from[i * step]);
@@ -59,17 +59,21 @@ struct Scratch {
     Scratch(int64_t rows, int64_t columns) : memory(new float[rows * padded(columns)]) {}
 };
 
-// Below so many elements a second thread costs more than it does.
-constexpr int64_t ELEMENTS_PER_THREAD = 16384;
-
-// kernel(begin, end) over [0, rows), on the calling thread where the work is small.
+// kernel(begin, end) over [0, count), on the calling thread where a second one, which costs as much as `worth`, would
+// not pay.
 template <class Kernel>
-void for_rows(int64_t rows, int64_t elements_per_row, const Kernel& kernel) {
-    const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, elements_per_row));
-    if (rows <= grain)
-        kernel(0, rows);
+void share(int64_t count, int64_t work_of_each, int64_t worth, const Kernel& kernel) {
+    const int64_t grain = std::max<int64_t>(1, worth / std::max<int64_t>(1, work_of_each));
+    if (count <= grain)
+        kernel(0, count);
     else
-        torch::stable::parallel_for(0, rows, grain, kernel);
+        torch::stable::parallel_for(0, count, grain, kernel);
+}
+
+// The same over rows, whose work is the elements that they have.
+template <class Kernel>
+void for_rows(int64_t rows, int64_t elements_of_each, const Kernel& kernel) {
+    share(rows, elements_of_each, 16384, kernel);
 }
 
 // Blocks of rows with sums of their own: their size depends on the number of rows alone, never on the threads.

@@ -8,7 +8,6 @@
 #include "common/attention.h"
 #include "cpu/attention/call.h"
 #include "cpu/rows.h"
-#include "operators/attention.h"
 
 namespace tfm {
 
@@ -155,17 +154,12 @@ public:
     // kernel(tasks, begin, end, scratch), in parallel where `products` for each unit of work are worth it.
     template <class Kernel>
     void run(int64_t products, int64_t floats, const Kernel& kernel) const {
-        const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_THREAD / std::max<int64_t>(1, products));
-        const auto range = [&](int64_t begin, int64_t end) {
-            const auto place = [&](int64_t work) {
-                return std::lower_bound(begins.begin(), begins.end(), work) - begins.begin();
-            };
-            kernel(tasks.data(), place(begin), place(end), scratch_memory(floats));
+        const auto place = [&](int64_t work) {
+            return std::lower_bound(begins.begin(), begins.end(), work) - begins.begin();
         };
-        if (total <= grain)
-            range(0, total);
-        else
-            torch::stable::parallel_for(0, total, grain, range);
+        share(total, products, PRODUCTS_PER_THREAD, [&](int64_t begin, int64_t end) {
+            kernel(tasks.data(), place(begin), place(end), scratch_memory(floats));
+        });
     }
 
 private:

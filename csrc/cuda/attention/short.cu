@@ -12,7 +12,6 @@
 #include "common/attention.h"
 #include "cuda/attention/short_backward.cuh"
 #include "cuda/attention/short_forward.cuh"
-#include "operators/attention.h"
 
 namespace tfm::cuda::short_attention {
 
@@ -134,11 +133,6 @@ struct Problem {
         call.tops_sequence = steps.sequence;
         call.tops_head = steps.head;
         call.to_logs = statistics.stride(0);
-    }
-
-private:
-    static Integers integers(const Vector& x) {
-        return {x.data(), x.tensor && x.tensor->scalar_type() == ScalarType::Long};
     }
 };
 

@@ -45,16 +45,6 @@ struct Matrices {
     }
 };
 
-// [B] or [B + 1] of int32 or int64; null where absent.
-struct Integers {
-    const void* data;
-    bool is_wide;
-
-    __device__ __forceinline__ int64_t operator[](int64_t i) const {
-        return is_wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-    }
-};
-
 // One attention, as tfm/operators/attention states it.
 struct Call {
     Matrices query, key, value;

@@ -19,7 +19,8 @@ TFM_INLINE Floats add_extra_score(const Attention& call, int64_t head, Floats& t
         return broadcast(1.0f);
     const Floats score = broadcast(extra_score(call, head)), higher = maximum(top, score);
     const Floats shrink = exp2((top - higher) * LOG2E);
-    total = total * shrink + exp2((score - higher) * LOG2E);
+    // Of two products the compiler would fuse one or the other, as the code around them has it.
+    total = fused(total, shrink, exp2((score - higher) * LOG2E));
     top = higher;
     return shrink;
 }

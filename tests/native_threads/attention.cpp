@@ -121,7 +121,7 @@ Case forward(bool narrow) {
                 const AttentionForward call{.attention = attention(narrow),
                                             .output = heads(outputs[0].data(), narrow, HEADS, VALUE_DIM),
                                             .statistics = statistics(floats(outputs[1]))};
-                std::vector<float> memory = scratch(forward_scratch(call.attention).floats);
+                std::vector<float> memory = scratch(ForwardScratch{call.attention}.floats);
                 TFM_ISA::attention_forward(call, all.data(), begin, end, memory.data());
             }};
 }
@@ -152,7 +152,7 @@ Case backward(bool narrow) {
                                        .dk = heads(outputs[1].data(), narrow, KEY_HEADS, DIM),
                                        .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM)};
                 call.attention.extra_gradients = narrow ? nullptr : floats(outputs[3]);
-                std::vector<float> memory = scratch(backward_scratch(call.attention).floats);
+                std::vector<float> memory = scratch(BackwardScratch{call.attention}.floats);
                 TFM_ISA::attention_backward(call, all.data(), begin, end, memory.data());
             }};
 }
@@ -172,7 +172,7 @@ Case bias_gradient() {
                                         .shares_sequences = true,
                                         .shares_heads = true,
                                         .shares_queries = false};
-                std::vector<float> memory = scratch(bias_scratch(call.attention).floats);
+                std::vector<float> memory = scratch(BiasScratch{call.attention}.floats);
                 TFM_ISA::attention_bias_gradient(call, all.data(), begin, end, memory.data());
             }};
 }
@@ -187,7 +187,7 @@ Case weights() {
                                             .statistics = statistics(floats(forward_of(false)[1])),
                                             .weights = heads(outputs[0].data(), false, HEADS, LENGTH),
                                             .keys = LENGTH};
-                std::vector<float> memory = scratch(weights_scratch(call.attention).floats);
+                std::vector<float> memory = scratch(WeightsScratch{call.attention}.floats);
                 TFM_ISA::attention_weights(call, all.data(), begin, end, memory.data());
             }};
 }

@@ -20,21 +20,11 @@ struct AttentionBackward {
 
 namespace {
 
-struct BackwardScratch {
-    TileScratch tile;
-    int64_t dq, dk, dv, floats;
+struct BackwardScratch : TileScratch {
+    int64_t dq = carve(*this, call.longest_query, call.dim);
+    int64_t dk = carve(*this, call.longest_key, call.dim);
+    int64_t dv = carve(*this, call.longest_key, call.value_dim);
 };
-
-inline BackwardScratch backward_scratch(const Attention& call) {
-    Carver carver{};
-    BackwardScratch at;
-    at.tile = carve_tile(carver, call);
-    at.dq = carve(carver, call.longest_query, call.dim);
-    at.dk = carve(carver, call.longest_key, call.dim);
-    at.dv = carve(carver, call.longest_key, call.value_dim);
-    at.floats = carver.used;
-    return at;
-}
 
 } // namespace
 
@@ -91,11 +81,11 @@ void fetch_task(const AttentionBackward& backward, const Task& task) {
 void attention_backward(const AttentionBackward& backward, const Task* tasks, int64_t begin, int64_t end,
                         float* scratch) {
     const Attention& call = backward.attention;
-    const BackwardScratch at = backward_scratch(call);
+    const BackwardScratch at{call};
     float *const dq = scratch + at.dq, *const dk = scratch + at.dk, *const dv = scratch + at.dv;
     const bool want_query = backward.dq.data, want_key = backward.dk.data, want_value = backward.dv.data;
     const int64_t dim = padded(call.dim), value_dim = padded(call.value_dim);
-    GradientTile part(call, backward.given, at.tile, scratch);
+    GradientTile part(call, backward.given, at, scratch);
     for (const Task* task = tasks + begin; task < tasks + end; ++task) {
         const Extent& extent = call.extents[task->sequence];
         const int64_t key_length = extent.key_length;
@@ -190,7 +180,7 @@ void backward_into(const AttentionInputs& inputs, const Cotangents& given, const
             tasks.add({sequence, head, 0, 0}, work);
     }
     if (dq.data || dk.data || dv.data || call.extra_gradients)
-        tasks.run(3 * call.dim + 2 * call.value_dim, backward_scratch(call).floats,
+        tasks.run(3 * call.dim + 2 * call.value_dim, BackwardScratch{call}.floats,
                   [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                       TFM_RUN(attention_backward, backward, all, begin, end, scratch);
                   });

@@ -87,7 +87,7 @@ void attend(const DecodeAttention& call, int64_t row, int64_t head, const Decode
 } // namespace
 
 void decode_attention(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch) {
-    const DecodeScratch at = decode_scratch(call);
+    const DecodeScratch at{call};
     for (int64_t task = begin; task < end; ++task) {
         const int64_t row = task / call.key_heads, head = task % call.key_heads;
         call.narrow ? attend<BFloat16>(call, row, head, at, scratch) : attend<float>(call, row, head, at, scratch);
@@ -133,7 +133,7 @@ void run(const DecodeAttention& call, int64_t rows) {
         return row * call.key_heads + head;
     };
     share(begins.back(), call.dim + call.value_dim, PRODUCTS_PER_THREAD, [&](int64_t begin, int64_t end) {
-        float* const scratch = scratch_memory(decode_scratch(call).floats);
+        float* const scratch = scratch_memory(DecodeScratch{call}.floats);
         TFM_RUN(decode_attention, call, task(begin), task(end), scratch);
     });
 }

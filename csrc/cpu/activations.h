@@ -36,15 +36,9 @@ TFM_INLINE Activated normal(Floats x) {
     const Floats square = near * near, square_lost = fused(near, near, -square);
     const Floats divisor = 1.0f + C * near, t = 1.0f / divisor;
     const Floats t_lost = fused(-t, divisor, broadcast(1.0f)) - t * fused(broadcast(C), near, 1.0f - divisor);
-    Floats q = broadcast(2.4561498925e-02f);
-    q = q * t - 1.0620048546e-01f;
-    q = q * t + 1.4856513201e-01f;
-    q = q * t - 8.4955684438e-02f;
-    q = q * t + 9.8173459817e-02f;
-    q = q * t + 4.5808365379e-02f;
-    q = q * t + 8.4353468150e-02f;
-    q = q * t + 9.2194464699e-02f;
-    q = q * t + 9.8768169051e-02f;
+    const Floats q =
+        polynomial(t, 2.4561498925e-02f, -1.0620048546e-01f, 1.4856513201e-01f, -8.4955684438e-02f, 9.8173459817e-02f,
+                   4.5808365379e-02f, 8.4353468150e-02f, 9.2194464699e-02f, 9.8768169051e-02f);
     const Floats last = q * t, sum = last + 9.8732190532e-02f, sum_lost = last - (sum - 9.8732190532e-02f);
     const Floats factor = t * sum, factor_lost = fused(t, sum, -factor) + t * (sum_lost + fused(q, t, -last));
 
@@ -56,11 +50,8 @@ TFM_INLINE Activated normal(Floats x) {
     const Floats tail = size > FARTHEST ? Floats{} : times_power(sum_of_all, density.n);
     const Floats whole = size > FARTHEST ? Floats{} : density.high + density.low;
 
-    Floats odd = broadcast(-7.9013280837e-06f);
-    odd = odd * square + 1.1398916566e-04f;
-    odd = odd * square - 1.1866811729e-03f;
-    odd = odd * square + 9.9734200546e-03f;
-    odd = odd * square - 6.6490368399e-02f;
+    const Floats odd = polynomial(square, -7.9013280837e-06f, 1.1398916566e-04f, -1.1866811729e-03f, 9.9734200546e-03f,
+                                  -6.6490368399e-02f);
     // 1 / sqrt(2 pi), and what is left of it.
     const Floats slope = broadcast(0.39894228f), middle = fused(x, slope, broadcast(0.5f));
     const Floats rest = fused(x, slope, 0.5f - middle) + x * (odd * square + -1.1577e-08f);

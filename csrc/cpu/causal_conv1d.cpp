@@ -240,14 +240,10 @@ std::vector<float> rows_of(const MaybeTensor& x, int64_t channels, int64_t width
     std::vector<float> rows(width * padded(channels), 0.0f);
     if (!x)
         return rows;
-    const bool narrow = is_narrow(width_of(x->scalar_type()));
+    const std::vector<float> numbers = numbers_of<float>(*x);
     for (int64_t channel = 0; channel < channels; ++channel)
-        for (int64_t k = 0; k < width; ++k) {
-            const int64_t place = channel * width + k;
-            rows[k * padded(channels) + channel] =
-                narrow ? static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(x->const_data_ptr())[place])
-                       : static_cast<const float*>(x->const_data_ptr())[place];
-        }
+        for (int64_t k = 0; k < width; ++k)
+            rows[k * padded(channels) + channel] = numbers[channel * width + k];
     return rows;
 }
 

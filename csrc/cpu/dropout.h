@@ -77,4 +77,15 @@ TFM_INLINE Floats drop(const Dropout& dropout, const uint16_t* outcomes, Floats 
     return kept(dropout, outcomes) ? value * dropout.scale : Floats{};
 }
 
+// Drops columns [column, column + WIDTH) of a row, whose columns come in their order, by `outcomes` that are drawn
+// where the last are used up. Without a seed nothing is dropped.
+TFM_INLINE Floats drop_next(const Dropout& dropout, int64_t row, int64_t column, uint16_t (&outcomes)[DRAWN],
+                            Floats value) {
+    if (!dropout.seed)
+        return value;
+    if (column % DRAWN == 0)
+        draw(dropout, row, 0, column, outcomes);
+    return drop(dropout, outcomes + column % DRAWN, value);
+}
+
 } // namespace tfm::TFM_ISA

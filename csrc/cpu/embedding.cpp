@@ -88,11 +88,7 @@ void embedding_forward(const EmbeddingForward& given, int64_t first_row, int64_t
             const int64_t count = call.columns - column;
             Floats value = get(call.weight, token + column, count) * call.scale;
             value += get(call.positions, place + column, count);
-            if (call.dropout.seed) {
-                if (column % DRAWN == 0)
-                    draw(call.dropout, row, 0, column, outcomes);
-                value = drop(call.dropout, outcomes + column % DRAWN, value);
-            }
+            value = drop_next(call.dropout, row, column, outcomes, value);
             set(call.y, row * call.y.stride + column, value, count);
         }
     }

@@ -78,11 +78,7 @@ void forward_rows(const HiddenForward call, int64_t first_row, int64_t last_row)
             Floats value = activate<ACTIVATION>(pre).value;
             if (call.gated)
                 value *= load(product + call.columns + column, count);
-            if (call.dropout.seed) {
-                if (column % DRAWN == 0)
-                    draw(call.dropout, row, 0, column, outcomes);
-                value = drop(call.dropout, outcomes + column % DRAWN, value);
-            }
+            value = drop_next(call.dropout, row, column, outcomes, value);
             store(hidden + column, value, count);
         });
     }
@@ -165,31 +161,13 @@ void hidden_backward(const HiddenBackward& call, int64_t first, int64_t last) {
 
 #else
 
-#include <array>
-
+#include "common/linear.h"
 #include "cpu/rows.h"
 #include "operators/feed_forward.h"
 
 namespace tfm {
 
 namespace {
-
-// x weightᵀ + bias.
-Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                      torch::stable::detail::from(bias)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// x weightᵀ into some columns of a wider matrix.
-void linear_into(const Tensor& x, const Tensor& weight, const Tensor& columns) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                      torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
-                                      torch::stable::detail::from(columns)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 void fill_hidden(const Tensor& product, const MaybeTensor& bias, const Tensor& hidden, bool keep, bool gated,
                  Activation activation, const Dropout& dropout) {
@@ -221,22 +199,14 @@ Tensor activation_dropout(const arguments::ActivationDropout& a) {
 std::tuple<Tensor, Tensor> linear_activation(const arguments::LinearActivation& a) {
     STD_TORCH_CHECK(!(a.gated && a.bias), "bias: expected None beside a gate, got a tensor");
     const Activation function = activation_of(a.activation);
-    const int64_t rows = a.x.size(0), columns = a.gated && !a.up_weight ? a.weight.size(0) / 2 : a.weight.size(0);
     const bool keep = a.save && !(function == Activation::RELU && !a.gated);
-    Tensor product;
-    MaybeTensor bias = a.bias; // none where the product has it
-    if (bias && a.x.scalar_type() != ScalarType::Float) {
-        product = linear(a.x, a.weight, torch::stable::to(*bias, a.x.scalar_type()));
-        bias.reset();
-    } else if (a.up_weight) {
-        product = empty({rows, 2 * columns}, a.x.scalar_type(), a.x);
-        linear_into(a.x, a.weight, torch::stable::narrow(product, 1, 0, columns));
-        linear_into(a.x, *a.up_weight, torch::stable::narrow(product, 1, columns, columns));
-    } else {
-        product = linear(a.x, a.weight, {});
-    }
-    Tensor hidden = keep || a.gated ? empty({rows, columns}, a.x.scalar_type(), a.x) : product;
-    fill_hidden(product, bias, hidden, keep, a.gated, function, dropout_of(a.seed, a.dropout_p, a.site));
+    // Where the product does not, the pass after it adds the bias.
+    MaybeTensor early_bias, late_bias;
+    (a.x.scalar_type() == ScalarType::Float ? late_bias : early_bias) = a.bias;
+    Tensor product = a.up_weight ? gate_and_up(a.x, a.weight, *a.up_weight) : linear(a.x, a.weight, early_bias);
+    const int64_t columns = a.gated ? product.size(1) / 2 : product.size(1);
+    Tensor hidden = keep || a.gated ? empty({product.size(0), columns}, a.x.scalar_type(), a.x) : product;
+    fill_hidden(product, late_bias, hidden, keep, a.gated, function, dropout_of(a.seed, a.dropout_p, a.site));
     return {hidden, keep ? product : empty({0}, a.x.scalar_type(), a.x)};
 }
 

@@ -34,11 +34,15 @@ inline Numbers numbers_of(const Tensor& x, const std::vector<int64_t>& shape) {
 }
 
 // An out_of_range is Python's IndexError, as it is torch's.
+inline void check_inside(const char* name, int64_t number, int64_t rows) {
+    if (number < 0 || number >= rows)
+        throw std::out_of_range(std::string(name) + ": expected rows 0 to " + std::to_string(rows - 1) + ", got " +
+                                std::to_string(number) + ", out of range");
+}
+
 inline void check_inside(const char* name, const Numbers& numbers, int64_t rows) {
     for (const int64_t number : numbers)
-        if (number < 0 || number >= rows)
-            throw std::out_of_range(std::string(name) + ": expected rows 0 to " + std::to_string(rows - 1) + ", got " +
-                                    std::to_string(number) + ", out of range");
+        check_inside(name, number, rows);
 }
 
 } // namespace tfm

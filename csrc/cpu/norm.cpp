@@ -73,11 +73,7 @@ void norm_forward(const NormForward& call, float* scratch, int64_t first_row, in
             float* const sums = row_to_write(call.h, row, columns, scratch + 2 * width);
             for (int64_t column = 0; column < width; column += WIDTH) {
                 Floats value = load(x + column) + load(call.x_bias + column);
-                if (call.dropout.seed) {
-                    if (column % DRAWN == 0)
-                        draw(call.dropout, row, 0, column, outcomes);
-                    value = drop(call.dropout, outcomes + column % DRAWN, value);
-                }
+                value = drop_next(call.dropout, row, column, outcomes, value);
                 value += load(residual + column);
                 if (call.h.narrow)
                     value = rounded(value);
@@ -141,11 +137,7 @@ void norm_backward(const NormBackward& call, float* scratch, int64_t first_block
                     gradient += load(dh + column);
                 if (call.dresidual.data)
                     store(dresidual + column, gradient);
-                if (call.dropout.seed) {
-                    if (column % DRAWN == 0)
-                        draw(call.dropout, row, 0, column, outcomes);
-                    gradient = drop(call.dropout, outcomes + column % DRAWN, gradient);
-                }
+                gradient = drop_next(call.dropout, row, column, outcomes, gradient);
                 if (call.dx.data)
                     store(dx + column, gradient);
                 if (sums) {
@@ -167,8 +159,8 @@ void norm_backward(const NormBackward& call, float* scratch, int64_t first_block
 
 #else
 
+#include "common/norm.h"
 #include "cpu/rows.h"
-#include "operators/norm.h"
 
 namespace tfm {
 
@@ -176,30 +168,20 @@ namespace {
 
 // offset + x in fp32 and whole vectors, `absent` where there is no x.
 std::vector<float> parameters(const MaybeTensor& x, int64_t columns, float absent, double offset) {
-    std::vector<float> result(padded(columns), absent);
-    if (!x)
-        return result;
-    const Vector numbers(x);
-    const bool narrow = is_narrow(numbers.width());
-    for (int64_t i = 0; i < columns; ++i) {
-        const float value = narrow ? static_cast<float>(static_cast<torch::headeronly::BFloat16*>(numbers.data())[i])
-                                   : static_cast<float*>(numbers.data())[i];
-        result[i] = value + static_cast<float>(offset);
-    }
+    std::vector<float> result = x ? numbers_of<float>(*x) : std::vector<float>();
+    for (float& number : result)
+        number += static_cast<float>(offset);
+    result.resize(padded(columns), absent);
     return result;
 }
 
-std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(const arguments::ResidualNorm& a) {
-    const ScalarType stored = a.residual ? promote(a.x.scalar_type(), a.residual->scalar_type()) : a.x.scalar_type();
+NormResults residual_norm(const arguments::ResidualNorm& a) {
     const Rows x_rows(a.x), residual_rows(a.residual ? *a.residual : a.x);
     const int64_t rows = x_rows.rows, columns = x_rows.columns;
     const std::vector<float> x_biases = parameters(a.x_bias, columns, 0, 0), biases = parameters(a.bias, columns, 0, 0);
     const std::vector<float> weights = parameters(a.weight, columns, 1, a.weight_offset);
-    Tensor y = empty(shape_of(a.x), a.out_dtype.value_or(stored), a.x);
-    MaybeTensor h;
-    if (a.residual)
-        h = empty(shape_of(a.x), stored, a.x);
-    Tensor statistics = empty({a.centred ? 2 : 1, rows}, ScalarType::Float, a.x);
+    const NormResults results = norm_results(a, rows);
+    const auto& [y, h, statistics] = results;
     float* const means = static_cast<float*>(statistics.data_ptr());
     const NormForward call{
         .x = matrix(x_rows),
@@ -221,21 +203,14 @@ std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(const arguments::ResidualN
         const Scratch scratch(4, columns);
         TFM_RUN(norm_forward, call, scratch.memory.get(), begin, end);
     });
-    return {y, h, statistics};
+    return results;
 }
 
-using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
-
-Gradients residual_norm_backward(const arguments::ResidualNormBackward& a) {
+NormGradients residual_norm_backward(const arguments::ResidualNormBackward& a) {
     const Rows dy_rows(a.dy), h_rows(a.h), dh_rows(a.dh ? *a.dh : a.dy);
     const int64_t rows = a.statistics.size(1), columns = h_rows.columns;
     const std::vector<float> weights = parameters(a.weight, columns, 1, a.weight_offset);
-    const auto output = [&](MaybeType type, std::vector<int64_t> shape) {
-        return type ? MaybeTensor(empty(shape, *type, a.h)) : MaybeTensor();
-    };
-    const Gradients gradients{output(a.dx, shape_of(a.h)), output(a.dx_bias, {columns}),
-                              output(a.dresidual, shape_of(a.h)), output(a.dweight, {columns}),
-                              output(a.dbias, {columns})};
+    const NormGradients gradients = norm_gradients(a, columns);
     const auto& [d_x, d_x_bias, d_residual, d_weight, d_bias] = gradients;
     const RowBlocks blocks(rows);
     MaybeTensor sums;

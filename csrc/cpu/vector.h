@@ -193,14 +193,18 @@ TFM_INLINE Floats times_power(Floats p, Floats n) {
 #endif
 }
 
+// Of a number, by its coefficients, the highest power's first.
+template <class... Floating>
+TFM_INLINE Floats polynomial(Floats x, float first, Floating... others) {
+    Floats sum = broadcast(first);
+    ((sum = sum * x + others), ...);
+    return sum;
+}
+
 // exp(r) = 1 + r + bend(r), |r| <= ln(2) / 2 (Moshier, Cephes, expf.c).
 TFM_INLINE Floats bend_of_exp(Floats r) {
-    Floats p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    const Floats p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                1.6666665459e-1f, 5.0000001201e-1f);
     return p * r * r;
 }
 
@@ -232,11 +236,8 @@ TFM_INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }
 // Within about an ulp (Moshier, Cephes, tanhf.c): odd powers where the exponentials would cancel.
 TFM_INLINE Floats tanh(Floats x) {
     const Floats square = x * x, size = absolute(x);
-    Floats p = broadcast(-5.70498872745e-3f);
-    p = p * square + 2.06390887954e-2f;
-    p = p * square - 5.37397155531e-2f;
-    p = p * square + 1.33314422036e-1f;
-    p = p * square - 3.33332819422e-1f;
+    const Floats p = polynomial(square, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                                -3.33332819422e-1f);
     const Floats far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
     return size < 0.625f ? p * square * x + x : x < 0.0f ? -far : far;
 }

@@ -17,6 +17,7 @@
 // Predicted for an H200 outside a graph, 256 rows of 2,048 hidden columns in bf16: 4 µs of the host's time for the
 // element-wise part, instead of 20. At 8,192 rows both move the same bytes, 67 MB in 17 µs forward, 134 MB in 33
 // backward, where exact GELU's arithmetic, some 45 instructions an element, takes about as long as its bytes.
+#include "common/linear.h"
 #include "cuda/activations.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/sums.cuh"
@@ -189,29 +190,6 @@ Tensor activation_dropout(const arguments::ActivationDropout& a) {
     Tensor hidden = empty({a.pre.size(0), a.gated ? a.pre.size(1) / 2 : a.pre.size(1)}, a.pre.scalar_type(), a.pre);
     fill(a.pre, hidden, a.gated, a.activation, a.dropout_p, a.seed, a.site, device);
     return hidden;
-}
-
-// x weightᵀ + bias, in the dtype of x.
-Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-    using torch::stable::detail::from;
-    const bool converts = bias && bias->scalar_type() != x.scalar_type();
-    std::array<StableIValue, 3> stack{from(x), from(weight),
-                                      from(converts ? MaybeTensor(torch::stable::to(*bias, x.scalar_type())) : bias)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// Of two weights, the products side by side: gate first.
-Tensor gate_and_up(const Tensor& x, const Tensor& gate, const Tensor& up) {
-    using torch::stable::detail::from;
-    Tensor pre = empty({x.size(0), 2 * gate.size(0)}, x.scalar_type(), x);
-    for (const auto& [weight, first] : {std::pair(gate, int64_t{0}), std::pair(up, gate.size(0))}) {
-        const Tensor half = torch::stable::narrow(pre, 1, first, gate.size(0));
-        std::array<StableIValue, 3> stack{from(x), from(torch::stable::transpose(weight, 0, 1)), from(half)};
-        TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-        torch::stable::detail::to<Tensor>(stack[0]);
-    }
-    return pre;
 }
 
 std::tuple<Tensor, Tensor> linear_activation(const arguments::LinearActivation& a) {

@@ -35,6 +35,20 @@ __device__ auto at(const Matrix& m, int64_t place, const Use& use) {
     }
 }
 
+// A vector of int32 or int64; null where absent.
+struct Integers {
+    const void* data;
+    bool is_wide;
+
+    __device__ __forceinline__ int64_t operator[](int64_t i) const {
+        return is_wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    }
+};
+
+inline Integers integers(const Vector& x) {
+    return {x.data(), x.tensor && x.tensor->scalar_type() == ScalarType::Long};
+}
+
 struct Mixed {
     using Any = Mixed;
     static constexpr int BLOCKS = 1;

@@ -19,26 +19,22 @@
 // outside a graph, 1,024 rows of 512 in bf16: 10 µs forward and 16 backward, instead of 37 and 53, though the kernels
 // themselves take 2 and 4. At 8,192 rows of 1,024 both move the same bytes, at 4.0 TB/s 17 µs and 21, the backward's
 // small sum 3 more: only the host's time is won there, and inside a graph nothing at all.
+#include "common/norm.h"
 #include "cuda/norm_backward.cuh"
 #include "cuda/norm_forward.cuh"
-#include "operators/norm.h"
 
 namespace tfm::cuda {
 namespace {
 
 constexpr int64_t LONGEST_KEPT_ROW = 8192, LONGEST_KEPT_GRADIENT = 4096;
 
-std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(const arguments::ResidualNorm& a) {
+NormResults residual_norm(const arguments::ResidualNorm& a) {
     const OnDevice device(a.x);
-    const ScalarType stored = a.residual ? promote(a.x.scalar_type(), a.residual->scalar_type()) : a.x.scalar_type();
     const Rows x_rows(a.x), residual_rows(a.residual ? *a.residual : a.x);
     const Vector x_biases(a.x_bias), weights(a.weight), biases(a.bias);
     const int64_t rows = x_rows.rows, columns = x_rows.columns;
-    Tensor y = empty(shape_of(a.x), a.out_dtype.value_or(stored), a.x);
-    MaybeTensor h;
-    if (a.residual)
-        h = empty(shape_of(a.x), stored, a.x);
-    Tensor statistics = empty({a.centred ? 2 : 1, rows}, ScalarType::Float, a.x);
+    const NormResults results = norm_results(a, rows);
+    const auto& [y, h, statistics] = results;
     float* const means = static_cast<float*>(statistics.data_ptr());
     const Matrix h_rows = h ? matrix(Rows(*h)) : matrix(x_rows), y_rows = matrix(Rows(y));
     NormForward call{
@@ -62,7 +58,7 @@ std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(const arguments::ResidualN
         .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
     if (rows == 0)
-        return {y, h, statistics};
+        return results;
     const auto run = [&](auto kernel, int threads) {
         const int64_t blocks = divide_up<int64_t>(rows, threads / WARP / call.team_warps);
         launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), Team::bytes(threads), device.stream, call);
@@ -83,22 +79,15 @@ std::tuple<Tensor, MaybeTensor, Tensor> residual_norm(const arguments::ResidualN
             run(long_norm_forward_kernel<Access>, 512);
         }
     });
-    return {y, h, statistics};
+    return results;
 }
 
-using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
-
-Gradients residual_norm_backward(const arguments::ResidualNormBackward& a) {
+NormGradients residual_norm_backward(const arguments::ResidualNormBackward& a) {
     const OnDevice device(a.h);
     const Rows dy_rows(a.dy), h_rows(a.h), dh_rows(a.dh ? *a.dh : a.dy);
     const Vector weights(a.weight);
     const int64_t rows = a.statistics.size(1), columns = h_rows.columns;
-    const auto output = [&](MaybeType type, std::vector<int64_t> shape) {
-        return type ? MaybeTensor(empty(shape, *type, a.h)) : MaybeTensor();
-    };
-    const Gradients gradients{output(a.dx, shape_of(a.h)), output(a.dx_bias, {columns}),
-                              output(a.dresidual, shape_of(a.h)), output(a.dweight, {columns}),
-                              output(a.dbias, {columns})};
+    const NormGradients gradients = norm_gradients(a, columns);
     const auto& [d_x, d_x_bias, d_residual, d_weight, d_bias] = gradients;
 
     // Eight or sixteen columns a lane, as many warps as the row then takes, as many rows as make a block of 8 warps.

@@ -12,7 +12,6 @@ waits for the device. A chunk's rows decide which kernels cuBLAS takes, so that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -43,7 +42,9 @@ def linear_cross_entropy(
     wanted = any(gradient is not None for gradient in gradients)
     tiles = None if wanted else _streaming_tiles(tape, call)
     if tiles is None:
-        _chunks(tape).run(call, losses, tuple(gradients), kept=_kept(call, gradients))
+        # Only dW's product would meet what ignored rows hold.
+        kept = None if gradients[1] is None else (call.target != call.ignore_index)[:, None]
+        _chunks(tape).run(call, losses, tuple(gradients), kept=kept)
     else:
         streaming_cross_entropy(tape, call, _chunks(tape).padded(call.linear_bias), losses, tiles)
     if is_reduced:
@@ -56,11 +57,12 @@ def linear_cross_entropy_backward(tape: Tape, call: LinearCrossEntropyBackward) 
     given = call.input, call.linear_weight, call.linear_bias
     call = call._replace(linear_weight=call.linear_weight.to(call.input.dtype), target=call.target.contiguous())
     # Shares of the largest gradient, so that dz keeps its digits in half precision; ignored rows may hold NaN.
-    grad = torch.where(call.target != call.ignore_index, call.grad, 0.0).float()
+    kept = call.target != call.ignore_index
+    grad = torch.where(kept, call.grad, 0.0).float()
     largest = grad.abs().amax() if len(grad) else grad.new_ones(())
     largest = torch.where(largest == 0, 1.0, largest)
     unscaled = unscaled_gradients(call.input, call.linear_weight, call.needs)
-    _chunks(tape).run(call, None, unscaled, grad, largest, _kept(call, unscaled))
+    _chunks(tape).run(call, None, unscaled, grad, largest, kept[:, None])
     d_input, d_weight, d_bias = (
         None if g is None or x is None else times(g, largest, x.dtype) for g, x in zip(unscaled, given, strict=True)
     )
@@ -72,10 +74,8 @@ def _chunks(tape: Tape) -> Chunks:
 
 
 def _kept(call: LinearCrossEntropy | LinearCrossEntropyBackward, gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """Returns [N, 1], False for ignored rows; None where no product needs it."""
-    return None if gradients[1] is None else (call.target != call.ignore_index)[:, None]
-
-
+    kept = call.target != call.ignore_index
+    grad = torch.where(kept, call.grad, 0.0).float()
 def _streaming_tiles(tape: Tape, call: LinearCrossEntropy) -> launch.StreamingTiles | None:
     input, weight = call.input, call.linear_weight
     aligned = all(x.data_ptr() % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0 for x in (input, weight))

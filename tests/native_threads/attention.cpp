@@ -83,7 +83,8 @@ Attention attention(bool narrow) {
             .bias = narrow ? Heads{} : Heads{input(3), false, 0, 0, LENGTH, 1},
             .words = narrow ? words() : Bits{},
             .reach = narrow ? reach() : Bits{},
-            .sinks = narrow ? nullptr : floats(4),
+            .extra_scores = narrow ? Matrix{} : matrix(floats(4)),
+            .extra_gradients = nullptr,
             .extents = EXTENTS,
             .heads = HEADS,
             .group = GROUP,
@@ -120,7 +121,7 @@ Case forward(bool narrow) {
                 const AttentionForward call{.attention = attention(narrow),
                                             .output = heads(outputs[0].data(), narrow, HEADS, VALUE_DIM),
                                             .statistics = statistics(floats(outputs[1]))};
-                std::vector<float> memory = scratch(forward_scratch(call.attention).floats);
+                std::vector<float> memory = scratch(ForwardScratch{call.attention}.floats);
                 TFM_ISA::attention_forward(call, all.data(), begin, end, memory.data());
             }};
 }
@@ -145,13 +146,13 @@ Case backward(bool narrow) {
         wanted.push_back({SEQUENCES * HEADS});
     return {named("attention_backward", narrow), static_cast<int64_t>(all.size()), wanted,
             [=](Memory& outputs, int64_t begin, int64_t end) {
-                const AttentionBackward call{.attention = attention(narrow),
-                                             .given = cotangents(narrow),
-                                             .dq = heads(outputs[0].data(), narrow, HEADS, DIM),
-                                             .dk = heads(outputs[1].data(), narrow, KEY_HEADS, DIM),
-                                             .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM),
-                                             .sink_partials = narrow ? nullptr : floats(outputs[3])};
-                std::vector<float> memory = scratch(backward_scratch(call.attention).floats);
+                AttentionBackward call{.attention = attention(narrow),
+                                       .given = cotangents(narrow),
+                                       .dq = heads(outputs[0].data(), narrow, HEADS, DIM),
+                                       .dk = heads(outputs[1].data(), narrow, KEY_HEADS, DIM),
+                                       .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM)};
+                call.attention.extra_gradients = narrow ? nullptr : floats(outputs[3]);
+                std::vector<float> memory = scratch(BackwardScratch{call.attention}.floats);
                 TFM_ISA::attention_backward(call, all.data(), begin, end, memory.data());
             }};
 }
@@ -171,7 +172,7 @@ Case bias_gradient() {
                                         .shares_sequences = true,
                                         .shares_heads = true,
                                         .shares_queries = false};
-                std::vector<float> memory = scratch(bias_scratch(call.attention).floats);
+                std::vector<float> memory = scratch(BiasScratch{call.attention}.floats);
                 TFM_ISA::attention_bias_gradient(call, all.data(), begin, end, memory.data());
             }};
 }
@@ -186,7 +187,7 @@ Case weights() {
                                             .statistics = statistics(floats(forward_of(false)[1])),
                                             .weights = heads(outputs[0].data(), false, HEADS, LENGTH),
                                             .keys = LENGTH};
-                std::vector<float> memory = scratch(weights_scratch(call.attention).floats);
+                std::vector<float> memory = scratch(WeightsScratch{call.attention}.floats);
                 TFM_ISA::attention_weights(call, all.data(), begin, end, memory.data());
             }};
 }

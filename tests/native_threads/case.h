@@ -35,6 +35,7 @@ using Cases = std::vector<Case>;
 
 Cases feed_forward_cases();
 Cases attention_cases();
+Cases causal_conv1d_cases();
 Cases cross_entropy_cases();
 Cases decode_attention_cases();
 Cases embedding_cases();

@@ -68,7 +68,7 @@ Case decode(bool narrow) {
                                            .capacity = CAPACITY,
                                            .longest = CAPACITY,
                                            .scale = 0.158f};
-                std::vector<float> scratch(decode_scratch(call).floats);
+                std::vector<float> scratch(DecodeScratch{call}.floats);
                 TFM_ISA::decode_attention(call, begin, end, scratch.data());
             }};
 }

@@ -1,7 +1,6 @@
-// Masked softmax attention for CPUs, backward: the gradients of query, key, value and sinks.
+// Masked softmax attention for CPUs, backward: the gradients of query, key, value and the extra score.
 //
 //     dv = dropout(p)ᵀ dout      dq = scale · (ds · slope) k      dk = scale · (ds · slope)ᵀ q
-//     dsink = -Σ exp2((sink - top) · log2(e) - log2 Σ) · delta
 //
 // with p, ds and delta of gradient_tile.h. A task is a (sequence, key head): it goes over all query heads that share
 // the key head, tile by tile, and adds up dk and dv of the whole sequence in scratch memory, dq of one query head at a
@@ -16,27 +15,16 @@ namespace tfm {
 struct AttentionBackward {
     Attention attention;
     Cotangents given;
-    Heads dq, dk, dv;     // null where not wanted
-    float* sink_partials; // [sequences, heads], likewise
+    Heads dq, dk, dv; // null where not wanted
 };
 
 namespace {
 
-struct BackwardScratch {
-    TileScratch tile;
-    int64_t dq, dk, dv, floats;
+struct BackwardScratch : TileScratch {
+    int64_t dq = carve(*this, call.longest_query, call.dim);
+    int64_t dk = carve(*this, call.longest_key, call.dim);
+    int64_t dv = carve(*this, call.longest_key, call.value_dim);
 };
-
-inline BackwardScratch backward_scratch(const Attention& call) {
-    Carver carver{};
-    BackwardScratch at;
-    at.tile = carve_tile(carver, call);
-    at.dq = carve(carver, call.longest_query, call.dim);
-    at.dk = carve(carver, call.longest_key, call.dim);
-    at.dv = carve(carver, call.longest_key, call.value_dim);
-    at.floats = carver.used;
-    return at;
-}
 
 } // namespace
 
@@ -46,6 +34,8 @@ TFM_KERNEL(attention_backward, const AttentionBackward& call, const Task* tasks,
 } // namespace tfm
 
 #ifdef TFM_ISA
+
+#include "cpu/attention/extra_score.h"
 
 namespace tfm::TFM_ISA {
 
@@ -63,23 +53,6 @@ void erase(const Heads& x, int64_t sequence, int64_t head, int64_t first, int64_
         const int64_t place = base + row * x.row, width = x.narrow ? sizeof(BFloat16) : sizeof(float);
         __builtin_memset(static_cast<char*>(x.data) + place * width, 0, columns * width);
     }
-}
-
-// dsink of one head's queries.
-float sink_gradient(const Attention& call, GradientTile& part, Tile tile) {
-    const Extent& extent = call.extents[tile.sequence];
-    const float sink = call.sinks[tile.head];
-    double total = 0.0;
-    for (tile.row = 0; tile.row < extent.query_length; tile.row += BLOCK_QUERIES) {
-        tile.rows = smaller(BLOCK_QUERIES, extent.query_length - tile.row);
-        part.load_queries(tile, true);
-        for (int64_t row = 0; row < tile.rows; row += WIDTH) {
-            const Ints inside = lanes() < static_cast<int32_t>(tile.rows - row);
-            const Floats share = exp2((sink - load(part.tops + row)) * LOG2E - load(part.logs + row));
-            total -= sum(inside ? share * load(part.deltas + row) : Floats{});
-        }
-    }
-    return static_cast<float>(total);
 }
 
 // One of the two products; to add is to read what is there.
@@ -108,11 +81,11 @@ void fetch_task(const AttentionBackward& backward, const Task& task) {
 void attention_backward(const AttentionBackward& backward, const Task* tasks, int64_t begin, int64_t end,
                         float* scratch) {
     const Attention& call = backward.attention;
-    const BackwardScratch at = backward_scratch(call);
+    const BackwardScratch at{call};
     float *const dq = scratch + at.dq, *const dk = scratch + at.dk, *const dv = scratch + at.dv;
     const bool want_query = backward.dq.data, want_key = backward.dk.data, want_value = backward.dv.data;
     const int64_t dim = padded(call.dim), value_dim = padded(call.value_dim);
-    GradientTile part(call, backward.given, at.tile, scratch);
+    GradientTile part(call, backward.given, at, scratch);
     for (const Task* task = tasks + begin; task < tasks + end; ++task) {
         const Extent& extent = call.extents[task->sequence];
         const int64_t key_length = extent.key_length;
@@ -121,8 +94,7 @@ void attention_backward(const AttentionBackward& backward, const Task* tasks, in
         const int64_t first_head = task->head * call.group;
         for (int64_t head = first_head; head < first_head + call.group; ++head) {
             Tile tile{task->sequence, head, 0, 0, 0, 0, 0};
-            if (backward.sink_partials)
-                backward.sink_partials[task->sequence * call.heads + head] = sink_gradient(call, part, tile);
+            differentiate_extra_score(call, part, tile);
             if (!want_query && !want_key && !want_value)
                 continue;
             // Tiles that are the first to write need no zeros there.
@@ -189,18 +161,13 @@ namespace tfm {
 
 namespace {
 
-MaybeTensor wanted_like(const std::vector<bool>& wanted, int place, const MaybeTensor& x) {
-    if (!wanted[place] || !x)
-        return {};
-    return x->dim() == 1 ? empty({x->size(0)}, x->scalar_type(), *x) : rows_like(*x, x->size(x->dim() - 1));
-}
+Heads heads_or_none(const MaybeTensor& x) { return x ? heads_of(*x) : Heads{}; }
 
 // Fills what there is of the gradients.
 void backward_into(const AttentionInputs& inputs, const Cotangents& given, const Heads& dq, const Heads& dk,
-                   const Heads& dv, const MaybeTensor& dbias, const MaybeTensor& dsinks) {
+                   const Heads& dv, const MaybeTensor& dbias) {
     const Attention& call = inputs.call;
-    std::vector<float> sink_partials(dsinks ? inputs.sequences() * call.heads : 0);
-    const AttentionBackward backward{call, given, dq, dk, dv, dsinks ? sink_partials.data() : nullptr};
+    const AttentionBackward backward{call, given, dq, dk, dv};
     Tasks tasks;
     for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence) {
         const Extent& extent = inputs.extents[sequence];
@@ -212,13 +179,11 @@ void backward_into(const AttentionInputs& inputs, const Cotangents& given, const
         for (int64_t head = 0; head < call.heads / call.group; ++head)
             tasks.add({sequence, head, 0, 0}, work);
     }
-    if (dq.data || dk.data || dv.data || dsinks)
-        tasks.run(3 * call.dim + 2 * call.value_dim, backward_scratch(call).floats,
+    if (dq.data || dk.data || dv.data || call.extra_gradients)
+        tasks.run(3 * call.dim + 2 * call.value_dim, BackwardScratch{call}.floats,
                   [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                       TFM_RUN(attention_backward, backward, all, begin, end, scratch);
                   });
-    if (dsinks)
-        sum_sinks(sink_partials, *dsinks);
     if (dbias)
         bias_gradient(inputs, given, *dbias);
 }
@@ -227,13 +192,10 @@ using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor,
 
 Gradients attention_backward(const arguments::AttentionBackward& a) {
     const AttentionInputs inputs(a);
-    const Gradients found{wanted_like(a.wanted, 0, a.query), wanted_like(a.wanted, 1, a.key),
-                          wanted_like(a.wanted, 2, a.value), wanted_like(a.wanted, 3, a.bias),
-                          wanted_like(a.wanted, 4, a.sinks)};
-    const auto& [dq, dk, dv, dbias, dsinks] = found;
-    const auto heads = [](const MaybeTensor& x) { return x ? heads_of(*x) : Heads{}; };
-    backward_into(inputs, cotangents(a), heads(dq), heads(dk), heads(dv), dbias, dsinks);
-    return found;
+    const MaybeTensor dq = gradient_like(a.wanted[0], a.query), dk = gradient_like(a.wanted[1], a.key),
+                      dv = gradient_like(a.wanted[2], a.value), dbias = gradient_like(a.wanted[3], a.bias);
+    backward_into(inputs, cotangents(a), heads_or_none(dq), heads_or_none(dk), heads_or_none(dv), dbias);
+    return {dq, dk, dv, dbias, extra_score_gradient(inputs.extra)};
 }
 
 // Of views of one projection, key and value or query, key and value: their gradients lie in one tensor [parts, ...] as
@@ -242,13 +204,13 @@ std::tuple<MaybeTensor, Tensor, MaybeTensor, MaybeTensor>
 attention_backward_joined(const arguments::AttentionBackwardJoined& a) {
     STD_TORCH_CHECK(a.parts == 2 || a.parts == 3, "parts: expected 2 or 3, got ", a.parts);
     const AttentionInputs inputs(a);
-    const MaybeTensor dq = a.parts == 2 ? wanted_like(a.wanted, 0, a.query) : MaybeTensor();
-    const MaybeTensor dbias = wanted_like(a.wanted, 3, a.bias), dsinks = wanted_like(a.wanted, 4, a.sinks);
+    const MaybeTensor dq = gradient_like(a.wanted[0] && a.parts == 2, a.query),
+                      dbias = gradient_like(a.wanted[3], a.bias);
     Tensor joined = joined_rows(a.key, a.parts);
     const auto part = [&](int64_t place) { return heads_of(torch::stable::select(joined, 0, place)); };
-    const Heads query_heads = a.parts == 3 ? part(0) : dq ? heads_of(*dq) : Heads{};
-    backward_into(inputs, cotangents(a), query_heads, part(a.parts - 2), part(a.parts - 1), dbias, dsinks);
-    return {dq, joined, dbias, dsinks};
+    backward_into(inputs, cotangents(a), a.parts == 3 ? part(0) : heads_or_none(dq), part(a.parts - 2),
+                  part(a.parts - 1), dbias);
+    return {dq, joined, dbias, extra_score_gradient(inputs.extra)};
 }
 
 } // namespace

@@ -21,19 +21,9 @@ struct BiasGradient {
 
 namespace {
 
-struct BiasScratch {
-    TileScratch tile;
-    int64_t sums, floats;
+struct BiasScratch : TileScratch {
+    int64_t sums = carve(*this, BLOCK_QUERIES, BLOCK_KEYS);
 };
-
-inline BiasScratch bias_scratch(const Attention& call) {
-    Carver carver{};
-    BiasScratch at;
-    at.tile = carve_tile(carver, call);
-    at.sums = carve(carver, BLOCK_QUERIES, BLOCK_KEYS);
-    at.floats = carver.used;
-    return at;
-}
 
 } // namespace
 
@@ -49,9 +39,9 @@ namespace tfm::TFM_ISA {
 void attention_bias_gradient(const BiasGradient& wanted, const Task* tasks, int64_t begin, int64_t end,
                              float* scratch) {
     const Attention& call = wanted.attention;
-    const BiasScratch at = bias_scratch(call);
+    const BiasScratch at{call};
     float* const sums = scratch + at.sums;
-    GradientTile part(call, wanted.given, at.tile, scratch);
+    GradientTile part(call, wanted.given, at, scratch);
     for (const Task* task = tasks + begin; task < tasks + end; ++task) {
         const int64_t keys = smaller(BLOCK_KEYS, wanted.keys - task->first_key), stride = padded(keys);
         const int64_t rows = wanted.shares_queries ? 1 : smaller(BLOCK_QUERIES, wanted.queries - task->first_query);
@@ -125,7 +115,7 @@ void bias_gradient(const AttentionInputs& inputs, const Cotangents& given, const
                     const int64_t rows = wanted.shares_queries ? wanted.queries : BLOCK_QUERIES;
                     tasks.add({sequence, head, query, key}, members * rows * BLOCK_KEYS);
                 }
-    tasks.run(call.dim + call.value_dim, bias_scratch(call).floats,
+    tasks.run(call.dim + call.value_dim, BiasScratch{call}.floats,
               [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                   TFM_RUN(attention_bias_gradient, wanted, all, begin, end, scratch);
               });

@@ -36,7 +36,7 @@ struct RowNumbers {
     int64_t sequence, head, row;
 };
 
-// Of each row the largest score and log2 Σ exp(s - top), sinks included; without keys -inf and 0.
+// Of each row the largest score and log2 Σ exp(s - top), the extra score included; without keys -inf and 0.
 struct RowStatistics {
     RowNumbers tops, logs;
 };
@@ -58,9 +58,10 @@ constexpr int64_t OPEN = int64_t(1) << 40;
 
 struct Attention {
     Heads query, key, value, bias;
-    Bits words; // of each query: what it may attend to
-    Bits reach; // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
-    const float* sinks;
+    Bits words;             // of each query: what it may attend to
+    Bits reach;             // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
+    Matrix extra_scores;    // of each head, one more in every row, of a key without a value; without data: none
+    float* extra_gradients; // [sequences, heads], each of its own queries; null: not wanted
     const Extent* extents;
     int64_t heads, group, dim, value_dim;
     int64_t longest_query, longest_key;
@@ -82,14 +83,17 @@ struct Cotangents {
     RowNumbers dlse; // null: lse is used by nobody
 };
 
-// Hands out parts of scratch memory, as offsets in floats.
+// Scratch memory of a call. What inherits it carves its parts, one after the other: offsets in floats.
+template <class Call>
 struct Carver {
-    int64_t used;
+    const Call& call;
+    int64_t floats = 0; // carved so far
 };
 
-static inline int64_t carve(Carver& carver, int64_t rows, int64_t columns) {
-    const int64_t offset = carver.used;
-    carver.used += rows * padded(columns);
+template <class Call>
+static inline int64_t carve(Carver<Call>& carver, int64_t rows, int64_t columns) {
+    const int64_t offset = carver.floats;
+    carver.floats += rows * padded(columns);
     return offset;
 }
 
@@ -98,8 +102,8 @@ static inline int64_t tile_queries(const Attention& call) { return smaller(BLOCK
 static inline int64_t tile_keys(const Attention& call) { return smaller(BLOCK_KEYS, padded(call.longest_key)); }
 
 // Of dropout's outcomes for the largest tile, two a float.
-static inline int64_t carve_outcomes(Carver& carver, const Attention& call) {
-    return carve(carver, call.dropout.seed ? tile_queries(call) + LANES : 0, BLOCK_KEYS / 2);
+static inline int64_t carve_outcomes(Carver<Attention>& carver) {
+    return carve(carver, carver.call.dropout.seed ? tile_queries(carver.call) + LANES : 0, BLOCK_KEYS / 2);
 }
 
 } // namespace tfm

@@ -21,28 +21,20 @@ struct AttentionForward {
 
 namespace {
 
-struct ForwardScratch {
-    int64_t query, rows, keys, values, scores, sums, tops, totals, logs, shrinks, outcomes, floats;
+struct ForwardScratch : Carver<Attention> {
+    const int64_t most_queries = tile_queries(call), most_keys = tile_keys(call);
+    int64_t query = carve(*this, most_queries, call.dim);
+    int64_t rows = carve(*this, most_keys, call.dim);
+    int64_t keys = carve(*this, padded(call.dim), padded(most_keys) + LANES);
+    int64_t values = carve(*this, most_keys, call.value_dim);
+    int64_t scores = carve(*this, most_queries, most_keys);
+    int64_t sums = carve(*this, most_queries, call.value_dim);
+    int64_t tops = carve(*this, 1, most_queries);
+    int64_t totals = carve(*this, 1, most_queries);
+    int64_t logs = carve(*this, 1, most_queries);
+    int64_t shrinks = carve(*this, 1, most_queries);
+    int64_t outcomes = carve_outcomes(*this);
 };
-
-inline ForwardScratch forward_scratch(const Attention& call) {
-    Carver carver{};
-    const int64_t queries = tile_queries(call), keys = tile_keys(call);
-    ForwardScratch at;
-    at.query = carve(carver, queries, call.dim);
-    at.rows = carve(carver, keys, call.dim);
-    at.keys = carve(carver, padded(call.dim), padded(keys) + LANES);
-    at.values = carve(carver, keys, call.value_dim);
-    at.scores = carve(carver, queries, keys);
-    at.sums = carve(carver, queries, call.value_dim);
-    at.tops = carve(carver, 1, queries);
-    at.totals = carve(carver, 1, queries);
-    at.logs = carve(carver, 1, queries);
-    at.shrinks = carve(carver, 1, queries);
-    at.outcomes = carve_outcomes(carver, call);
-    at.floats = carver.used;
-    return at;
-}
 
 } // namespace
 
@@ -53,7 +45,7 @@ TFM_KERNEL(attention_forward, const AttentionForward& call, const Task* tasks, i
 
 #ifdef TFM_ISA
 
-#include "cpu/attention/tiles.h"
+#include "cpu/attention/extra_score.h"
 
 namespace tfm::TFM_ISA {
 
@@ -100,19 +92,14 @@ void weigh(const Attention& call, const Tile& tile, float* scores, const uint16_
     }
 }
 
-// Adds the sinks, and leaves the statistics in tops and logs, and in totals what the sums are to be multiplied by: 0
-// without keys.
+// Adds the extra score, and leaves the statistics in tops and logs, and in totals what the sums are to be multiplied
+// by: 0 without keys.
 void finish_rows(const Attention& call, const Tile& tile, const Rows& rows) {
     const float kept_scale = call.dropout.seed ? call.dropout.scale : 1.0f;
     for (int64_t first = 0; first < tile.rows; first += WIDTH) {
-        Floats top = load(rows.tops + first), total = load(rows.totals + first), shrink = broadcast(1.0f);
+        Floats top = load(rows.tops + first), total = load(rows.totals + first);
         const Ints is_empty = total == 0.0f;
-        if (call.sinks) {
-            const Floats sink = broadcast(call.sinks[tile.head]), higher = maximum(top, sink);
-            shrink = exp2((top - higher) * LOG2E);
-            total = total * shrink + exp2((sink - higher) * LOG2E);
-            top = higher;
-        }
+        const Floats shrink = add_extra_score(call, tile.head, top, total);
         store(rows.tops + first, is_empty ? broadcast(-INFINITE) : top);
         store(rows.logs + first, is_empty ? Floats{} : log2(total));
         store(rows.totals + first, is_empty ? Floats{} : shrink * kept_scale / total);
@@ -133,7 +120,7 @@ void fetch_task(const AttentionForward& forward, const Task& task) {
 
 void attention_forward(const AttentionForward& forward, const Task* tasks, int64_t begin, int64_t end, float* scratch) {
     const Attention& call = forward.attention;
-    const ForwardScratch at = forward_scratch(call);
+    const ForwardScratch at{call};
     float *const query = scratch + at.query, *const sums = scratch + at.sums, *const scores = scratch + at.scores;
     uint16_t* const outcomes = call.dropout.seed ? reinterpret_cast<uint16_t*>(scratch + at.outcomes) : nullptr;
     const Rows rows{scratch + at.tops, scratch + at.totals, scratch + at.logs, scratch + at.shrinks};
@@ -215,7 +202,7 @@ std::tuple<Tensor, Tensor> attention(const arguments::Attention& a) {
                 tasks.add({sequence, head, first, 0}, rows * seen_keys(call, extent, first, rows));
             }
     }
-    tasks.run(call.dim + call.value_dim, forward_scratch(call).floats,
+    tasks.run(call.dim + call.value_dim, ForwardScratch{call}.floats,
               [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                   TFM_RUN(attention_forward, forward, all, begin, end, scratch);
               });

@@ -11,31 +11,26 @@
 
 namespace tfm {
 
-struct TileScratch {
-    int64_t query, dout, output, tops, logs, deltas; // of the tile's queries
-    int64_t key_rows, keys, value_rows, values;      // of its keys: as they are, and transposed
-    int64_t weights, gradients, slopes, outcomes;    // of its scores
+struct TileScratch : Carver<Attention> {
+    const int64_t most_queries = tile_queries(call), most_keys = tile_keys(call);
+    // Of the tile's queries.
+    int64_t query = carve(*this, most_queries, call.dim);
+    int64_t dout = carve(*this, most_queries, call.value_dim);
+    int64_t output = carve(*this, most_queries, call.value_dim);
+    int64_t tops = carve(*this, 1, most_queries);
+    int64_t logs = carve(*this, 1, most_queries);
+    int64_t deltas = carve(*this, 1, most_queries);
+    // Of its keys: as they are, and transposed.
+    int64_t key_rows = carve(*this, most_keys, call.dim);
+    int64_t keys = carve(*this, padded(call.dim), most_keys + LANES);
+    int64_t value_rows = carve(*this, most_keys, call.value_dim);
+    int64_t values = carve(*this, padded(call.value_dim), most_keys + LANES);
+    // Of its scores.
+    int64_t weights = carve(*this, most_queries, most_keys);
+    int64_t gradients = carve(*this, most_queries, most_keys);
+    int64_t slopes = carve(*this, call.outer != 0.0f ? most_queries : 0, most_keys);
+    int64_t outcomes = carve_outcomes(*this);
 };
-
-static inline TileScratch carve_tile(Carver& carver, const Attention& call) {
-    const int64_t queries = tile_queries(call), keys = tile_keys(call);
-    TileScratch at;
-    at.query = carve(carver, queries, call.dim);
-    at.dout = carve(carver, queries, call.value_dim);
-    at.output = carve(carver, queries, call.value_dim);
-    at.tops = carve(carver, 1, queries);
-    at.logs = carve(carver, 1, queries);
-    at.deltas = carve(carver, 1, queries);
-    at.key_rows = carve(carver, keys, call.dim);
-    at.keys = carve(carver, padded(call.dim), keys + LANES);
-    at.value_rows = carve(carver, keys, call.value_dim);
-    at.values = carve(carver, padded(call.value_dim), keys + LANES);
-    at.weights = carve(carver, queries, keys);
-    at.gradients = carve(carver, queries, keys);
-    at.slopes = carve(carver, call.outer != 0.0f ? queries : 0, keys);
-    at.outcomes = carve_outcomes(carver, call);
-    return at;
-}
 
 } // namespace tfm
 

@@ -15,18 +15,13 @@ Cotangents cotangents(const Arguments& a) {
             a.dlse ? row_numbers(*a.dlse) : RowNumbers{}};
 }
 
-// Partial sums [sequences, heads] to [heads], in the order of the sequences.
-inline void sum_sinks(const std::vector<float>& partials, const Tensor& dsinks) {
-    const int64_t heads = dsinks.size(0);
-    for (int64_t head = 0; head < heads; ++head) {
-        double total = 0.0;
-        for (size_t place = head; place < partials.size(); place += heads)
-            total += partials[place];
-        if (dsinks.scalar_type() == ScalarType::BFloat16)
-            static_cast<torch::headeronly::BFloat16*>(dsinks.data_ptr())[head] = static_cast<float>(total);
-        else
-            static_cast<float*>(dsinks.data_ptr())[head] = static_cast<float>(total);
-    }
+// Summed over the sequences, in their order; none where it is not wanted.
+inline MaybeTensor extra_score_gradient(const ExtraScoreTensors& extra) {
+    if (!extra.partials)
+        return {};
+    const MaybeTensor gradient = torch::stable::empty_like(*extra.scores.tensor);
+    sum_blocks<double>(*extra.partials, {gradient});
+    return gradient;
 }
 
 // Empty [parts, *x.shape]: in memory dense, as x's leading dimensions are, with the parts outside of the heads.
@@ -43,7 +38,7 @@ inline Tensor joined_rows(const Tensor& x, int64_t parts) {
             step *= std::max<int64_t>(shape[*dim], 1);
         }
     shape.insert(shape.begin(), parts);
-    return empty_strided(shape, strides, x.scalar_type());
+    return empty_strided(shape, strides, x.scalar_type(), x);
 }
 
 } // namespace tfm

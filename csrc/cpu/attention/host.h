@@ -1,46 +1,15 @@
-// What the operators of attention share on the host: the call from its tensors, tensors for results, and tasks shared
-// among threads.
+// What the operators of attention share on the host: the call from its tensors, and tasks shared among threads.
 #pragma once
 
 #include <algorithm>
 #include <memory>
 #include <new>
-#include <numeric>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
+#include "common/attention.h"
 #include "cpu/attention/call.h"
-#include "operators/attention.h"
+#include "cpu/rows.h"
 
 namespace tfm {
-
-// Element by element from a dtype to another, of a vector of any stride.
-template <class To>
-std::vector<To> numbers_of(const Tensor& x) {
-    std::vector<To> found(x.numel());
-    const auto read = [&](const auto* from) {
-        for (size_t i = 0; i < found.size(); ++i)
-            found[i] = static_cast<To>(from[i * x.stride(0)]);
-    };
-    const void* const data = x.const_data_ptr();
-    switch (x.scalar_type()) {
-    case ScalarType::Float:
-        read(static_cast<const float*>(data));
-        break;
-    case ScalarType::BFloat16:
-        read(static_cast<const torch::headeronly::BFloat16*>(data));
-        break;
-    case ScalarType::Int:
-        read(static_cast<const int32_t*>(data));
-        break;
-    case ScalarType::Long:
-        read(static_cast<const int64_t*>(data));
-        break;
-    default:
-        STD_TORCH_CHECK(false, "attention: expected vectors of int32, int64, float32 or bfloat16");
-    }
-    return found;
-}
 
 inline Heads heads_of(const Tensor& x) {
     const bool narrow = width_of(x.scalar_type()) == Width::BFLOAT16;
@@ -80,13 +49,13 @@ inline RowStatistics statistics_of(const Tensor& x) {
 // The call, and the vectors that it points into.
 struct AttentionInputs {
     std::vector<Extent> extents;
-    std::vector<float> sink_logits;
+    ExtraScoreTensors extra;
     Attention call;
 
     // Of the arguments of Attention, or of an operator that has them among its own.
     template <class Arguments>
-    explicit AttentionInputs(const Arguments& a) {
-        const int64_t sequences = a.cu_seq_q ? a.cu_seq_q->size(0) - 1 : a.query.size(0);
+    explicit AttentionInputs(const Arguments& a) : extra(a) {
+        const int64_t sequences = sequences_of(a);
         extents.assign(sequences, {0, a.query.size(a.query.dim() - 2), 0, 0, 0, a.start});
         if (a.cu_seq_q)
             locate(numbers_of<int64_t>(*a.cu_seq_q), numbers_of<int64_t>(*a.cu_seq_k));
@@ -103,8 +72,6 @@ struct AttentionInputs {
             for (int64_t i = 0; i < sequences; ++i)
                 extents[i].start = std::clamp<int64_t>(given[i], -(1 << 29), 1 << 29);
         }
-        if (a.sinks)
-            sink_logits = numbers_of<float>(*a.sinks);
         const int64_t last = a.query.dim() - 1, heads = a.query.size(1), key_heads = a.key.size(1);
         call = {
             .query = heads_of(a.query),
@@ -114,7 +81,8 @@ struct AttentionInputs {
             // Of a mask with one row for all queries there is the reach alone.
             .words = bits_of(a.words ? a.words : a.reach),
             .reach = bits_of(a.reach),
-            .sinks = a.sinks ? sink_logits.data() : nullptr,
+            .extra_scores = matrix(extra.scores),
+            .extra_gradients = data_of<float>(extra.partials),
             .extents = extents.data(),
             .heads = heads,
             .group = key_heads == 0 ? 1 : heads / key_heads,
@@ -155,44 +123,6 @@ inline int64_t seen_keys(const Attention& call, const Extent& extent, int64_t fi
     return std::max<int64_t>(std::min(first + rows + extent.start + call.right, extent.key_length) - begin, 0);
 }
 
-inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType type) {
-    AtenTensorHandle handle = nullptr;
-    const int32_t dtype = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                    dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
-}
-
-// The dimensions of x but its last, as they lie in memory, outermost first.
-inline std::vector<int64_t> memory_order(const Tensor& x) {
-    std::vector<int64_t> order(x.dim() - 1);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-    return order;
-}
-
-// Empty, of the shape of x but for the last dimension, dense, its dimensions in memory as those of x are.
-inline Tensor rows_like(const Tensor& x, int64_t columns) {
-    std::vector<int64_t> shape = shape_of(x), strides(shape.size(), 1);
-    shape.back() = columns;
-    const std::vector<int64_t> order = memory_order(x);
-    int64_t step = columns;
-    for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
-        strides[*dim] = step;
-        step *= std::max<int64_t>(shape[*dim], 1);
-    }
-    return empty_strided(shape, strides, x.scalar_type());
-}
-
-// Empty fp32, two numbers for each query and head: [2, B, Hq, Sq], or [2, Nq, Hq] whose heads lie apart.
-inline Tensor row_statistics(const Tensor& query) {
-    const int64_t batch = query.size(0), heads = query.size(1);
-    if (query.dim() == 4)
-        return empty({2, batch, heads, query.size(2)}, ScalarType::Float, query);
-    const int64_t rows = std::max<int64_t>(batch, 1);
-    return empty_strided({2, batch, heads}, {heads * rows, 1, rows}, ScalarType::Float);
-}
-
 // Scratch memory of this thread, kept for its next call: fresh pages would cost more than a short attention.
 inline float* scratch_memory(int64_t floats) {
     struct Free {
@@ -224,17 +154,12 @@ public:
     // kernel(tasks, begin, end, scratch), in parallel where `products` for each unit of work are worth it.
     template <class Kernel>
     void run(int64_t products, int64_t floats, const Kernel& kernel) const {
-        const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_THREAD / std::max<int64_t>(1, products));
-        const auto range = [&](int64_t begin, int64_t end) {
-            const auto place = [&](int64_t work) {
-                return std::lower_bound(begins.begin(), begins.end(), work) - begins.begin();
-            };
-            kernel(tasks.data(), place(begin), place(end), scratch_memory(floats));
+        const auto place = [&](int64_t work) {
+            return std::lower_bound(begins.begin(), begins.end(), work) - begins.begin();
         };
-        if (total <= grain)
-            range(0, total);
-        else
-            torch::stable::parallel_for(0, total, grain, range);
+        share(total, products, PRODUCTS_PER_THREAD, [&](int64_t begin, int64_t end) {
+            kernel(tasks.data(), place(begin), place(end), scratch_memory(floats));
+        });
     }
 
 private:

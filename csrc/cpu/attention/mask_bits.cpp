@@ -99,18 +99,10 @@ namespace tfm {
 
 namespace {
 
-// Rows of words are whole tiles of so many keys: the Triton kernels' longest.
-constexpr int64_t KEYS_OF_A_ROW = 256;
-
 std::tuple<Tensor, Tensor> attention_mask_bits(const arguments::AttentionMaskBits& a) {
-    const int64_t batch = a.mask.size(0), heads = a.mask.size(1), queries = a.mask.size(2), keys = a.mask.size(3);
-    const bool is_bool = a.mask.scalar_type() == ScalarType::Bool;
-    // Its reach is the row itself: the window is the attention's business.
-    const bool one_row = queries == 1 || a.mask.stride(2) == 0;
-    const int64_t width = (keys + KEYS_OF_A_ROW - 1) / KEYS_OF_A_ROW * KEYS_OF_A_ROW / 32;
-    const int64_t sequences = !a.starts || one_row ? batch : a.starts->size(0);
-    Tensor words = empty({batch, heads, is_bool && !one_row ? queries : 0, width}, ScalarType::Int, a.mask);
-    Tensor reach = empty({sequences, heads, width}, ScalarType::Int, a.mask);
+    const MaskBitTensors bits(a);
+    const auto& [is_bool, one_row, batch, heads, queries, keys, width, words, reach] = bits;
+    const int64_t sequences = reach.size(0);
     const std::vector<int64_t> given =
         a.starts && !one_row ? numbers_of<int64_t>(*a.starts) : std::vector<int64_t>(sequences, a.start);
     const MaskBits call{
@@ -127,7 +119,7 @@ std::tuple<Tensor, Tensor> attention_mask_bits(const arguments::AttentionMaskBit
         .starts = given.data(),
         .word_sequences = batch,
         .heads = heads,
-        .queries = one_row ? std::min<int64_t>(queries, 1) : queries,
+        .queries = queries,
         .keys = keys,
         .width = width,
         .left = one_row ? OPEN : a.left.value_or(OPEN),

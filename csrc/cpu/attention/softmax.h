@@ -15,13 +15,8 @@ TFM_INLINE Floats exp2(Floats x) {
     const Ints is_tiny = x < -125.0f;
     const Floats shift = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
     const Floats shifted = x + shift, r = x - (shifted - shift);
-    Floats p = broadcast(1.535336188319500e-4f);
-    p = p * r + 1.339887440266574e-3f;
-    p = p * r + 9.618437357674640e-3f;
-    p = p * r + 5.550332471162809e-2f;
-    p = p * r + 2.402264791363012e-1f;
-    p = p * r + 6.931472028550421e-1f;
-    p = p * r + 1.0f;
+    const Floats p = polynomial(r, 1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                                5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f);
     return is_tiny ? Floats{} : p * (Floats)(((Words)shifted << 23) + 0x3F800000);
 }
 
@@ -30,15 +25,9 @@ TFM_INLINE Floats log2(Floats x) {
     // x = (1 + m) 2^n, 1 + m from sqrt(1/2) to sqrt(2).
     const Ints bits = (Ints)x - 0x3F3504F3, n = bits >> 23;
     const Floats m = (Floats)((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0f, square = m * m;
-    Floats p = broadcast(7.0376836292e-2f);
-    p = p * m - 1.1514610310e-1f;
-    p = p * m + 1.1676998740e-1f;
-    p = p * m - 1.2420140846e-1f;
-    p = p * m + 1.4249322787e-1f;
-    p = p * m - 1.6668057665e-1f;
-    p = p * m + 2.0000714765e-1f;
-    p = p * m - 2.4999993993e-1f;
-    p = p * m + 3.3333331174e-1f;
+    const Floats p =
+        polynomial(m, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                   -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
     // ln(1 + m) = m + small, times log2(e) in two parts, the least first.
     const Floats small = p * m * square - square * 0.5f;
     const Floats found = (small * (LOG2E - 1.0f) + m * (LOG2E - 1.0f)) + small + m;

@@ -14,21 +14,13 @@ struct AttentionWeights {
 
 namespace {
 
-struct WeightsScratch {
-    int64_t query, rows, keys, scores, outcomes, floats;
+struct WeightsScratch : Carver<Attention> {
+    int64_t query = carve(*this, BLOCK_QUERIES, call.dim);
+    int64_t rows = carve(*this, BLOCK_KEYS, call.dim);
+    int64_t keys = carve(*this, padded(call.dim), BLOCK_KEYS);
+    int64_t scores = carve(*this, BLOCK_QUERIES, BLOCK_KEYS);
+    int64_t outcomes = carve_outcomes(*this);
 };
-
-inline WeightsScratch weights_scratch(const Attention& call) {
-    Carver carver{};
-    WeightsScratch at;
-    at.query = carve(carver, BLOCK_QUERIES, call.dim);
-    at.rows = carve(carver, BLOCK_KEYS, call.dim);
-    at.keys = carve(carver, padded(call.dim), BLOCK_KEYS);
-    at.scores = carve(carver, BLOCK_QUERIES, BLOCK_KEYS);
-    at.outcomes = carve_outcomes(carver, call);
-    at.floats = carver.used;
-    return at;
-}
 
 } // namespace
 
@@ -45,7 +37,7 @@ namespace tfm::TFM_ISA {
 
 void attention_weights(const AttentionWeights& wanted, const Task* tasks, int64_t begin, int64_t end, float* scratch) {
     const Attention& call = wanted.attention;
-    const WeightsScratch at = weights_scratch(call);
+    const WeightsScratch at{call};
     float *const query = scratch + at.query, *const scores = scratch + at.scores;
     uint16_t* const outcomes = call.dropout.seed ? reinterpret_cast<uint16_t*>(scratch + at.outcomes) : nullptr;
     const int64_t dim = padded(call.dim);
@@ -108,7 +100,7 @@ Tensor attention_weights(const arguments::AttentionWeights& a) {
                 for (int64_t key = 0; key < a.max_k; key += BLOCK_KEYS)
                     tasks.add({sequence, head, first, key},
                               std::min(BLOCK_QUERIES, a.max_q - first) * std::min(BLOCK_KEYS, a.max_k - key));
-    tasks.run(call.dim + 8, weights_scratch(call).floats,
+    tasks.run(call.dim + 8, WeightsScratch{call}.floats,
               [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                   TFM_RUN(attention_weights, wanted, all, begin, end, scratch);
               });

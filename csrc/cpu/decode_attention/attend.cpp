@@ -87,7 +87,7 @@ void attend(const DecodeAttention& call, int64_t row, int64_t head, const Decode
 } // namespace
 
 void decode_attention(const DecodeAttention& call, int64_t begin, int64_t end, float* scratch) {
-    const DecodeScratch at = decode_scratch(call);
+    const DecodeScratch at{call};
     for (int64_t task = begin; task < end; ++task) {
         const int64_t row = task / call.key_heads, head = task % call.key_heads;
         call.narrow ? attend<BFloat16>(call, row, head, at, scratch) : attend<float>(call, row, head, at, scratch);
@@ -98,10 +98,8 @@ void decode_attention(const DecodeAttention& call, int64_t begin, int64_t end, f
 
 #else
 
-#include <stdexcept>
-
 #include "cpu/attention/host.h"
-#include "cpu/rows.h"
+#include "cpu/integers.h"
 #include "operators/decode_attention.h"
 
 namespace tfm {
@@ -114,16 +112,11 @@ HeadRows head_rows(const Tensor& x) {
     return {x.data_ptr(), x.stride(0), 0, x.stride(1)};
 }
 
-// An out_of_range is Python's IndexError, as it is torch's.
 void check_parents(const DecodeAttention& call, int64_t rows, int64_t cache_rows) {
     for (int64_t row = 0; row < rows; ++row) {
         const int32_t* const parents = call.parents + row * call.parents_row;
-        for (int64_t key = 0; key < keys_of(call, row) - (call.key.data ? 1 : 0); ++key) {
-            const int32_t parent = parents[key * call.parents_place];
-            if (parent < 0 || parent >= cache_rows)
-                throw std::out_of_range("parents: expected rows 0 to " + std::to_string(cache_rows - 1) + ", got " +
-                                        std::to_string(parent) + ", out of range");
-        }
+        for (int64_t key = 0; key < keys_of(call, row) - (call.key.data ? 1 : 0); ++key)
+            check_inside("parents", parents[key * call.parents_place], cache_rows);
     }
 }
 
@@ -139,16 +132,10 @@ void run(const DecodeAttention& call, int64_t rows) {
         const int64_t head = row < rows ? (work - begins[row] + works[row] - 1) / works[row] : 0;
         return row * call.key_heads + head;
     };
-    const auto range = [&](int64_t begin, int64_t end) {
-        float* const scratch = scratch_memory(decode_scratch(call).floats);
+    share(begins.back(), call.dim + call.value_dim, PRODUCTS_PER_THREAD, [&](int64_t begin, int64_t end) {
+        float* const scratch = scratch_memory(DecodeScratch{call}.floats);
         TFM_RUN(decode_attention, call, task(begin), task(end), scratch);
-    };
-    const int64_t total = begins.back(), columns = std::max<int64_t>(1, call.dim + call.value_dim);
-    const int64_t grain = std::max<int64_t>(1, PRODUCTS_PER_THREAD / columns);
-    if (total <= grain)
-        range(0, total);
-    else
-        torch::stable::parallel_for(0, total, grain, range);
+    });
 }
 
 Tensor decode_attention(const arguments::DecodeAttention& a) {

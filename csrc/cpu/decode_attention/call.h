@@ -25,22 +25,14 @@ static inline int64_t keys_of(const DecodeAttention& call, int64_t row) {
     return larger(0, smaller(call.lengths[row * call.length_stride], call.capacity));
 }
 
-struct DecodeScratch {
-    int64_t query, scores, sums, totals, key_places, value_places, floats;
-};
-
-static inline DecodeScratch decode_scratch(const DecodeAttention& call) {
-    Carver carver{};
-    DecodeScratch at;
-    at.query = carve(carver, call.group, call.dim);
-    at.scores = carve(carver, call.group, call.longest);
-    at.sums = carve(carver, call.group, call.value_dim);
-    at.totals = carve(carver, 1, call.group);
+struct DecodeScratch : Carver<DecodeAttention> {
+    int64_t query = carve(*this, call.group, call.dim);
+    int64_t scores = carve(*this, call.group, call.longest);
+    int64_t sums = carve(*this, call.group, call.value_dim);
+    int64_t totals = carve(*this, 1, call.group);
     // Two floats an address.
-    at.key_places = carve(carver, 2, call.longest);
-    at.value_places = carve(carver, 2, call.longest);
-    at.floats = carver.used;
-    return at;
-}
+    int64_t key_places = carve(*this, 2, call.longest);
+    int64_t value_places = carve(*this, 2, call.longest);
+};
 
 } // namespace tfm

@@ -3,8 +3,8 @@
 // A warp packs 32 keys of a sequence and a head, a lane a key: it reads 32 neighbouring elements of each query's row,
 // and a vote of the lanes is the word. Beside it each lane remembers whether some query may attend to its key, by the
 // mask and the window together; a last vote of that is the word of reach. The mask passes once; words are 1/8 of it.
+#include "common/attention.h"
 #include "cuda/matrix.cuh"
-#include "operators/attention.h"
 
 namespace tfm::cuda {
 
@@ -19,8 +19,7 @@ struct MaskBits {
     int64_t mask_sequence, mask_head, mask_query, mask_key;
     int32_t* words; // [mask_sequences, heads, queries, width], null where there are none
     int32_t* reach; // [sequences, heads, width]
-    const void* starts;
-    bool starts_are_wide;
+    Integers starts;
     int64_t queries, keys;
     int tasks, mask_sequences, heads, row_words;
     int64_t start, left, right; // a side below 0 is open
@@ -36,9 +35,8 @@ __global__ void __launch_bounds__(WARPS* WARP) mask_bits_kernel(MaskBits call) {
     const int64_t mask_sequence = call.mask_sequences == 1 ? 0 : sequence;
     const int64_t first = mask_sequence * call.mask_sequence + head * call.mask_head + key * call.mask_key;
     int64_t position = call.start;
-    if (call.starts)
-        position = call.starts_are_wide ? static_cast<const int64_t*>(call.starts)[sequence]
-                                        : static_cast<const int32_t*>(call.starts)[sequence];
+    if (call.starts.data)
+        position = call.starts[sequence];
     bool is_reached = false;
     for (int64_t query = 0; query < call.queries; ++query, ++position) {
         const int64_t place = first + query * call.mask_query;
@@ -60,23 +58,14 @@ __global__ void __launch_bounds__(WARPS* WARP) mask_bits_kernel(MaskBits call) {
 }
 
 std::tuple<Tensor, Tensor> attention_mask_bits(const arguments::AttentionMaskBits& a) {
-    // Rows of words are whole tiles of the kernels for any length.
-    constexpr int64_t KEYS_OF_A_ROW = 256;
     const OnDevice device(a.mask);
     STD_TORCH_CHECK(a.mask.dim() == 4, "attention_mask_bits: expected a mask of 4 dimensions, got ", a.mask.dim());
-    const int64_t batch = a.mask.size(0), heads = a.mask.size(1), keys = a.mask.size(3);
-    const bool is_bool = a.mask.scalar_type() == ScalarType::Bool,
-               one_row = a.mask.size(2) == 1 || a.mask.stride(2) == 0;
-    const int64_t width = divide_up(keys, KEYS_OF_A_ROW) * KEYS_OF_A_ROW / WARP;
-    const int64_t rows = !is_bool || one_row ? 0 : a.mask.size(2);
-    const int64_t sequences = !a.starts || one_row ? batch : a.starts->size(0);
-    const Tensor words = empty({batch, heads, rows, width}, ScalarType::Int, a.mask),
-                 reach = empty({sequences, heads, width}, ScalarType::Int, a.mask);
+    const MaskBitTensors bits(a);
+    const auto& [is_bool, one_row, batch, heads, queries, keys, width, words, reach] = bits;
     STD_TORCH_CHECK(reach.numel() < int64_t{1} << 31, "attention_mask_bits: expected fewer than 2^31 words, got ",
                     reach.numel());
-    MaybeTensor dense_starts = a.starts ? MaybeTensor(torch::stable::contiguous(*a.starts)) : a.starts;
-    // The reach of one row is the row itself: the window is the attention kernels' business.
-    const auto side = [&](std::optional<int64_t> width) { return one_row || !width ? -1 : *width; };
+    const Vector starts(a.starts);
+    const auto side = [one_row = one_row](std::optional<int64_t> width) { return one_row || !width ? -1 : *width; };
     const MaskBits call{
         .mask = a.mask.data_ptr(),
         .width = is_bool ? Width::FLOAT : width_of(a.mask.scalar_type()),
@@ -85,11 +74,10 @@ std::tuple<Tensor, Tensor> attention_mask_bits(const arguments::AttentionMaskBit
         .mask_head = a.mask.stride(1),
         .mask_query = a.mask.stride(2),
         .mask_key = a.mask.stride(3),
-        .words = rows > 0 ? static_cast<int32_t*>(words.data_ptr()) : nullptr,
+        .words = words.numel() > 0 ? static_cast<int32_t*>(words.data_ptr()) : nullptr,
         .reach = static_cast<int32_t*>(reach.data_ptr()),
-        .starts = one_row ? nullptr : data_of<const void>(dense_starts),
-        .starts_are_wide = a.starts && a.starts->scalar_type() == ScalarType::Long,
-        .queries = one_row ? std::min<int64_t>(a.mask.size(2), 1) : a.mask.size(2),
+        .starts = one_row ? Integers{} : integers(starts),
+        .queries = queries,
         .keys = keys,
         .tasks = static_cast<int>(reach.numel()),
         .mask_sequences = static_cast<int>(batch),

@@ -9,9 +9,9 @@
 // from the second-level cache. Of the backward it holds 5 pairs of 3 warps, 4 with dropout: 3.1 or 3.9 waves of some 2
 // us, 25.7 MB. Predicted: forward 4 to 5 us, backward 7 to 9 us. The Triton twin's tile has 64 keys once the longest
 // sentence has 33; it holds 10 pairs (1.6 waves, four times the products) and 3 (5.2 waves): predicted 7 and 13 us.
+#include "common/attention.h"
 #include "cuda/attention/short_backward.cuh"
 #include "cuda/attention/short_forward.cuh"
-#include "operators/attention.h"
 
 namespace tfm::cuda::short_attention {
 
@@ -29,34 +29,6 @@ Matrices matrices(const MaybeTensor& x) {
     found.by_chunks = found.column == 1 && (found.sequence | found.head | found.row) % CHUNK == 0 &&
                       reinterpret_cast<uintptr_t>(found.data) % (CHUNK * x->element_size()) == 0;
     return found;
-}
-
-// Empty, shaped as `x` but for the last dimension, dense, its dimensions in memory as those of `x` are.
-Tensor rows_like(const Tensor& x, int64_t columns) {
-    const int64_t last = x.dim() - 1;
-    std::vector<int64_t> order, shape, places(last + 1, last);
-    for (int64_t dim = 0; dim < last; ++dim)
-        order.push_back(dim);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-    for (int64_t place = 0; place < last; ++place) {
-        shape.push_back(x.size(order[place]));
-        places[order[place]] = place;
-    }
-    shape.push_back(columns);
-    const Tensor dense = empty(shape, x.scalar_type(), x);
-    if (std::is_sorted(order.begin(), order.end()))
-        return dense;
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(dense),
-                                      torch::stable::detail::from(torch::headeronly::IntHeaderOnlyArrayRef(places))};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// Empty fp32, two numbers for each query and head: [2, B, H, S], or [2, N, H] whose heads lie apart.
-Tensor row_statistics(const Tensor& query) {
-    if (query.dim() == 4)
-        return empty({2, query.size(0), query.size(1), query.size(2)}, ScalarType::Float, query);
-    return torch::stable::transpose(empty({2, query.size(1), query.size(0)}, ScalarType::Float, query), 1, 2);
 }
 
 struct Steps {
@@ -78,15 +50,15 @@ Steps broadcast_steps(const MaybeTensor& x) {
 
 // What `attention` is told, checked, with what it holds kept alive.
 struct Problem {
-    MaybeTensor cu_seq_q, cu_seq_k, key_lengths, starts, sinks;
+    Vector cu_seq_q, cu_seq_k, key_lengths, starts;
+    ExtraScoreTensors extra;
     Width width;
     Call call;
 
     // Of the arguments of Attention, or of an operator that has them among its own.
     template <class Arguments>
     explicit Problem(const Arguments& a)
-        : cu_seq_q(dense(a.cu_seq_q)), cu_seq_k(dense(a.cu_seq_k)), key_lengths(dense(a.key_lengths)),
-          starts(dense(a.starts)), sinks(dense(a.sinks)) {
+        : cu_seq_q(a.cu_seq_q), cu_seq_k(a.cu_seq_k), key_lengths(a.key_lengths), starts(a.starts), extra(a) {
         const ScalarType type = a.query.scalar_type();
         STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
                         "native attention: expected float16 or bfloat16; impl=\"triton\" serves other dtypes");
@@ -100,7 +72,7 @@ struct Problem {
         STD_TORCH_CHECK(a.max_q <= MOST_QUERIES && a.max_k <= MOST_KEYS, "native attention: expected at most ",
                         MOST_QUERIES, " queries and ", MOST_KEYS, " keys in a sequence, got ", a.max_q, " and ",
                         a.max_k);
-        const int64_t sequences = cu_seq_q ? cu_seq_q->size(0) - 1 : a.query.size(0);
+        const int64_t sequences = sequences_of(a);
         for (const int64_t count : {sequences, a.query.size(0), a.key.size(0)})
             STD_TORCH_CHECK(count * a.query.size(1) < int64_t{1} << 31,
                             "native attention: expected sequences, and rows, times heads below 2^31, got ",
@@ -126,7 +98,8 @@ struct Problem {
             .reach = data_of<const int32_t>(a.reach),
             .reach_sequence = reach_steps.sequence,
             .reach_head = reach_steps.head,
-            .sinks = {data_of<void>(sinks), sinks ? width_of(sinks->scalar_type()) : Width::FLOAT, 0},
+            .extra_scores = matrix(extra.scores),
+            .extra_gradients = data_of<float>(extra.partials),
             .cu_seq_q = integers(cu_seq_q),
             .cu_seq_k = integers(cu_seq_k),
             .key_lengths = integers(key_lengths),
@@ -160,13 +133,6 @@ struct Problem {
         call.tops_sequence = steps.sequence;
         call.tops_head = steps.head;
         call.to_logs = statistics.stride(0);
-    }
-
-private:
-    static MaybeTensor dense(const MaybeTensor& x) { return x ? MaybeTensor(torch::stable::contiguous(*x)) : x; }
-
-    static Integers integers(const MaybeTensor& x) {
-        return {data_of<const void>(x), x && x->scalar_type() == ScalarType::Long};
     }
 };
 
@@ -203,7 +169,7 @@ void backward(const Call& call, const Gradients& gradients, Width width, cudaStr
         if (warps > most_warps(Part::ALL)) {
             if (gradients.value.data)
                 launch_part.template operator()<Part::VALUE>();
-            if (gradients.query.data || gradients.key.data || gradients.sinks)
+            if (gradients.query.data || gradients.key.data || call.extra_gradients)
                 launch_part.template operator()<Part::REST>();
             return;
         }
@@ -224,7 +190,6 @@ using GradientTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeT
 
 GradientTensors attention_backward(const arguments::AttentionBackward& a) {
     const OnDevice device(a.query);
-    Problem problem(a);
     STD_TORCH_CHECK(a.wanted.size() == 5, "native attention: expected 5 wanted gradients, got ", a.wanted.size());
     STD_TORCH_CHECK(!a.wanted[3],
                     "native attention: expected a bias without a gradient; impl=\"triton\" serves one that learns");
@@ -232,14 +197,10 @@ GradientTensors attention_backward(const arguments::AttentionBackward& a) {
                     "native attention: expected dout in the dtype of query");
     STD_TORCH_CHECK(!a.dlse || a.dlse->scalar_type() == ScalarType::Float,
                     "native attention: expected dlse in float32");
+    Problem problem(a);
     problem.set_statistics(a.statistics);
-    const auto like = [&](bool is_wanted, const Tensor& x) {
-        return is_wanted ? MaybeTensor(rows_like(x, x.size(x.dim() - 1))) : MaybeTensor();
-    };
-    const MaybeTensor dq = like(a.wanted[0], a.query), dk = like(a.wanted[1], a.key), dv = like(a.wanted[2], a.value);
-    MaybeTensor partials, dsinks;
-    if (a.wanted[4] && a.sinks)
-        partials = empty({problem.call.sequences, problem.call.heads}, ScalarType::Float, a.query);
+    const MaybeTensor dq = gradient_like(a.wanted[0], a.query), dk = gradient_like(a.wanted[1], a.key),
+                      dv = gradient_like(a.wanted[2], a.value);
     const Steps dlse_steps = a.dlse ? steps_of(*a.dlse) : Steps{};
     const Gradients gradients{
         .out = matrices(a.dout),
@@ -250,17 +211,17 @@ GradientTensors attention_backward(const arguments::AttentionBackward& a) {
         .query = matrices(dq),
         .key = matrices(dk),
         .value = matrices(dv),
-        .sinks = data_of<float>(partials),
         .scale = static_cast<float>(a.scale),
     };
     backward(problem.call, gradients, problem.width, device.stream);
-    if (partials) {
-        const std::array<int64_t, 1> over_sequences{0};
-        dsinks = torch::stable::sum(*partials, torch::headeronly::IntHeaderOnlyArrayRef(over_sequences));
-        if (a.sinks->scalar_type() != ScalarType::Float)
-            dsinks = torch::stable::to(*dsinks, a.sinks->scalar_type());
+    MaybeTensor dextra;
+    if (const MaybeTensor& partials = problem.extra.partials) {
+        const std::array<int64_t, 2> over_sequences{0, 1};
+        const Tensor sum = torch::stable::sum(*partials, torch::headeronly::IntHeaderOnlyArrayRef(over_sequences));
+        const ScalarType type = problem.extra.scores.tensor->scalar_type();
+        dextra = type == ScalarType::Float ? sum : torch::stable::to(sum, type);
     }
-    return {dq, dk, dv, MaybeTensor(), dsinks};
+    return {dq, dk, dv, MaybeTensor(), dextra};
 }
 
 } // namespace

@@ -45,16 +45,6 @@ struct Matrices {
     }
 };
 
-// [B] or [B + 1] of int32 or int64; null where absent.
-struct Integers {
-    const void* data;
-    bool is_wide;
-
-    __device__ __forceinline__ int64_t operator[](int64_t i) const {
-        return is_wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-    }
-};
-
 // One attention, as tfm/operators/attention states it.
 struct Call {
     Matrices query, key, value;
@@ -65,7 +55,8 @@ struct Call {
     int64_t words_sequence, words_head, words_row;
     const int32_t* reach;
     int64_t reach_sequence, reach_head;
-    Matrix sinks;
+    Matrix extra_scores;    // of each head, one more in every row, of a key without a value; without data: none
+    float* extra_gradients; // [sequences, heads], each of its own queries; null: not wanted
     Integers cu_seq_q, cu_seq_k, key_lengths, starts;
     // Of each query the largest score and, so many elements behind it, log2 Σ exp(s - top); neighbours lie side by
     // side.
@@ -90,7 +81,6 @@ struct Gradients {
     const float* lse; // given, may be null
     int64_t lse_sequence, lse_head, lse_row;
     Matrices query, key, value;
-    float* sinks; // [sequences, heads], to be summed over the sequences
     float scale;
 };
 
@@ -178,7 +168,8 @@ void choose(const Call& call, bool has_more, Width width, const Run& run) {
     const auto with_type = [&]<class T>() {
         const auto with_dim = [&]<int DIM>() {
             const bool drops = call.dropout.seed;
-            const bool extras = has_more || call.bias.data || call.reach || call.sinks.data || call.outer != 0.0f;
+            const bool extras =
+                has_more || call.bias.data || call.reach || call.extra_scores.data || call.outer != 0.0f;
             if (drops)
                 extras ? run.template operator()<T, DIM, true, true>() : run.template operator()<T, DIM, true, false>();
             else

@@ -5,7 +5,6 @@
 //
 //     dv = dropout(p)ᵀ dout      dp = dropout(dout vᵀ)              delta = Σ p · dp - dlse
 //     ds = p · (dp - delta)      dk = scale · (ds · slope)ᵀ q       dq = scale · (ds · slope) k
-//     dsink = -Σ exp2((sink - top) · log2(e) - log2 Σ) · delta
 //
 // (Dao et al., "FlashAttention", NeurIPS 2022, appendix B.4. Σ p · dp, over all keys, is their Σ dout · out, without
 // the rounding of out, and out is not read. The last term of delta is the gradient of the log of Σ exp(s).)
@@ -24,6 +23,7 @@
 // 48, 81.2 KB at 256.
 #pragma once
 
+#include "cuda/attention/extra_score.cuh"
 #include "cuda/attention/short_tiles.cuh"
 
 namespace tfm::cuda::short_attention {
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
     meet(warps);
 
     const float keep_scale = DROPS ? call.dropout.scale : 1.0f;
-    float d_key[DIM / CHUNK][4] = {}, d_value[DIM / CHUNK][4] = {}, d_sink = 0.0f;
+    float d_key[DIM / CHUNK][4] = {}, d_value[DIM / CHUNK][4] = {}, d_extra = 0.0f;
+    const auto adds_extra = [&] { return EXTRAS && PART != Part::VALUE && call.extra_gradients && warp == 0; };
     for (int step = 0; has_step(step); ++step) {
         const int head = key_head * call.group + step / tiles;
         const int first_row = step % tiles * TILE;
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
 
         const Span seen = seen_keys(formed_here(first_row));
         const int first_tile = seen.begin / TILE, end_tile = (seen.end + TILE - 1) / TILE;
-        if (PART != Part::VALUE && (is_active || (EXTRAS && gradients.sinks && warp == 0))) {
+        if (PART != Part::VALUE && (is_active || adds_extra())) {
             float delta[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -223,13 +224,8 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
                                               row * gradients.lse_row];
                 }
             }
-            if (EXTRAS && gradients.sinks && warp == 0) {
-                const float sink = number(call.sinks, head);
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    d_sink -=
-                        fast_exp2((sink - top_of(i)) * LOG2E - log_of(i)) * (log_of(i) < INFINITY ? delta[i] : 0.0f);
-            }
+            if (adds_extra())
+                add_extra_gradient(d_extra, call, head, top_of, log_of, delta);
             if (is_active) {
                 uint32_t d_scores[4];
 #pragma unroll
@@ -250,12 +246,9 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
                     add_weighted<T, DIM>(d_key, d_scores, query);
             }
         }
-        if (EXTRAS && PART != Part::VALUE && gradients.sinks && warp == 0 && step % tiles == tiles - 1) {
-            d_sink += __shfl_xor_sync(ALL_LANES, d_sink, 1);
-            d_sink += __shfl_xor_sync(ALL_LANES, d_sink, 2);
-            if (lane == 0)
-                gradients.sinks[sequence.index * call.heads + head] = d_sink;
-            d_sink = 0.0f;
+        if (adds_extra() && step % tiles == tiles - 1) {
+            store_extra_gradient(call, sequence.index, head, d_extra);
+            d_extra = 0.0f;
         }
         wait_for_copies<0>();
         meet(warps);
@@ -288,9 +281,9 @@ __global__ void __launch_bounds__(most_warps(PART) * WARP, least_blocks(PART, DI
             }
         }
     }
-    if (EXTRAS && PART != Part::VALUE && gradients.sinks && tiles == 0 && warp == 0 && lane == 0)
+    if (adds_extra() && tiles == 0)
         for (int member = 0; member < call.group; ++member)
-            gradients.sinks[sequence.index * call.heads + key_head * call.group + member] = 0.0f;
+            store_extra_gradient(call, sequence.index, key_head * call.group + member, 0.0f);
 
     // Behind its length a padded sequence has keys, too, and their gradients are 0.
     const int key_rows = call.cu_seq_k.data ? sequence.key_length : call.key_size;

@@ -2,8 +2,8 @@
 //
 //     top = max(s)      p = exp(s - top)      out = dropout(p) v / Σ p      statistics: top, log2 Σ p
 //
-// (short.cuh says what s is; "Attention Is All You Need", equation 1.) A sink is one more score, of a key
-// without a value. A query without keys gives 0, and -inf and 0 as its statistics.
+// (short.cuh says what s is; "Attention Is All You Need", equation 1.) A query without keys gives 0, and -inf and 0 as
+// its statistics.
 //
 // The data's path: rows of q, k and v come by cp.async, 16 bytes a lane, swizzled; ldmatrix hands them to the tensor
 // cores; the scores of 32 keys stay in 16 registers a lane, are scaled, masked and exponentiated where they are, and
@@ -20,6 +20,7 @@
 // a pair of at most 16 keys, 18 KB at 64, 80 KB a block at 256 keys.
 #pragma once
 
+#include "cuda/attention/extra_score.cuh"
 #include "cuda/attention/short_tiles.cuh"
 
 namespace tfm::cuda::short_attention {
@@ -186,13 +187,8 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP, EXTRAS ? 1 : LEAST_BLOCKS)
             total[half] += __shfl_xor_sync(ALL_LANES, total[half], 2);
             const bool is_empty = top[half] == -INFINITY;
             float factor = DROPS ? call.dropout.scale : 1.0f;
-            if (EXTRAS && call.sinks.data && !is_empty) {
-                const float sink = number(call.sinks, head), higher = fmaxf(top[half], sink);
-                const float shrunk = fast_exp2((top[half] - higher) * LOG2E);
-                total[half] = total[half] * shrunk + fast_exp2((sink - higher) * LOG2E);
-                factor *= shrunk;
-                top[half] = higher;
-            }
+            if (EXTRAS && call.extra_scores.data && !is_empty)
+                factor *= add_extra_score(call, head, top[half], total[half]);
             factors[half] = factor / total[half];
             if (is_empty) {
                 factors[half] = 0.0f;

@@ -96,13 +96,22 @@ def test_two_graphs_of_triton_serve_every_shape(name: str) -> None:
     check_graphs(name, "triton", True, SIZES[:4])
 
 
-@pytest.mark.parametrize("name", long_but(DYNAMIC, CASES))
-def test_dynamic_from_the_first(name: str) -> None:
+def check_dynamic(name: str, impl: str) -> None:
     case = case_of(name)
     compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager", dynamic=True)
-    compare(compiled, case, SIZES[:1], True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        compare(compiled, case, SIZES[1:], True)
+    with tfm.use(impl):
+        compare(compiled, case, SIZES[:1], True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compare(compiled, case, SIZES[1:], True)
+
+
+@pytest.mark.parametrize("name", long_but(DYNAMIC, CASES))
+def test_dynamic_from_the_first(name: str) -> None:
+    check_dynamic(name, "auto")
+
+
+def test_the_reference_is_dynamic_from_the_first() -> None:
+    check_dynamic("attention, mask", "reference")
 
 
 @pytest.mark.long

@@ -111,7 +111,9 @@ def _attend(
     seed: Tensor | None,
     site: int,
 ) -> Any:
-    grouped = bool(query.shape[1] != key.shape[1])
+    grouped = False
+    if query.shape[1] != key.shape[1]:  # a branch: dynamo would keep bool(...) symbolic, which torch's kernel refuses
+        grouped = True
     plain = (
         dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not (return_lse or return_weights)
     )

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from tfm.kernels.launch.rows import RowTiles
+from tfm.kernels.launch.settings import Settings
 
 MIB = 1 << 20
 # Logits held at once: at least so much, at most so much, and between them a sixteenth of all of them. Each chunk reads
@@ -39,21 +40,16 @@ WIDEST_STREAMED = 1024
 
 
 @dataclass(frozen=True)
-class CrossEntropyTiles:
+class CrossEntropyTiles(Settings):
     """The tiles of a row of logits, or of the losses of all rows: `chunks` blocks of `block` elements."""
 
     block: int
     chunks: int
     num_warps: int
 
-    @property
-    def options(self) -> dict[str, int]:
-        """The options that the kernel is compiled with."""
-        return {"num_warps": self.num_warps}
-
 
 @dataclass(frozen=True)
-class StreamingTiles:
+class StreamingTiles(Settings):
     """The tiles of logits that are folded as they are made: block_rows x block_classes, block_dim deep a step.
 
     A program folds `tiles` of them; the number of classes that makes must not depend on the rows.
@@ -65,11 +61,6 @@ class StreamingTiles:
     tiles: int
     num_warps: int
     num_stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """The options that the kernel is compiled with."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def cross_entropy(classes: int) -> CrossEntropyTiles:

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tfm.kernels.launch.settings import Settings
+
 
 @dataclass(frozen=True)
-class DecodeTiles:
+class DecodeTiles(Settings):
     """The tiles of a program: `split_keys` keys for `block_heads` query heads of a key head, `block_keys` at a time.
 
     It has `stages` - 1 tiles on their way from memory while it works on another. `max_registers` of a thread; None
@@ -34,11 +36,6 @@ class DecodeTiles:
     num_warps: int
     stages: int
     max_registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """The options that the kernel is compiled with."""
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def splits(self, capacity: int) -> int:
         """Returns how many programs share the keys of a row."""

@@ -22,12 +22,13 @@ from functools import lru_cache
 import torch
 
 from tfm.kernels.launch.device import Chip
+from tfm.kernels.launch.settings import Settings
 
 DEEPEST = 1024
 
 
 @dataclass(frozen=True)
-class MatmulTiles:
+class MatmulTiles(Settings):
     """The tiles of a matmul over [rows, columns]: `programs`, `block_depth` at a time, `num_stages` - 1 on their way.
 
     The epilogue takes a tile in `slices` of its columns. Where a matmul computes gate and up, `block_columns` counts
@@ -43,14 +44,9 @@ class MatmulTiles:
     num_stages: int
     max_registers: int | None = None
 
-    @property
-    def options(self) -> dict[str, int | None]:
-        """The options that the kernel is compiled with."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
-
 
 @dataclass(frozen=True)
-class ElementTiles:
+class ElementTiles(Settings):
     """The tiles of an element-wise kernel over [rows, columns]: each program goes down `tiles` of a strip."""
 
     programs: int
@@ -58,11 +54,6 @@ class ElementTiles:
     block_columns: int
     tiles: int
     num_warps: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """The options that the kernel is compiled with."""
-        return {"num_warps": self.num_warps}
 
 
 # From the largest: the first that has a program for each multiprocessor is the fastest.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tfm.kernels.launch.rows import width
+from tfm.kernels.launch.settings import Settings
 
 
 @dataclass(frozen=True)
-class RotaryTiles:
+class RotaryTiles(Settings):
     """The tiles of the rotary embedding: `programs` of `block_tokens` tokens, for each `group` of heads.
 
     A head is two halves of at most `block_half` columns, and at most `block_rest` that are not turned.
@@ -20,11 +21,6 @@ class RotaryTiles:
     block_half: int
     block_rest: int
     num_warps: int
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """The options that the kernel is compiled with."""
-        return {"num_warps": self.num_warps}
 
 
 def tiles(tokens: int, half: int, columns: int) -> RotaryTiles:

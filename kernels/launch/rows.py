@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tfm.kernels.launch.settings import Settings
+
 
 @dataclass(frozen=True)
-class RowTiles:
+class RowTiles(Settings):
     """The tiles of a kernel over the rows of [rows, columns].
 
     `programs` run at once, each on tiles of `block_rows` rows; a row is `chunks` blocks of `block_columns` columns.
@@ -23,11 +25,6 @@ class RowTiles:
     num_warps: int
     stages: int = 1
     max_registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """The options that the kernel is compiled with."""
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 @lru_cache(maxsize=1024)

@@ -31,10 +31,11 @@ from dataclasses import dataclass
 import torch
 
 from tfm.kernels.launch.rows import RowTiles
+from tfm.kernels.launch.settings import Settings
 
 
 @dataclass(frozen=True)
-class AttentionTiles:
+class AttentionTiles(Settings):
     """How a kernel covers the queries and keys of one head: tiles of block_queries x block_keys.
 
     `max_registers` of a thread, None where the compiler may take what it likes; with 2 `passes` dk and dv have a launch
@@ -47,11 +48,6 @@ class AttentionTiles:
     num_stages: int
     max_registers: int | None = None
     passes: int = 1
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 # By class of head dims: rows for a plain call, for one of dropout and (bias or mask as bits), for both. The last row

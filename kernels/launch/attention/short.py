@@ -25,9 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tfm.kernels.launch.settings import Settings
+
 
 @dataclass(frozen=True)
-class ShortForwardTiles:
+class ShortForwardTiles(Settings):
     """Tiles of block_queries x block_keys; a program takes all queries of a head (`takes_all`), or one tile of them.
 
     `max_registers` of a thread; None where the compiler may choose.
@@ -39,18 +41,13 @@ class ShortForwardTiles:
     takes_all: bool
     max_registers: int | None = None
 
-    @property
-    def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
-
     def splits(self, max_q: int) -> int:
         """The programs that share the queries of one head."""
         return 1 if self.takes_all else -(-max_q // self.block_queries)
 
 
 @dataclass(frozen=True)
-class ShortBackwardTiles:
+class ShortBackwardTiles(Settings):
     """Tiles of block_queries x block_keys; with 2 `passes` dv has a launch of its own, and its registers."""
 
     block_queries: int
@@ -58,11 +55,6 @@ class ShortBackwardTiles:
     num_warps: int
     passes: int
     max_registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 # A program of the backward goes through all queries of its keys, one tile after another.

@@ -21,10 +21,8 @@ from tools.tune.candidates import (
     backends,
     cross_entropy,
     decode_attention,
-    embedding,
     feed_forward,
     norm,
-    rotary,
     short_attention,
 )
 from tools.tune.candidates.sweep import Sweep
@@ -36,7 +34,5 @@ FAMILIES: dict[str, tuple[Sweep, ...]] = {
     "decode_attention": decode_attention.SWEEPS,
     "feed_forward": feed_forward.SWEEPS,
     "cross_entropy": cross_entropy.SWEEPS,
-    "embedding": embedding.SWEEPS,
-    "rotary": rotary.SWEEPS,
     "backends": backends.SWEEPS,
 }

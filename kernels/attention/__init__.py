@@ -1,8 +1,10 @@
 """Masked softmax attention ("Attention Is All You Need", section 3.2.1, equation 1), forward and backward.
 
-choice              which kernels serve which lengths: the launch functions of the operators
-arguments           what every kernel is told of a call
-scores              what the kernels share: where sequences lie, which keys a query sees, what a score is
+choice              the launch functions of the operators: which kernels serve which lengths
+arguments           the arguments that every kernel takes of a call
+heads               tensors of heads, and tiles of their rows
+visible             where sequences lie, and which keys a query sees
+scores              what a score is, and what the softmax leaves of each row
 short_forward, short_backward       all keys of a head on chip: one launch each way
 forward, backward_queries, backward_keys        sequences of any length
 mask_bits           a dense mask, read once

@@ -1,6 +1,6 @@
-"""What every kernel of attention is told of a call, by the names of its parameters.
+"""The arguments of attention's kernels, by the names of their parameters.
 
-Tensors come with the strides that decide how wide their loads are, as one tuple, `Heads`: Triton compiles a kernel for
+Tensors of heads come with the strides that decide how wide their loads are, as one tuple: Triton compiles a kernel for
 strides of 1 and for multiples of 16, which they are wherever they can be. Numbers that vary from call to call stand
 alone, since of a tuple's fields Triton forgets none.
 """
@@ -12,95 +12,66 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tfm.kernels.attention.heads import Heads, heads_of
 from tfm.kernels.attention.scores import Score
+from tfm.kernels.attention.visible import Lengths, Mask, Window
 from tfm.kernels.launch.attention import any_length, short
 from tfm.kernels.matmul import precision
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import Attention, row_statistics
 
-# What a kernel that is compiled for one number of them serves, whatever they are.
-VARYING = (
-    *("heads", "group", "query_size", "key_size", "start", "left", "right", "threshold", "site"),
-    *("row_kind", "row_h", "dlse_b", "dlse_h", "dlse_s", "words_b", "words_h", "words_s", "reach_b", "reach_h"),
-)
+# A kernel that is compiled for one number of them serves whatever they are.
+VARYING = ("heads", "group", "query_size", "key_size", "row_words", "row_kind", "start", "site")
 
 
-class Heads(NamedTuple):
-    """[B, H, S, D], or [N, H, D], whose sequences are told apart by their rows: a tensor, and its strides."""
+class Dropout(NamedTuple):
+    """The seed, None where nothing is dropped; how many of 65,536 outcomes drop; the factor of what is kept."""
 
-    data: Tensor
-    b: int
-    h: int
-    s: int
-    d: int
+    seed: Tensor | None
+    threshold: int
+    keep_scale: float
 
 
-class Lengths(NamedTuple):
-    """Where sequences begin and end, and their first queries' positions; as in Attention."""
+def common_arguments(kernel: Any, call: Attention, *, whole: bool = False, with_sink: bool = False) -> dict[str, Any]:
+    """Returns what `kernel` takes of `call`, its tiles and results apart.
 
-    cu_seq_q: Tensor | None
-    cu_seq_k: Tensor | None
-    key_lengths: Tensor | None
-    starts: Tensor | None
-
-
-def common_arguments(kernel: Any, call: Attention, whole: bool = False) -> dict[str, Any]:
-    """Returns what `kernel` takes of `call`, tiles, results and sinks apart.
-
-    `whole`: a head dim is one tile, a power of two that covers it, and not the sum of two.
+    Args:
+        kernel: one of attention's.
+        call: the operator's arguments.
+        whole: a head dim is one tile, a power of two that covers it, and not the sum of two.
+        with_sink: whether the kernel has a use for each head's sink; without, one compilation serves both.
     """
-    words_b, words_h, words_s = broadcast_strides(call.words, 3)
-    reach_b, reach_h = broadcast_strides(call.reach, 2)
-    threshold, keep_scale = threshold_and_scale(call.dropout_p)
-    dtype, is_packed = call.query.dtype, call.cu_seq_q is not None
-    dims = [(dim, *((short.short_block(dim),) if whole else any_length.split_dim(dim, dtype))) for dim in call.dims]
+    dtype, bits = call.query.dtype, call.words if call.reach is None else call.reach
+    dims = [(dim, *((short.short_block(dim), 0) if whole else any_length.split_dim(dim, dtype))) for dim in call.dims]
     known = {
         "q": heads_of(call.query), "k": heads_of(call.key), "v": heads_of(call.value), "bias": bias_of(call.bias),
-        "words": call.words, "reach": call.reach, "seed": call.seed,
+        "mask": Mask.of(call.words, call.reach, call.max_q),
         "lengths": Lengths(call.cu_seq_q, call.cu_seq_k, call.key_lengths, call.starts),
-        "words_b": words_b, "words_h": words_h, "words_s": words_s, "reach_b": reach_b, "reach_h": reach_h,
-        "row_kind": call.query.shape[:-1].numel(), "row_h": call.query.shape[0] if is_packed else call.max_q,
-        "heads": call.heads, "group": call.heads // call.key_heads, "query_size": call.max_q, "key_size": call.max_k,
-        "start": call.start, "left": call.left, "right": call.right, "score": Score.of(call.scale, call.softcap),
-        "threshold": threshold, "keep_scale": keep_scale, "site": call.site,
-        "DIMS": dims[0], "VALUE_DIMS": dims[1],
-        "PRECISION": precision(dtype),
+        "window": Window(call.left, call.right), "score": Score.of(call, with_sink),
+        "dropout": Dropout(call.seed, *threshold_and_scale(call.dropout_p)),
+        "row_kind": call.query.shape[:-1].numel(), "heads": call.heads, "group": call.heads // call.key_heads,
+        "query_size": call.max_q, "key_size": call.max_k, "row_words": 0 if bits is None else bits.shape[-1],
+        "start": call.start, "site": call.site,
+        "DIMS": dims[0], "VALUE_DIMS": dims[1], "PRECISION": precision(dtype),
     }  # fmt: skip
     return {name: known[name] for name in kernel.arg_names if name in known}
 
 
-def heads_of(x: Tensor | None) -> Heads | None:
-    """Returns a tensor of heads with its strides; None where absent."""
-    if x is None:
-        return None
-    if x.dim() == 4:
-        return Heads(x, *x.stride())
-    return Heads(x, 0, x.stride(1), x.stride(0), x.stride(2))
-
-
 def bias_of(bias: Tensor | None) -> Heads | None:
     """Returns a bias, its keys side by side, with its strides: 0 along every dimension of size 1."""
-    return None if bias is None else Heads(bias, *broadcast_strides(bias, 3), 1)
+    if bias is None:
+        return None
+    steps = (step if size > 1 else 0 for step, size in zip(bias.stride()[:3], bias.shape[:3], strict=True))
+    return Heads(bias, *steps, 1)
 
 
-def broadcast_strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
-    """Returns the strides of the first `dims` dimensions: 0 along those of size 1, and where absent."""
-    if x is None:
-        return (0,) * dims
-    return tuple(x.stride(dim) if x.shape[dim] > 1 else 0 for dim in range(dims))
-
-
-def dlse_strides(x: Tensor | None) -> dict[str, int]:
-    """Returns those of [B, H, S], or of [N, H]; 0 where absent."""
-    steps = (0, 0, 0) if x is None else x.stride() if x.dim() == 3 else (0, x.stride(1), x.stride(0))
-    return dict(zip(("dlse_b", "dlse_h", "dlse_s"), steps, strict=True))
-
-
-def dense_statistics(call: Attention, statistics: Tensor) -> Tensor:
-    """Returns the statistics laid out as the forward leaves them, which kernels take for granted; a copy if need be."""
-    dense = statistics if statistics.dim() == 4 else statistics.transpose(1, 2)
-    return statistics if dense.is_contiguous() else row_statistics(call.query).copy_(statistics)
+def dense_rows(call: Attention, x: Tensor | None) -> Tensor | None:
+    """Returns statistics, or one number a row, laid out as the forward leaves them; a copy if need be."""
+    if x is None or (x if call.cu_seq_q is None else x.transpose(-1, -2)).is_contiguous():
+        return x
+    dense = row_statistics(call.query)
+    return (dense if x.dim() == dense.dim() else dense[0]).copy_(x)
 
 
 def problem(tape: Tape, call: Attention) -> tuple[int, int, torch.dtype, int, int]:

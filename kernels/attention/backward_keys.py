@@ -13,34 +13,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics, heads_of, problem
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows, problem
 from tfm.kernels.attention.backward_queries import QueryRows
-from tfm.kernels.attention.scores import (
-    add_bias,
-    bend,
-    column_bits,
-    common_queries,
+from tfm.kernels.attention.heads import head_of, heads_of, load_rows, store_rows, sums_of
+from tfm.kernels.attention.scores import load_statistics, rows_of, scores_of, unit_of
+from tfm.kernels.attention.visible import (
+    allowed_tile,
     edge_tile,
-    first_number,
     first_position,
-    is_allowed,
-    load_rows,
-    load_statistics,
     locate,
-    mask_tile,
-    split_tiles,
-    store_rows,
-    unit_of,
-    visible_queries,
-    words_of,
+    reached,
+    visible_tiles,
+    word_rows,
 )
 from tfm.kernels.launch.attention import any_length as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import LOG2E, exponent, fms
 from tfm.kernels.tape import Tape
-from tfm.operators.attention import AttentionBackward
+from tfm.operators.attention import AttentionBackward, Gradients
 
 # Upper halves of fp32.
 INF, MINUS_INF = tl.constexpr(0x7F80), tl.constexpr(0xFF80 - 0x10000)
@@ -48,19 +39,12 @@ INF, MINUS_INF = tl.constexpr(0x7F80), tl.constexpr(0xFF80 - 0x10000)
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_backward_keys_kernel(
-    q, k, v, bias, dout, dk, dv, words, reach, seed, lengths, statistics, delta,
-    words_b, words_h, words_s, reach_b, reach_h, row_kind, row_h,
-    heads, group, query_size, key_size, tiles, start, left, right, score, threshold, keep_scale, site,
+    q, k, v, bias, dout, dk, dv, statistics, delta, mask, lengths, window, score, dropout,
+    heads, group, query_size, key_size, row_words, row_kind, tiles, start, site,
     DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr,
     ARE_LARGE: tl.constexpr, FIRST_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program has BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
-    DIM: tl.constexpr = DIMS[0]
-    DIM_FIRST: tl.constexpr = DIMS[1]
-    DIM_REST: tl.constexpr = DIMS[2]
-    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
-    VALUE_FIRST: tl.constexpr = VALUE_DIMS[1]
-    VALUE_REST: tl.constexpr = VALUE_DIMS[2]
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
@@ -77,25 +61,25 @@ def attention_backward_keys_kernel(
     is_key = column < key_length
     last_key = tl.minimum(first_key + BLOCK_KEYS, key_length) - 1
 
-    k_head = k.data + sequence * k.b + key_head * k.h + key_first * k.s
-    v_head = v.data + sequence * v.b + key_head * v.h + key_first * v.s
-    key = load_rows(k_head, k, column, is_key, DIM, 0, DIM_FIRST)
-    value = load_rows(v_head, v, column, is_key, VALUE_DIM, 0, VALUE_FIRST)
-    if DIM_REST > 0:
-        key_rest = load_rows(k_head, k, column, is_key, DIM, DIM_FIRST, DIM_REST)
-    if VALUE_REST > 0:
-        value_rest = load_rows(v_head, v, column, is_key, VALUE_DIM, VALUE_FIRST, VALUE_REST)
-    d_key = tl.zeros([BLOCK_KEYS, DIM_FIRST], tl.float32)
-    d_key_rest = tl.zeros([BLOCK_KEYS, DIM_REST if DIM_REST > 0 else 16], tl.float32)
-    d_value = tl.zeros([BLOCK_KEYS, VALUE_FIRST], tl.float32)
-    d_value_rest = tl.zeros([BLOCK_KEYS, VALUE_REST if VALUE_REST > 0 else 16], tl.float32)
+    k_head = head_of(k, sequence, key_head, key_first)
+    v_head = head_of(v, sequence, key_head, key_first)
+    key = load_rows(k_head, k, column, is_key, DIMS, 0)
+    value = load_rows(v_head, v, column, is_key, VALUE_DIMS, 0)
+    if DIMS[2] > 0:
+        key_rest = load_rows(k_head, k, column, is_key, DIMS, 1)
+    if VALUE_DIMS[2] > 0:
+        value_rest = load_rows(v_head, v, column, is_key, VALUE_DIMS, 1)
+    d_key = sums_of(BLOCK_KEYS, DIMS, 0)
+    d_key_rest = sums_of(BLOCK_KEYS, DIMS, 1)
+    d_value = sums_of(BLOCK_KEYS, VALUE_DIMS, 0)
+    d_value_rest = sums_of(BLOCK_KEYS, VALUE_DIMS, 1)
 
     position = first_position(sequence, lengths.starts, start)
-    begin, end = visible_queries(first_key, last_key, position, left, right, query_length)
-    whole_begin, whole_end = common_queries(first_key, last_key, position, left, right, query_length)
-    end = tl.where(first_key < key_length, end, begin)
-    first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_QUERIES)
-    IS_MASKED: tl.constexpr = words is not None or (reach is not None and bias is None)
+    seen_length = tl.where(first_key < key_length, query_length, 0)
+    begin, end, first, whole_first, whole_last, last = visible_tiles(
+        first_key, last_key, -position, window.right, window.left, seen_length, BLOCK_QUERIES
+    )
+    IS_MASKED: tl.constexpr = mask.words is not None or (mask.reach is not None and bias is None)
     IS_BIASED: tl.constexpr = bias is not None
     unit = unit_of(score)
     if IS_MASKED:
@@ -111,9 +95,9 @@ def attention_backward_keys_kernel(
                 head, turn = key_head, step
                 if IS_GROUPED:
                     head, turn = key_head * group + step // steps, step % steps
-                q_head = q.data + sequence * q.b + head * q.h + query_first * q.s
-                dout_head = dout.data + sequence * dout.b + head * dout.h + query_first * dout.s
-                head_rows = first_number(sequence, head, query_first, heads, row_h, lengths.cu_seq_q)
+                q_head = head_of(q, sequence, head, query_first)
+                dout_head = head_of(dout, sequence, head, query_first)
+                head_rows = rows_of(sequence, head, query_first, heads, query_size, row_kind, lengths.cu_seq_q)
                 query_tile = edge_tile(turn, first, whole_first, whole_last) if edge else whole_first + turn
                 row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
                 inside = None
@@ -131,21 +115,20 @@ def attention_backward_keys_kernel(
                 if ARE_LARGE is None:
                     lse = delta + row_kind + head_rows
                     large = is_large(lse, query_tile * BLOCK_QUERIES, query_length, BLOCK_QUERIES, FIRST_TILE)
-                if reach is not None:
+                if mask.reach is not None:
                     # A query without keys may hold anything.
                     has_keys = shift < float("inf")
                     inside = inside & has_keys if edge else has_keys
 
-                query = load_rows(q_head, q, row, inside, DIM, 0, DIM_FIRST)
+                query = load_rows(q_head, q, row, inside, DIMS, 0)
                 products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-                if DIM_REST > 0:
-                    query_rest = load_rows(q_head, q, row, inside, DIM, DIM_FIRST, DIM_REST)
+                if DIMS[2] > 0:
+                    query_rest = load_rows(q_head, q, row, inside, DIMS, 1)
                     products = tl.dot(key_rest, tl.trans(query_rest), products, input_precision=PRECISION)
-                scores, slope = bend(products, score)
-                if bias is not None:
-                    address = bias.data + sequence * bias.b + head * bias.h + row.to(tl.int64)[None, :] * bias.s
-                    address += column.to(tl.int64)[:, None] * bias.d
-                    scores = add_bias(scores, unit, address, (row < query_length)[None, :] & is_key[:, None])
+                scores, slope = scores_of(
+                    products, score, unit, bias, sequence, head, row[None, :], column[:, None],
+                    (row < query_length)[None, :] & is_key[:, None],
+                )  # fmt: skip
                 if ARE_LARGE:
                     scores = exponent(scores, unit, shift[None, :], log_sum[None, :], 0.0, IS_BIASED)
                 else:
@@ -159,64 +142,62 @@ def attention_backward_keys_kernel(
                         scores = tl.minimum(scores * LOG2E - log_sum[None, :], 0.0)
                 weights = tl.exp2(scores)
                 if edge:
+                    words = word_rows(mask, sequence, head, heads, query_size, row_words)
+                    allowed = allowed_tile(
+                        is_key, row, column, row < query_length, position, window, words, first_key, row_words,
+                        BLOCK_KEYS, KEYS_ARE_ROWS=True,
+                    )  # fmt: skip
                     # A row that is not read has 0 for its query, but 0 · NaN is a score where the key is NaN.
-                    allowed = is_allowed(row[None, :], column[:, None], position, left, right, key_length)
                     allowed &= inside[None, :]
-                    if words is not None:
-                        words_head = words_of(words, sequence, head, words_b, words_h)
-                        bits = mask_tile(words_head, row, words_s, row < query_length, first_key, BLOCK_KEYS)
-                        allowed &= tl.trans(bits)
-                    elif reach is not None:
-                        reach_head = reach + sequence * reach_b + head * reach_h
-                        allowed &= column_bits(reach_head, column, is_key)[:, None]
+                    if mask.words is None and mask.reach is not None:
+                        allowed &= reached(mask, sequence, head, heads, column, is_key, row_words)[:, None]
                     weights = tl.where(allowed, weights, 0.0)
 
-                d_out = load_rows(dout_head, dout, row, inside, VALUE_DIM, 0, VALUE_FIRST)
+                d_out = load_rows(dout_head, dout, row, inside, VALUE_DIMS, 0)
                 kept = weights
-                if seed is not None:
-                    keep = tl.trans(
-                        keep_mask(row[:, None], first_key, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
-                    )
+                if dropout.seed is not None:
+                    keep = keep_mask(
+                        row[:, None], first_key, sequence * heads + head, site, dropout.seed, dropout.threshold,
+                        BLOCK_KEYS,
+                    )  # fmt: skip
+                    keep = tl.trans(keep)
                     kept = tl.where(keep, weights, 0.0)
                 kept = kept.to(v.data.dtype.element_ty)
                 if dv is not None:
                     d_value = tl.dot(kept, d_out, d_value, input_precision=PRECISION)
                 if dk is not None:
                     d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
-                if VALUE_REST > 0:
-                    d_out = load_rows(dout_head, dout, row, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                if VALUE_DIMS[2] > 0:
+                    d_out = load_rows(dout_head, dout, row, inside, VALUE_DIMS, 1)
                     if dv is not None:
                         d_value_rest = tl.dot(kept, d_out, d_value_rest, input_precision=PRECISION)
                     if dk is not None:
                         d_weights = tl.dot(value_rest, tl.trans(d_out), d_weights, input_precision=PRECISION)
                 if dk is not None:
-                    if seed is not None:
-                        d_weights = tl.where(keep, d_weights * tl.cast(keep_scale, tl.float32), 0.0)
+                    if dropout.seed is not None:
+                        d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
                     d_scores = weights * (d_weights - difference[None, :]) * slope
                     if edge or bias is not None:
                         # The value of a masked key may be NaN.
                         d_scores = tl.where(weights == 0.0, 0.0, d_scores)
                     d_scores = d_scores.to(q.data.dtype.element_ty)
                     d_key = tl.dot(d_scores, query, d_key, input_precision=PRECISION)
-                    if DIM_REST > 0:
+                    if DIMS[2] > 0:
                         d_key_rest = tl.dot(d_scores, query_rest, d_key_rest, input_precision=PRECISION)
 
     is_stored, is_key = column < stored_length, is_key[:, None]
     if dk is not None:
         scale = tl.cast(score.scale, tl.float32)
-        dk_head = dk.data + sequence * dk.b + key_head * dk.h + key_first * dk.s
-        store_rows(dk_head, dk, tl.where(is_key, d_key * scale, 0.0), column, is_stored, DIM, 0, DIM_FIRST)
-        if DIM_REST > 0:
-            d_key_rest = tl.where(is_key, d_key_rest * scale, 0.0)
-            store_rows(dk_head, dk, d_key_rest, column, is_stored, DIM, DIM_FIRST, DIM_REST)
+        dk_head = head_of(dk, sequence, key_head, key_first)
+        store_rows(dk_head, dk, tl.where(is_key, d_key * scale, 0.0), column, is_stored, DIMS, 0)
+        if DIMS[2] > 0:
+            store_rows(dk_head, dk, tl.where(is_key, d_key_rest * scale, 0.0), column, is_stored, DIMS, 1)
     if dv is not None:
-        factor = tl.cast(keep_scale, tl.float32)
-        dv_head = dv.data + sequence * dv.b + key_head * dv.h + key_first * dv.s
-        d_value = tl.where(is_key, d_value * factor, 0.0)
-        store_rows(dv_head, dv, d_value, column, is_stored, VALUE_DIM, 0, VALUE_FIRST)
-        if VALUE_REST > 0:
-            d_value_rest = tl.where(is_key, d_value_rest * factor, 0.0)
-            store_rows(dv_head, dv, d_value_rest, column, is_stored, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+        factor = tl.cast(dropout.keep_scale, tl.float32)
+        dv_head = head_of(dv, sequence, key_head, key_first)
+        store_rows(dv_head, dv, tl.where(is_key, d_value * factor, 0.0), column, is_stored, VALUE_DIMS, 0)
+        if VALUE_DIMS[2] > 0:
+            store_rows(dv_head, dv, tl.where(is_key, d_value_rest * factor, 0.0), column, is_stored, VALUE_DIMS, 1)
 
 
 @triton.jit
@@ -234,22 +215,21 @@ def is_large(lse, first_row, query_length, BLOCK_QUERIES: tl.constexpr, TILE: tl
     return found
 
 
-def attention_backward_keys(
-    tape: Tape, call: AttentionBackward, rows: QueryRows, dkey: Tensor | None, dvalue: Tensor | None
-) -> None:
-    """Fills the gradients that are given. One launch, or one for each where both do not fit the registers."""
+def attention_backward_keys(tape: Tape, call: AttentionBackward, rows: QueryRows, gradients: Gradients) -> None:
+    """Fills the gradients of key and value. One launch, or one for each where both do not fit the registers."""
     attention = call.attention
-    statistics = dense_statistics(attention, call.statistics)
+    statistics = dense_rows(attention, call.statistics)
     tiles = launch.attention_backward_keys(*problem(tape, attention))
     blocks = -(-call.max_k // tiles.block_keys)
-    made = [(dkey, dvalue)] if tiles.passes == 1 else [(dkey, None), (None, dvalue)]
+    dk, dv = heads_of(gradients.key), heads_of(gradients.value)
+    made = [(dk, dv)] if tiles.passes == 1 else [(dk, None), (None, dv)]
     for dk, dv in made:
         if dk is None and dv is None:
             continue
         tape.launch(
             attention_backward_keys_kernel, (blocks * attention.sequences * attention.key_heads,), tiles.options,
             **common_arguments(attention_backward_keys_kernel, attention), statistics=statistics, delta=rows.delta,
-            dout=heads_of(call.dout), dk=heads_of(dk), dv=heads_of(dv), tiles=blocks,
+            dout=heads_of(call.dout), dk=dk, dv=dv, tiles=blocks,
             IS_GROUPED=attention.heads != attention.key_heads, ARE_LARGE=rows.are_large, FIRST_TILE=rows.tile,
             TILE=(tiles.block_queries, tiles.block_keys),
         )  # fmt: skip

@@ -20,49 +20,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics, heads_of
-from tfm.kernels.attention.scores import (
-    as_numbers,
-    bend,
-    biased,
-    column_bits,
-    first_number,
-    first_position,
-    is_allowed,
-    load_rows,
-    load_statistics,
-    locate,
-    mask_tile,
-    unit_of,
-    visible_keys,
-    words_of,
-)
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows
+from tfm.kernels.attention.heads import head_of, heads_of, load_rows
+from tfm.kernels.attention.scores import add_bias, bend, load_statistics, rows_of, unit_of
+from tfm.kernels.attention.visible import allowed_tile, first_position, locate, reached, visible, word_rows
 from tfm.kernels.launch.attention import scores as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import AttentionBackward
 
-COUNTS = ("query_tiles", "key_tiles", "splits", "members", "bias_heads")
-DBIAS_STEPS = ("dbias_split", "dbias_b", "dbias_h", "dbias_s")
+COUNTS = ("splits", "members", "bias_heads", "bias_sequences")
 
 
-@triton.jit(do_not_specialize=[*VARYING, *COUNTS, *DBIAS_STEPS])
+@triton.jit(do_not_specialize=[*VARYING, *COUNTS])
 def bias_gradient_kernel(
-    q, k, v, bias, dout, words, reach, seed, lengths, statistics, delta, dbias,
-    words_b, words_h, words_s, reach_b, reach_h, dbias_split, dbias_b, dbias_h, dbias_s, dbias_k, row_kind, row_h,
-    heads, group, query_size, key_size, query_tiles, key_tiles, splits, members, bias_heads,
-    start, left, right, score, threshold, keep_scale, site,
+    q, k, v, bias, dout, statistics, delta, dbias, mask, lengths, window, score, dropout,
+    heads, group, query_size, key_size, row_words, row_kind, splits, members, bias_heads, bias_sequences, start, site,
     DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
     SHARED_HEADS: tl.constexpr, SHARED_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Each program sums a share of a tile's `members`: every (sequence, head, tile of queries) that it serves."""
-    DIM: tl.constexpr = DIMS[0]
-    BLOCK_DIM: tl.constexpr = DIMS[1]
-    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
-    BLOCK_VALUE_DIM: tl.constexpr = VALUE_DIMS[1]
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
+    query_tiles, key_tiles = tl.cdiv(query_size, BLOCK_QUERIES), tl.cdiv(key_size, BLOCK_KEYS)
     program = tl.program_id(0)
     split, place = program % splits, program // splits
     key_tile, place = place % key_tiles, place // key_tiles
@@ -75,7 +56,7 @@ def bias_gradient_kernel(
     is_column = column < key_size
     # All members have the same tile of the bias: its strides are 0 where they differ.
     row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    bias_rows = bias.data + bias_sequence.to(tl.int64) * bias.b + bias_head.to(tl.int64) * bias.h
+    bias_rows = head_of(bias, bias_sequence.to(tl.int64), bias_head.to(tl.int64), 0)
     address = bias_rows + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
     added = tl.load(address, mask=(row < query_size)[:, None] & is_column[None, :], other=0.0)
 
@@ -94,44 +75,45 @@ def bias_gradient_kernel(
         _, key_length = locate(sequence, None, lengths.key_lengths, key_size)
         position = first_position(sequence, lengths.starts, start)
         is_row = row < query_size
-        begin, end = visible_keys(0, query_size - 1, position, left, right, key_length)
+        begin, end = visible(0, query_size - 1, position, window.left, window.right, key_length)
         inside = (column >= begin) & (column < end)
-        if reach is not None:
-            inside &= column_bits(reach + sequence * reach_b + head * reach_h, column, inside)
+        if mask.reach is not None:
+            inside &= reached(mask, sequence, head, heads, column, inside, row_words)
 
-        query = load_rows(q.data + sequence * q.b + head * q.h, q, row, is_row, DIM, 0, BLOCK_DIM)
-        key = load_rows(k.data + sequence * k.b + head // group * k.h, k, column, inside, DIM, 0, BLOCK_DIM)
+        key_head = head // group
+        query = load_rows(head_of(q, sequence, head, 0), q, row, is_row, DIMS, 0)
+        key = load_rows(head_of(k, sequence, key_head, 0), k, column, inside, DIMS, 0)
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        head_v, head_dout = v.data + sequence * v.b + head // group * v.h, dout.data + sequence * dout.b + head * dout.h
-        value = load_rows(head_v, v, column, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
-        d_out = load_rows(head_dout, dout, row, is_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        value = load_rows(head_of(v, sequence, key_head, 0), v, column, inside, VALUE_DIMS, 0)
+        d_out = load_rows(head_of(dout, sequence, head, 0), dout, row, is_row, VALUE_DIMS, 0)
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
 
-        of_row = first_number(sequence, head, 0, heads, row_h, None) + row
+        of_row = rows_of(sequence, head, 0, heads, query_size, row_kind, None) + row
         top, log_sum = load_statistics(statistics + of_row, row_kind, is_row)
         difference = tl.load(delta + of_row, mask=is_row, other=0.0)
         x, _ = bend(products, score)
-        scores = biased(x, unit_of(score), added)
-        allowed = inside[None, :]
-        allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
-        if words is not None:
-            head_words = words_of(words, sequence, head, words_b, words_h)
-            allowed &= mask_tile(head_words, row, words_s, is_row, key_tile * BLOCK_KEYS, BLOCK_KEYS)
+        scores = add_bias(x, unit_of(score), added)
+        first_column = key_tile * BLOCK_KEYS
+        words = word_rows(mask, sequence, head, heads, query_size, row_words)
+        allowed = allowed_tile(
+            inside, row, column, is_row, position, window, words, first_column, row_words, BLOCK_KEYS,
+            KEYS_ARE_ROWS=False,
+        )  # fmt: skip
         most = tl.where(allowed, 0.0, float("-inf"))
         weights = tl.exp2(exponent(scores, 1.0, top[:, None], log_sum[:, None], most, IS_FORMED=True))
-        if seed is not None:
-            first_column = key_tile * BLOCK_KEYS
-            keep = keep_mask(row[:, None], first_column, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
-            d_weights = tl.where(keep, d_weights * tl.cast(keep_scale, tl.float32), 0.0)
+        if dropout.seed is not None:
+            group_of = sequence * heads + head
+            keep = keep_mask(row[:, None], first_column, group_of, site, dropout.seed, dropout.threshold, BLOCK_KEYS)
+            d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
         acc += weights * (d_weights - difference[:, None])
 
-    dbias += split.to(tl.int64) * dbias_split + bias_sequence.to(tl.int64) * dbias_b
-    dbias += bias_head.to(tl.int64) * dbias_h + column.to(tl.int64)[None, :] * dbias_k
-    is_column = is_column[None, :]
+    place = (split.to(tl.int64) * bias_sequences + bias_sequence) * bias_heads + bias_head
     if SHARED_QUERIES:
-        tl.store(dbias, tl.sum(acc, axis=0, keep_dims=True), mask=is_column)
+        address = dbias + place * key_size + column[None, :]
+        tl.store(address, tl.sum(acc, axis=0, keep_dims=True), mask=is_column[None, :])
     else:
-        tl.store(dbias + row.to(tl.int64)[:, None] * dbias_s, acc, mask=(row < query_size)[:, None] & is_column)
+        address = dbias + (place * query_size + row)[:, None] * key_size + column[None, :]
+        tl.store(address, acc, mask=(row < query_size)[:, None] & is_column[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "size"])
@@ -145,13 +127,13 @@ def sum_splits_kernel(partials, dbias, splits, size, BLOCK: tl.constexpr):
 
 
 def bias_gradient(tape: Tape, call: AttentionBackward, delta: Tensor, dbias: Tensor) -> None:
-    """Fills dbias, of the shape of the bias. One launch, two where the bias is small.
+    """Fills dbias, of the shape of the bias. One launch, two where the bias is small, and a copy if dbias is not dense.
 
     Args:
         tape: see tfm.kernels.tape.
         call: padded, with a bias.
         delta: Σ dout · out - dlse, laid out as the statistics.
-        dbias: dense.
+        dbias: what is filled.
     """
     attention = call.attention
     shared_sequences, shared_heads, shared_queries = (size == 1 for size in dbias.shape[:3])
@@ -162,23 +144,22 @@ def bias_gradient(tape: Tape, call: AttentionBackward, delta: Tensor, dbias: Ten
     members *= query_tiles if shared_queries else 1
     places = dbias.shape[0] * dbias.shape[1] * key_tiles * (1 if shared_queries else query_tiles)
     splits = launch.bias_splits(places, members)
-    left, right = as_numbers(call.left, call.right)
-    sums, steps, size = dbias, dbias.stride(), dbias.numel()
-    if splits > 1:
-        sums = tape.empty((splits, size), torch.float32, dbias.device)
+    dense, size = dbias, dbias.numel()
+    if not dbias.is_contiguous():
+        dense = tape.empty(dbias.shape, dbias.dtype, dbias.device)
+    sums = dense if splits == 1 else tape.empty((splits, size), torch.float32, dbias.device)
     tape.launch(
         bias_gradient_kernel, (places * splits,), tiles.options,
-        **common_arguments(bias_gradient_kernel, attention, whole=True) | {"left": left, "right": right},
-        statistics=dense_statistics(attention, call.statistics), delta=delta, dout=heads_of(call.dout), dbias=sums,
-        dbias_split=size,
-        **{f"dbias_{dim}": step for dim, step in zip("bhsk", steps, strict=True)},
-        query_tiles=query_tiles, key_tiles=key_tiles, splits=splits, members=members, bias_heads=dbias.shape[1],
-        TILE=(tiles.block_queries, tiles.block_keys),
-        SHARED_HEADS=shared_heads, SHARED_QUERIES=shared_queries,
+        **common_arguments(bias_gradient_kernel, attention, whole=True),
+        statistics=dense_rows(attention, call.statistics), delta=delta, dout=heads_of(call.dout), dbias=sums,
+        splits=splits, members=members, bias_heads=dbias.shape[1], bias_sequences=dbias.shape[0],
+        TILE=(tiles.block_queries, tiles.block_keys), SHARED_HEADS=shared_heads, SHARED_QUERIES=shared_queries,
     )  # fmt: skip
     if splits > 1:
         block = 1024
         tape.launch(
             sum_splits_kernel, (-(-size // block),), {"num_warps": 4},
-            partials=sums, dbias=dbias, splits=splits, size=size, BLOCK=block,
+            partials=sums, dbias=dense, splits=splits, size=size, BLOCK=block,
         )  # fmt: skip
+    if dense is not dbias:
+        dbias.copy_(dense)

@@ -13,11 +13,11 @@ from tfm.kernels.attention.short_backward import short_attention_backward
 from tfm.kernels.attention.short_forward import short_attention_forward
 from tfm.kernels.launch.attention import short as launch
 from tfm.kernels.tape import Tape
-from tfm.operators.attention import Attention, AttentionBackward
+from tfm.operators.attention import Attention, AttentionBackward, Gradients
 
 
 def attention(tape: Tape, call: Attention) -> tuple[Tensor, Tensor]:
-    """(output, statistics), as the operator says. One launch."""
+    """Computes (output, statistics) of the operator. One launch."""
     output, statistics = tape.outputs(call)
     tiles = launch.short_attention_forward(**short_problem(tape, call))
     if tiles is None:
@@ -27,19 +27,19 @@ def attention(tape: Tape, call: Attention) -> tuple[Tensor, Tensor]:
     return output, statistics
 
 
-def attention_backward(tape: Tape, call: AttentionBackward) -> tuple[Tensor | None, ...]:
-    """(dquery, dkey, dvalue, dbias, dsinks), as the operator says.
+def attention_backward(tape: Tape, call: AttentionBackward) -> Gradients:
+    """Computes the gradients of the operator.
 
     One launch for short sequences, two for long ones; one or two more for the bias.
     """
-    dquery, dkey, dvalue, dbias, dsinks = outputs = tape.outputs(call)
+    gradients = tape.outputs(call)
     tiles = launch.short_attention_backward(**short_problem(tape, call.attention))
     if tiles is not None:
-        delta = short_attention_backward(tape, call, tiles, dquery, dkey, dvalue, dsinks, want_delta=dbias is not None)
+        delta = short_attention_backward(tape, call, tiles, gradients)
     else:
-        rows = attention_backward_queries(tape, call, dquery, dsinks)
+        rows = attention_backward_queries(tape, call, gradients)
         delta = rows.delta
-        attention_backward_keys(tape, call, rows, dkey, dvalue)
-    if dbias is not None:
-        bias_gradient(tape, call, delta, dbias)
-    return outputs
+        attention_backward_keys(tape, call, rows, gradients)
+    if gradients.bias is not None:
+        bias_gradient(tape, call, delta, gradients.bias)
+    return gradients

@@ -21,46 +21,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels.attention.arguments import VARYING, common_arguments, heads_of, problem
-from tfm.kernels.attention.scores import (
-    add_bias,
-    bend,
-    column_bits,
-    common_keys,
+from tfm.kernels.attention.arguments import VARYING, common_arguments, problem
+from tfm.kernels.attention.heads import head_of, heads_of, load_rows, store_rows, sums_of
+from tfm.kernels.attention.scores import finish_rows, rows_of, scores_of, store_statistics, unit_of
+from tfm.kernels.attention.visible import (
+    allowed_tile,
     edge_tile,
-    first_number,
     first_position,
-    is_allowed,
-    load_rows,
     locate,
-    mask_tile,
-    split_tiles,
-    store_rows,
-    unit_of,
-    visible_keys,
-    words_of,
+    reached,
+    visible_tiles,
+    word_rows,
 )
 from tfm.kernels.launch.attention import any_length as launch
 from tfm.kernels.philox import keep_mask
-from tfm.kernels.softmax import LOG2E, binary, natural_top, power, shrinkage
+from tfm.kernels.softmax import binary, power, shrinkage
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import Attention
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def attention_forward_kernel(
-    q, k, v, bias, out, words, reach, sinks, seed, lengths, statistics,
-    words_b, words_h, words_s, reach_b, reach_h, row_kind, row_h,
-    heads, group, query_size, key_size, tiles, start, left, right, score, threshold, keep_scale, site,
+    q, k, v, bias, out, statistics, mask, lengths, window, score, dropout,
+    heads, group, query_size, key_size, row_words, row_kind, tiles, start, site,
     DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, IS_WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program attends with BLOCK_QUERIES queries of one (sequence, head); a head's last queries go first."""
-    DIM: tl.constexpr = DIMS[0]
-    DIM_FIRST: tl.constexpr = DIMS[1]
-    DIM_REST: tl.constexpr = DIMS[2]
-    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
-    VALUE_FIRST: tl.constexpr = VALUE_DIMS[1]
-    VALUE_REST: tl.constexpr = VALUE_DIMS[2]
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
@@ -74,29 +60,22 @@ def attention_forward_kernel(
     row = first_row + tl.arange(0, BLOCK_QUERIES)
     is_row = row < query_length
     position = first_position(sequence, lengths.starts, start)
-    dropout_group = sequence * heads + head
+    wide_head, key_head = head.to(tl.int64), (head // group).to(tl.int64)
+    q_head = head_of(q, sequence, wide_head, query_first)
+    k_head = head_of(k, sequence, key_head, key_first)
+    v_head = head_of(v, sequence, key_head, key_first)
+    words = word_rows(mask, sequence, wide_head, heads, query_size, row_words)
 
-    q_head = q.data + sequence * q.b + head.to(tl.int64) * q.h + query_first * q.s
-    key_head = (head // group).to(tl.int64)
-    k_head = k.data + sequence * k.b + key_head * k.h + key_first * k.s
-    v_head = v.data + sequence * v.b + key_head * v.h + key_first * v.s
-    if bias is not None:
-        bias_head = bias.data + sequence * bias.b + head.to(tl.int64) * bias.h
-    if words is not None:
-        words = words_of(words, sequence, head.to(tl.int64), words_b, words_h)
-    if reach is not None:
-        reach += sequence * reach_b + head.to(tl.int64) * reach_h
-
-    query = load_rows(q_head, q, row, is_row, DIM, 0, DIM_FIRST)
-    if DIM_REST > 0:
-        query_rest = load_rows(q_head, q, row, is_row, DIM, DIM_FIRST, DIM_REST)
+    query = load_rows(q_head, q, row, is_row, DIMS, 0)
+    if DIMS[2] > 0:
+        query_rest = load_rows(q_head, q, row, is_row, DIMS, 1)
     unit = unit_of(score)
     is_turned = unit < 0
     if not IS_WIDE:
         # A negative scale turns q around, once, so that the largest product has the largest score. What has been
         # computed with stays in registers on sm_90, where it halves what products read of shared memory.
         query = tl.where(is_turned, -query, query)
-        if DIM_REST > 0:
+        if DIMS[2] > 0:
             query_rest = tl.where(is_turned, -query_rest, query_rest)
     unit = tl.abs(unit)
     IS_BIASED: tl.constexpr = bias is not None
@@ -104,14 +83,13 @@ def attention_forward_kernel(
 
     top = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    acc = tl.zeros([BLOCK_QUERIES, VALUE_FIRST], tl.float32)
-    # Without a rest of the head dim this is never touched.
-    acc_rest = tl.zeros([BLOCK_QUERIES, VALUE_REST if VALUE_REST > 0 else 16], tl.float32)
-    begin, end = visible_keys(first_row, last_row, position, left, right, key_length)
-    whole_begin, whole_end = common_keys(first_row, last_row, position, left, right, key_length)
-    first, whole_first, whole_last, last = split_tiles(begin, end, whole_begin, whole_end, BLOCK_KEYS)
+    acc = sums_of(BLOCK_QUERIES, VALUE_DIMS, 0)
+    acc_rest = sums_of(BLOCK_QUERIES, VALUE_DIMS, 1)
+    begin, end, first, whole_first, whole_last, last = visible_tiles(
+        first_row, last_row, position, window.left, window.right, key_length, BLOCK_KEYS
+    )
     # A mask as bits may have a hole anywhere.
-    IS_MASKED: tl.constexpr = words is not None or (reach is not None and not IS_BIASED)
+    IS_MASKED: tl.constexpr = words is not None or (mask.reach is not None and not IS_BIASED)
     if IS_MASKED:
         whole_first, whole_last = first, first
 
@@ -125,28 +103,29 @@ def attention_forward_kernel(
                 inside = None
                 if edge:
                     inside = (column >= begin) & (column < end)
-                if reach is not None:
-                    reached = column_bits(reach, column, column < key_length)
-                    inside = reached & inside if edge else reached
+                if mask.reach is not None:
+                    bits = reached(mask, sequence, wide_head, heads, column, column < key_length, row_words)
+                    inside = bits & inside if edge else bits
 
-                key = load_rows(k_head, k, column, inside, DIM, 0, DIM_FIRST)
+                key = load_rows(k_head, k, column, inside, DIMS, 0)
                 products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-                if DIM_REST > 0:
-                    key = load_rows(k_head, k, column, inside, DIM, DIM_FIRST, DIM_REST)
+                if DIMS[2] > 0:
+                    key = load_rows(k_head, k, column, inside, DIMS, 1)
                     products = tl.dot(query_rest, tl.trans(key), products, input_precision=PRECISION)
-
-                scores, _ = bend(products, score)
                 if IS_WIDE:
-                    scores *= tl.where(is_turned, -1.0, 1.0)
-                if bias is not None:
-                    address = bias_head + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
-                    scores = add_bias(scores, unit, address, is_row[:, None] & (column < key_length)[None, :])
+                    products *= tl.where(is_turned, -1.0, 1.0)
+                scores, _ = scores_of(
+                    products, score, unit, bias, sequence, wide_head, row[:, None], column[None, :],
+                    is_row[:, None] & (column < key_length)[None, :],
+                )  # fmt: skip
                 if edge:
-                    allowed = is_allowed(row[:, None], column[None, :], position, left, right, key_length)
-                    if words is not None:
-                        allowed &= mask_tile(words, row, words_s, is_row, key_tile * BLOCK_KEYS, BLOCK_KEYS)
-                    elif reach is not None:
-                        allowed &= inside[None, :]
+                    seen = column < key_length
+                    if mask.reach is not None and words is None:
+                        seen &= inside
+                    allowed = allowed_tile(
+                        seen, row, column, is_row, position, window, words, key_tile * BLOCK_KEYS, row_words,
+                        BLOCK_KEYS, KEYS_ARE_ROWS=False,
+                    )  # fmt: skip
                     scores = tl.where(allowed, scores, float("-inf"))
 
                 higher = tl.maximum(top, tl.max(scores, axis=1) * scale)
@@ -157,40 +136,28 @@ def attention_forward_kernel(
                 shrink = shrinkage(top, shift, IS_BIASED)
                 total = total * shrink + tl.sum(weights, axis=1)
                 acc = acc * shrink[:, None]
-                if seed is not None:
+                if dropout.seed is not None:
                     keep = keep_mask(
-                        row[:, None], key_tile * BLOCK_KEYS, dropout_group, site, seed, threshold, BLOCK_KEYS
-                    )
+                        row[:, None], key_tile * BLOCK_KEYS, sequence * heads + head, site, dropout.seed,
+                        dropout.threshold, BLOCK_KEYS,
+                    )  # fmt: skip
                     weights = tl.where(keep, weights, 0.0)
                 weights = weights.to(v.data.dtype.element_ty)
-                value = load_rows(v_head, v, column, inside, VALUE_DIM, 0, VALUE_FIRST)
+                value = load_rows(v_head, v, column, inside, VALUE_DIMS, 0)
                 acc = tl.dot(weights, value, acc, input_precision=PRECISION)
-                if VALUE_REST > 0:
-                    value = load_rows(v_head, v, column, inside, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+                if VALUE_DIMS[2] > 0:
+                    value = load_rows(v_head, v, column, inside, VALUE_DIMS, 1)
                     acc_rest = tl.dot(weights, value, acc_rest * shrink[:, None], input_precision=PRECISION)
                 top = higher
 
-    is_empty = total == 0.0
-    top, excess = natural_top(tl.where(is_empty, 0.0, top), unit, IS_BIASED)
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32)
-        higher = tl.maximum(top, sink)
-        shrink = tl.exp2((top - higher) * LOG2E + excess)
-        total = total * shrink + tl.exp2((sink - higher) * LOG2E)
-        acc = acc * shrink[:, None]
-        acc_rest = acc_rest * shrink[:, None]
-        top, excess = higher, tl.zeros_like(excess)
-    total = tl.where(is_empty, 1.0, total)
-    norm = (tl.cast(keep_scale, tl.float32) / total)[:, None]
-    statistics += first_number(sequence, head.to(tl.int64), query_first, heads, row_h, lengths.cu_seq_q) + row
-    tl.store(statistics, tl.where(is_empty, float("-inf"), top), mask=is_row)
-    tl.store(statistics + row_kind, tl.where(is_empty, 0.0, tl.log2(total) + excess), mask=is_row)
-    is_empty = is_empty[:, None]
-    out_head = out.data + sequence * out.b + head.to(tl.int64) * out.h + query_first * out.s
-    store_rows(out_head, out, tl.where(is_empty, 0.0, acc * norm), row, is_row, VALUE_DIM, 0, VALUE_FIRST)
-    if VALUE_REST > 0:
-        rest = tl.where(is_empty, 0.0, acc_rest * norm)
-        store_rows(out_head, out, rest, row, is_row, VALUE_DIM, VALUE_FIRST, VALUE_REST)
+    is_empty, top, log_sum, norm = finish_rows(top, total, unit, score, head, dropout.keep_scale, IS_BIASED)
+    place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
+    store_statistics(statistics + place, row_kind, top, log_sum, is_row)
+    out_head = head_of(out, sequence, wide_head, query_first)
+    is_empty, norm = is_empty[:, None], norm[:, None]
+    store_rows(out_head, out, tl.where(is_empty, 0.0, acc * norm), row, is_row, VALUE_DIMS, 0)
+    if VALUE_DIMS[2] > 0:
+        store_rows(out_head, out, tl.where(is_empty, 0.0, acc_rest * norm), row, is_row, VALUE_DIMS, 1)
 
 
 def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: Tensor) -> None:
@@ -199,7 +166,7 @@ def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: T
     blocks = -(-call.max_q // tiles.block_queries)
     tape.launch(
         attention_forward_kernel, (blocks * call.sequences * call.heads,), tiles.options,
-        **common_arguments(attention_forward_kernel, call), sinks=call.sinks, out=heads_of(output),
+        **common_arguments(attention_forward_kernel, call, with_sink=True), out=heads_of(output),
         statistics=statistics, tiles=blocks, IS_WIDE=is_wide(call.dims[0]),
         TILE=(tiles.block_queries, tiles.block_keys),
     )  # fmt: skip

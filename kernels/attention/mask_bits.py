@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels.attention.scores import as_numbers, first_position, is_allowed
+from tfm.kernels.attention.visible import Window, allowed_tile, first_position
 from tfm.kernels.launch.attention import any_length as launch
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import AttentionMaskBits
 
-COUNTS = ("heads", "word_sequences", "queries", "keys", "start", "left", "right")
+COUNTS = ("heads", "word_sequences", "queries", "keys", "start")
 STEPS = ("mask_b", "mask_h", "mask_q", "words_b", "words_h", "words_q", "reach_b", "reach_h")
 
 
@@ -19,7 +19,7 @@ STEPS = ("mask_b", "mask_h", "mask_q", "words_b", "words_h", "words_q", "reach_b
 def mask_bits_kernel(
     mask, words, reach, starts,
     mask_b, mask_h, mask_q, mask_k, words_b, words_h, words_q, reach_b, reach_h,
-    heads, word_sequences, queries, keys, start, left, right,
+    heads, word_sequences, queries, keys, start, window,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Each program packs BLOCK_KEYS keys of one (sequence, head), all queries of them."""
@@ -40,7 +40,9 @@ def mask_bits_kernel(
         if words is not None:
             place = words + sequence * words_b + head * words_h + row.to(tl.int64)[:, None] * words_q + word[None, :]
             tl.store(place, pack(allowed), mask=(row < queries)[:, None] & (sequence < word_sequences))
-        allowed &= is_allowed(row[:, None], column[None, :], position, left, right, keys)
+        allowed &= allowed_tile(
+            column < keys, row, column, None, position, window, None, 0, keys, BLOCK_KEYS, KEYS_ARE_ROWS=False
+        )
         # Bits of a word are summed once each: first whether any query has them, then the word.
         reached |= tl.reshape(pack((tl.max(allowed.to(tl.int32), axis=0) != 0)[None, :]), [BLOCK_KEYS // 32])
     tl.store(reach + sequence * reach_b + head * reach_h + word, reached)
@@ -56,20 +58,19 @@ def pack(bits):
 def attention_mask_bits(tape: Tape, call: AttentionMaskBits) -> tuple[Tensor, Tensor]:
     """(words, reach), as the operator says. One launch."""
     words, reach = tape.outputs(call)
-    mask, left, right = call.mask, call.left, call.right
+    mask, window = call.mask, Window(call.left, call.right)
     batch, heads, queries, keys = mask.shape
     tiles = launch.mask_bits(queries)
     if call.has_one_row:
         # Its reach is the row itself: the window is the attention kernels' business.
-        queries, left, right = min(queries, 1), None, None
-    left, right = as_numbers(left, right)
+        queries, window = min(queries, 1), Window(None, None)
     tape.launch(
         mask_bits_kernel, (reach.shape[0] * heads, reach.shape[-1] * 32 // tiles.block_columns), tiles.options,
         mask=mask, words=words if words.numel() > 0 else None, reach=reach, starts=call.starts,
         mask_b=mask.stride(0) if batch > 1 else 0, mask_h=mask.stride(1), mask_q=mask.stride(2), mask_k=mask.stride(3),
         words_b=words.stride(0), words_h=words.stride(1), words_q=words.stride(2),
         reach_b=reach.stride(0), reach_h=reach.stride(1),
-        heads=heads, word_sequences=batch, queries=queries, keys=keys, start=call.start, left=left, right=right,
+        heads=heads, word_sequences=batch, queries=queries, keys=keys, start=call.start, window=window,
         BLOCK_QUERIES=tiles.block_rows, BLOCK_KEYS=tiles.block_columns,
     )  # fmt: skip
     return words, reach

@@ -22,54 +22,36 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels.attention.arguments import (
-    VARYING,
-    common_arguments,
-    dense_statistics,
-    dlse_strides,
-    heads_of,
-)
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows
+from tfm.kernels.attention.heads import head_of, heads_of, load_rows, store_rows, sums_of
 from tfm.kernels.attention.scores import (
-    add_bias,
-    bend,
-    column_bits,
-    first_number,
-    first_position,
-    is_allowed,
-    load_rows,
     load_statistics,
-    locate,
-    mask_tile,
-    store_rows,
-    sum_sinks,
+    rows_of,
+    scores_of,
+    sink_gradient,
+    sink_partials,
+    sum_partials,
     unit_of,
-    visible_keys,
-    words_of,
 )
+from tfm.kernels.attention.visible import allowed_tile, first_position, locate, reached, visible, word_rows
 from tfm.kernels.launch.attention import short as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
 from tfm.kernels.tape import Tape
-from tfm.operators.attention import AttentionBackward, row_statistics
+from tfm.operators.attention import AttentionBackward, Gradients, row_statistics
 
 
 @triton.jit(do_not_specialize=[*VARYING, "tiles"])
 def short_attention_backward_kernel(
-    q, k, v, bias, dout, dq, dk, dv, words, reach, sinks, seed, lengths, statistics, dlse, delta, sink_partials,
-    words_b, words_h, words_s, reach_b, reach_h, dlse_b, dlse_h, dlse_s, row_kind, row_h,
-    heads, group, query_size, key_size, tiles, start, left, right, score, threshold, keep_scale, site,
+    q, k, v, bias, dout, dq, dk, dv, statistics, dlse, delta, partials, mask, lengths, window, score, dropout,
+    heads, group, query_size, key_size, row_words, row_kind, tiles, start, site,
     DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program finishes one (sequence, key head)."""
-    DIM: tl.constexpr = DIMS[0]
-    BLOCK_DIM: tl.constexpr = DIMS[1]
-    VALUE_DIM: tl.constexpr = VALUE_DIMS[0]
-    BLOCK_VALUE_DIM: tl.constexpr = VALUE_DIMS[1]
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     key_heads = heads // group
@@ -80,27 +62,23 @@ def short_attention_backward_kernel(
     key_rows = key_length if lengths.cu_seq_k is not None else tl.cast(key_size, tl.int32)
     position = first_position(sequence, lengths.starts, start)
     wide_key_head = key_head.to(tl.int64)
-    q_head = q.data + sequence * q.b + query_first * q.s
-    k_head = k.data + sequence * k.b + wide_key_head * k.h + key_first * k.s
-    v_head = v.data + sequence * v.b + wide_key_head * v.h + key_first * v.s
-    dout_head = dout.data + sequence * dout.b + query_first * dout.s
     unit = unit_of(score)
     IS_BIASED: tl.constexpr = bias is not None
     scale = tl.cast(score.scale, tl.float32)
 
     column = tl.arange(0, BLOCK_KEYS)
-    begin, end = visible_keys(0, query_length - 1, position, left, right, key_length)
+    begin, end = visible(0, query_length - 1, position, window.left, window.right, key_length)
     inside = (column >= begin) & (column < end)
-    if reach is not None:
-        reached = column < 0
+    if mask.reach is not None:
+        by_any = column < 0
         for member in range(group):
-            head_reach = reach + sequence * reach_b + (key_head * group + member).to(tl.int64) * reach_h
-            reached |= column_bits(head_reach, column, inside)
-        inside &= reached
-    key = load_rows(k_head, k, column, inside, DIM, 0, BLOCK_DIM)
-    value = load_rows(v_head, v, column, inside, VALUE_DIM, 0, BLOCK_VALUE_DIM)
-    d_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], tl.float32)
-    d_value = tl.zeros([BLOCK_KEYS, BLOCK_VALUE_DIM], tl.float32)
+            head_of_group = (key_head * group + member).to(tl.int64)
+            by_any |= reached(mask, sequence, head_of_group, heads, column, inside, row_words)
+        inside &= by_any
+    key = load_rows(head_of(k, sequence, wide_key_head, key_first), k, column, inside, DIMS, 0)
+    value = load_rows(head_of(v, sequence, wide_key_head, key_first), v, column, inside, VALUE_DIMS, 0)
+    d_key = sums_of(BLOCK_KEYS, DIMS, 0)
+    d_value = sums_of(BLOCK_KEYS, VALUE_DIMS, 0)
 
     # One loop for the group's heads and their tiles: two, one in the other, take more registers.
     own_tiles = tl.cdiv(query_length, BLOCK_QUERIES)
@@ -110,47 +88,49 @@ def short_attention_backward_kernel(
         wide_head = head.to(tl.int64)
         row = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
         is_row = row < query_length
-        head_rows = first_number(sequence, wide_head, query_first, heads, row_h, lengths.cu_seq_q)
+        head_rows = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q)
         top, log_sum = load_statistics(statistics + head_rows + row, row_kind, is_row)
         has_keys = top < float("inf")
         # Under a mask a query without keys may hold anything; elsewhere the loads need not wait for the statistics.
-        inside_row = has_keys if reach is not None else is_row
-        query = load_rows(q_head + wide_head * q.h, q, row, inside_row, DIM, 0, BLOCK_DIM)
-        d_out = load_rows(dout_head + wide_head * dout.h, dout, row, inside_row, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        inside_row = has_keys if mask.reach is not None else is_row
+        q_head, dout_head = (
+            head_of(q, sequence, wide_head, query_first),
+            head_of(dout, sequence, wide_head, query_first),
+        )
+        query = load_rows(q_head, q, row, inside_row, DIMS, 0)
+        d_out = load_rows(dout_head, dout, row, inside_row, VALUE_DIMS, 0)
 
         products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-        scores, slope = bend(products, score)
-        if bias is not None:
-            bias_tile = bias.data + sequence * bias.b + wide_head * bias.h
-            address = bias_tile + row.to(tl.int64)[None, :] * bias.s + column.to(tl.int64)[:, None] * bias.d
-            scores = add_bias(scores, unit, address, is_row[None, :] & (column < key_length)[:, None])
-        allowed = inside[:, None]
-        if left is not None or right is not None:
-            allowed &= is_allowed(row[None, :], column[:, None], position, left, right, key_length)
-        if words is not None:
-            head_words = words_of(words, sequence, wide_head, words_b, words_h)
-            allowed &= tl.trans(mask_tile(head_words, row, words_s, is_row, 0, BLOCK_KEYS))
-        elif reach is not None and bias is None:
+        scores, slope = scores_of(
+            products, score, unit, bias, sequence, wide_head, row[None, :], column[:, None],
+            is_row[None, :] & (column < key_length)[:, None],
+        )  # fmt: skip
+        seen = inside
+        if mask.reach is not None and mask.words is None and bias is None:
             # A mask with one row for all queries is its own reach, each head's its own.
-            head_reach = reach + sequence * reach_b + wide_head * reach_h
-            allowed &= column_bits(head_reach, column, inside)[:, None]
+            seen = reached(mask, sequence, wide_head, heads, column, inside, row_words)
+        words = word_rows(mask, sequence, wide_head, heads, query_size, row_words)
+        allowed = allowed_tile(
+            seen, row, column, is_row, position, window, words, 0, row_words, BLOCK_KEYS, KEYS_ARE_ROWS=True
+        )
         most = tl.where(allowed, 0.0, float("-inf"))
         weights = tl.exp2(exponent(scores, unit, top[None, :], log_sum[None, :], most, IS_BIASED))
         d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
         kept = weights
-        if seed is not None:
-            keep = tl.trans(keep_mask(row[:, None], 0, sequence * heads + head, site, seed, threshold, BLOCK_KEYS))
+        if dropout.seed is not None:
+            group_of = sequence * heads + head
+            keep = keep_mask(row[:, None], 0, group_of, site, dropout.seed, dropout.threshold, BLOCK_KEYS)
+            keep = tl.trans(keep)
             kept = tl.where(keep, weights, 0.0)
-            d_weights = tl.where(keep, d_weights * tl.cast(keep_scale, tl.float32), 0.0)
-        if reach is not None:
+            d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
+        if mask.reach is not None:
             # Another head's mask may leave NaN to this one.
             d_weights = tl.where(weights == 0.0, 0.0, d_weights)
         if dv is not None:
             d_value = tl.dot(kept.to(v.data.dtype.element_ty), d_out, d_value, input_precision=PRECISION)
         difference = tl.sum(weights * d_weights, axis=0)
         if dlse is not None:
-            address = dlse + sequence * dlse_b + wide_head * dlse_h + (query_first + row) * dlse_s
-            difference -= tl.load(address, mask=inside_row, other=0.0)
+            difference -= tl.load(dlse + head_rows + row, mask=inside_row, other=0.0)
         d_scores = (weights * (d_weights - difference[None, :]) * slope).to(k.data.dtype.element_ty)
         if dk is not None:
             d_key = tl.dot(d_scores, query, d_key, input_precision=PRECISION)
@@ -161,58 +141,51 @@ def short_attention_backward_kernel(
                 d_query = tl.trans(tl.dot(tl.trans(key), d_scores, input_precision=PRECISION))
             else:
                 d_query = tl.dot(tl.trans(d_scores), key, input_precision=PRECISION)
-            head_dq = dq.data + sequence * dq.b + wide_head * dq.h + query_first * dq.s
-            store_rows(head_dq, dq, d_query * scale, row, is_row, DIM, 0, BLOCK_DIM)
+            dq_head = head_of(dq, sequence, wide_head, query_first)
+            store_rows(dq_head, dq, d_query * scale, row, is_row, DIMS, 0)
         if delta is not None:
             tl.store(delta + head_rows + row, difference, mask=is_row)
-        if sink_partials is not None:
-            sink = tl.load(sinks + head).to(tl.float32)
-            share = tl.exp2(exponent(sink, 1.0, top, log_sum, 0.0, IS_FORMED=True)) * difference
+        if partials is not None:
+            share = sink_gradient(score, head, top, log_sum, difference)
+            partial = partials + (sequence * tiles + tile) * heads + head
             # As a matrix: Triton 3.7 cannot sum a vector beside sm_100's tensor memory.
-            share = tl.sum(tl.where(has_keys, -share, 0.0)[None, :], axis=1)
-            partial = sink_partials + (sequence * tiles + tile) * heads + head
-            tl.store(partial + tl.arange(0, 1), share)
+            tl.store(partial + tl.arange(0, 1), tl.sum(share[None, :], axis=1))
 
     is_key = column < key_rows
     if dk is not None:
-        head_dk = dk.data + sequence * dk.b + wide_key_head * dk.h + key_first * dk.s
-        store_rows(head_dk, dk, d_key * scale, column, is_key, DIM, 0, BLOCK_DIM)
+        dk_head = head_of(dk, sequence, wide_key_head, key_first)
+        store_rows(dk_head, dk, d_key * scale, column, is_key, DIMS, 0)
     if dv is not None:
-        head_dv = dv.data + sequence * dv.b + wide_key_head * dv.h + key_first * dv.s
-        d_value *= tl.cast(keep_scale, tl.float32)
-        store_rows(head_dv, dv, d_value, column, is_key, VALUE_DIM, 0, BLOCK_VALUE_DIM)
+        dv_head = head_of(dv, sequence, wide_key_head, key_first)
+        d_value *= tl.cast(dropout.keep_scale, tl.float32)
+        store_rows(dv_head, dv, d_value, column, is_key, VALUE_DIMS, 0)
 
 
 def short_attention_backward(
-    tape: Tape, call: AttentionBackward, tiles: launch.ShortBackwardTiles, dquery: Tensor | None, dkey: Tensor | None,
-    dvalue: Tensor | None, dsinks: Tensor | None, want_delta: bool,
-) -> Tensor | None:  # fmt: skip
-    """Fills the gradients that are given, at these tiles, those that the launch settings have; `tiles.passes` launches.
+    tape: Tape, call: AttentionBackward, tiles: launch.ShortBackwardTiles, gradients: Gradients
+) -> Tensor | None:
+    """Fills all gradients but that of the bias, at tiles that the launch settings have; `tiles.passes` launches.
 
     Returns:
-        delta, laid out as the statistics, which serves tfm.kernels.attention.bias_gradient; None where not wanted.
+        delta, laid out as the statistics, which serves tfm.kernels.attention.bias_gradient; None where nobody needs it.
     """
     attention = call.attention
-    statistics = dense_statistics(attention, call.statistics)
-    delta = row_statistics(call.query)[0] if want_delta else None
+    statistics, dlse = dense_rows(attention, call.statistics), dense_rows(attention, call.dlse)
+    delta = row_statistics(call.query)[0] if gradients.bias is not None else None
     blocks = -(-call.max_q // tiles.block_queries)
-    sink_partials = None
-    if dsinks is not None:
-        # Tiles behind a packed sequence's end write nothing.
-        sink_partials = tape.zeros((attention.sequences * blocks, attention.heads), torch.float32, call.query.device)
-    first: dict[str, Any] = {"dq": heads_of(dquery), "dk": heads_of(dkey)}
-    second: dict[str, Any] = {"dv": heads_of(dvalue), "delta": delta, "sink_partials": sink_partials}
+    partials = sink_partials(tape, call, gradients, blocks)
+    first: dict[str, Any] = {"dq": heads_of(gradients.query), "dk": heads_of(gradients.key)}
+    second: dict[str, Any] = {"dv": heads_of(gradients.value), "delta": delta, "partials": partials}
     passes = [first | second] if tiles.passes == 1 else [first | dict.fromkeys(second), dict.fromkeys(first) | second]
     for results in passes:
         if all(result is None for result in results.values()):
             continue
+        with_sink = results["partials"] is not None
         tape.launch(
             short_attention_backward_kernel, (attention.sequences * attention.key_heads,), tiles.options,
-            **common_arguments(short_attention_backward_kernel, attention, whole=True), **results,
-            sinks=None if results["sink_partials"] is None else call.sinks, statistics=statistics,
-            dout=heads_of(call.dout), dlse=call.dlse, **dlse_strides(call.dlse), tiles=blocks,
+            **common_arguments(short_attention_backward_kernel, attention, whole=True, with_sink=with_sink),
+            **results, dout=heads_of(call.dout), statistics=statistics, dlse=dlse, tiles=blocks,
             TILE=(tiles.block_queries, tiles.block_keys),
         )  # fmt: skip
-    if sink_partials is not None and dsinks is not None:
-        sum_sinks(sink_partials, dsinks)
+    sum_partials(partials, gradients)
     return delta

@@ -14,21 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_statistics
-from tfm.kernels.attention.scores import (
-    add_bias,
-    bend,
-    column_bits,
-    first_number,
-    first_position,
-    is_allowed,
-    load_rows,
-    load_statistics,
-    locate,
-    mask_tile,
-    unit_of,
-    words_of,
-)
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows
+from tfm.kernels.attention.heads import head_of, load_rows
+from tfm.kernels.attention.scores import load_statistics, rows_of, scores_of, unit_of
+from tfm.kernels.attention.visible import allowed_tile, first_position, locate, reached, word_rows
 from tfm.kernels.launch.attention import scores as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
@@ -38,14 +27,11 @@ from tfm.operators.attention import AttentionWeights
 
 @triton.jit(do_not_specialize=[*VARYING, "query_tiles", "key_tiles"])
 def attention_weights_kernel(
-    q, k, bias, words, reach, seed, lengths, statistics, weights,
-    words_b, words_h, words_s, reach_b, reach_h, row_kind, row_h,
-    heads, group, query_size, key_size, query_tiles, key_tiles, start, left, right, score, threshold, keep_scale, site,
+    q, k, bias, statistics, weights, mask, lengths, window, score, dropout,
+    heads, group, query_size, key_size, row_words, row_kind, query_tiles, key_tiles, start, site,
     DIMS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Each program writes BLOCK_QUERIES x BLOCK_KEYS weights of one (sequence, head); neighbours share queries."""
-    DIM: tl.constexpr = DIMS[0]
-    BLOCK_DIM: tl.constexpr = DIMS[1]
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
@@ -57,31 +43,27 @@ def attention_weights_kernel(
     position = first_position(sequence, lengths.starts, start)
     row, column = first_row + tl.arange(0, BLOCK_QUERIES), first_column + tl.arange(0, BLOCK_KEYS)
     is_row, inside = row < query_size, column < key_length
-    if reach is not None:
-        inside &= column_bits(reach + sequence * reach_b + head * reach_h, column, inside)
+    if mask.reach is not None:
+        inside &= reached(mask, sequence, head, heads, column, inside, row_words)
 
-    query = load_rows(q.data + sequence * q.b + head * q.h, q, row, is_row, DIM, 0, BLOCK_DIM)
-    key = load_rows(k.data + sequence * k.b + head // group * k.h, k, column, inside, DIM, 0, BLOCK_DIM)
+    query = load_rows(head_of(q, sequence, head, 0), q, row, is_row, DIMS, 0)
+    key = load_rows(head_of(k, sequence, head // group, 0), k, column, inside, DIMS, 0)
     products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    scores, _ = bend(products, score)
     unit = unit_of(score)
-    if bias is not None:
-        address = bias.data + sequence * bias.b + head * bias.h + row.to(tl.int64)[:, None] * bias.s
-        address += column.to(tl.int64)[None, :] * bias.d
-        scores = add_bias(scores, unit, address, is_row[:, None] & inside[None, :])
-    allowed = inside[None, :]
-    if left is not None or right is not None:
-        allowed &= is_allowed(row[:, None], column[None, :], position, left, right, key_length)
-    if words is not None:
-        head_words = words_of(words, sequence, head, words_b, words_h)
-        allowed &= mask_tile(head_words, row, words_s, is_row, first_column, BLOCK_KEYS)
-    place = first_number(sequence, head, 0, heads, row_h, None) + row
+    scores, _ = scores_of(
+        products, score, unit, bias, sequence, head, row[:, None], column[None, :], is_row[:, None] & inside[None, :]
+    )
+    words = word_rows(mask, sequence, head, heads, query_size, row_words)
+    allowed = allowed_tile(
+        inside, row, column, is_row, position, window, words, first_column, row_words, BLOCK_KEYS, KEYS_ARE_ROWS=False
+    )
+    place = rows_of(sequence, head, 0, heads, query_size, row_kind, None) + row
     top, log_sum = load_statistics(statistics + place, row_kind, is_row)
     most = tl.where(allowed, 0.0, float("-inf"))
     result = tl.exp2(exponent(scores, unit, top[:, None], log_sum[:, None], most, bias is not None))
-    if seed is not None:
-        keep = keep_mask(row[:, None], first_column, sequence * heads + head, site, seed, threshold, BLOCK_KEYS)
-        result = tl.where(keep, result * tl.cast(keep_scale, tl.float32), 0.0)
+    if dropout.seed is not None:
+        keep = keep_mask(row[:, None], first_column, pair, site, dropout.seed, dropout.threshold, BLOCK_KEYS)
+        result = tl.where(keep, result * tl.cast(dropout.keep_scale, tl.float32), 0.0)
     address = weights + (pair.to(tl.int64) * query_size + row)[:, None] * key_size + column[None, :]
     tl.store(address, result, mask=is_row[:, None] & (column < key_size)[None, :])
 
@@ -94,7 +76,7 @@ def attention_weights(tape: Tape, call: AttentionWeights) -> Tensor:
     tape.launch(
         attention_weights_kernel, (query_tiles * key_tiles * attention.sequences * attention.heads,), tiles.options,
         **common_arguments(attention_weights_kernel, attention, whole=True),
-        statistics=dense_statistics(attention, call.statistics), weights=weights,
+        statistics=dense_rows(attention, call.statistics), weights=weights,
         query_tiles=query_tiles, key_tiles=key_tiles, TILE=(tiles.block_queries, tiles.block_keys),
     )  # fmt: skip
     return weights

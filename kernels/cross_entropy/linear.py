@@ -73,9 +73,6 @@ def _chunks(tape: Tape) -> Chunks:
     return Chunks(partial(cross_entropy_, tape), launch.logits_rows, PADDING)
 
 
-def _kept(call: LinearCrossEntropy | LinearCrossEntropyBackward, gradients: Sequence[Tensor | None]) -> Tensor | None:
-    kept = call.target != call.ignore_index
-    grad = torch.where(kept, call.grad, 0.0).float()
 def _streaming_tiles(tape: Tape, call: LinearCrossEntropy) -> launch.StreamingTiles | None:
     input, weight = call.input, call.linear_weight
     aligned = all(x.data_ptr() % 16 == 0 and x.shape[1] * x.itemsize % 16 == 0 for x in (input, weight))

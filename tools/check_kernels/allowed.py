@@ -48,45 +48,36 @@ ALLOWED: tuple[Allowed, ...] = (
         reason="16 to 112 bytes at the widest heads; one stage instead of two spills five times that.",
     ),
     Allowed(
-        (
-            "attention_backward_keys 128 dropout bf16 wide uncapped",
-            "attention_backward_keys 192 dropout bf16 wide uncapped",
-        ),
-        (90,), "spill", assemblers=NEWER, since=(3, 7),
-        reason="16 bytes; with a softcap none, and dk and dv one after the other would form all scores twice.",
-    ),
-    Allowed(
         ("linear_activation_backward 8192/sm_90 gelu bf16", "linear_activation_backward 8192/sm_90 gelu gated bf16"),
         (90,), "spill", assemblers=NEWER, since=(3, 7),
         reason="8 bytes under the 128 registers of two programs; slices of 8 columns would store halves of sectors.",
     ),
     Allowed(
-        ("short_attention_forward 64x256 of 64 packed bf16",), (90,), "spill", since=(3, 7),
+        ("short_attention_forward 64x256 of 64 packed bf16",), (90,), "spill",
         reason="8 and 120 bytes where a program holds a row of 256 scores; tiles of 32 queries have no HGMMA.",
     ),
     Allowed(
-        (
-            "short_attention_backward 16x256 of 64 mask dq dk bf16",
-            "short_attention_backward 16x256 of 64 packed dq dk bf16",
-        ),
-        (90,), "spill", assemblers=NEWER, since=(3, 7),
+        ("short_attention_backward 16x256 of 64 packed dq dk bf16",), (90,), "spill", assemblers=NEWER, since=(3, 7),
         reason="24 to 40 bytes at the longest row, which is in two passes, of the fewest queries, as it is.",
     ),
     Allowed(
-        ("short_attention_forward 16x128 of 64 bias fp32",), (90,), "spill", assemblers=NEWER, since=(3, 7),
-        reason="16 bytes for a third program on a multiprocessor.",
+        ("attention_forward 256 bias dropout fp32 exact",), (80,), "spill", since=(3, 7),
+        reason="8 bytes at the widest heads, which fp32 holds in registers, with a bias and dropout at once.",
     ),
     Allowed(
         ("decode_attention grouped 128 fp32 without k v parents",), (86, 89), "spill",
         reason="8 bytes under the cap of registers, without which wider calls spill on other chips.",
     ),
     Allowed(
-        ("attention_forward 128 mask dropout bf16 narrow",), (80, 86, 89, 120), "spill", until=(3, 6),
+        ("attention_forward 128 mask dropout bf16 narrow",), (86, 89, 120), "spill", until=(3, 6),
         reason="16 to 48 bytes at the cap of registers; newer tritons need none.",
     ),
     Allowed(
         (
             "attention_backward_queries 128 mask dropout bf16 narrow",
+            "attention_backward_queries 64 bias dropout bf16 narrow",
+            "attention_backward_keys 64 mask dropout bf16 narrow",
+            "attention_backward_keys 64 mask dropout bf16 narrow uncapped",
             "attention_backward_keys 64 padded bf16 narrow uncapped",
         ),
         (80, 86, 89), "spill", until=(3, 6),
@@ -97,7 +88,11 @@ ALLOWED: tuple[Allowed, ...] = (
         reason="8 to 16 bytes at the cap of registers; newer tritons need none.",
     ),
     Allowed(
-        ("attention_backward_keys 64 bias dropout fp32 exact",), (90,), "spill", until=(3, 6),
-        reason="16 bytes, although 80 registers are all that it takes; newer tritons need none.",
+        ("attention_backward_queries 64 bias bf16 wide",), (90,), "spill", until=(3, 6),
+        reason="8 bytes at the cap of registers; newer tritons need none.",
+    ),
+    Allowed(
+        ("attention_backward_queries 256 bias dropout bf16 wide",), (100,), "spill", until=(3, 6),
+        reason="8 bytes at the widest heads; newer tritons need none.",
     ),
 )  # fmt: skip

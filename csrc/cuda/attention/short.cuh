@@ -1,7 +1,7 @@
 // What the forward and the backward of attention over few keys are told, and what follows from it: where a sequence
 // lies, which keys a query sees, what a score is.
 //
-// The rules are those of kernels/attention/scores.py. With position(i) = i + start, query i may attend to key j where
+// The rules are those of kernels/attention/visible.py. With position(i) = i + start, query i may attend to key j where
 //
 //     j < key_length      position(i) - left <= j      j <= position(i) + right      its bit of the mask is set
 //

@@ -14,6 +14,7 @@ from tfm.operators.attention.calls import (
     AttentionBackward,
     AttentionBackwardJoined,
     AttentionWeights,
+    Gradients,
     row_statistics,
 )
 from tfm.operators.attention.gradients import Attended, AttendedWithLse
@@ -38,6 +39,7 @@ __all__ = [
     "AttentionBackwardJoined",
     "AttentionMaskBits",
     "AttentionWeights",
+    "Gradients",
     "row_statistics",
     "split_heads",
 ]

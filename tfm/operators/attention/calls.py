@@ -15,7 +15,7 @@ FAR = 1 << 29
 
 @operator("attention")
 class Attention(NamedTuple):
-    """softmax(scale · query keyᵀ + bias) value, under the rules that tfm.kernels.attention.scores states.
+    """softmax(scale · query keyᵀ + bias) value, under the rules that tfm.kernels.attention.visible states.
 
     Attributes:
         query: [B, Hq, Sq, D], or packed [Nq, Hq, D]; any strides, as `key` and `value`.
@@ -110,6 +110,16 @@ class Incoming(NamedTuple):
     wanted: list[bool]
 
 
+class Gradients(NamedTuple):
+    """The gradients of what learns, each laid out as what it is the gradient of."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+
+
 BackwardArguments: Any = joined("BackwardArguments", Incoming, Attention)
 
 
@@ -125,15 +135,9 @@ class AttentionBackward(BackwardArguments):
         return Attention(*self[len(Incoming._fields) :])
 
     def outputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Returns empty (dquery, dkey, dvalue, dbias, dsinks), None where not wanted."""
-        dquery, dkey, dvalue, dbias, dsinks = self.wanted
-        return (
-            gradient_like(dquery, self.query),
-            gradient_like(dkey, self.key),
-            gradient_like(dvalue, self.value),
-            gradient_like(dbias, self.bias),
-            gradient_like(dsinks, self.sinks),
-        )
+        """Returns `Gradients`, empty, None where not wanted."""
+        learnt = self.query, self.key, self.value, self.bias, self.sinks
+        return Gradients(*map(gradient_like, self.wanted, learnt))
 
 
 class Parts(NamedTuple):

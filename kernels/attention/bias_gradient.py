@@ -23,7 +23,7 @@ from torch import Tensor
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows
 from tfm.kernels.attention.heads import head_of, heads_of, load_rows
 from tfm.kernels.attention.scores import add_bias, bend, load_statistics, rows_of, unit_of
-from tfm.kernels.attention.visible import allowed_tile, first_position, locate, reached, visible, word_rows
+from tfm.kernels.attention.visible import Window, allowed_tile, first_position, locate, reached, visible, word_rows
 from tfm.kernels.launch.attention import scores as launch
 from tfm.kernels.philox import keep_mask
 from tfm.kernels.softmax import exponent
@@ -150,7 +150,8 @@ def bias_gradient(tape: Tape, call: AttentionBackward, delta: Tensor, dbias: Ten
     sums = dense if splits == 1 else tape.empty((splits, size), torch.float32, dbias.device)
     tape.launch(
         bias_gradient_kernel, (places * splits,), tiles.options,
-        **common_arguments(bias_gradient_kernel, attention, whole=True),
+        **common_arguments(bias_gradient_kernel, attention, whole=True)
+        | {"window": Window.closed(call.left, call.right)},
         statistics=dense_rows(attention, call.statistics), delta=delta, dout=heads_of(call.dout), dbias=sums,
         splits=splits, members=members, bias_heads=dbias.shape[1], bias_sequences=dbias.shape[0],
         TILE=(tiles.block_queries, tiles.block_keys), SHARED_HEADS=shared_heads, SHARED_QUERIES=shared_queries,

@@ -58,12 +58,12 @@ def pack(bits):
 def attention_mask_bits(tape: Tape, call: AttentionMaskBits) -> tuple[Tensor, Tensor]:
     """(words, reach), as the operator says. One launch."""
     words, reach = tape.outputs(call)
-    mask, window = call.mask, Window(call.left, call.right)
+    mask, window = call.mask, Window.closed(call.left, call.right)
     batch, heads, queries, keys = mask.shape
     tiles = launch.mask_bits(queries)
     if call.has_one_row:
         # Its reach is the row itself: the window is the attention kernels' business.
-        queries, window = min(queries, 1), Window(None, None)
+        queries, window = min(queries, 1), Window.closed(None, None)
     tape.launch(
         mask_bits_kernel, (reach.shape[0] * heads, reach.shape[-1] * 32 // tiles.block_columns), tiles.options,
         mask=mask, words=words if words.numel() > 0 else None, reach=reach, starts=call.starts,

@@ -36,6 +36,11 @@ class Window(NamedTuple):
     left: int | None
     right: int | None
 
+    @classmethod
+    def closed(cls, left: int | None, right: int | None) -> Window:
+        """Returns a window whose open sides are FAR, for kernels that are compiled alike for both."""
+        return cls(operators.FAR if left is None else left, operators.FAR if right is None else right)
+
 
 class Mask(NamedTuple):
     """A mask as bits, as Attention has it; dense. The rest is 1 for dimensions that it has, 0 where it is broadcast.

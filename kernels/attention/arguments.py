@@ -26,7 +26,7 @@ VARYING = ("heads", "group", "query_size", "key_size", "row_words", "row_kind", 
 
 
 class Dropout(NamedTuple):
-    """The seed, None where nothing is dropped; how many of 65,536 outcomes drop; the factor of what is kept."""
+    """The seed, None where nothing is dropped; how many of 65,536 outcomes drop; the factor of kept weights."""
 
     seed: Tensor | None
     threshold: int

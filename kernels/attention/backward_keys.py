@@ -44,7 +44,7 @@ def attention_backward_keys_kernel(
     DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr,
     ARE_LARGE: tl.constexpr, FIRST_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Each program has BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
+    """Each program takes BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
@@ -202,7 +202,7 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def is_large(lse, first_row, query_length, BLOCK_QUERIES: tl.constexpr, TILE: tl.constexpr):
-    """Whether one of these BLOCK_QUERIES rows lies in a large tile of the first pass, where all are -inf or NaN."""
+    """Tells whether one of these rows lies in a large tile of the first pass, where all are -inf or NaN."""
     # The upper halves of the numbers: so short a load is no copy to shared memory, for which all would wait.
     upper = (lse + first_row).to(tl.pointer_type(tl.int16)) + 1
     if BLOCK_QUERIES <= TILE:

@@ -57,7 +57,7 @@ def attention_backward_queries_kernel(
     heads, group, query_size, key_size, row_words, row_kind, tiles, start, site,
     DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, ARE_LARGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Each program has BLOCK_QUERIES queries of one (sequence, head), and goes over the keys that they see."""
+    """Each program takes BLOCK_QUERIES queries of one (sequence, head) and goes over the keys that they see."""
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
@@ -193,7 +193,7 @@ def attention_backward_queries_kernel(
 
 @dataclass(frozen=True)
 class QueryRows:
-    """What the first pass leaves to the second, and to the gradient of a bias.
+    """The results of the first pass that the second and the gradient of a bias need.
 
     Attributes:
         delta: laid out as the forward's statistics. Beside it the lse in units of log 2, inf without keys; in large
@@ -208,7 +208,7 @@ class QueryRows:
 
 
 def tiles_are_large(call: Attention) -> bool | None:
-    """Whether weights are rebuilt from two numbers a row; None where the tops of each tile decide.
+    """Tells whether weights are rebuilt from two numbers a row; None where the tops of each tile decide.
 
     fp32 shows the lse's rounding at once. With a bias, two numbers cost nothing.
     """

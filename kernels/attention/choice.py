@@ -1,4 +1,4 @@
-"""Which kernels serve which lengths: the launch functions of the operators."""
+"""The launch functions of the operators, which choose kernels by the lengths of the sequences."""
 
 from __future__ import annotations
 

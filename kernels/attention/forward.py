@@ -173,5 +173,5 @@ def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: T
 
 
 def is_wide(dim: int) -> bool:
-    """Whether q is too wide for the registers, beside acc."""
+    """Tells whether q is too wide to stand in registers beside acc."""
     return dim > 192

@@ -34,7 +34,7 @@ def heads_of(x: Tensor | None) -> Heads | None:
 
 @triton.jit
 def head_of(x, sequence, head, first):
-    """A pointer to row `first` of one (sequence, head), all three int64."""
+    """Returns a pointer to row `first` of one (sequence, head), all three int64."""
     return x.data + sequence * x.b + head * x.h + first * x.s
 
 
@@ -68,6 +68,6 @@ def store_rows(head, x, value, row, inside, DIMS: tl.constexpr, PART: tl.constex
 
 @triton.jit
 def sums_of(ROWS: tl.constexpr, DIMS: tl.constexpr, PART: tl.constexpr):
-    """Zeros of fp32, [ROWS, BLOCK], for sums over part of a head dim; where it has no second part, few and unused."""
+    """Returns fp32 zeros [ROWS, BLOCK] to sum part of a head dim in; few, and unused, where it has no second part."""
     BLOCK: tl.constexpr = DIMS[1 + PART] if DIMS[1 + PART] > 0 else 16
     return tl.zeros([ROWS, BLOCK], tl.float32)

@@ -50,13 +50,13 @@ def mask_bits_kernel(
 
 @triton.jit
 def pack(bits):
-    """int1 [R, C] to int32 [R, C // 32], bit j % 32 of word j // 32 from column j."""
+    """Packs int1 [R, C] into int32 [R, C // 32]: column j is bit j % 32 of word j // 32."""
     grouped = tl.reshape(bits.to(tl.int32), [bits.shape[0], bits.shape[1] // 32, 32])
     return tl.sum(grouped << tl.arange(0, 32)[None, None, :], axis=2)
 
 
 def attention_mask_bits(tape: Tape, call: AttentionMaskBits) -> tuple[Tensor, Tensor]:
-    """(words, reach), as the operator says. One launch."""
+    """Computes (words, reach) of the operator. One launch."""
     words, reach = tape.outputs(call)
     mask, window = call.mask, Window.closed(call.left, call.right)
     batch, heads, queries, keys = mask.shape

@@ -26,7 +26,7 @@ from tfm.operators.attention import Attention, AttentionBackward, Gradients
 
 
 class Score(NamedTuple):
-    """What a score is made with.
+    """The numbers that a score is made with.
 
     Attributes:
         inner: factor of q·k.
@@ -50,13 +50,13 @@ class Score(NamedTuple):
 
 @triton.jit
 def unit_of(score):
-    """The unit of x: scale or softcap."""
+    """Returns the unit of x: scale or softcap."""
     return tl.cast(score.inner if score.outer is None else score.outer, tl.float32)
 
 
 @triton.jit
 def scores_of(products, score, unit, bias, sequence, head, row, column, inside):
-    """(scores, or x where there is no bias; slope) of a tile of products q·k; slope is 1.0 uncapped.
+    """Computes (scores, or x without a bias; slope) of a tile of products q·k; slope is 1.0 uncapped.
 
     Of the bias 0 is added where not `inside`; `row` and `column` broadcast to the tile, in either order.
     """
@@ -69,7 +69,7 @@ def scores_of(products, score, unit, bias, sequence, head, row, column, inside):
 
 @triton.jit
 def bend(products, score):
-    """(x, slope) of a tile of products q·k."""
+    """Computes (x, slope) of a tile of products q·k."""
     x, slope = products, 1.0
     if score.outer is not None:
         x = tanh(products * tl.cast(score.inner, tl.float32))
@@ -79,14 +79,14 @@ def bend(products, score):
 
 @triton.jit
 def add_bias(x, unit, bias):
-    """The scores of a tile of x with a bias: -inf stays -inf, whatever x is there."""
+    """Computes the scores of a tile of x with a bias: -inf stays -inf, whatever x is there."""
     bias = bias.to(tl.float32)
     return tl.where(bias == float("-inf"), float("-inf"), fma(x, unit, bias))
 
 
 @triton.jit
 def finish_rows(top, total, unit, score, head, keep_scale, IS_FORMED: tl.constexpr):
-    """(is_empty, top, log_sum, norm) of rows [R] whose keys have passed: with the sink of their head, if any.
+    """Computes (is_empty, top, log_sum, norm) of rows [R] after their last key, with their head's sink, if any.
 
     `total` is Σ exp(s - top), 0 without keys, which no sink changes; `norm` makes outputs of sums under that top.
     """
@@ -107,7 +107,7 @@ def finish_rows(top, total, unit, score, head, keep_scale, IS_FORMED: tl.constex
 
 @triton.jit
 def sink_gradient(score, head, top, log_sum, difference):
-    """What rows [R] add to the gradient of their head's sink, whose weight has no other gradient: -p_sink · delta."""
+    """Computes the parts of rows [R] in the gradient of their head's sink, -p_sink · delta."""
     sink = tl.load(score.sinks + head).to(tl.float32)
     weight = tl.exp2(exponent(sink, 1.0, top, log_sum, 0.0, IS_FORMED=True))
     return tl.where(top < float("inf"), -weight * difference, 0.0)
@@ -137,7 +137,7 @@ def sum_partials(partials: Tensor | None, gradients: Gradients) -> None:
 
 @triton.jit
 def rows_of(sequence, head, query_first, heads, query_size, row_kind, cu_seq_q):
-    """Where the numbers of a head's queries begin among statistics, [B, Hq, Sq] or packed [Hq, Nq]; all are int64."""
+    """Returns where a head's queries begin among statistics, [B, Hq, Sq] or packed [Hq, Nq]; all are int64."""
     if cu_seq_q is None:
         place = (sequence * heads + head) * query_size
     else:
@@ -147,8 +147,10 @@ def rows_of(sequence, head, query_first, heads, query_size, row_kind, cu_seq_q):
 
 @triton.jit
 def load_statistics(statistics, row_kind, inside):
-    """(top, log2 of the sum) of rows at these addresses; top is inf, of which weights are 0, where not `inside` and for
-    queries without keys. None as `inside` loads all."""
+    """Loads (top, log2 of the sum) of rows at these addresses.
+
+    top is inf, with which weights are 0, where not `inside` and for queries without keys. None as `inside` loads all.
+    """
     top = tl.load(statistics, mask=inside, other=None if inside is None else float("inf"))
     log_sum = tl.load(statistics + row_kind, mask=inside, other=None if inside is None else 0.0)
     return tl.where(top == float("-inf"), float("inf"), top), log_sum

@@ -1,4 +1,4 @@
-"""Which keys a query sees: where sequences lie, their windows, and their masks as bits.
+"""The keys that a query sees: sequences, their windows, and their masks as bits.
 
 With position(i) = i + query_start, query i of a sequence may attend to key j where, for each of the rules given,
 
@@ -31,7 +31,7 @@ class Lengths(NamedTuple):
 
 
 class Window(NamedTuple):
-    """How many keys before and behind its position a query sees; None for all."""
+    """The numbers of keys that a query sees before and after its position; None for all."""
 
     left: int | None
     right: int | None
@@ -43,7 +43,7 @@ class Window(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask as bits, as Attention has it; dense. The rest is 1 for dimensions that it has, 0 where it is broadcast.
+    """A mask as bits, as in Attention, dense; the rest is 1 for dimensions that it has, 0 where it is broadcast.
 
     Strides would be as many numbers that vary, or a kernel compiled anew for those that are multiples of 16.
     """
@@ -70,7 +70,7 @@ class Mask(NamedTuple):
 
 @triton.jit
 def locate(sequence, cu_seq, lengths, size):
-    """(first row, int64; length, int32) of a sequence: packed at `cu_seq`, or padded to `size` and cut at `lengths`."""
+    """Returns (first row, int64; length, int32) of a sequence, packed at `cu_seq` or padded to `size` and cut."""
     if cu_seq is not None:
         first = tl.load(cu_seq + sequence).to(tl.int64)
         length = (tl.load(cu_seq + sequence + 1) - first).to(tl.int32)
@@ -83,7 +83,7 @@ def locate(sequence, cu_seq, lengths, size):
 
 @triton.jit
 def first_position(sequence, starts, start):
-    """The position among the keys of a sequence's first query, int32."""
+    """Returns the position of a sequence's first query among its keys, int32."""
     position = tl.cast(start, tl.int32)
     if starts is not None:
         position = tl.minimum(tl.maximum(tl.load(starts + sequence), -FAR), FAR).to(tl.int32)
@@ -92,8 +92,9 @@ def first_position(sequence, starts, start):
 
 @triton.jit
 def visible(first, last, offset, before, after, length):
-    """The range [begin, end) of 0..length that some of first..last sees, begin <= end: i sees i + offset and so many
-    `before` and `after` it.
+    """Returns the range [begin, end) of 0..length that some of first..last sees, begin <= end.
+
+    i sees i + offset and so many `before` and `after` it.
 
     Of queries, their keys: offset is the position, `before` left, `after` right. Of keys, the queries that see them:
     offset is -position, `before` right, `after` left.
@@ -108,7 +109,7 @@ def visible(first, last, offset, before, after, length):
 
 @triton.jit
 def visible_tiles(first, last, offset, before, after, length, BLOCK: tl.constexpr):
-    """As `visible`, and its tiles of BLOCK: (begin, end, first tile, whole_first, whole_last, last tile).
+    """Returns `visible` and its tiles of BLOCK: (begin, end, first tile, whole_first, whole_last, last tile).
 
     Tiles whole_first..whole_last lie whole in what each of first..last sees, and take no mask.
     """
@@ -127,26 +128,26 @@ def visible_tiles(first, last, offset, before, after, length, BLOCK: tl.constexp
 
 @triton.jit
 def edge_tile(step, first, whole_first, whole_last):
-    """The step-th of the tiles that need a mask: those before whole_first, then those from whole_last on."""
+    """Returns the step-th tile that needs a mask: those before whole_first, then those from whole_last on."""
     tile = first + step
     return tl.where(tile < whole_first, tile, tile + (whole_last - whole_first))
 
 
 @triton.jit
 def octets(words):
-    """The words of one row of a mask, a number that varies, as the compiler cannot know it: a multiple of 8."""
+    """Returns the words of a mask's row as a multiple of 8, which the compiler cannot tell of a number that varies."""
     return words // 8 * 8
 
 
 @triton.jit
 def mask_head(sequence, head, heads, has_sequences, has_heads):
-    """The number of a (sequence, head) among those of a mask."""
+    """Returns the place of a (sequence, head) among those of a mask."""
     return sequence * has_sequences * (1 + (heads - 1) * has_heads) + head * has_heads
 
 
 @triton.jit
 def reached(mask, sequence, head, heads, column, inside, row_words):
-    """Whether some query of a (sequence, head) reaches each of these columns: int1, 0 where not `inside`."""
+    """Tells which columns some query of a (sequence, head) reaches: int1, 0 where not `inside`."""
     place = mask_head(sequence, head, heads, mask.reach_sequences, mask.reach_heads)
     word = tl.load(mask.reach + place * octets(row_words) + column // 32, mask=inside, other=0)
     return ((word >> (column % 32)) & 1) != 0
@@ -154,7 +155,7 @@ def reached(mask, sequence, head, heads, column, inside, row_words):
 
 @triton.jit
 def word_rows(mask, sequence, head, heads, query_size, row_words):
-    """A pointer to the mask words of one (sequence, head), both int64; None where there are none."""
+    """Returns a pointer to the mask words of one (sequence, head), both int64; None where there are none."""
     rows = None
     if mask.words is not None:
         place = mask_head(sequence, head, heads, mask.word_sequences, mask.word_heads)
@@ -164,7 +165,7 @@ def word_rows(mask, sequence, head, heads, query_size, row_words):
 
 @triton.jit
 def mask_tile(words, row, is_row, first_column, row_words, BLOCK_COLUMNS: tl.constexpr):
-    """A tile of a mask from its words: int1 [R, BLOCK_COLUMNS], for `row` and `is_row` [R].
+    """Loads a tile of a mask from its words: int1 [R, BLOCK_COLUMNS], for `row` and `is_row` [R].
 
     `first_column` is a multiple of BLOCK_COLUMNS; word rows are long enough for whole tiles.
     """
@@ -182,7 +183,7 @@ def allowed_tile(
     inside, row, column, is_row, position, window, words, first_column, row_words, BLOCK_COLUMNS: tl.constexpr,
     KEYS_ARE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Which keys which queries may attend to, of the keys that are `inside` [C], by the window and the mask's words.
+    """Tells which queries may attend to which of the keys that are `inside` [C], by the window and the mask's words.
 
     int1 [R, C], or [C, R] where KEYS_ARE_ROWS; one row, or column, stands for all where neither rule is given.
     """

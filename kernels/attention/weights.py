@@ -69,7 +69,7 @@ def attention_weights_kernel(
 
 
 def attention_weights(tape: Tape, call: AttentionWeights) -> Tensor:
-    """The weights, as the operator says. One launch."""
+    """Computes the weights of the operator. One launch."""
     weights, attention = tape.outputs(call), call.attention
     tiles = launch.attention_weights(call.query.dtype, tape.chip(call.query.device).major)
     query_tiles, key_tiles = -(-call.max_q // tiles.block_queries), -(-call.max_k // tiles.block_keys)

@@ -1,4 +1,4 @@
-"""What rows of launch settings have in common."""
+"""The options that rows of launch settings have for the compiler."""
 
 from __future__ import annotations
 

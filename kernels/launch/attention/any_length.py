@@ -36,7 +36,7 @@ from tfm.kernels.launch.settings import Settings
 
 @dataclass(frozen=True)
 class AttentionTiles(Settings):
-    """How a kernel covers the queries and keys of one head: tiles of block_queries x block_keys.
+    """The tiles that cover the queries and keys of one head: block_queries x block_keys.
 
     `max_registers` of a thread, None where the compiler may take what it likes; with 2 `passes` dk and dv have a launch
     each.
@@ -112,17 +112,17 @@ FP32_KEYS: Table = {
 
 
 def attention_forward(dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int) -> AttentionTiles:
-    """Of the forward; `extras` counts dropout and (a bias or a mask as bits), `major` is of the compute capability."""
+    """Returns the forward's row; `extras` counts dropout and (a bias or a mask as bits), `major` is the chip's."""
     return _row((FORWARD, NARROW_FORWARD, FP32_FORWARD), dim, value_dim, dtype, extras, major)
 
 
 def attention_backward_queries(dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int) -> AttentionTiles:
-    """Of dq, as attention_forward."""
+    """Returns the row of dq, by the arguments of attention_forward."""
     return _row((QUERIES, NARROW_QUERIES, FP32_QUERIES), dim, value_dim, dtype, extras, major)
 
 
 def attention_backward_keys(dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int) -> AttentionTiles:
-    """Of dk and dv, as attention_forward."""
+    """Returns the row of dk and dv, by the arguments of attention_forward."""
     return _row((KEYS, NARROW_KEYS, FP32_KEYS), dim, value_dim, dtype, extras, major)
 
 
@@ -136,14 +136,14 @@ def _row(
 
 
 def dims_class(dim: int, value_dim: int) -> int:
-    """The narrowest class of rows that holds these head dims; 192 is for keys wider than values, 192 and 128."""
+    """Returns the narrowest class of rows for these head dims; 192 is for keys wider than values, 192 and 128."""
     if max(dim, value_dim) <= 128:
         return 64 if max(dim, value_dim) <= 64 else 128
     return 192 if dim <= 192 and value_dim <= 128 else 256
 
 
 def split_dim(dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """A head dim as the sum of two powers of two, at least 16 each, that cover it; the second is 0 where one does.
+    """Splits a head dim into two powers of two, at least 16 each, that cover it; the second is 0 where one does.
 
     Tiles are powers of two; 96 as 64 + 32 multiplies and stores what 128 would waste. fp32, which a thread multiplies
     alone, holds whole rows of both factors in registers: they are halved from 128 on.
@@ -156,6 +156,6 @@ def split_dim(dim: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def mask_bits(queries: int) -> RowTiles:
-    """128 keys are a line of a bool mask and four words; a program goes down all queries, many at a time."""
+    """Returns tiles of 128 keys, a line of a bool mask and four words; a program goes down all queries."""
     rows = 128 if queries > 32 else 32
     return RowTiles(programs=1, block_rows=rows, block_columns=128, chunks=1, num_warps=rows // 16)

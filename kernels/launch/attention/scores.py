@@ -29,12 +29,12 @@ def bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
 
 
 def bias_splits(places: int, members: int) -> int:
-    """Programs that share the `members` of each of so many `places`, tiles of the bias."""
+    """Returns how many programs share the `members` of each of so many `places`, tiles of the bias."""
     return min(max(1, BIAS_PROGRAMS // max(1, places)), max(1, members))
 
 
 def attention_weights(dtype: torch.dtype, major: int) -> AttentionTiles:
-    """One tile a program, gone as soon as it is stored: several on a multiprocessor hide each other's loads."""
+    """Returns one tile a program, gone once it is stored: several on a multiprocessor hide each other's loads."""
     if dtype == torch.float32:
         return AttentionTiles(32, 32, 4, 1)
     return AttentionTiles(64, 64, 8 if major == 10 else 4, 1)

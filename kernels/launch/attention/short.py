@@ -90,14 +90,14 @@ NO_MASK, FEWER_WARPS = (64, 256), (64, 64)
 
 
 def short_block(size: int) -> int:
-    """The smallest tile that covers `size`: a power of two, at least the 16 that a tensor core takes."""
+    """Returns the smallest tile that covers `size`: a power of two, at least the 16 that a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def short_attention_forward(
     max_q: int, max_k: int, dim: int, dtype: torch.dtype, has_bias: bool, has_words: bool, major: int
 ) -> ShortForwardTiles | None:
-    """The tiles of a head, or None where it does not fit.
+    """Returns the tiles of a head, or None where it does not fit.
 
     `dim`: the wider of D and Dv; `has_words`: a mask as bits; `major`: of the compute capability.
     """
@@ -115,7 +115,7 @@ def short_attention_forward(
 def short_attention_backward(
     max_q: int, max_k: int, dim: int, dtype: torch.dtype, has_bias: bool, has_words: bool, major: int
 ) -> ShortBackwardTiles | None:
-    """As short_attention_forward."""
+    """Returns the tiles of the backward, by the arguments of short_attention_forward."""
     place = _place(max_k, dim, 32 if has_words or dtype == torch.float32 else 16)
     row = (SHORT_BACKWARD_FP32 if dtype == torch.float32 else SHORT_BACKWARD).get(place)
     if row is None or max_q > MOST_QUERIES or (has_bias and place in NO_BIAS):
@@ -130,10 +130,10 @@ def short_attention_backward(
 
 
 def _place(max_k: int, dim: int, least: int) -> tuple[int, int]:
-    """The row of a table. A mask's bits come in words of 32, and so do the keys of fp32, for fewer rows."""
+    """Returns the row of a table. A mask's bits come in words of 32, and so do the keys of fp32, for fewer rows."""
     return max(64, short_block(dim)), max(short_block(max_k), least)
 
 
 def _has_wide_tensor_cores(major: int) -> bool:
-    """Whether a product's first factor comes from shared memory, 64 rows at once, and leaves the registers free."""
+    """Tells whether products read their first factor from shared memory, 64 rows at once, and leave registers free."""
     return major in (9, 10)

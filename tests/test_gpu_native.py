@@ -143,7 +143,7 @@ def test_on_a_gpu_kernels_are_known_with_the_library(csrc, part, monkeypatch):
 def test_on_a_gpu_tests_of_csrc_need_its_library(tmp_path):
     """They are GPU tests there, every one, and skipped with the library's own words where it cannot run."""
     (tmp_path / "pretended.py").write_text("import torch\n\ntorch.cuda.is_available = lambda: True\n")
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_cuda_*.py") if "emulation" not in path.name)
+    files = sorted(str(path) for path in (ROOT / "tests").rglob("test_cuda_*.py") if "emulation" not in path.name)
     words = ["-q", "-p", "pretended", "-m", "gpu", "-rs", *files]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "TFM_NATIVE": "/no/library.so"}
     done = subprocess.run(
@@ -204,8 +204,8 @@ def test_the_sanitizers_verdict_says_what_was_missing(tmp_path):
 
 def test_tests_of_cuda_belong_to_their_operation():
     options = Options(Path(), ("layer_norm",), minutes=9, everything=False)
-    assert options.covers(subject(Path("tests/test_cuda_norm.py")))
-    assert not options.covers(subject(Path("tests/test_cuda_short_attention.py")))
+    assert options.covers(subject(Path("tests/norm/test_cuda_norm.py")))
+    assert not options.covers(subject(Path("tests/attention/test_cuda_short_attention.py")))
 
 
 def test_the_table_gives_each_way_of_ours_a_line_and_no_way_is_a_peer_of_another():

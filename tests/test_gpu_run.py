@@ -107,7 +107,7 @@ def checkout(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "test_*"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     (copy / "tools" / "subjects" / "__init__.py").write_text(SUBJECTS)
-    (copy / "tests" / "test_norm.py").write_text(TESTS)
+    (copy / "tests" / "norm" / "test_norm.py").write_text(TESTS)
     for name, text in {"broken": BROKEN, "troubled": TROUBLED}.items():
         (copy / "benchmarks" / f"bench_{name}.py").write_text(text)
     with (copy / "kernels" / "norm.py").open("a") as file:
@@ -171,7 +171,7 @@ def test_tests_are_counted_and_failures_kept(rehearsed):
     tests = record["tests"]
     assert [tests[name] for name in ("passed", "failed", "skipped", "not_run")] == [1, 1, 1, 0]
     (failure,) = tests["failures"]
-    assert failure["test"] == "tests/test_norm.py::test_fails"
+    assert failure["test"] == "tests/norm/test_norm.py::test_fails"
     assert failure["message"] == "ValueError: not the same numbers"
     assert "def test_fails(kernel_device)" in failure["detail"]
     assert done.returncode == 1

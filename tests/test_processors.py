@@ -25,10 +25,10 @@ def on_this(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, str]]:
 
 def test_what_compares_tensors_runs_and_what_starts_processes_does_not() -> None:
     names = {path.name for path in computing()}
-    kernels = {path.name for path in processors.TESTS.glob("test_*_kernels.py")} - {"test_check_kernels.py"}
+    kernels = {path.name for path in processors.TESTS.rglob("test_*_kernels.py")} - {"test_check_kernels.py"}
     kernels -= {"test_check_native_kernels.py"}
     assert names >= kernels | {"test_huge_scores.py", "test_patching_huge_masks.py", "test_nn_fusible.py"}
-    assert names >= {path.name for path in processors.TESTS.glob("test_*.py") if "import oracle\n" in path.read_text()}
+    assert names >= {path.name for path in processors.TESTS.rglob("test_*.py") if "import oracle\n" in path.read_text()}
     assert not names & {"test_cli_training.py", "test_packaging.py", "test_gpu_run.py", "test_config.py"}
 
 

@@ -19,7 +19,7 @@ PYTEST = """
 =================================== FAILURES ===================================
 E   5 passed in words
 =========================== short test summary info ============================
-FAILED tests/test_norm.py::test_rows[fp32-3] - AssertionError: expected 1
+FAILED tests/norm/test_norm.py::test_rows[fp32-3] - AssertionError: expected 1
 ERROR tests/test_files.py
 === 2 failed, 5461 passed, 41 skipped, 3 warnings, 1 error in 576.12s (0:09:36) ===
 """
@@ -75,7 +75,7 @@ def test_a_summary_of_pytest_is_read():
         "passed": 5461,
         "skipped": 41,
         "failed": 3,
-        "failures": ["tests/test_norm.py::test_rows[fp32-3] - AssertionError: expected 1", "tests/test_files.py"],
+        "failures": ["tests/norm/test_norm.py::test_rows[fp32-3] - AssertionError: expected 1", "tests/test_files.py"],
     }
 
 
@@ -156,10 +156,10 @@ def test_a_part_is_stored_before_the_next_begins(ran, tmp_path, monkeypatch):
 
 def test_failures_of_the_record_are_failures(ran, tmp_path, capsys):
     out = tmp_path / "versions.json"
-    failed = GREEN | {"failed": 1, "failures": ["tests/test_norm.py::test_rows"]}
+    failed = GREEN | {"failed": 1, "failures": ["tests/norm/test_norm.py::test_rows"]}
     versions.write_rows(out, {PAIRS[0].name: {"torch": "2.11.0", "triton": "3.6.0", "tests": failed}})
     assert versions.main(["--out", str(out), "--only", "2.11", "--parts", "tests"]) == 1
-    assert "torch-2.11.0-triton-3.6.0, tests: tests/test_norm.py::test_rows" in capsys.readouterr().out
+    assert "torch-2.11.0-triton-3.6.0, tests: tests/norm/test_norm.py::test_rows" in capsys.readouterr().out
     assert ran == []
 
 
@@ -202,7 +202,7 @@ def test_only_records_of_these_sources_count(monkeypatch, tmp_path):
 
 def test_the_table_says_what_ran_and_what_did_not():
     failing = TESTS | {"date": "2026-03-02T10:00:00+00:00", "passed": 5460, "failed": 1, "skipped": 41}
-    failing |= {"failures": ["tests/test_norm.py::test_rows"], "uncommitted_changes": True}
+    failing |= {"failures": ["tests/norm/test_norm.py::test_rows"], "uncommitted_changes": True}
     rows = [
         {"torch": "2.11.0", "triton": "3.6.0", "tests": GREEN, "kernels": KERNELS_GREEN},
         {"torch": "2.12.0", "triton": "3.7.0", "tests": failing},
@@ -213,6 +213,6 @@ def test_the_table_says_what_ran_and_what_did_not():
     assert "| 2.11.0 | 3.6.0 | 5,461 | 0 | 41 | 1,149 | 0 | 17 | 2026-03-01, aaaaaaa |" in text
     assert "| 2.12.0 | 3.7.0 | 5,460 | 1 | 41 | not run |  | 10 | 2026-03-02, aaaaaaa with changes |" in text
     assert "| 2.13.0 | 3.7.1 | not run |  |  | exit status 2: no compiler |  | 10 | 2026-03-01, aaaaaaa |" in text
-    assert text.endswith("- torch 2.12.0, triton 3.7.0: `tests/test_norm.py::test_rows`")
+    assert text.endswith("- torch 2.12.0, triton 3.7.0: `tests/norm/test_norm.py::test_rows`")
     assert "What failed" not in report.table(rows[:1])
     assert report.table([]) == "No version has a record yet."

@@ -71,10 +71,11 @@ def computing(folder: Path = TESTS) -> list[Path]:
     Tests that start processes are left out: commands, packages and builds are the same everywhere.
     """
     found = []
-    for path in sorted(folder.glob("test_*.py")):
+    for path in sorted(folder.rglob("test_*.py")):
         text = path.read_text("utf-8")
         imported = set(IMPORTED.findall(text))
-        helpers = [folder / f"{name}.py" for name in imported if (folder / f"{name}.py").is_file()]
+        places = [place / f"{name}.py" for name in imported for place in {folder, path.parent}]
+        helpers = [place for place in places if place.is_file()]
         compares = any(COMPARES.search(part) for part in (text, *(helper.read_text("utf-8") for helper in helpers)))
         if compares and not imported & STARTS_PROCESSES:
             found.append(path)

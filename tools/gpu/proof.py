@@ -48,7 +48,7 @@ def kernels(run: Run, seconds: float) -> tuple[str, str]:
 def tests(run: Run, seconds: float) -> tuple[str, str]:
     """Runs every test of a kernel on the GPU."""
     root = child.ROOT
-    files = [path for path in sorted((root / "tests").glob("test_*.py")) if run.options.covers(subject(path))]
+    files = [path for path in sorted((root / "tests").rglob("test_*.py")) if run.options.covers(subject(path))]
     if not files:
         return "missing", "no test of that name"
     names = [str(path.relative_to(root)) for path in files]

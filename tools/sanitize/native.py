@@ -27,7 +27,7 @@ ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", *COMMON)
 THREAD = ("-fsanitize=thread", *COMMON)
 # The tests that run native operators on the CPU: all that are named so, but for the one about compiling.
 TESTS = sorted(
-    {str(path) for path in ROOT.glob("tests/test_native_*.py")} - {str(ROOT / "tests" / "test_native_build.py")}
+    {str(path) for path in ROOT.glob("tests/**/test_native_*.py")} - {str(ROOT / "tests" / "test_native_build.py")}
 )
 NEEDS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"), "neon": ()}
 

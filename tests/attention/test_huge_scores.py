@@ -1,4 +1,4 @@
-"""Huge but finite scores: every backend that runs here gives what plain torch in fp32 gives (tests/huge_scores.py).
+"""Huge but finite scores: every backend that runs here gives what plain torch in fp32 gives (huge_scores.py).
 
 `make test-all` draws 2,000 examples a backend.
 """

@@ -26,13 +26,8 @@ ADOPTED = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: 
 FUSED_FUNCTIONS: dict[Callable[..., Tensor], str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 
 
-@leaf
-class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
-    """`torch.nn.TransformerEncoderLayer`: self-attention and feed-forward network, each in "Add & Norm".
-
-    A layer whose children carry hooks or parametrizations, or were replaced (LoRA, quantisation), calls them one by one
-    as torch does, but never takes torch's fast path.
-    """
+class Adopting:
+    """The constructor of torch's layers, after which a layer's children are tfm.nn's."""
 
     def __init__(
         self,
@@ -48,11 +43,22 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
         )  # fmt: skip
-        _adopt_children(self)
+        assert isinstance(self, torch.nn.Module)
+        for child in self.children():
+            child.__class__ = ADOPTED.get(type(child), type(child))
+
+
+@leaf
+class TransformerEncoderLayer(Adopting, torch.nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer`: self-attention and feed-forward network, each in "Add & Norm".
+
+    A layer whose children carry hooks or parametrizations, or were replaced (LoRA, quantisation), calls them one by one
+    as torch does, but never takes torch's fast path.
+    """
 
     def forward(
         self,
@@ -110,31 +116,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
 
 @leaf
-class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(Adopting, torch.nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer`: self-attention, attention over the memory and feed-forward network.
 
     What `TransformerEncoderLayer` says of its children holds here too.
     """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
-            device, dtype,
-        )  # fmt: skip
-        _adopt_children(self)
 
     def forward(
         self,
@@ -217,11 +203,6 @@ def fused_activation(activation: Callable[[Tensor], Tensor]) -> str:
     if type(activation) is torch.nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     return {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu"}.get(type(activation), "")
-
-
-def _adopt_children(layer: torch.nn.Module) -> None:
-    for child in layer.children():
-        child.__class__ = ADOPTED.get(type(child), type(child))
 
 
 def _draw_seed(*modules: torch.nn.Dropout | torch.nn.MultiheadAttention, device: torch.device) -> Tensor | None:

@@ -13,12 +13,12 @@ M = TypeVar("M", bound=Any)
 
 
 def leaf(kind: M) -> M:
-    """Makes torch.fx record `kind`, a subclass of a module of torch's, as one node instead of looking inside.
+    """Makes torch.fx record `kind`, whose last base is a module of torch, as one node instead of looking inside.
 
     Dynamo counts it among the modules that come with torch, for
     `torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe`, but not a user's subclass of it.
     """
-    forward, of_torch = kind.forward, kind.__bases__[0].forward
+    forward, of_torch = kind.forward, kind.__bases__[-1].forward
 
     @functools.wraps(forward)
     def recorded_or_run(self: Any, *args: Any, **named: Any) -> Any:

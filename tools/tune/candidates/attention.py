@@ -36,7 +36,6 @@ FORWARD_128 = (
     (64, 64, 4, 2, None, 0.98),  # two programs
     (64, 64, 4, 3, None, 0.98),
     (128, 64, 4, 2, None, 1.04),  # two programs, 64 bytes spilt
-    (128, 32, 4, 3, None, 1.10),
 )
 # The same of a step forward and backward, for the pass over tiles of queries.
 QUERIES_128 = (

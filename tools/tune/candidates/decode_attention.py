@@ -19,11 +19,8 @@ from tools.tune.candidates.sweep import Arguments, LaunchSweep
 # Keys of a tile, keys of a piece, warps, tiles on their way to a program, and the expected share of today's time.
 SENTENCES = (
     (32, 256, 1, 1, 1.00),
-    (16, 256, 1, 1, 1.10),
-    (32, 256, 2, 1, 1.04),
     (64, 256, 2, 1, 0.98),
     (32, 256, 1, 2, 1.03),
-    (16, 256, 1, 2, 1.05),
 )
 PIECES = (
     (32, 256, 2, 1, 1.00),
@@ -33,7 +30,6 @@ PIECES = (
     (32, 1024, 4, 3, 0.96),
     (64, 512, 4, 1, 0.97),
     (16, 256, 1, 1, 1.03),
-    (32, 128, 2, 1, 1.06),
 )
 SHARED = (
     (32, 256, 4, 2, 1.00),
@@ -41,7 +37,6 @@ SHARED = (
     (64, 256, 4, 2, 0.93),
     (64, 512, 4, 3, 0.92),
     (128, 512, 8, 2, 0.95),
-    (32, 128, 4, 2, 1.08),
 )
 
 

@@ -20,19 +20,15 @@ from tools.tune.candidates.sweep import Arguments, LaunchSweep
 FORWARD_TILES = (
     (None, 1.40),
     (16, 1, True, 1.00),
-    (16, 2, True, 1.05),
     (16, 1, False, 1.02),
     (32, 1, True, 1.00),
     (32, 2, True, 0.98),
-    (64, 4, True, 1.08),
 )
 # Queries, warps, passes, and the expected share.
 BACKWARD_TILES = (
     (None, 1.40),
-    (16, 1, 1, 1.05),
     (16, 2, 1, 1.00),
     (16, 4, 1, 1.00),
-    (16, 8, 1, 1.06),
     (32, 2, 1, 1.02),
     (32, 4, 1, 0.98),
 )

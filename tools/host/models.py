@@ -1,4 +1,4 @@
-"""Layers, a training step and a decoding step, at the sizes of tools.host.sizes.
+"""Every operation, layers, a training step and a decoding step, at the sizes of tools.host.sizes.
 
 They launch as much as larger ones; but a loss over many classes goes by chunks, and launches more.
 """
@@ -26,11 +26,11 @@ from tfm.model import Transformer
 from tfm.tokenizer import EOS, Tokenizer
 from tfm.train import Options, Training
 from tools.host.call import Budget, Call
-from tools.host.cases import operation_cases
 from tools.host.launches import Launches
 from tools.host.rows import BACKWARD, Piece, pieces
 from tools.host.sizes import CLASSES, HALF, HEADS, HIDDEN, LENGTH, SENTENCES, WIDTH, leaf
 from tools.host.timing import Timed, seconds_of_add
+from tools.subjects import subjects
 
 LAYERS, BEAM = 6, 4
 # The first steps make what the later ones find.
@@ -132,7 +132,7 @@ def everything() -> list[Piece]:
     """Returns all rows of the table, in their order."""
     search = partial(_steady_steps, lambda: None, 2)
     return [
-        *pieces(operation_cases()),
+        *pieces(call for subject in subjects() for call in subject.timed(torch.tensor(5))),
         *pieces(layer_cases()),
         Piece(f"training step, {LAYERS} + {LAYERS} layers", BACKWARD, training_step()),
         DecodingStep(f"decoding step, {LAYERS} layers", "forward and search", search, DECODING),

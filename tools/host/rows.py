@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Piece:
         return self.direction != WITHOUT_GRAD
 
 
-def pieces(cases: list[Call]) -> Iterator[Piece]:
+def pieces(cases: Iterable[Call]) -> Iterator[Piece]:
     """Yields each case in its directions."""
     for case in cases:
         yield Piece(case.name, WITHOUT_GRAD, case.call)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tfm.autocast import without_autocast
 from tfm.operators.cross_entropy import CrossEntropy_, Gradients, LinearCrossEntropy, LinearCrossEntropyBackward
+from tfm.reference.cross_entropy import Options
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Chunks:
         buffer = torch.empty((min(step, len(input)), width), dtype=input.dtype, device=input.device)
         if width > classes:
             buffer[:, classes:] = 0.0
-        bias, options = self.padded(call.linear_bias), call.options
+        bias = self.padded(call.linear_bias)
+        options = Options(call.ignore_index, call.label_smoothing, call.z_loss, call.softcap)
         # A backward may be called under autocast, yet fp32 must stay fp32 here.
         with without_autocast(input.device):
             for start in range(0, len(input), step):

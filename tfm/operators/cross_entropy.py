@@ -56,11 +56,6 @@ class LinearCrossEntropy(NamedTuple):
     softcap: float | None
     needs: list[bool]
 
-    @property
-    def options(self) -> reference.Options:
-        """The options that shape the loss of a row."""
-        return reference.Options(*self[5:9])
-
     def outputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Returns empty (loss, scale, dX, dW, dbias), fp32 but for dX; the gradients are still to be scaled.
 
@@ -93,11 +88,6 @@ class LinearCrossEntropyBackward(NamedTuple):
     z_loss: float
     softcap: float | None
     needs: list[bool]
-
-    @property
-    def options(self) -> reference.Options:
-        """The options that shape the loss of a row."""
-        return reference.Options(*self[5:9])
 
     def outputs(self) -> Gradients:
         """Returns empty (dX, dW, dbias) in the dtypes of what they are gradients of."""

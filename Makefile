@@ -48,7 +48,7 @@ check: $(INSTALLED)
 
 # Compiles every kernel for sm_80, sm_90 (by both assemblers) and sm_100; fails on spills, on too much shared memory, on
 # missing or serialised HGMMA and on hazards around it.
-# Those of csrc too, where nvcc is.
+# Those of csrc too, for sm_80 and sm_90, where nvcc is.
 check-kernels: $(INSTALLED)
 	$(BIN)/python -m tools.check_kernels
 

@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--allowed", default=ALLOWED, help="the module that lists exceptions in ALLOWED")
     arguments = parser.parse_args()
     capabilities = arguments.capabilities or (EVERY_CAPABILITY if arguments.every else CAPABILITIES)
+    of_csrc = arguments.capabilities or (EVERY_CAPABILITY if arguments.every else native.CAPABILITIES)
 
     if not set(capabilities) <= CHIPS.keys():
         parser.error(f"--capabilities: expected some of {', '.join(map(str, CHIPS))}, got {capabilities}")
@@ -53,7 +54,7 @@ def main() -> int:
     table = Table()
     rows: list[Compiled] = []
     if nvcc is not None:
-        rows = native.compile_all(nvcc, capabilities, arguments.workers, arguments.only, report=table.add)
+        rows = native.compile_all(nvcc, of_csrc, arguments.workers, arguments.only, report=table.add)
     try:
         rows += compile_all(
             arguments.cases, arguments.every, capabilities, arguments.workers, arguments.only,

@@ -30,6 +30,8 @@ ARCHITECTURES = {90: "90a"}
 ENTRY = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers([^\n]*)", re.DOTALL
 )
+# The chips of an ordinary check; csrc/cuda has no instructions of sm_100's own, which --every compiles for too.
+CAPABILITIES = (80, 90)
 # In the PTX: a kernel's name and, before its body, the threads of its largest block.
 THREADS = re.compile(r"\.entry (\w+)\([^)]*\)\s*(?:\.maxntid (\d+))?")
 LARGEST_BLOCK = 1024

@@ -35,6 +35,10 @@ class Tape:
         """Returns scratch memory that sums are added to."""
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def scratch(self, x: Tensor) -> Tensor:
+        """Returns scratch memory that was just made, by the rule of another tensor, say."""
+        return x
+
     def launch(self, kernel: KernelInterface, grid: tuple[int, ...], options: dict[str, Any], **arguments: Any) -> None:
         """Launches `kernel` with all of its arguments; they go by place, which Triton binds faster than names.
 

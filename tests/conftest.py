@@ -85,6 +85,13 @@ def _seed() -> None:
     torch.manual_seed(20170612)
 
 
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    """No test meets launches of kernels that another has replaced, or settings that another has changed."""
+    if "tfm.kernels.plan" in sys.modules:
+        sys.modules["tfm.kernels.plan"].forget()
+
+
 @pytest.fixture
 def filled_with_nan() -> Iterator[None]:
     """What torch allocates holds NaN: an element that nobody writes is seen. (tests/launches.py does it for Triton.)"""

@@ -220,7 +220,7 @@ def tiles_are_large(call: Attention) -> bool | None:
 def attention_backward_queries(tape: Tape, call: AttentionBackward, gradients: Gradients) -> QueryRows:
     """Fills the gradients of the query and of the sink, and returns what the second pass takes. One launch."""
     attention = call.attention
-    delta = row_statistics(call.query)
+    delta = tape.scratch(row_statistics(call.query))
     tiles = launch.attention_backward_queries(*problem(tape, attention))
     blocks = -(-call.max_q // tiles.block_queries)
     are_large = tiles_are_large(attention)

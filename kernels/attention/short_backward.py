@@ -171,7 +171,7 @@ def short_attention_backward(
     """
     attention = call.attention
     statistics, dlse = dense_rows(attention, call.statistics), dense_rows(attention, call.dlse)
-    delta = row_statistics(call.query)[0] if gradients.bias is not None else None
+    delta = tape.scratch(row_statistics(call.query)[0]) if gradients.bias is not None else None
     blocks = -(-call.max_q // tiles.block_queries)
     partials = sink_partials(tape, call, gradients, blocks)
     first: dict[str, Any] = {"dq": heads_of(gradients.query), "dk": heads_of(gradients.key)}

@@ -120,6 +120,8 @@ def joined(name: str, *parts: Any) -> Any:
 
 # The operators as torch calls them, by namespace and name: one look-up instead of three.
 _found: dict[tuple[str, str], Callable] = {}
+# By namespace, the way past torch's dispatcher: a function of an operator and of what torch calls.
+shortcuts: dict[str, Callable[[Operator, Callable], Callable]] = {}
 
 
 def run(namespace: str, call: Any) -> Any:
@@ -128,7 +130,10 @@ def run(namespace: str, call: Any) -> Any:
         return getattr(getattr(torch.ops, namespace), call.operator).default(*call)
     function = _found.get((namespace, call.operator))
     if function is None:
-        function = _found[namespace, call.operator] = getattr(getattr(torch.ops, namespace), call.operator).default
+        function = getattr(getattr(torch.ops, namespace), call.operator).default
+        if namespace in shortcuts:
+            function = shortcuts[namespace](OPERATORS[call.operator], function)
+        _found[namespace, call.operator] = function
     return function(*call)
 
 

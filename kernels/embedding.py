@@ -37,7 +37,7 @@ from torch import Tensor
 from tfm.kernels.launch import embedding as settings
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import as_rows
-from tfm.kernels.tape import Tape
+from tfm.kernels.tape import Tape, unplanned
 from tfm.operators.embedding import Embedding, EmbeddingBackward
 
 # So many sorted tokens are added up ahead where they are all the same.
@@ -227,6 +227,7 @@ def embedding(tape: Tape, call: Embedding) -> Tensor:
     return y
 
 
+@unplanned
 def embedding_backward(tape: Tape, call: EmbeddingBackward) -> tuple[Tensor, Tensor | None]:
     """Computes the gradient of a table, dense, or as the values and indices of a sparse tensor.
 

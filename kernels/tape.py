@@ -6,14 +6,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from tfm.kernels.launch.device import Chip, chip_of
+
+L = TypeVar("L", bound=Callable[..., Any])
+
+
+# Launch functions that no plan can repeat: torch computes between their launches, or kernels are given descriptors.
+UNPLANNED: set[Callable[..., Any]] = set()
+
+
+def unplanned(launch: L) -> L:
+    """Marks such a launch function, which then takes no time to find out."""
+    UNPLANNED.add(launch)
+    return launch
 
 
 class Tape:

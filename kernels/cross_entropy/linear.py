@@ -20,7 +20,7 @@ from torch import Tensor
 from tfm.kernels.cross_entropy.stored import PADDING, cross_entropy_, mean_loss
 from tfm.kernels.cross_entropy.streamed import streaming_cross_entropy
 from tfm.kernels.launch import cross_entropy as launch
-from tfm.kernels.tape import Tape
+from tfm.kernels.tape import Tape, unplanned
 from tfm.operators.chunks import Chunks
 from tfm.operators.cross_entropy import (
     Gradients,
@@ -31,6 +31,7 @@ from tfm.operators.cross_entropy import (
 )
 
 
+@unplanned
 def linear_cross_entropy(
     tape: Tape, call: LinearCrossEntropy
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -52,6 +53,7 @@ def linear_cross_entropy(
     return outputs
 
 
+@unplanned
 def linear_cross_entropy_backward(tape: Tape, call: LinearCrossEntropyBackward) -> Gradients:
     """Computes (dX, dW, dbias) of the operator."""
     given = call.input, call.linear_weight, call.linear_bias

@@ -41,8 +41,10 @@ def _kernel(item: Operator) -> Callable:
 
 
 def _planned(item: Operator, operator: Callable) -> Callable:
-    """Returns the operator as it is called where nobody traces: by plans of its launches."""
+    """Returns the operator as it is called where nobody traces: by plans of its launches, if it has any."""
     launch = getattr(import_module(f"tfm.kernels.{item.subject}"), item.name)
+    if launch in import_module("tfm.kernels.tape").UNPLANNED:
+        return operator
     return import_module("tfm.kernels.plan").Planned(operator, launch, item.arguments)
 
 

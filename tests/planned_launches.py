@@ -15,7 +15,7 @@ from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 
 import tfm  # noqa: E402
 from tfm import ops  # noqa: E402
-from tfm.kernels import plan  # noqa: E402
+from tfm.kernels import planned  # noqa: E402
 
 ADDRESS = 1 << 32
 # Of the launcher's arguments, those that a plan leaves out: what profilers are told.
@@ -65,7 +65,7 @@ def main() -> None:
             launches.clear()
             work(tensors)
             rounds.append(list(launches))
-    plans = sum(kept is not None for planned in plan.EVERY for kept in planned.plans.values())
+    plans = sum(kept is not None for item in planned.EVERY for kept in item.plans.values())
     print(json.dumps({"rounds": rounds, "plans": plans}))
 
 

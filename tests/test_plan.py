@@ -18,7 +18,7 @@ from tools.host import timing
 pytest.importorskip("triton")
 pytestmark = pytest.mark.triton
 
-from tfm.kernels import plan  # noqa: E402
+from tfm.kernels import plan, planned  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,15 +41,13 @@ def results(given: list[Tensor], site: int = 0) -> list[Tensor]:
 
 def plans() -> dict[str, int]:
     """How many plans each operator has."""
-    found = {
-        planned.operator.name(): sum(kept is not None for kept in planned.plans.values()) for planned in plan.EVERY
-    }
+    found = {item.operator.name(): sum(kept is not None for kept in item.plans.values()) for item in planned.EVERY}
     return {name.removeprefix("tfm::"): count for name, count in found.items() if count}
 
 
 def ordinary(given: list[Tensor], monkeypatch: pytest.MonkeyPatch, site: int = 0) -> list[Tensor]:
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "is_watched", lambda: True)
+        patch.setattr(planned, "is_watched", lambda: True)
         return results(given, site)
 
 
@@ -81,7 +79,7 @@ def test_every_operation_that_has_plans_gives_the_same_bits(kernel_device, monke
         for _ in range(3):
             last = call()
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "is_watched", lambda: True)
+            patch.setattr(planned, "is_watched", lambda: True)
             expected = call()
         pairs = zip(last, expected, strict=True) if isinstance(last, tuple) else [(last, expected)]
         assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
@@ -101,7 +99,7 @@ def test_views_of_one_projection_have_plans(kernel_device, monkeypatch) -> None:
 
         found = attend()
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "is_watched", lambda: True)
+            patch.setattr(planned, "is_watched", lambda: True)
             expected = attend()
         assert all(map(torch.equal, found, expected))
     assert plans().get("attention") == 1
@@ -150,7 +148,7 @@ def test_a_kind_is_recorded_when_it_comes_again(kernel_device) -> None:
 
 
 def test_there_are_never_more_than_so_many(kernel_device, monkeypatch) -> None:
-    monkeypatch.setattr(plan, "MOST_PLANS", 3)
+    monkeypatch.setattr(planned, "MOST_PLANS", 3)
     weight = torch.rand(32, device=kernel_device)
     for rows in range(1, 9):
         for _ in range(2):
@@ -162,7 +160,7 @@ def test_where_somebody_looks_on_operators_are_called(kernel_device) -> None:
     weight, x = torch.rand(32, device=kernel_device), torch.randn(4, 32, device=kernel_device)
     for _ in range(3):
         ops.rms_norm(x, weight, impl="triton")
-    assert not plan.is_watched()
+    assert not planned.is_watched()
     with torch.profiler.profile() as profile:
         ops.rms_norm(x, weight, impl="triton")
     assert any("residual_norm" in event.key for event in profile.key_averages())

@@ -45,7 +45,7 @@ def _planned(item: Operator, operator: Callable) -> Callable:
     launch = getattr(import_module(f"tfm.kernels.{item.subject}"), item.name)
     if launch in import_module("tfm.kernels.tape").UNPLANNED:
         return operator
-    return import_module("tfm.kernels.plan").Planned(operator, launch, item.arguments)
+    return import_module("tfm.kernels.planned").Planned(operator, launch, item.arguments)
 
 
 shortcuts[NAMESPACE] = _planned

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import tfm
 from benchmarks.suite import Suite
-from tfm.kernels import plan
+from tfm.kernels import planned
 from tfm.ops import backends
 
 GRAPH, EAGER = "graph", "eager"
@@ -105,7 +105,7 @@ class LaunchSweep(Sweep):
                 calls.append(call)
             return call[1]
 
-        with tfm.use("triton"), patch.object(*self.place, recorded), plan.unused():
+        with tfm.use("triton"), patch.object(*self.place, recorded), planned.unused():
             yield calls
 
     @contextmanager
@@ -115,7 +115,7 @@ class LaunchSweep(Sweep):
         def substituted(*args: Any, **kwargs: Any) -> Any:
             return settings if _bound(function, args, kwargs) == arguments else function(*args, **kwargs)
 
-        with tfm.use("triton"), patch.object(*self.place, substituted), plan.unused():
+        with tfm.use("triton"), patch.object(*self.place, substituted), planned.unused():
             yield
 
 

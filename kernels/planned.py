@@ -59,7 +59,8 @@ class Planned:
         first = arguments[0]
         if together % ALIGNMENT or first.__class__ not in PLAIN:
             return self.operator(*arguments)
-        key.append(first.device)
+        # A recording does not tell apart the places of a tensor that is given twice.
+        key += (first.device, tuple(map(addresses.index, addresses)))
         if first.dtype == torch.float32:
             key.append(torch.backends.cuda.matmul.fp32_precision)
         known = tuple(key)

@@ -137,6 +137,16 @@ def test_a_view_with_its_sign_turned_goes_the_ordinary_way(kernel_device) -> Non
     assert torch.equal(ops.rms_norm(torch._neg_view(x), weight, impl="triton"), expected)
 
 
+def test_a_tensor_given_twice_says_nothing_of_two_tensors(kernel_device) -> None:
+    x, y, z = (torch.randn(1, 2, 8, 16, device=kernel_device) for _ in range(3))
+    for _ in range(3):
+        ops.attention(x, x, x, impl="triton")
+    for _ in range(3):
+        found = ops.attention(x, y, z, impl="triton")
+        torch.testing.assert_close(found, ops.attention(x, y, z, impl="reference"), rtol=1e-5, atol=1e-5)
+    assert plans() == {"attention": 2}
+
+
 def test_a_kind_is_recorded_when_it_comes_again(kernel_device) -> None:
     weight = torch.rand(32, device=kernel_device)
     for rows in range(1, 6):

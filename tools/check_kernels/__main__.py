@@ -4,10 +4,11 @@ those of csrc/cuda.
     python -m tools.check_kernels [--every] [--only layer_norm,attention] [--json FILE]
 
 Prints a table: registers, stack and shared memory, how many blocks a multiprocessor holds, and the instructions that
-speed depends on (loads and stores as count x bits); sm_90 has a line for each assembler that may make its kernels. Exit
-status 1 where a kernel spills, does not fit the chip, does not compile, multiplies matrices on sm_90 without HGMMA or
-one product at a time, touches what a product still uses, or loads what it stored without a barrier, unless
-tools/check_kernels/allowed.py says why it may under this triton; and where an exception there is not needed.
+speed depends on (loads and stores as count x bits); sm_90 has a line for each assembler that may make its kernels, the
+second with instructions where it schedules products. Exit status 1 where a kernel spills, does not fit the chip, does
+not compile, multiplies matrices on sm_90 without HGMMA or one product at a time, touches what a product still uses, or
+loads what it stored without a barrier, unless tools/check_kernels/allowed.py says why it may under this triton; and
+where an exception there is not needed.
 """
 
 from __future__ import annotations

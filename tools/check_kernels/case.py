@@ -74,35 +74,45 @@ def telling(cases: Sequence[Case]) -> list[tuple[int, ...] | None]:
     """Returns the chips that each case is compiled for where not every one is; None for all of its own.
 
     fp16 has bf16's settings and, but for a few, its registers: one of the two. What other chips share with FIRST is
-    compiled there, and for them only the hungriest of each kernel and dtype: of the most arguments, the last, which is
-    the widest.
+    compiled there, and for them only the hungriest of each kernel: of the most arguments, the last, which is the
+    widest. Of the settings that other chips have to themselves, the hungriest of each tile or width. fp32 alone, whose
+    instructions every chip has, is left out there.
     """
     settings = [repr(replace(case, name="")) for case in cases]
     twins = [text.replace("*fp16", "*bf16").replace("<fp16", "<bf16") for text in settings]
     known = set(settings)
     is_spared = [text != twin and twin in known for text, twin in zip(settings, twins, strict=True)]
+    with_halves = {case.name.split()[0] for case in cases if _halves(case)}
     hungriest: dict[tuple[object, ...], int] = {}
     for place, case in enumerate(cases):
-        if not is_spared[place]:
+        if not is_spared[place] and (_halves(case) or case.name.split()[0] not in with_halves):
             before = hungriest.setdefault(_group(case), place)
             if case.given >= cases[before].given:
                 hungriest[_group(case)] = place
     chips: list[tuple[int, ...] | None] = []
     for place, case in enumerate(cases):
-        shared = case.capabilities is None or FIRST in case.capabilities
         if is_spared[place]:
             chips.append(())
-        elif shared and hungriest[_group(case)] != place:
-            chips.append((FIRST,))
+        elif hungriest.get(_group(case)) != place:
+            chips.append((FIRST,) if _is_of_first(case) else ())
         else:
             chips.append(case.capabilities)
     return chips
 
 
-def _group(case: Case) -> tuple[object, ...]:
+def _is_of_first(case: Case) -> bool:
+    return case.capabilities is None or FIRST in case.capabilities
+
+
+def _halves(case: Case) -> tuple[str, ...]:
     # fp32 beside data of 16 bits is statistics, weights or sums.
-    halves = tuple(kind for kind in case.types if "bf16" in kind or "fp16" in kind)
-    return case.name.split()[0], case.capabilities, halves
+    return tuple(kind for kind in case.types if "bf16" in kind or "fp16" in kind)
+
+
+def _group(case: Case) -> tuple[object, ...]:
+    # A name is the kernel's and what it is compiled for, the tile or the width of a head first.
+    kernel, *rest = case.name.split()
+    return kernel, case.capabilities, _halves(case), () if _is_of_first(case) else rest[0]
 
 
 def merged(cases: Iterable[Case]) -> Iterator[Case]:

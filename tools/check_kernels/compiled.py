@@ -263,7 +263,9 @@ def compile_case(case: Case, capability: int, by_every: bool = True) -> Iterator
             tensor_memory=metadata.tmem_size or 0, rereads=again,
         )  # fmt: skip
         try:
-            code = _machine_code(compiled.asm, assembler, capability, options, said.getvalue() if place == 0 else "")
+            log = said.getvalue() if place == 0 else ""
+            # Other assemblers' instructions matter where one may touch what a product still uses.
+            code = _machine_code(compiled.asm, assembler, capability, options, log, place == 0 or case.matrix)
             row = replace(row, **asdict(code))
         except Exception as error:  # one assembler may refuse what another takes
             row = Compiled(case.name, capability, str(assembler), error=_brief(error))
@@ -272,17 +274,18 @@ def compile_case(case: Case, capability: int, by_every: bool = True) -> Iterator
 
 
 def _machine_code(
-    asm: Mapping[str, Any], assembler: Assembler, capability: int, options: dict[str, Any], said: str
+    asm: Mapping[str, Any], assembler: Assembler, capability: int, options: dict[str, Any], said: str, is_read: bool
 ) -> sass.MachineCode:
     """Returns what `assembler` makes of a kernel, kept in Triton's cache under all that decides it.
 
     `said`: its words where it has just made the kernel; "" where it has not, or Triton had the kernel from its cache.
+    `is_read`: whether its instructions are told too, which takes longer than to assemble them.
     """
     import triton
     from triton.runtime.cache import get_cache_manager
 
     readers = b"".join(Path(str(module.__file__)).read_bytes() for module in (assemblers, hazards, sass))
-    key = repr((str(assembler), capability, triton.__version__, sorted(options.items()), asm["ptx"]))
+    key = repr((str(assembler), capability, triton.__version__, sorted(options.items()), asm["ptx"], is_read))
     stored = get_cache_manager(hashlib.sha256(readers + key.encode()).hexdigest())
     file = stored.get_file("machine_code.json")
     if file is not None:
@@ -291,7 +294,7 @@ def _machine_code(
         assembled = assemblers.Assembled(asm["cubin"], *assemblers.what_it_said(said))
     else:
         assembled = assemblers.assemble(asm["ptx"], assembler, capability, options)
-    code = sass.read(assembled)
+    code = sass.read(assembled) if is_read else sass.unread(assembled)
     stored.put(json.dumps(asdict(code)), "machine_code.json", binary=False)
     return code
 

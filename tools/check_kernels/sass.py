@@ -48,6 +48,11 @@ def read(assembled: Assembled) -> MachineCode:
     )
 
 
+def unread(assembled: Assembled) -> MachineCode:
+    """Returns what the assembler said of one kernel, without its instructions."""
+    return MachineCode(assembled.registers, assembled.stack, {}, assembled.serialised, [])
+
+
 def disassemble(cubin: Path) -> dict[str, dict[str, int]]:
     """Runs `count_instructions` on each kernel in a file of several, by its mangled name."""
     from triton import knobs

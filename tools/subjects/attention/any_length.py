@@ -56,7 +56,7 @@ def attention_cases(every: bool) -> Iterator[Case]:
                 dims = DIMS[width] + (MORE_DIMS[width] if every else [])
                 dtypes = family.dtypes if every else family.dtypes[:1]
                 for kind, pair, dtype in product(_kinds(rows, every), dims, dtypes):
-                    for case in _cases(family, pair, kind, dtype):
+                    for case in _cases(family, pair, kind, dtype, every):
                         if case.name.split()[0] == kernel:
                             yield case
     mask = meta(2, 4, 512, 512, dtype="i1")
@@ -65,23 +65,27 @@ def attention_cases(every: bool) -> Iterator[Case]:
         yield from described(dtype, attention.attention_mask_bits, call, chip(9))
 
 
-def _cases(family: Family, dims: tuple[int, int], kind: str, dtype: str) -> Iterator[Case]:
+def _cases(family: Family, dims: tuple[int, int], kind: str, dtype: str, every: bool) -> Iterator[Case]:
     """Yields the kernels of one call each way; of two passes each by what it leaves out."""
-    # A tile's scores may be large without a softcap, where what is computed does not say so.
-    for softcap in (2.0,) if dtype in ("fp32", "tf32") or "bias" in kind else (2.0, None):
+    # A tile's scores may be large without a softcap, where what is computed does not say so: most calls are such.
+    uncapped: set[str] = set()
+    for softcap in (2.0,) if dtype in ("fp32", "tf32") or "bias" in kind else (None, 2.0):
         with products_of(dtype):
             call = attention_call(dims, kind, dtype, LENGTH, softcap)
             backward = backward_call(call, "qkvs")
-            label = f"{dims[0]} {kind} {dtype} {family.name}{' uncapped' * (softcap is None)}"
+            label = f"{dims[0]} {kind} {dtype} {family.name}"
             matrix = KERNELS if family.wide else ()
             for launch, arguments in ((attention.attention, call), (attention.attention_backward, backward)):
                 for case in described(
                     label, launch, arguments, chip(family.major), matrix=matrix, capabilities=family.capabilities
                 ):
-                    if softcap is None and case.arguments.get("ARE_LARGE", True) is not None:
-                        continue
-                    without = [name for name in ("dk", "dv") if case.arguments.get(name, label) is None]
-                    yield replace(case, name=" no ".join([case.name, *without]))
+                    parts = [case.name, *(name for name in ("dk", "dv") if case.arguments.get(name, label) is None)]
+                    if softcap is not None:
+                        if every or " no ".join(parts) not in uncapped:
+                            yield replace(case, name=" no ".join(parts))
+                    elif case.arguments.get("ARE_LARGE", True) is None:
+                        uncapped.add(" no ".join(parts))
+                        yield replace(case, name=" no ".join([f"{case.name} uncapped", *parts[1:]]))
 
 
 def _kinds(rows: tuple[tables.AttentionTiles, ...], every: bool) -> list[str]:

@@ -6,28 +6,25 @@ its tensors. So a plan keeps which tensors are made, which compiled kernels are 
 addresses stand; to play it is to make those tensors, take the addresses and launch.
 
 What torch computes in a launch function beside that, say a copy of a strided input, no plan would repeat: a call of
-which that is so has none.
+which that is so has none. Whose calls a plan is for, tfm.operators.routes knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # type: ignore[attr-defined]
+from triton.knobs import runtime
 from triton.runtime import driver
 
-from tfm.kernels.tape import Tape
+from tfm.kernels.tape import UNPLANNED, Tape
+from tfm.operators.kinds import ALIGNMENT
+from tfm.operators.watching import Spy, unseen
 
-aten = torch.ops.aten
-# They compute nothing that a later call would need again.
-IDLE = {
-    aten.promote_types.default, aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default,
-    aten.empty_permuted.default, aten.new_empty.default,
-}  # fmt: skip
+TAPE = Tape()
 
 
 class Pointer(NamedTuple):
@@ -50,7 +47,7 @@ class Pointer(NamedTuple):
         return x.as_strided(self.size, self.stride, x.storage_offset() + self.offset)
 
 
-class Step(NamedTuple):
+class Launch(NamedTuple):
     """A launch: values by place, of which `pointers` are addresses and `tuples` hold some; `sites` are the call's."""
 
     kernel: Any
@@ -62,28 +59,29 @@ class Step(NamedTuple):
     tuples: list[tuple[int, list[tuple[int, Pointer]]]]
     sites: list[int]
 
-
-class Spy(TorchDispatchMode):
-    """Notes whether torch computes anything: views and allocations aside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.has_seen = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.has_seen |= not function.is_view and function not in IDLE
-        return function(*args, **(kwargs or {}))
+    def prepared(self) -> tuple[Any, ...]:
+        """Returns what is needed of it where it is launched by its compiled kernel, offsets in bytes."""
+        compiled = self.compiled
+        pointers = [(place, pointer.slot, pointer.offset * pointer.itemsize) for place, pointer in self.pointers]
+        tuples = [
+            (place, [(i, pointer.slot, pointer.offset * pointer.itemsize) for i, pointer in inner])
+            for place, inner in self.tuples
+        ]
+        # What a launcher is told of the kernel, and for profilers, of which there are none.
+        told = (compiled.function, compiled.packed_metadata, None, None, None)
+        return compiled.run, self.grid, told, self.values, pointers, tuples, self.sites
 
 
 class Recording(Tape):
     """A tape that does what it is asked and takes it down."""
 
     def __init__(self, call: Any) -> None:
-        self.tensors: list[Any] = list(call)
+        # The given ones, then those that are made.
+        self.tensors: list[Tensor] = [x for x in call if isinstance(x, Tensor)]
         self.site = getattr(call, "site", None)
         self.made: list[tuple[Any, ...]] = []
         self.zeroed: list[int] = []
-        self.steps: list[Step] = []
+        self.launches: list[Launch] = []
         self.is_whole = True
 
     def outputs(self, call: Any) -> Any:
@@ -97,9 +95,9 @@ class Recording(Tape):
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns scratch memory that sums are added to."""
         # Memory that a launch adds to is 0 before the first launch.
-        self.is_whole &= not self.steps
+        self.is_whole &= not self.launches
         self.zeroed.append(len(self.tensors))
-        with _unseen():
+        with unseen():
             return self._make(super().zeros(shape, dtype, device))
 
     def scratch(self, x: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ class Recording(Tape):
         """Launches `kernel` with all of its arguments."""
         names = kernel.arg_names
         order = [arguments[name] for name in names]
-        with _unseen():
+        with unseen():
             compiled = kernel[grid](*order, **options)
         pointers, tuples, values = [], [], list(order)
         for place, value in enumerate(order):
@@ -128,14 +126,15 @@ class Recording(Tape):
         sites = [place for place, name in enumerate(names) if name == "site"]
         self.is_whole &= all(order[place] == self.site for place in sites)
         x, y, z = (*grid, 1, 1)[:3]
-        self.steps.append(Step(kernel, compiled, (x, y, z), options, values, pointers, tuples, sites))
+        self.launches.append(Launch(kernel, compiled, (x, y, z), options, values, pointers, tuples, sites))
 
     def _make(self, made: Any) -> Any:
         for x in made if isinstance(made, tuple) else (made,):
             if x is not None:
                 self.tensors.append(x)
-                self.made.append((x.shape, x.stride(), x.dtype, x.device))
-                self.is_whole &= x.storage_offset() == 0 and x.numel() > 0
+                self.made.append((tuple(x.shape), x.stride(), x.dtype))
+                self.is_whole &= x.device == self.tensors[0].device
+                self.is_whole &= x.storage_offset() == 0
         return made
 
     def _pointer(self, x: Tensor) -> Pointer:
@@ -145,95 +144,129 @@ class Recording(Tape):
         storage = x.untyped_storage().data_ptr()
         found = [
             slot for slot, other in enumerate(self.tensors)
-            if isinstance(other, Tensor) and other.untyped_storage().data_ptr() == storage and other.dtype == x.dtype
+            if other.untyped_storage().data_ptr() == storage and other.dtype == x.dtype
         ]  # fmt: skip
         # Of two tensors in one memory a view may be of either, and the next call's lie elsewhere.
         if len(found) != 1 or x.numel() == 0:
             self.is_whole = False
             return Pointer(0, 0, x.itemsize, None, None)
-        offset = x.storage_offset() - self.tensors[found[0]].storage_offset()
+        offset = int(x.storage_offset()) - int(self.tensors[found[0]].storage_offset())
         return Pointer(found[0], offset, x.itemsize, tuple(x.shape), x.stride())
 
 
 class Plan:
-    """What a recording took down, to be played with other tensors."""
+    """What a recording took down: to be called with calls of the same kind."""
 
-    __slots__ = ("device", "is_interpreted", "is_tuple", "made", "results", "steps", "zeroed")
+    __slots__ = (
+        "device", "empty", "is_tuple", "launches", "made", "ordinary", "places", "prepared", "results", "site",
+        "zeroed",
+    )  # fmt: skip
 
-    def __init__(self, tape: Recording, results: Any) -> None:
+    def __init__(self, tape: Recording, call: Any, ordinary: Callable[[Any], Any], results: Any) -> None:
         given = len(tape.tensors) - len(tape.made)
-        self.made, self.steps = tuple(tape.made), tuple(tape.steps)
+        self.ordinary = ordinary
+        self.places = tuple(place for place, x in enumerate(call) if isinstance(x, Tensor))
+        self.site = call._fields.index("site") if hasattr(call, "site") else None
+        self.made, self.launches = tuple(tape.made), tuple(tape.launches)
+        is_interpreted = any(launch.compiled is None for launch in tape.launches)
+        self.prepared = () if is_interpreted else tuple(launch.prepared() for launch in tape.launches)
         self.zeroed = tuple(slot - given for slot in tape.zeroed)
         slots = {id(x): slot - given for slot, x in enumerate(tape.tensors) if slot >= given}
-        self.results = tuple(
+        self.results: tuple[Any, ...] = tuple(
             None if x is None else slots[id(x)] for x in (results if isinstance(results, tuple) else (results,))
         )
         self.is_tuple = isinstance(results, tuple)
-        self.device = next(x.get_device() for x in tape.tensors if isinstance(x, Tensor))
-        self.is_interpreted = any(step.compiled is None for step in tape.steps)
+        self.device = tape.tensors[0].get_device()
+        # As Inductor's code allocates: half of what torch.empty_strided takes. On GPUs it is the current one's memory.
+        self.empty = _empty_strided_cpu if self.device < 0 else _empty_strided_cuda
 
-    def play(self, given: Sequence[Any], addresses: list[int], site: int) -> Any:
-        """Does it for these arguments, whose tensors have these addresses; others have 0."""
-        made = [
-            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in self.made
-        ]
+    def __call__(self, call: Any) -> Any:
+        """Returns the results of the operator for this call."""
+        together, addresses = 0, []
+        for place in self.places:
+            address = call[place].data_ptr()
+            together |= address
+            addresses.append(address)
+        # It was compiled for such addresses.
+        if together % ALIGNMENT or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            return self.ordinary(call)
+        if self.device >= 0 and torch.cuda.current_device() != self.device:
+            return self.ordinary(call)
+        empty = self.empty
+        made = [empty(size, stride, dtype) for size, stride, dtype in self.made]
         for place in self.zeroed:
             made[place].zero_()
-        if self.is_interpreted:
-            self._interpret([*given, *made], site)
+        site = 0 if self.site is None else call[self.site]
+        if self.prepared:
+            for x in made:
+                addresses.append(x.data_ptr())
+            self._launch(addresses, site)
         else:
-            self._launch([*addresses, *[x.data_ptr() for x in made]], site)
-        results = [None if place is None else made[place] for place in self.results]
-        return tuple(results) if self.is_tuple else results[0]
+            self._interpret([*[call[place] for place in self.places], *made], site)
+        if not self.is_tuple:
+            return made[self.results[0]]
+        return tuple([None if place is None else made[place] for place in self.results])
 
     def _launch(self, addresses: list[int], site: int) -> None:
         stream = driver.active.get_current_stream(self.device)
-        for step in self.steps:
-            arguments = step.values.copy()
-            for place, pointer in step.pointers:
-                arguments[place] = addresses[pointer.slot] + pointer.offset * pointer.itemsize
-            for place, inner in step.tuples:
+        for run, grid, told, values, pointers, tuples, sites in self.prepared:
+            arguments = values.copy()
+            for place, slot, offset in pointers:
+                arguments[place] = addresses[slot] + offset
+            for place, inner in tuples:
                 fields = list(arguments[place])
-                for index, pointer in inner:
-                    fields[index] = addresses[pointer.slot] + pointer.offset * pointer.itemsize
+                for index, slot, offset in inner:
+                    fields[index] = addresses[slot] + offset
                 arguments[place] = tuple(fields)
-            for place in step.sites:
+            for place in sites:
                 arguments[place] = site
-            compiled = step.compiled
-            compiled.run(
-                *step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
-            )  # fmt: skip
+            run(*grid, stream, *told, *arguments)
 
-    def _interpret(self, tensors: list[Any], site: int) -> None:
-        for step in self.steps:
-            arguments = step.values.copy()
-            for place, pointer in step.pointers:
+    def _interpret(self, tensors: list[Tensor], site: int) -> None:
+        for launch in self.launches:
+            arguments = launch.values.copy()
+            for place, pointer in launch.pointers:
                 arguments[place] = pointer.of(tensors)
-            for place, inner in step.tuples:
+            for place, inner in launch.tuples:
                 fields = list(arguments[place])
                 for index, pointer in inner:
                     fields[index] = pointer.of(tensors)
                 arguments[place] = type(arguments[place])(*fields)
-            for place in step.sites:
+            for place in launch.sites:
                 arguments[place] = site
-            step.kernel[step.grid](*arguments, **step.options)
+            launch.kernel[launch.grid](*arguments, **launch.options)
 
 
-@contextmanager
-def _unseen() -> Iterator[None]:
-    """Within the block no Spy looks on."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        yield
+def recorded(launch: Callable[..., Any], call: Any) -> tuple[Callable[[Any], Any], Any]:
+    """Runs a launch function for a call; returns what runs it for others of its kind, and the results of this one.
 
+    That is a plan, or where there can be none the launch function itself.
+    """
 
-def record(launch: Callable[..., Any], call: Any) -> tuple[Plan | None, Any]:
-    """Runs a launch function for a call; returns its plan, None where there can be none, and its results."""
+    def ordinary(call: Any) -> Any:
+        with torch.cuda.device_of(call[0]):
+            return launch(TAPE, call)
+
+    if launch in UNPLANNED or call[0].device.type not in ("cpu", "cuda"):
+        return ordinary, ordinary(call)
+    call = _apart(call)
     tape = Recording(call)
-    with Spy() as spy:
+    with torch.no_grad(), torch.cuda.device_of(call[0]), Spy() as spy:
         results = launch(tape, call)
+    known = {id(x) for x in tape.tensors}
     made = results if isinstance(results, tuple) else (results,)
-    is_whole = tape.is_whole and not spy.has_seen and bool(tape.steps)
-    known = {id(x) for x in tape.tensors[len(call) :]}
+    is_whole = tape.is_whole and not spy.has_seen and bool(tape.launches)
     if not is_whole or any(x is not None and id(x) not in known for x in made):
-        return None, results
-    return Plan(tape, results), results
+        return ordinary, results
+    return Plan(tape, call, ordinary, results), results
+
+
+def _apart(call: Any) -> Any:
+    """Returns the call with another tensor of the same memory for each that comes again: the places are told apart."""
+    met: set[int] = set()
+    fields = []
+    for x in call:
+        again = isinstance(x, Tensor) and id(x) in met
+        met.add(id(x))
+        fields.append(x.detach() if again else x)
+    return call._make(fields)

@@ -88,8 +88,8 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _no_plans() -> None:
     """No test meets launches of kernels that another has replaced, or settings that another has changed."""
-    if "tfm.kernels.planned" in sys.modules:
-        sys.modules["tfm.kernels.planned"].forget()
+    if "tfm.ops.routing" in sys.modules:
+        sys.modules["tfm.ops.routing"].forget()
 
 
 @pytest.fixture

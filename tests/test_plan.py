@@ -1,4 +1,4 @@
-"""Launch plans give the bits of the launch functions that they repeat, and stand aside where something else counts."""
+"""Routes and launch plans give the bits of the calls that they repeat, and stand aside where something else counts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tfm import ops
+from tfm import native, ops
+from tfm.operators import calling, watching
 from tools.host import timing
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.triton
 
-from tfm.kernels import plan, planned  # noqa: E402
+from tfm.kernels import plan  # noqa: E402
+from tfm.ops import routing  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,40 +37,59 @@ def inputs(device: torch.device, seed: int) -> list[Tensor]:
 
 def results(given: list[Tensor], site: int = 0) -> list[Tensor]:
     x, residual, weight, query, key, value = given
-    rules = {"dropout_p": 0.2, "seed": 5, "site": site, "impl": "triton"}
+    rules = {"dropout_p": 0.2, "seed": torch.tensor(5, device=x.device), "site": site, "impl": "triton"}
     y, h = ops.residual_layer_norm(x, residual, weight, None, **rules)
     out = ops.attention(query, key, value, is_causal=True, **rules)
     loss = (y * y.detach().cos()).sum() + (h * h.detach()).sum() + (out * out.detach().sin()).sum()
     return [y, h, out, *torch.autograd.grad(loss, given)]
 
 
+def steps() -> list[calling.Steps]:
+    """The steps of all routes, their backwards included."""
+    routes = [kind.kept for door in routing.Door.every for kinds in door.kinds.found.values() for kind in kinds]
+    parts = [part for route in routes if route for part in route.parts if hasattr(part, "steps")]
+    backwards = [
+        kind.kept for part in parts for kinds in part.steps.backwards.found.values() for kind in kinds if kind.kept
+    ]
+    return [part.steps for part in parts] + backwards
+
+
 def plans() -> dict[str, int]:
     """How many plans each operator has."""
-    found = {item.operator.name(): sum(kept is not None for kept in item.plans.values()) for item in planned.EVERY}
-    return {name.removeprefix("tfm::"): count for name, count in found.items() if count}
+    return dict(
+        Counter(kind.operator for one in steps() for kind, step in one.known.items() if type(step) is plan.Plan)
+    )
 
 
-def ordinary(given: list[Tensor], monkeypatch: pytest.MonkeyPatch, site: int = 0) -> list[Tensor]:
-    with monkeypatch.context() as patch:
-        patch.setattr(planned, "is_watched", lambda: True)
+def ordinary(given: list[Tensor], site: int = 0) -> list[Tensor]:
+    with plainly():
         return results(given, site)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Within the block no call has a route."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "is_watched", lambda: True)
+        patch.setattr(calling, "is_watched", lambda: True)
+        yield
 
 
 ALL = {"residual_norm": 1, "residual_norm_backward": 1, "attention": 1, "attention_backward": 1}
 
 
-def test_plans_give_the_same_bits(kernel_device, monkeypatch) -> None:
+def test_plans_give_the_same_bits(kernel_device) -> None:
     for seed in range(4):
         given = inputs(kernel_device, seed)
         # Layers share plans: the site of their dropout is no part of a kind.
-        found, expected = results(given, site=seed), ordinary(given, monkeypatch, site=seed)
+        found, expected = results(given, site=seed), ordinary(given, site=seed)
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
             assert a.stride() == b.stride()
         assert plans() == (ALL if seed > 0 else {})
 
 
-def test_every_operation_that_has_plans_gives_the_same_bits(kernel_device, monkeypatch) -> None:
+def test_every_operation_that_has_plans_gives_the_same_bits(kernel_device) -> None:
     tokens, table = torch.tensor([3, 1, 4, 1, 5], device=kernel_device), torch.randn(7, 32, device=kernel_device)
     angles, heads = ops.rotary_table(5, 16, device=kernel_device), torch.randn(1, 2, 5, 16, device=kernel_device)
     channels = torch.randn(2, 8, 11, device=kernel_device)
@@ -78,15 +102,14 @@ def test_every_operation_that_has_plans_gives_the_same_bits(kernel_device, monke
     for call in calls:
         for _ in range(3):
             last = call()
-        with monkeypatch.context() as patch:
-            patch.setattr(planned, "is_watched", lambda: True)
+        with plainly():
             expected = call()
         pairs = zip(last, expected, strict=True) if isinstance(last, tuple) else [(last, expected)]
         assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
     assert len(plans()) >= 3
 
 
-def test_views_of_one_projection_have_plans(kernel_device, monkeypatch) -> None:
+def test_views_of_one_projection_have_plans(kernel_device) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         whole = torch.randn(6, 3 * 2 * 16, device=kernel_device).requires_grad_()
@@ -98,8 +121,7 @@ def test_views_of_one_projection_have_plans(kernel_device, monkeypatch) -> None:
             return [out, *torch.autograd.grad((out * out.detach()).sum(), [whole])]  # noqa: B023
 
         found = attend()
-        with monkeypatch.context() as patch:
-            patch.setattr(planned, "is_watched", lambda: True)
+        with plainly():
             expected = attend()
         assert all(map(torch.equal, found, expected))
     assert plans().get("attention") == 1
@@ -126,7 +148,8 @@ def test_an_odd_address_goes_the_ordinary_way(kernel_device, monkeypatch) -> Non
         assert torch.equal(ops.rms_norm(odd, weight, impl="triton"), ops.rms_norm(even, weight, impl="triton"))
     assert plans() == {"residual_norm": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(plan.Plan, "play", lambda *_: pytest.fail("played for an odd address"))
+        for name in ("_launch", "_interpret"):
+            patch.setattr(plan.Plan, name, lambda *_: pytest.fail("played for an odd address"))
         ops.rms_norm(odd, weight, impl="triton")
 
 
@@ -158,19 +181,21 @@ def test_a_kind_is_recorded_when_it_comes_again(kernel_device) -> None:
 
 
 def test_there_are_never_more_than_so_many(kernel_device, monkeypatch) -> None:
-    monkeypatch.setattr(planned, "MOST_PLANS", 3)
+    (door,) = (door for door in routing.Door.every if door.function.__name__ == "rms_norm")
+    monkeypatch.setattr(door.kinds, "most", 3)
     weight = torch.rand(32, device=kernel_device)
     for rows in range(1, 9):
         for _ in range(2):
             ops.rms_norm(torch.randn(rows, 32, device=kernel_device), weight, impl="triton")
         assert plans()["residual_norm"] <= 3
+    assert plans()["residual_norm"] > 0
 
 
 def test_where_somebody_looks_on_operators_are_called(kernel_device) -> None:
     weight, x = torch.rand(32, device=kernel_device), torch.randn(4, 32, device=kernel_device)
     for _ in range(3):
         ops.rms_norm(x, weight, impl="triton")
-    assert not planned.is_watched()
+    assert not watching.is_watched()
     with torch.profiler.profile() as profile:
         ops.rms_norm(x, weight, impl="triton")
     assert any("residual_norm" in event.key for event in profile.key_averages())
@@ -190,3 +215,30 @@ def test_the_launcher_is_given_the_same_by_a_plan() -> None:
     assert found["plans"] == 6
     assert len(ordinary) == 8
     assert planned == ordinary
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+def test_autograd_is_told_of_caches_that_a_step_wrote_into(kernel_device, impl) -> None:
+    if impl == "native" and (why := native.why_unavailable(kernel_device)):
+        pytest.skip(why)
+    query, token = torch.randn(2, 1, 16, device=kernel_device), torch.randn(2, 1, 16, device=kernel_device)
+    cache, lengths = torch.randn(2, 4, 1, 16, device=kernel_device), torch.full((2,), 3, dtype=torch.int32)
+    lengths, factor = lengths.to(kernel_device), torch.ones((), device=kernel_device).requires_grad_()
+    for _ in range(4):
+        kept = (cache * factor).sum()
+        with torch.no_grad():
+            ops.decode_attention(query, cache, cache.clone(), lengths, key=token, value=token.clone(), impl=impl)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            kept.backward()
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+def test_autograd_is_told_of_heads_that_were_turned_in_place(kernel_device, impl) -> None:
+    if impl == "native" and (why := native.why_unavailable(kernel_device)):
+        pytest.skip(why)
+    x, tables = torch.randn(1, 2, 5, 16, device=kernel_device), ops.rotary_table(5, 16, device=kernel_device)
+    kept = (x * torch.ones((), device=kernel_device).requires_grad_()).sum()
+    with torch.no_grad():
+        ops.rotary_(x, 2, *tables, impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from tfm.taping import computed
+
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Returns the tensors in autocast's dtype where it is on for their device; float64 stays float64."""
@@ -17,7 +19,12 @@ def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
+    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else cast(x, dtype) for x in tensors)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `x` in this dtype."""
+    return x if x.dtype == dtype else computed(Tensor.to, x, dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tfm.autocast import without_autocast
+from tfm.taping import here
 
 # Outputs of a Function as its inputs give them: a function of all its arguments, and those arguments.
 Recomputed = tuple[Callable[..., Sequence[Tensor | None]], Sequence[Any]]
@@ -33,7 +34,12 @@ def wraps_tensors(x: Tensor) -> bool:
 
 def is_readable(x: Tensor) -> bool:
     """Tells whether the host may read values of `x` without waiting: on a CPU, unless it is a trace's stand-in."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling() and not transforming()
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling() or transforming():
+        return False
+    if here.tape is not None:
+        # What follows from values holds for no other call.
+        here.tape.is_whole = False
+    return True
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:

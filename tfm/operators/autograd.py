@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tfm.operators.calling import Steps
+from tfm.taping import here
 from tfm.transforms import beyond_one_backward, gradients, is_differentiated
 
 
@@ -101,12 +103,23 @@ class _Function(torch.autograd.Function):
             compute, learning = operation.again(saved, ctx.options, grads)
             found = gradients(compute, learning, wanted, grads)
         else:
-            found = operation.backward(ctx.namespace, saved, ctx.options, grads, wanted)
+            namespace = ctx.namespace
+            if namespace.__class__ is not str:
+                namespace = namespace.of_backward(saved, grads, wanted)
+            found = operation.backward(namespace, saved, ctx.options, grads, wanted)
+            if namespace.__class__ is Steps and namespace.is_open:
+                namespace.close()
         return None, None, None, *found
+
+
+# torch's own `apply` looks through the arguments for what transforms left, where none is at work, too.
+bare_apply: Callable[..., Any] = super(torch.autograd.Function, _Function).apply
 
 
 def apply(operation: type[Differentiable], namespace: str, call: Any) -> Any:
     """Returns the outputs of `operation` for this call, with gradients for the fields that learn."""
+    if not torch.compiler.is_compiling() and here.tape is not None:
+        return here.tape.apply(operation, namespace, call)
     learning = [call[place] for place in operation.places]
     if not is_differentiated(*learning):
         # The Function takes longer than a decoding step's few tokens.

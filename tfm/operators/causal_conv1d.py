@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tfm.operators.autograd import Differentiable, Forward
-from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, joined, operator, run
+from tfm.operators.calling import run
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, joined, operator
 from tfm.reference import causal_conv1d as reference
 
 ROWS = (

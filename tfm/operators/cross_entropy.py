@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tfm.operators.autograd import Differentiable, Forward
-from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Changed, MaybeChanged, Row, operator, run
+from tfm.operators.calling import run
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Changed, MaybeChanged, Row, operator
 from tfm.reference import cross_entropy as reference
 from tfm.transforms import is_readable
 

@@ -81,6 +81,11 @@ class Operator:
         return {name: _kind(hints[name]) for name in self.arguments._fields}
 
     @cached_property
+    def changes(self) -> tuple[int, ...]:
+        """The places of the arguments that it writes into."""
+        return tuple(place for place, kind in enumerate(self.kinds.values()) if "(!)" in kind)
+
+    @cached_property
     def schema(self) -> str:
         """The schema as torch.library reads it."""
         letters = iter("abcdefgh")
@@ -116,25 +121,6 @@ def joined(name: str, *parts: Any) -> Any:
     """Makes a NamedTuple with the fields of all `parts`, in order; NamedTuples inherit no fields."""
     hints = [typing.get_type_hints(part, include_extras=True) for part in parts]
     return NamedTuple(name, [field for part in hints for field in part.items()])
-
-
-# The operators as torch calls them, by namespace and name: one look-up instead of three.
-_found: dict[tuple[str, str], Callable] = {}
-# By namespace, the way past torch's dispatcher: a function of an operator and of what torch calls.
-shortcuts: dict[str, Callable[[Operator, Callable], Callable]] = {}
-
-
-def run(namespace: str, call: Any) -> Any:
-    """Runs the operator of `call` in the namespace of one backend."""
-    if torch.compiler.is_compiling():  # Dynamo would guard on all that is in there
-        return getattr(getattr(torch.ops, namespace), call.operator).default(*call)
-    function = _found.get((namespace, call.operator))
-    if function is None:
-        function = getattr(getattr(torch.ops, namespace), call.operator).default
-        if namespace in shortcuts:
-            function = shortcuts[namespace](OPERATORS[call.operator], function)
-        _found[namespace, call.operator] = function
-    return function(*call)
 
 
 def define(namespace: str, *, native: bool) -> torch.library.Library:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tfm.autocast import without_autocast
 from tfm.operators.autograd import Differentiable, Forward
-from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, operator, run
+from tfm.operators.calling import run
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, operator
 from tfm.reference import feed_forward as reference
 
 NETWORKS = ("feed_forward", "gated_feed_forward")

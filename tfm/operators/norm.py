@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tfm.operators.autograd import Differentiable, Forward
-from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, operator, run
+from tfm.operators.calling import run
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, operator
 from tfm.reference import norm as reference
 
 NORMS = ("layer_norm", "residual_layer_norm", "rms_norm", "residual_rms_norm")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tfm.operators.autograd import Differentiable, Forward
-from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Changed, Row, operator, run
+from tfm.operators.calling import run
+from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Changed, Row, operator
 from tfm.reference import rotary as reference
 
 ROTARIES = ("rotary", "rotary_")

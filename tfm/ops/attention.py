@@ -13,7 +13,7 @@ from tfm.operators.attention import Attended, AttendedWithLse, Attention, Attent
 from tfm.operators.attention.gradients import RecomputedWeights
 from tfm.operators.attention.mask_bits import mask_to_bits
 from tfm.operators.autograd import apply
-from tfm.operators.declaration import run
+from tfm.operators.calling import run
 from tfm.ops.attention_rules import (
     check_heads,
     check_mask,
@@ -32,6 +32,7 @@ from tfm.ops.backends import choose
 from tfm.ops.checks import check_integers, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import attention as reference
 
 
@@ -75,6 +76,7 @@ def attention(
     key_lengths: Tensor | None = ..., return_lse: bool = ..., return_weights: bool = ...,
     seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
 ) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+@door
 def attention(
     query: Tensor,
     key: Tensor,
@@ -209,6 +211,7 @@ def varlen_attention(
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: bool = ...,
     seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@door
 def varlen_attention(
     query: Tensor,
     key: Tensor,

@@ -8,11 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tfm.autocast import cast
 from tfm.errors import BadArgument
 from tfm.operators.attention import FAR
 from tfm.operators.attention.mask_bits import aligned
 from tfm.operators.declaration import CPU_FLOATS, FLOATS
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device, check_softcap, check_vector
+from tfm.taping import checked, computed
 from tfm.transforms import is_readable
 
 # The dtypes in which csrc reads masks and sinks.
@@ -62,8 +64,13 @@ def check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_lengt
     if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
         raise BadArgument(f"{name}: expected [B + 1], got shape {tuple(cu_seq.shape)}")
     check_integers(**{name: cu_seq})
+    checked(_check_offsets, name, cu_seq, rows, max_name, max_length)
+
+
+def _check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_length: int) -> bool:
+    """Checks values where the host may read them; tells whether it did."""
     if not is_readable(cu_seq):
-        return
+        return False
     values = cu_seq.tolist()
     lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0:
@@ -75,6 +82,7 @@ def check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_lengt
     longest = max(lengths, default=0)
     if longest > max_length:
         raise BadArgument(f"{max_name}: expected at least the longest sequence, {longest}, got {max_length}")
+    return True
 
 
 def widest(query: Tensor, value: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ def scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
         return query, 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     if scale.dim() != 0:
         raise BadArgument(f"scale: expected a number or a scalar tensor, got shape {tuple(scale.shape)}")
-    return query * scale, 1.0
+    return computed(torch.mul, query, scale), 1.0
 
 
 def window_of(is_causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
@@ -119,12 +127,14 @@ def start_of(query_start: int | Tensor) -> tuple[Tensor | None, int]:
     """Returns `query_start` as (a start for each sequence or None, a start for all)."""
     if isinstance(query_start, int):
         return None, max(-FAR, min(query_start, FAR))
-    return query_start.contiguous(), 0
+    return computed(Tensor.contiguous, query_start), 0
 
 
 def mask_for(backend: str, attn_mask: Tensor | None, keys: int) -> Tensor | None:
     """Returns the mask in rows that Triton's kernels load well, or of a dtype that csrc reads."""
-    return readable(attn_mask) if backend == "native" else aligned(attn_mask, keys)
+    if backend == "native":
+        return readable(attn_mask)
+    return None if attn_mask is None else computed(aligned, attn_mask, keys)
 
 
 def sinks_for(backend: str, sinks: Tensor | None) -> Tensor | None:
@@ -136,7 +146,7 @@ def readable(x: Tensor | None) -> Tensor | None:
     """Returns `x` in fp32 where csrc does not read its dtype."""
     if x is None or not x.is_floating_point() or x.dtype in READABLE[x.device.type]:
         return x
-    return x.float()
+    return cast(x, torch.float32)
 
 
 def lse_with_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:

@@ -6,13 +6,16 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from tfm.autocast import cast
 from tfm.errors import BadArgument
 from tfm.operators.autograd import apply
 from tfm.operators.causal_conv1d import CausalConv1d, Convolution
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_same_device, check_vector
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import causal_conv1d as reference
+from tfm.taping import computed
 
 WIDTHS = (2, 3, 4)
 
@@ -27,6 +30,7 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, initial_state: Tensor | None = ...,
     activation: str | None = ..., return_final_state: Literal[True], impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@door
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -64,9 +68,9 @@ def causal_conv1d(
     if backend == "reference":
         y, final_state = reference.causal_conv1d(x, weight, bias, initial_state, activation)
     else:
-        state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
-        bias = None if bias is None else bias.contiguous()
-        call = CausalConv1d(x, weight.contiguous(), bias, state, activation == "silu")
+        state = None if initial_state is None else _dense(cast(initial_state, x.dtype))
+        bias = None if bias is None else _dense(bias)
+        call = CausalConv1d(x, _dense(weight), bias, state, activation == "silu")
         y, final_state = apply(Convolution, namespace_of(backend), call)
     return (y, final_state) if return_final_state else y
 
@@ -86,3 +90,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
         raise BadArgument(f"activation: expected 'silu' or None, got {activation!r}")
     check_floating(x=x, weight=weight, bias=bias, initial_state=state)
     check_same_device(x=x, weight=weight, bias=bias, initial_state=state)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return computed(Tensor.contiguous, x)

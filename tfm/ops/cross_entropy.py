@@ -15,12 +15,15 @@ from tfm.operators.cross_entropy import LinearCrossEntropy, Loss
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_softcap, check_vector
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import cross_entropy as reference
+from tfm.taping import checked
 from tfm.transforms import is_differentiated, is_readable
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@door
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -85,7 +88,7 @@ def linear_cross_entropy(
     if not target.is_floating_point():
         if target.dtype != torch.int64:
             raise BadArgument(f"target: expected int64 classes or probabilities, got {target.dtype}")
-        _check_range(target, classes, ignore_index)
+        checked(_check_range, target, classes, ignore_index)
     for name, tensor in (("target", target), ("weight", weight)):
         if is_differentiated(tensor):
             raise BadArgument(f"{name}: expected no gradient, got a {name} that requires one: detach it")
@@ -93,8 +96,12 @@ def linear_cross_entropy(
     reason = "class weights and probability targets run on the reference alone" if special else ""
     backend = choose("linear_cross_entropy", impl, input, reason)
     (input,) = under_autocast(input)
-    flat_input = input.reshape(math.prod(rows), input.shape[-1])
-    flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+    # Where rows are in one dimension as they come, input and target are the operator's own.
+    is_flat = len(rows) == 1
+    flat_input = input if is_flat else input.reshape(math.prod(rows), input.shape[-1])
+    flat = target
+    if not is_flat:
+        flat = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
     options = reference.Options(ignore_index, label_smoothing, z_loss, softcap)
     with without_autocast(input.device):
         if backend == "reference":
@@ -105,18 +112,19 @@ def linear_cross_entropy(
             # Only where gradients are recorded is it known which are needed.
             call = LinearCrossEntropy(flat_input, linear_weight, linear_bias, flat, reduction, *options, needs=[])
             (losses,) = apply(Loss, namespace_of(backend), call)
-    return losses.view(rows) if reduction == "none" else losses
+    return losses.view(rows) if reduction == "none" and not is_flat else losses
 
 
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises IndexError for a target that is no class, where reading it costs nothing.
+def _check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
+    """Raises IndexError for a target that is no class, where reading it costs nothing; tells whether it looked.
 
     That is on CPUs, and where the user already waits for every kernel.
     """
     waiting = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
     waited = target.is_cuda and waiting and not torch.cuda.is_current_stream_capturing()
     if not (is_readable(target) or (waited and not torch.compiler.is_compiling())):
-        return
+        return False
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():
         raise IndexError(f"target: expected classes in [0, {classes}) or {ignore_index}, got {target[wrong][0].item()}")
+    return True

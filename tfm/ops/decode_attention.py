@@ -7,15 +7,17 @@ from torch import Tensor
 
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
-from tfm.operators.declaration import run
+from tfm.operators.calling import run
 from tfm.operators.decode_attention import DecodeAttention
 from tfm.ops.attention_rules import scaled
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_numbers
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import decode_attention as reference
 
 
+@door
 def decode_attention(
     query: Tensor,
     key_cache: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 from tfm.ops.backends import exports_plainly
 from tfm.ops.checks import check_columns, check_dropout, check_floating
 from tfm.reference import dropout as reference
+from tfm.taping import here
 from tfm.transforms import transforming
 
 _library = torch.library.Library("tfm", "FRAGMENT")
@@ -31,8 +32,11 @@ def draw_seed(device: torch.device | str) -> Tensor:
     """
     device = torch.device(device)
     # torch does not ask an operator without tensors for the randomness that vmap was given.
-    plainly = transforming() or exports_plainly()
-    return _draw_seed(device) if plainly else torch.ops.tfm.draw_seed(device)
+    if transforming() or exports_plainly():
+        return _draw_seed(device)
+    if not torch.compiler.is_compiling() and here.tape is not None:
+        return here.tape.draw(lambda: torch.ops.tfm.draw_seed(device))
+    return torch.ops.tfm.draw_seed(device)
 
 
 def seed_for(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:

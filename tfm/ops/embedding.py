@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.autocast import cast
 from tfm.errors import AssertedArgument, BadArgument
 from tfm.operators.autograd import apply
 from tfm.operators.embedding import DifferentiableEmbedding, LearntEmbedding
@@ -12,11 +13,13 @@ from tfm.ops.backends import choose
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_numbers, check_same_device
 from tfm.ops.dropout import seed_for
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import embedding as reference
 
 sinusoid = reference.sinusoid
 
 
+@door
 def embedding(
     tokens: Tensor,
     weight: Tensor,
@@ -81,7 +84,7 @@ def embedding(
         return reference.embedding(tokens, weight, places, position_weight, *options)
     # A table of positions is read in the dtype of the tokens', or in fp32.
     if position_weight is not None and position_weight.dtype != weight.dtype:
-        position_weight = position_weight.float()
+        position_weight = cast(position_weight, torch.float32)
     call = LearntEmbedding(
         tokens, weight, positions, position_weight, drawn, scale, dropout_p, site, padding_idx, sparse
     )

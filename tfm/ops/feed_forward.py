@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tfm.autocast import under_autocast, without_autocast
+from tfm.autocast import cast, under_autocast, without_autocast
 from tfm.errors import BadArgument
 from tfm.operators.autograd import apply
 from tfm.operators.feed_forward import FeedForward, Network
@@ -12,11 +13,13 @@ from tfm.ops.backends import choose
 from tfm.ops.checks import check_columns, check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import feed_forward as reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
+@door
 def feed_forward(
     x: Tensor,
     w1: Tensor,
@@ -66,12 +69,13 @@ def feed_forward(
         if backend == "reference":
             return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
         # Weights take the dtype of x, as under torch's autocast; a bias is read in its own dtype, or in fp32.
-        w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
-        b1 = b1 if b1 is None or b1.dtype == x.dtype else b1.float()
+        w1, w2 = cast(w1, x.dtype), cast(w2, x.dtype)
+        b1 = b1 if b1 is None or b1.dtype == x.dtype else cast(b1, torch.float32)
         call = Network(x, w1, None, b1, w2, b2, False, activation, dropout_p, drawn, site)
         return apply(FeedForward, namespace_of(backend), call)[0]
 
 
+@door
 def gated_feed_forward(
     x: Tensor,
     gate_weight: Tensor,
@@ -122,8 +126,8 @@ def gated_feed_forward(
             return reference.gated_feed_forward(
                 x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site
             )
-        gate_weight, down_weight = gate_weight.to(x.dtype), down_weight.to(x.dtype)
-        up_weight = None if up_weight is None else up_weight.to(x.dtype)
+        gate_weight, down_weight = cast(gate_weight, x.dtype), cast(down_weight, x.dtype)
+        up_weight = None if up_weight is None else cast(up_weight, x.dtype)
         call = Network(
             x, gate_weight, up_weight, None, down_weight, None, True, activation, dropout_p, drawn, site
         )  # fmt: skip

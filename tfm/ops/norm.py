@@ -12,12 +12,14 @@ from tfm.ops.backends import choose
 from tfm.ops.checks import check_floating, check_numbers, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import norm as reference
 
 HALVES = (torch.float16, torch.bfloat16)
 OUT_DTYPES = (*HALVES, torch.float32, torch.float64)
 
 
+@door
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -56,6 +58,7 @@ def layer_norm(
     return apply(Norm, namespace_of(backend), call)[0]
 
 
+@door
 def residual_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -111,6 +114,7 @@ def residual_layer_norm(
     return apply(Norm, namespace_of(backend), call)
 
 
+@door
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -160,6 +164,7 @@ def rms_norm(
     return apply(Norm, namespace_of(backend), call)[0]
 
 
+@door
 def residual_rms_norm(
     x: Tensor,
     residual: Tensor,

@@ -13,7 +13,7 @@ import torch
 
 from tfm import native
 from tfm.operators import OPERATORS, Operator, define
-from tfm.operators.declaration import shortcuts
+from tfm.operators.calling import recorders
 
 NAMESPACE = "tfm"
 
@@ -40,15 +40,13 @@ def _kernel(item: Operator) -> Callable:
     return computed
 
 
-def _planned(item: Operator, operator: Callable) -> Callable:
-    """Returns the operator as it is called where nobody traces: by plans of its launches, if it has any."""
+def _recorded(item: Operator, call: Any) -> tuple[Callable[[Any], Any], Any]:
+    """Runs an operator's call; returns what runs others of its kind, by plans where there are any, and the results."""
     launch = getattr(import_module(f"tfm.kernels.{item.subject}"), item.name)
-    if launch in import_module("tfm.kernels.tape").UNPLANNED:
-        return operator
-    return import_module("tfm.kernels.planned").Planned(operator, launch, item.arguments)
+    return import_module("tfm.kernels.plan").recorded(launch, call)
 
 
-shortcuts[NAMESPACE] = _planned
+recorders[NAMESPACE] = _recorded
 _library = define(NAMESPACE, native=False)
 for _item in OPERATORS.values():
     if not _item.is_native_only:

@@ -11,9 +11,11 @@ from tfm.operators.rotary import DifferentiableRotary, DifferentiableRotary_, Ro
 from tfm.ops.backends import choose
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device
 from tfm.ops.registry import namespace_of
+from tfm.ops.routing import door
 from tfm.reference import rotary as reference
 
 
+@door
 def rotary(
     query: Tensor,
     key: Tensor | None,

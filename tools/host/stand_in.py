@@ -20,7 +20,7 @@ from tfm.kernels import tape
 from tfm.kernels.launch import device
 from tfm.kernels.launch.device import Chip
 from tfm.operators import chunks, cross_entropy
-from tfm.ops import backends
+from tfm.ops import backends, routing
 
 DEVICE, CAPABILITY = 0, 90
 CHIP = Chip(major=9, multiprocessors=132)
@@ -53,6 +53,7 @@ def as_on_gpu() -> Iterator[None]:
         *((reader, "is_readable", lambda x: False) for reader in READERS),
     ]
     with ExitStack() as stack:
+        stack.enter_context(routing.unused())
         for module, name, answer in told:
             stack.enter_context(patch.object(module, name, answer))
         yield

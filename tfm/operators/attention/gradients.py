@@ -13,7 +13,7 @@ from tfm.operators.attention.calls import TENSORS, Attention, AttentionBackward,
 from tfm.operators.attention.heads import joined_parts
 from tfm.operators.attention.mask_bits import mask_of_bits
 from tfm.operators.autograd import Differentiable, Forward
-from tfm.operators.declaration import run
+from tfm.operators.calling import run
 from tfm.reference import attention as reference
 from tfm.transforms import gradients
 

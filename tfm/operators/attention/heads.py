@@ -32,13 +32,17 @@ class SplitHeads(torch.autograd.Function):
         return whole, None, None
 
 
+# Without a look for what transforms left: none is at work where it is called.
+_split = super(torch.autograd.Function, SplitHeads).apply
+
+
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """Splits a projection [..., parts · heads · D] into `parts` views [..., heads, D], say query, key and value."""
     # Dynamo and Inductor fuse what autograd would copy; transforms, traces and DTensor take no such Function.
     plain = torch.compiler.is_compiling() or transforming() or tracing() or wraps_tensors(x)
     if plain or not (x.requires_grad and torch.is_grad_enabled()):
         return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
-    return SplitHeads.apply(x, parts, heads)
+    return _split(x, parts, heads)
 
 
 def joined_parts(heads: tuple[Tensor, ...], wanted: list[bool]) -> int:

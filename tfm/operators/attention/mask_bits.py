@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfm.operators.declaration import Length, operator, run
+from tfm.operators.calling import run
+from tfm.operators.declaration import Length, operator
+from tfm.taping import computed
 
 # Word rows are padded to whole tiles of this many keys: no tile of keys is longer.
 KEYS_OF_A_ROW = 256
@@ -58,11 +60,11 @@ def mask_to_bits(
     """Returns (bias, words, reach) of a mask that broadcasts to [B, Hq, Sq, keys], or of none."""
     if attn_mask is None:
         return None, None, None
-    mask = whole_rows(attn_mask, keys)
+    mask = computed(whole_rows, attn_mask, keys)
     if mask.dtype != torch.bool:
-        return mask, None, run(namespace, AttentionMaskBits(mask.detach(), starts, start, left, right))[1]
-    for dim in range(3):  # an expanded mask is one that broadcasts
-        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 and mask.shape[dim] > 1 else mask
+        values = computed(Tensor.detach, mask)
+        return mask, None, run(namespace, AttentionMaskBits(values, starts, start, left, right))[1]
+    mask = computed(narrowed, mask)
     words, reach = run(namespace, AttentionMaskBits(mask, starts, start, left, right))
     return None, words if mask.shape[2] != 1 else None, reach
 
@@ -81,15 +83,24 @@ def mask_of_bits(bias: Tensor | None, words: Tensor | None, reach: Tensor | None
 
 def whole_rows(mask: Tensor, keys: int) -> Tensor:
     """Returns `mask` as [B|1, Hq|1, Sq|1, keys]."""
+    if mask.dim() == 4 and mask.shape[3] == keys:
+        return mask
     return mask.view(*[1] * (4 - mask.dim()), *mask.shape).expand(-1, -1, -1, keys)
 
 
-def aligned(attn_mask: Tensor | None, keys: int) -> Tensor | None:
+def narrowed(mask: Tensor) -> Tensor:
+    """Returns an expanded mask as one that broadcasts."""
+    for dim in range(3):
+        mask = mask.narrow(dim, 0, 1) if mask.stride(dim) == 0 and mask.shape[dim] > 1 else mask
+    return mask
+
+
+def aligned(attn_mask: Tensor, keys: int) -> Tensor:
     """Returns a float mask with rows that begin at multiples of 16 elements, copied where they do not; others as given.
 
     Else Triton's kernels load each element alone, by an address of its own, and these fill the registers.
     """
-    if attn_mask is None or attn_mask.dtype == torch.bool:
+    if attn_mask.dtype == torch.bool:
         return attn_mask
     bias = whole_rows(attn_mask, keys)
     rows_fit = all(step % 16 == 0 for step, size in zip(bias.stride()[:3], bias.shape[:3], strict=True) if size > 1)

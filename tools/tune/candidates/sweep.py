@@ -13,8 +13,7 @@ from unittest.mock import patch
 
 import tfm
 from benchmarks.suite import Suite
-from tfm.kernels import planned
-from tfm.ops import backends
+from tfm.ops import backends, routing
 
 GRAPH, EAGER = "graph", "eager"
 Arguments = dict[str, Any]
@@ -105,7 +104,7 @@ class LaunchSweep(Sweep):
                 calls.append(call)
             return call[1]
 
-        with tfm.use("triton"), patch.object(*self.place, recorded), planned.unused():
+        with tfm.use("triton"), patch.object(*self.place, recorded), routing.unused():
             yield calls
 
     @contextmanager
@@ -115,7 +114,7 @@ class LaunchSweep(Sweep):
         def substituted(*args: Any, **kwargs: Any) -> Any:
             return settings if _bound(function, args, kwargs) == arguments else function(*args, **kwargs)
 
-        with tfm.use("triton"), patch.object(*self.place, substituted), planned.unused():
+        with tfm.use("triton"), patch.object(*self.place, substituted), routing.unused():
             yield
 
 

@@ -1,0 +1,34 @@
+"""Which tape takes down the call of a public function, where one does (tfm.operators.routes)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Here(threading.local):
+    """The tape of this thread."""
+
+    tape: Any = None
+
+
+here = Here()
+
+
+def computed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Returns function(*arguments): what torch computes of a function's tensors, once a call whatever its route."""
+    if torch.compiler.is_compiling() or here.tape is None:
+        return function(*arguments)
+    return here.tape.compute(function, arguments)
+
+
+def checked(check: Callable[..., bool], *arguments: Any) -> None:
+    """Runs a check of values, which every call has to pass whatever its route; it tells whether it looked at any."""
+    if torch.compiler.is_compiling() or here.tape is None:
+        check(*arguments)
+    else:
+        here.tape.check(check, arguments)

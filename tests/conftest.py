@@ -86,7 +86,7 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_plans() -> None:
+def _no_routes() -> None:
     """No test meets launches of kernels that another has replaced, or settings that another has changed."""
     if "tfm.ops.routing" in sys.modules:
         sys.modules["tfm.ops.routing"].forget()

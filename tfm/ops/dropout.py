@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tfm.operators.watching import is_watched
 from tfm.ops.backends import exports_plainly
 from tfm.ops.checks import check_columns, check_dropout, check_floating
 from tfm.reference import dropout as reference
@@ -31,11 +32,11 @@ def draw_seed(device: torch.device | str) -> Tensor:
     Ruled by `torch.manual_seed`; replayed by CUDA graphs, repeated by checkpoint recomputation.
     """
     device = torch.device(device)
-    # torch does not ask an operator without tensors for the randomness that vmap was given.
-    if transforming() or exports_plainly():
-        return _draw_seed(device)
     if not torch.compiler.is_compiling() and here.tape is not None:
-        return here.tape.draw(lambda: torch.ops.tfm.draw_seed(device))
+        return here.tape.draw(lambda: _draw_seed(device))
+    # torch does not ask an operator without tensors for the randomness that vmap was given.
+    if not is_watched() or transforming() or exports_plainly():
+        return _draw_seed(device)
     return torch.ops.tfm.draw_seed(device)
 
 

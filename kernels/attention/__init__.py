@@ -12,8 +12,8 @@ bias_gradient       the gradient of an additive bias, summed over the dimensions
 weights             the softmax weights themselves, where somebody asks for them
 """
 
-from tfm.kernels.attention.choice import attention, attention_backward
+from tfm.kernels.attention.choice import attention, attention_backward, attention_backward_joined
 from tfm.kernels.attention.mask_bits import attention_mask_bits
 from tfm.kernels.attention.weights import attention_weights
 
-__all__ = ["attention", "attention_backward", "attention_mask_bits", "attention_weights"]
+__all__ = ["attention", "attention_backward", "attention_backward_joined", "attention_mask_bits", "attention_weights"]

@@ -13,7 +13,7 @@ from tfm.kernels.attention.short_backward import short_attention_backward
 from tfm.kernels.attention.short_forward import short_attention_forward
 from tfm.kernels.launch.attention import short as launch
 from tfm.kernels.tape import Tape
-from tfm.operators.attention import Attention, AttentionBackward, Gradients
+from tfm.operators.attention import Attention, AttentionBackward, AttentionBackwardJoined, Gradients
 
 
 def attention(tape: Tape, call: Attention) -> tuple[Tensor, Tensor]:
@@ -33,6 +33,21 @@ def attention_backward(tape: Tape, call: AttentionBackward) -> Gradients:
     One launch for short sequences, two for long ones; one or two more for the bias.
     """
     gradients = tape.outputs(call)
+    _fill(tape, call, gradients)
+    return gradients
+
+
+def attention_backward_joined(
+    tape: Tape, call: AttentionBackwardJoined
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Computes the same, the gradients of heads that lie side by side in one tensor as these lie."""
+    dquery, joined, dbias, dsinks = outputs = tape.outputs(call)
+    *queries, dkey, dvalue = joined.unbind()
+    _fill(tape, call.plain, Gradients(queries[0] if queries else dquery, dkey, dvalue, dbias, dsinks))
+    return outputs
+
+
+def _fill(tape: Tape, call: AttentionBackward, gradients: Gradients) -> None:
     tiles = launch.short_attention_backward(**short_problem(tape, call.attention))
     if tiles is not None:
         delta = short_attention_backward(tape, call, tiles, gradients)
@@ -42,4 +57,3 @@ def attention_backward(tape: Tape, call: AttentionBackward) -> Gradients:
         attention_backward_keys(tape, call, rows, gradients)
     if gradients.bias is not None:
         bias_gradient(tape, call, delta, gradients.bias)
-    return gradients

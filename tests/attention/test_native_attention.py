@@ -208,40 +208,6 @@ def test_bias_and_sinks_of_any_dtype(learnt):
     assert [gradient.dtype for gradient in found[0][4:]] == [learnt] * 2
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-@pytest.mark.parametrize("layout", ["packed", "batch first", "sequence first"])
-def test_gradients_of_one_projection_are_one_tensor(layout, parts, monkeypatch):
-    queries, projected = torch.randn(3, 9, 8, requires_grad=True), torch.randn(3, 9, parts * 8, requires_grad=True)
-
-    def attended(split):
-        heads = (*split(queries, 1, 2), *split(projected, parts, 2))[-3:]
-        if layout == "packed":
-            cu_seq = torch.tensor([0, 20, 27], dtype=torch.int32)
-            heads = [x.flatten(0, 1) for x in heads]
-            output = ops.varlen_attention(*heads, cu_seq, cu_seq, 20, 20, impl="native")
-        else:
-            order = (0, 2, 1, 3) if layout == "batch first" else (1, 2, 0, 3)
-            output = ops.attention(*(x.permute(order) for x in heads), is_causal=True, impl="native").permute(order)
-        return torch.autograd.grad(output.square().sum(), (queries, projected), allow_unused=True)
-
-    expected = attended(lambda x, parts, heads: x.unflatten(-1, (parts, heads, -1)).unbind(-3))
-    stacked = []
-    monkeypatch.setattr(torch, "stack", lambda views, dim: stacked.append(len(views)) or torch.cat(views, dim - 1))
-    equal(attended(split_heads), expected)
-    assert parts not in stacked
-
-
-def test_gradients_that_lie_apart_are_stacked():
-    projected = torch.randn(5, 24, requires_grad=True)
-    query, key, value = split_heads(projected, 3, 2)
-    (query.square() + key * value).sum().backward()
-    equal(projected.grad, torch.cat([2 * query, value, key], 2).view(5, 2, 3, 4).transpose(1, 2).reshape(5, 24))
-    equal(
-        torch.autograd.grad(split_heads(projected, 3, 2)[1].sum(), projected)[0][:, ::8],
-        torch.tensor([[0.0, 1, 0]] * 5),
-    )
-
-
 def test_native_draws_the_references_mask():
     query, key, value = torch.zeros(2, 3, 70, 8), torch.zeros(2, 3, 150, 8), torch.zeros(2, 3, 150, 150)
     value[:] = torch.eye(150)

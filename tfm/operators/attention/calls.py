@@ -153,11 +153,17 @@ class Parts(NamedTuple):
 JoinedArguments: Any = joined("JoinedArguments", Incoming, Parts, Attention)
 
 
-@operator("attention", is_native_only=True)
+@operator("attention")
 class AttentionBackwardJoined(JoinedArguments):
     """The gradients of Attention of views of one projection: they lie in one tensor as the views do."""
 
     __slots__ = ()
+
+    @property
+    def plain(self) -> AttentionBackward:
+        """The call whose gradients lie apart."""
+        incoming = len(Incoming._fields)
+        return AttentionBackward(*self[:incoming], *self[incoming + 1 :])
 
     def outputs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """Returns empty (dquery, joined [parts, *key.shape], dbias, dsinks); with 3 parts dquery is in `joined`."""

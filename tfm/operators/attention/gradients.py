@@ -36,7 +36,9 @@ class Attended(Differentiable):
         dout, _, *dlse = grads
         dout = torch.zeros_like(output) if dout is None else dout
         incoming = (dout, dlse[0] if dlse else None, output, statistics, list(wanted))
-        parts = joined_parts(tensors[:3], wanted) if namespace == "tfm_native" else 0
+        # csrc's kernels for GPUs have none of it.
+        has_joined = namespace != "tfm_native" or dout.device.type == "cpu"
+        parts = joined_parts(tensors[:3], wanted) if has_joined else 0
         if not parts:
             return run(namespace, AttentionBackward(*incoming, *tensors, *options))
         dquery, joined, dbias, dsinks = run(namespace, AttentionBackwardJoined(*incoming, parts, *tensors, *options))

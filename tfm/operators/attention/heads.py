@@ -47,7 +47,7 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 
 def joined_parts(heads: tuple[Tensor, ...], wanted: list[bool]) -> int:
     """Returns how many of query, key and value lie side by side, with gradients wanted: 3, 2 (key and value) or 0."""
-    if torch.compiler.is_compiling() or heads[0].device.type != "cpu" or not (wanted[1] and wanted[2]):
+    if torch.compiler.is_compiling() or not (wanted[1] and wanted[2]):
         return 0
     # From [B, H, S, D] to [B, S, H, D].
     views = tuple(x.transpose(1, 2) if x.dim() == 4 else x for x in heads)

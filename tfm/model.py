@@ -224,7 +224,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor, layout: Layout, key_value: Tensor, memory_layout: Layout, seed: Tensor | None
     ) -> Unbiased:
         """Turns [Nt, dim], and keys and values [Ns, 2, heads, dim / heads], into [Nt, dim]."""
-        key, value = key_value.unbind(1)
+        key, value = ops.split_heads(key_value.flatten(1), 2, self.heads)
         attended = ops.varlen_attention(
             self.project(x), key, value, layout.cu_seq, memory_layout.cu_seq,
             layout.max_length, memory_layout.max_length,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 class Here(threading.local):
-    """The tape of this thread."""
+    """The tape of this thread, and how many operators it has run outside of routes."""
 
     tape: Any = None
+    operators = 0
 
 
 here = Here()

@@ -11,7 +11,6 @@ from tfm import ops
 from tfm.kernels.launch.attention import short
 from tfm.operators.attention import split_heads
 
-
 NATIVE = pytest.mark.skipif(bool(native.WHY_UNAVAILABLE), reason=native.WHY_UNAVAILABLE)
 
 

@@ -34,6 +34,7 @@ def run(namespace: str, call: Any) -> Any:
         return getattr(getattr(torch.ops, namespace), call.operator).default(*call)
     if here.tape is not None:
         return here.tape.run(namespace, call)
+    here.operators += 1
     return function_of(namespace, call.operator)(*call)
 
 

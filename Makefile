@@ -70,11 +70,12 @@ versions: $(INSTALLED)
 bench: native
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable -q --disable-warnings
 
-# Everything on one NVIDIA GPU, in nine minutes: ONLY=attention,norm QUICK=1 DATA=dir OUT=file COMMIT=hash. Takes
-# the python3 on PATH where there is no virtual environment.
+# Everything on one NVIDIA GPU, in nine minutes: ONLY=attention,norm QUICK=1 DATA=dir OUT=file COMMIT=hash; or in two
+# calls of five, CALL=proof and CALL=speed. Takes the python3 on PATH where there is no virtual environment.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu $(if $(ONLY),--only $(ONLY)) \
-		$(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
+		$(if $(CALL),--call $(CALL)) $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)") \
+		$(if $(OUT),--out "$(OUT)")
 
 # Launch settings and backends tried on a GPU, every family or FAMILY=norm: SECONDS=540 SIZE=8192x1024 DTYPE=fp16
 # OUT=file.

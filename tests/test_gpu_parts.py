@@ -132,6 +132,20 @@ def test_a_run_may_be_of_some_parts():
     assert len(names()) == len(command.plan(command.parse(["--rehearse"])))
 
 
+def test_two_calls_make_up_a_run():
+    whole = [part.name for part in command.parts(command.parse(["--rehearse"]))]
+    calls = {}
+    for call in command.CALLS:
+        options = command.parse(["--rehearse", "--call", call])
+        assert (options.minutes, options.out.name) == (command.CALL_MINUTES, f"rehearsal_{call}.json")
+        calls[call] = [part.name for part in command.parts(options)]
+    assert calls["proof"] == ["environment", "native", "kernels", "tests", "sanitizer"]
+    assert {name for names in calls.values() for name in names} == set(whole)
+    # The second builds csrc, too: what it measures has to be there.
+    assert set(calls["proof"]) & set(calls["speed"]) == {"environment", "native"}
+    assert "attention" in calls["speed"]
+
+
 def test_the_record_lies_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("OUT", raising=False)
     words = ["--rehearse", "--only", "norm"]
@@ -149,6 +163,7 @@ def test_the_record_lies_where_it_is_asked_for(tmp_path, monkeypatch):
         (["--rehearse", "--only", "nonsense"], "--only: expected some of attention, "),
         (["--rehearse", "--only", ","], "got none"),
         (["--rehearse", "--parts", "test"], "--parts: expected some of environment, native, "),
+        (["--rehearse", "--call", "proof", "--parts", "tests"], "--call: expected no --parts beside it, got both"),
         (["--rehearse", "--minutes", "-1"], "--minutes: expected a positive number, got -1"),
         (["--rehearse", "--data", "nowhere"], "--data: expected a folder, got nowhere"),
         (["--rehearse", "--out", "/proc/none/x.json"], "/proc/none/x.json: cannot be written"),

@@ -9,9 +9,14 @@ of a trained model: parts in turn, each within its share of the time that is lef
 none takes another down. The record is written anew after each part; a short table comes last. Exit status 0; 1 where a
 part or a test failed; 2 for a mistake on the command line.
 
-On a GPU that has not been seen before, in this order:
+A GPU that is lent for minutes is called twice, five minutes each, and each call leaves a record of its own:
 
-    python -m tools.gpu --parts native,kernels,tests,sanitizer      # what fails is mended first
+    python -m tools.gpu --call proof                                # what fails is mended first
+    python -m tools.gpu --call speed --data DIR
+
+Where there is more time, on a GPU that has not been seen before, in this order:
+
+    python -m tools.gpu --call proof
     python -m tools.tune all --seconds 540                          # rows to paste, predictions that missed
     python -m tools.gpu --data DIR                                  # the record
 

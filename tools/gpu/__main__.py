@@ -23,7 +23,12 @@ from tools.gpu.profile import profile
 from tools.gpu.quality import quality
 from tools.gpu.run import Options, Part, Run, subject
 
-MINUTES, QUICK_MINUTES = 9.0, 2.0
+MINUTES, QUICK_MINUTES, CALL_MINUTES = 9.0, 2.0, 5.0
+# What a GPU that is lent for minutes is called for, twice: each call leaves a record of its own.
+CALLS = {
+    "proof": ("native", "kernels", "tests", "sanitizer"),
+    "speed": ("native", "ceilings", "warm-up", "suites", "profile", "training", "quality"),
+}
 TRAINING = "training"
 # The width of the table where no terminal says its own.
 LINE = 120
@@ -62,6 +67,11 @@ def parts(options: Options) -> list[Part]:
         if name not in known:
             raise UserError(f"--parts: expected some of {', '.join(known)}, got {name!r}")
     wanted = {"environment", *(options.parts or known)}
+    if options.call:
+        # The suites are parts by their own names.
+        of_calls = {name for names in CALLS.values() for name in names}
+        wanted = {"environment", *CALLS[options.call]}
+        wanted |= {name for name in known if name not in of_calls} if "suites" in wanted else set()
     return [part for part in all_parts if part.name.partition(" ")[0] in wanted]
 
 
@@ -109,9 +119,14 @@ def parse(command_line: list[str] | None = None) -> Options:
         "--parts", metavar="NAMES", default="", help="only these parts of the run: native,tests,sanitizer, say"
     )
     parser.add_argument(
+        "--call", choices=CALLS, help=f"one of the two calls of {CALL_MINUTES:.0f} minutes that make up a run"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help=f"take {QUICK_MINUTES:.0f} minutes: fewer sizes and rounds"
     )
-    parser.add_argument("--minutes", type=float, help=f"limit of the whole run; default: {MINUTES:.0f}")
+    parser.add_argument(
+        "--minutes", type=float, help=f"limit of the whole run; default: {MINUTES:.0f}, of a call {CALL_MINUTES:.0f}"
+    )
     parser.add_argument("--data", type=Path, help="folder of Multi30k's tok files; default: random text of its lengths")
     parser.add_argument("--rehearse", action="store_true", help="run without a GPU: interpreted kernels, tiny shapes")
     parser.add_argument(
@@ -126,14 +141,22 @@ def parse(command_line: list[str] | None = None) -> Options:
         raise UserError(f"--only: expected some of {', '.join(known)}, got none")
     # attention stands for decode_attention, too.
     chosen = list(dict.fromkeys(suite for name in named for suite in known if f"_{suite}".endswith(f"_{name}")))
-    minutes = given.minutes if given.minutes is not None else QUICK_MINUTES if given.quick else MINUTES
+    if given.call and given.parts:
+        raise UserError("--call: expected no --parts beside it, got both")
+    usual = QUICK_MINUTES if given.quick else CALL_MINUTES if given.call else MINUTES
+    minutes = usual if given.minutes is None else given.minutes
     if not 0 < minutes < float("inf"):
         raise UserError(f"--minutes: expected a positive number, got {minutes:g}")
     if given.data is not None and not given.data.is_dir():
         raise UserError(f"--data: expected a folder, got {given.data}")
     gpu = "rehearsal" if given.rehearse else gpu_name()
     suffix = "_".join(
-        [gpu, *(["quick"] if given.quick else []), *(named if given.only else []), *filter(None, [given.parts])]
+        [
+            gpu,
+            *(["quick"] if given.quick else []),
+            *(named if given.only else []),
+            *filter(None, [given.parts, given.call]),
+        ]
     )
     out = given.out or ROOT / ("runs" if given.rehearse else "benchmarks/results")
     if given.out is None or out.is_dir():
@@ -142,6 +165,7 @@ def parse(command_line: list[str] | None = None) -> Options:
         out=out,
         suites=tuple(chosen),
         parts=tuple(filter(None, given.parts.split(","))),
+        call=given.call or "",
         minutes=minutes,
         everything=given.only is None,
         quick=given.quick,

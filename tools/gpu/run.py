@@ -25,7 +25,10 @@ WORKER_MEMORY = 8 << 30
 
 @dataclass(frozen=True)
 class Options:
-    """The command line: `suites` are to be measured, all there are or those of --only; of `parts` none means all."""
+    """The command line: `suites` are to be measured, all there are or those of --only; of `parts` none means all.
+
+    `call` is "proof" or "speed" where the run is one of two; "" where it is whole.
+    """
 
     out: Path
     suites: Sequence[str]
@@ -35,6 +38,7 @@ class Options:
     rehearse: bool = False
     data: Path | None = None
     parts: Sequence[str] = ()
+    call: str = ""
 
     def covers(self, name: str) -> bool:
         """Tells whether something of this name belongs to a measured suite: test_varlen_attention to attention."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.report import front, presets, tables, versions
+from tools.report import front, presets, questions, tables, versions
 from tools.report.records import Record, rows_of_versions
 
 
@@ -51,6 +51,7 @@ PARTS = (
     Part("README.md", "training speed", front.training_speed),
     Part("README.md", "operations", front.operations),
     Part("docs/translation.md", "presets", lambda records, root: presets.table()),
+    Part("docs/first-gpu-run.md", "open questions", lambda records, root: questions.table()),
     Part("benchmarks/README.md", "measurements", tables.markdown),
 )
 PAGES = tuple(dict.fromkeys(part.page for part in PARTS))

@@ -31,6 +31,10 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
     most = inputs.SHORT if new.short else inputs.LONG
     bias = {"attn_mask": new.biases(1, inputs.HEADS, longest, longest), "sinks": new(inputs.HEADS)}
     mask = {"attn_mask": new.below(2, batch, 1, 3, most).bool()}
+    # First what is known to have been compiled wrongly elsewhere: heads that fill tiles of 32 and 64 columns.
+    for dim in (32, 64):
+        heads = [new(batch, heads, longest, dim) for heads in (inputs.HEADS, inputs.KEY_HEADS, inputs.KEY_HEADS)]
+        yield ops.attention(*heads, is_causal=True, enable_gqa=True, **padding)
     starts = {"query_start": new.integers(*range(batch)), "window_size": (-1, 60), "return_lse": True}
     for queries, keys, options in (
         (longest, longest, {"is_causal": True} | padding),

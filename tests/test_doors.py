@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -248,3 +250,20 @@ def test_threads_share_routes(impl):
         thread.join()
     assert len(right) == 4 * 20
     assert taken(ops.rms_norm) == 1
+
+
+def test_routes_keep_no_tensor(impl):
+    device = device_of(impl)
+    met = []
+    for _ in range(4):
+        query, key, value = heads(device, 1, 2, 5, 16)
+        mask = torch.rand(1, 1, 1, 5, device=device) > 0.2
+        out = ops.attention(query, key, value, mask, 0.1, impl=impl)
+        weight = torch.randn(16, 16, device=device).requires_grad_()
+        y = ops.feed_forward(out, weight, None, weight, None, impl=impl)
+        y.sum().backward()
+        met += [weakref.ref(x) for x in (query, key, value, mask, out, weight, y)]
+        del query, key, value, mask, out, weight, y
+    gc.collect()
+    assert taken(ops.attention) == taken(ops.feed_forward) == 1
+    assert not any(one() is not None for one in met)

@@ -50,6 +50,11 @@ def use(impl: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """Returns the backend that `use` sets here; None where the table chooses."""
+    return _forced
+
+
 def exports_plainly() -> bool:
     """Tells whether torch's own operations alone are recorded: in traces, and in export under `use("reference")`."""
     return tracing() or (_forced == "reference" and torch.compiler.is_exporting())

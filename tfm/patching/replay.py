@@ -98,7 +98,7 @@ def _graphed_class(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **named: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _is_watched():
             calls = vars(self)[CALLS]
             # torch.nn.DataParallel's replicas share it.
             if calls.module is self:
@@ -142,7 +142,7 @@ class GraphedCalls:
     def __call__(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Replays the call, or runs it."""
         call = Call(self.module, args, named)
-        if not call.is_plain or _is_watched() or not self._may_replay(call.device):
+        if not call.is_plain or not self._may_replay(call.device):
             return call.run()
         if self.pool.is_held():
             return call.rehearse()
@@ -158,7 +158,7 @@ class GraphedCalls:
             recording = self.recordings.get(key, lambda: Recording(self.pool, state, call))
         except RuntimeError as error:
             self.refused.add(key)
-            name = type(self.module).__name__
+            name = plain_class(self.module).__name__
             warnings.warn(f"graphed: {name} runs kernel by kernel for inputs like these: {error}", stacklevel=5)
             return call.rehearse()
         return recording(call.tensors)

@@ -130,8 +130,10 @@ def test_weights_changed_before_the_backward_are_refused():
     output = pair.graphed(given)
     with torch.no_grad():
         pair.graphed.norm.weight.add_(1)
+    before = list(pair.captures.replayed)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+    assert pair.captures.replayed == before
 
 
 def test_updated_weights_are_read_anew():

@@ -93,6 +93,24 @@ def test_other_settings_are_another_kind_of_call(way):
     assert pair.check(given) == 2
 
 
+class Asks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[bool] = []
+
+    def forward(self, given: Tensor) -> Tensor:
+        self.answers.append(torch.is_autocast_cache_enabled())
+        return 2 * given
+
+
+def test_casts_of_weights_are_captured_too():
+    pair = Pair(Asks())
+    with torch.autocast("cpu", torch.bfloat16):
+        pair.settle(x())
+        assert pair.graphed.answers == [True, False, False]
+        assert torch.is_autocast_cache_enabled()
+
+
 def checkpointed(pair: Pair, given: Tensor) -> None:
     for module in (pair.eager, pair.graphed):
         given.grad = None

@@ -45,10 +45,10 @@ def graphed(module: M, *, most_graphs: int = MOST_GRAPHS, capture: Capture | Non
 
     Calls run kernel by kernel, as before, wherever a replay could not be right: on CPUs, while the backward of an
     earlier call is to come, with hooks inside the module, under tracing, torch.compile, transforms, activation
-    checkpointing or another capture, on another stream, with arguments other than tensors of the GPU, None, bool, int
-    and str. Where weights are replaced or moved, or attributes of modules set, kinds of call are captured anew. Not
-    noticed is what changes inside a list or an object that modules hold, and Python code that would do something else
-    at each call.
+    checkpointing or another capture, on another stream than at first, with arguments other than tensors of the GPU,
+    None, bool, int and str. Where weights are replaced or moved, or attributes of modules set, kinds of call are
+    captured anew. Not noticed is what changes inside a list or an object that modules hold, and Python code that would
+    do something else at each call.
 
     Args:
         module: any module that is the same work each time. Its results are a tensor, or a tuple of tensors and None.

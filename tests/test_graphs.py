@@ -33,7 +33,7 @@ class Captures:
             self.replayed += 1
             step()
 
-        return replay
+        return None, replay
 
 
 def test_replayed_steps_train_as_run_ones(tmp_path):
@@ -47,7 +47,7 @@ def test_replayed_steps_train_as_run_ones(tmp_path):
     assert 0 < captures.captured <= len(shapes) < BATCHES
     # All but the first of each shape.
     assert captures.replayed >= 3 * BATCHES - len(shapes)
-    assert len(replayed.steps.met) + captures.replayed == 3 * BATCHES
+    assert len(replayed.steps.recordings.met) + captures.replayed == 3 * BATCHES
 
 
 def test_beyond_the_most_graphs_steps_are_run(monkeypatch):
@@ -110,8 +110,8 @@ def test_cuda_graphs_train_as_run_kernels(dtype, tmp_path):
         torch.manual_seed(5)
         training.train(max_steps=3 * BATCHES)
     assert_same_weights(*trainings)
-    assert not trainings[0].steps.graphs
-    assert trainings[1].steps.graphs
+    assert not trainings[0].steps.recordings.kept
+    assert trainings[1].steps.recordings.kept
 
 
 @pytest.mark.gpu

@@ -17,17 +17,17 @@ if not (Path(__file__).parent / "kernels").exists():
 if TYPE_CHECKING:
     from tfm import nn, ops
     from tfm.ops.backends import use
-    from tfm.patching import Report, accelerate, restore
+    from tfm.patching import Report, accelerate, graphed, restore
 
 # Imported on first use: torch takes seconds, which `tfm --help` need not wait for.
-_HOMES = {"use": "tfm.ops.backends", "Report": "tfm.patching", "accelerate": "tfm.patching", "restore": "tfm.patching"}
+_HOMES = {"use": "tfm.ops.backends"} | dict.fromkeys(("Report", "accelerate", "graphed", "restore"), "tfm.patching")
 
 try:
     __version__ = version("tfm")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+checkout"
 
-__all__ = ["Report", "__version__", "accelerate", "nn", "ops", "restore", "use"]
+__all__ = ["Report", "__version__", "accelerate", "graphed", "nn", "ops", "restore", "use"]
 
 
 def __dir__() -> list[str]:

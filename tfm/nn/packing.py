@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tfm.errors import AssertedArgument, BadArgument
+from tfm.graphs import rehearsing
 from tfm.nn.masks import PaddedMask, check_attention_mask, check_mask_dtype, merge_masks
 from tfm.ops.checks import check_integers
 from tfm.sequences import Layout, offsets, valid_positions
@@ -222,12 +223,12 @@ def plan_packing(
 
 
 def may_read(x: Tensor) -> bool:
-    """Tells whether values may be read from the device here: not while a graph is being traced or captured."""
+    """Tells whether values may be read from the device here: not while a graph is traced, captured or rehearsed."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or isinstance(x, FakeTensor):
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not rehearsing() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _may_be_causal(mask: Tensor, given: SequenceInput) -> bool:

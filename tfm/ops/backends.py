@@ -51,7 +51,7 @@ def use(impl: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """Returns the backend that `use` has asked for; None where it has not."""
+    """Returns the backend that `use` sets here; None where the table chooses."""
     return _forced
 
 

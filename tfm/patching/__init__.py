@@ -1,6 +1,7 @@
-"""Models that already exist, patched in place: accelerate() and restore()."""
+"""Models that already exist, patched in place: accelerate(), graphed() and restore()."""
 
+from tfm.patching.replay import graphed
 from tfm.patching.report import Left, Report, Swapped
 from tfm.patching.swap import accelerate, restore
 
-__all__ = ["Left", "Report", "Swapped", "accelerate", "restore"]
+__all__ = ["Left", "Report", "Swapped", "accelerate", "graphed", "restore"]

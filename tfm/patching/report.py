@@ -33,12 +33,14 @@ class Report:
         swapped: the modules whose class was changed.
         left: modules one might have expected to change.
         unchanged: how many were there already: a second accelerate() changes nothing.
+        graphed: names of modules whose calls replay CUDA graphs now; after restore(), of those that did before.
     """
 
     verb: str
     swapped: tuple[Swapped, ...]
     left: tuple[Left, ...]
     unchanged: int = 0
+    graphed: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -53,6 +55,9 @@ class Report:
             names = ", ".join(_name(module.name) for module in self.swapped if module.kind == kind)
             lines.append(f"  {count} x {kind}: {names}")
         lines += [f"  {_name(module.name)} {module.note}" for module in self.swapped if module.note]
+        if self.graphed:
+            graphs = "CUDA graphs" if self.verb == "replaced" else "no CUDA graphs any more"
+            lines.append(f"  {graphs}: {', '.join(map(_name, self.graphed))}")
         if self.left:
             lines.append(f"left {_modules(len(self.left))}")
         lines += [f"  {_name(module.name)} ({module.kind}): {module.reason}" for module in self.left]

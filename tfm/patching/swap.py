@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from tfm import nn
 from tfm.nn.fusible import DECODER_CHILDREN, ENCODER_CHILDREN, why_layer_unfusible
+from tfm.patching.replay import graphed, is_graphed, plain_class, ungraph
 from tfm.patching.report import Left, Report, Swapped
 
 PAIRS: dict[type[Module], type[Module]] = {
@@ -27,16 +28,29 @@ PAIRS: dict[type[Module], type[Module]] = {
 }
 ORIGINALS = {ours: theirs for theirs, ours in PAIRS.items()}
 
+# What accelerate(graphs=True) has replay graphs, unless it is inside another of them.
+STACKS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
 # Set on each object that accelerate() changed, so that copies of a model know it too.
 MARK = "_accelerated_by_tfm"
 
 
-def accelerate(model: Module) -> Report:
+def accelerate(model: Module, *, graphs: bool = False) -> Report:
     """Puts tfm.nn's layers in place of torch.nn's everywhere inside `model`, in place.
 
     Only modules whose class is exactly torch.nn's change, by their `__class__`; nothing is copied, and state_dict,
     hooks and optimisers stay as they are. User subclasses, TorchScript and Hugging Face modules are left. A second call
     changes nothing more.
+
+    Args:
+        model: any module.
+        graphs: have each Transformer, stack or layer, the outermost, replay CUDA graphs on a GPU: see `tfm.graphed`.
 
     Returns:
         What was replaced, and what was left and why; print it.
@@ -48,7 +62,7 @@ def accelerate(model: Module) -> Report:
     swapped, left, unchanged = [], [], 0
     for name, module in _walk(model):
         kind = type(module)
-        if kind in ORIGINALS:
+        if plain_class(module) in ORIGINALS:
             unchanged += 1
             continue
         reason = _why_left(module)
@@ -60,11 +74,14 @@ def accelerate(model: Module) -> Report:
             swapped.append((name, module))
     # Only now, as a layer's children have all changed.
     done = tuple(Swapped(name, f"tfm.nn.{type(module).__name__}", _note(module)) for name, module in swapped)
-    return Report("replaced", done, tuple(left), unchanged)
+    stacks = dict(_outermost_stacks(model)) if graphs else {}
+    for module in stacks.values():
+        graphed(module)
+    return Report("replaced", done, tuple(left), unchanged, tuple(stacks))
 
 
 def restore(model: Module) -> Report:
-    """Undoes what accelerate() did to `model`; modules that were made as tfm.nn's stay.
+    """Undoes what accelerate() and graphed() did to `model`; modules that were made as tfm.nn's stay.
 
     Returns:
         What was restored; print it.
@@ -74,6 +91,9 @@ def restore(model: Module) -> Report:
     """
     _check_module("restore", model)
     swapped, left = [], []
+    stacks = {name: module for name, module in model.named_modules() if is_graphed(module)}
+    for module in stacks.values():
+        ungraph(module)
     for name, module in _walk(model):
         kind = type(module)
         if MARK in module.__dict__:
@@ -85,7 +105,7 @@ def restore(model: Module) -> Report:
             swapped.append(Swapped(name, f"torch.nn.{kind.__name__}"))
         elif kind in ORIGINALS:
             left.append(Left(name, kind.__name__, "made as a tfm.nn module, not by accelerate()"))
-    return Report("restored", tuple(swapped), tuple(left))
+    return Report("restored", tuple(swapped), tuple(left), graphed=tuple(stacks))
 
 
 def _check_module(function: str, model: object) -> None:
@@ -107,6 +127,17 @@ def _walk(module: Module, name: str = "", seen: set[Module] | None = None) -> It
             yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
+def _outermost_stacks(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
+    """Yields the modules that accelerate(graphs=True) has replay graphs, and do not yet."""
+    if is_graphed(module) or _foreign(module):
+        return
+    if type(module) in STACKS and "forward" not in vars(module):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost_stacks(child, f"{name}.{child_name}" if name else child_name)
+
+
 def _foreign(module: Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript, it no longer runs Python"
@@ -123,6 +154,8 @@ def _why_left(module: Module) -> str:
     base = next((theirs for theirs in PAIRS if isinstance(module, theirs)), None)
     if base is None or isinstance(module, tuple(ORIGINALS)):
         return ""
+    if is_graphed(module):
+        return f"a graphed torch.nn.{base.__name__}: call accelerate() before graphed()"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return f"a torch.nn.{base.__name__} with parametrizations"
     if type(module) is not base:

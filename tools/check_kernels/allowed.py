@@ -39,18 +39,27 @@ ALLOWED: tuple[Allowed, ...] = (
         reason="24 to 144 bytes at the widest heads, with a bias and dropout at once; smaller tiles have no HGMMA.",
     ),
     Allowed(
+        ("attention_backward_keys 256 bias dropout bf16 wide no dk",), (90,), "spill", assemblers=NEWER, since=(3, 7),
+        until=(3, 7), reason="16 bytes at the widest heads; one stage instead of two spills five times that.",
+    ),
+    Allowed(
         (
-            "attention_backward_keys 256 bias dropout bf16 wide no dk",
             "attention_backward_keys 256 mask dropout bf16 wide no dv",
             "attention_backward_keys 256 mask dropout bf16 wide uncapped no dv",
         ),
-        (90,), "spill", assemblers=NEWER, since=(3, 7),
+        (90,), "spill", assemblers=NEWER, since=(3, 7), until=(3, 8),
         reason="16 to 112 bytes at the widest heads; one stage instead of two spills five times that.",
     ),
     Allowed(
-        ("linear_activation_backward 8192/sm_90 gelu bf16", "linear_activation_backward 8192/sm_90 gelu gated bf16"),
-        (90,), "spill", assemblers=NEWER, since=(3, 7),
+        ("linear_activation_backward 8192/sm_90 gelu gated bf16",), (90,), "spill", assemblers=NEWER, since=(3, 7),
         reason="8 bytes under the 128 registers of two programs; slices of 8 columns would store halves of sectors.",
+    ),
+    *(
+        Allowed(
+            ("linear_activation_backward 8192/sm_90 gelu bf16",), (90,), "spill", assemblers=NEWER,
+            since=one, until=one, reason="8 bytes, as its gated one's.",
+        )
+        for one in ((3, 7), (3, 9))
     ),
     Allowed(
         ("short_attention_forward 64x256 of 64 packed bf16",), (90,), "spill",
@@ -58,6 +67,7 @@ ALLOWED: tuple[Allowed, ...] = (
     ),
     Allowed(
         ("short_attention_backward 16x256 of 64 packed dq dk bf16",), (90,), "spill", assemblers=NEWER, since=(3, 7),
+        until=(3, 8),
         reason="24 to 40 bytes at the longest row, which is in two passes, of the fewest queries, as it is.",
     ),
     Allowed(
@@ -94,5 +104,58 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed(
         ("attention_backward_queries 256 bias dropout bf16 wide",), (100,), "spill", until=(3, 6),
         reason="8 bytes at the widest heads; newer tritons need none.",
+    ),
+    Allowed(
+        ("linear_activation 1024/sm_90 gelu gated bf16", "linear_activation 8192/sm_90 gelu gated bf16"), (90,),
+        "spill", since=(3, 8),
+        reason="128 to 304 bytes under the 128 registers of two programs: older tritons need none.",
+    ),
+    Allowed(
+        ("linear_activation 8192/sm_80 gelu gated bf16", "linear_activation_backward 8192/sm_80 gelu bf16"), (80,),
+        "spill", since=(3, 8), reason="32 and 128 bytes under the registers of two programs: older tritons need none.",
+    ),
+    Allowed(
+        (
+            "attention_backward_queries 64 mask dropout fp32 exact",
+            "attention_weights 32x32 of 128 bias fp32",
+            "short_attention_backward 16x64 of 64 bias fp32",
+        ),
+        (90,), "spill", assemblers=NEWER, since=(3, 8),
+        reason="8 to 24 bytes in fp32, at the cap of registers; older tritons need none.",
+    ),
+    Allowed(
+        ("attention_weights 64x64 of 256 bias bf16 8 warps",), (100,), "spill", since=(3, 8),
+        reason="40 and 48 bytes at the widest heads; older tritons need none.",
+    ),
+    Allowed(
+        (
+            "activation_dropout_backward 511 gelu bf16",
+            "attention_backward_keys 128 dropout bf16 wide uncapped",
+            "attention_backward_keys 192 dropout bf16 wide uncapped",
+            "attention_backward_keys 64 bias dropout fp32 exact",
+            "short_attention_backward 16x256 of 64 mask dq dk bf16",
+        ),
+        (90,), "spill", assemblers=NEWER, since=(3, 8), until=(3, 8),
+        reason="8 to 24 bytes at the cap of registers; triton 3.7 and 3.9 need none.",
+    ),
+    Allowed(
+        ("cross_entropy 32768 fp32 everything",), (90,), "spill", assemblers=("ptxas",), since=(3, 8), until=(3, 8),
+        reason="16 bytes of a row of 32,768 fp32 logits; triton 3.7 and 3.9 need none.",
+    ),
+    Allowed(
+        ("attention_backward_queries 256 bias dropout bf16 wide",), (100,), "spill", since=(3, 8), until=(3, 8),
+        reason="16 bytes at the widest heads; triton 3.7 and 3.9 need none.",
+    ),
+    Allowed(
+        ("attention_backward_keys 192 bias dropout fp32 exact",), (90,), "spill", since=(3, 9),
+        reason="8 and 24 bytes in fp32, at the cap of registers; older tritons need none.",
+    ),
+    Allowed(
+        (
+            "attention_backward_keys 192 bias dropout bf16 wide no dv",
+            "attention_backward_queries 64 bias dropout fp32 exact",
+        ),
+        (90,), "spill", assemblers=NEWER, since=(3, 9),
+        reason="8 to 32 bytes at the cap of registers; older tritons need none.",
     ),
 )  # fmt: skip

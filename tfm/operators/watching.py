@@ -19,15 +19,19 @@ IDLE = {
 }  # fmt: skip
 
 
-def is_watched() -> bool:
-    """Tells whether every operation must be met as it is written: by a trace, a transform, a mode or a profiler."""
+def is_intercepted() -> bool:
+    """Tells whether operations are met one by one, as they are written: by a trace, a transform or a mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or transforming()
     )
+
+
+def is_watched() -> bool:
+    """Tells whether somebody looks at operations: one of those, or a profiler."""
+    return is_intercepted() or torch.autograd._profiler_enabled()
 
 
 class Spy(TorchDispatchMode):

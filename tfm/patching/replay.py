@@ -20,11 +20,12 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from tfm.graphs import Capture, CudaGraphs, Recordings
+from tfm.operators.watching import is_intercepted
 from tfm.ops import backends
 from tfm.patching.recording import Call, Pool, Recording
 from tfm.patching.snapshot import Snapshot
 from tfm.tracing import tracing
-from tfm.transforms import beyond_one_backward, transforming
+from tfm.transforms import beyond_one_backward
 
 M = TypeVar("M", bound=Module)
 
@@ -98,7 +99,7 @@ def _graphed_class(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **named: Any) -> Any:
-        if not torch.compiler.is_compiling() and not _is_watched():
+        if not _is_intercepted():
             calls = vars(self)[CALLS]
             # torch.nn.DataParallel's replicas share it.
             if calls.module is self:
@@ -200,12 +201,11 @@ class GraphedCalls:
         return output
 
 
-def _is_watched() -> bool:
+def _is_intercepted() -> bool:
     """Tells whether something looks at each operation that runs."""
     return (
-        tracing()
-        or transforming()
-        or torch._C._len_torch_dispatch_stack() > 0
+        is_intercepted()
+        or tracing()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or _has_any_global_hook()
         or not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())

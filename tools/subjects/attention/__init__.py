@@ -33,8 +33,9 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
     mask = {"attn_mask": new.below(2, batch, 1, 3, most).bool()}
     # First what is known to have been compiled wrongly elsewhere: heads that fill tiles of 32 and 64 columns.
     for dim in (32, 64):
-        heads = [new(batch, heads, longest, dim) for heads in (inputs.HEADS, inputs.KEY_HEADS, inputs.KEY_HEADS)]
-        yield ops.attention(*heads, is_causal=True, enable_gqa=True, **padding)
+        query = new(batch, inputs.HEADS, longest, dim)
+        key, value = (new(batch, inputs.KEY_HEADS, longest, dim) for _ in range(2))
+        yield ops.attention(query, key, value, is_causal=True, enable_gqa=True, **padding)
     starts = {"query_start": new.integers(*range(batch)), "window_size": (-1, 60), "return_lse": True}
     for queries, keys, options in (
         (longest, longest, {"is_causal": True} | padding),

@@ -35,7 +35,7 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
     for dim in (32, 64):
         query = new(batch, inputs.HEADS, longest, dim)
         key, value = (new(batch, inputs.KEY_HEADS, longest, dim) for _ in range(2))
-        yield ops.attention(query, key, value, is_causal=True, enable_gqa=True, **padding)
+        yield ops.attention(query, key, value, None, inputs.DROPOUT_P, True, enable_gqa=True, key_lengths=lengths)
     starts = {"query_start": new.integers(*range(batch)), "window_size": (-1, 60), "return_lse": True}
     for queries, keys, options in (
         (longest, longest, {"is_causal": True} | padding),

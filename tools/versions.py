@@ -30,6 +30,7 @@ import torch
 from benchmarks import record
 from benchmarks.progress import say
 from tfm.native import recipe
+from tools.report.__main__ import main as write_pages
 from tools.report.versions import table
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,9 @@ def main(command_line: Sequence[str] | None = None) -> int:
             assert environment is not None
             row |= {"torch": pair.torch, "triton": pair.triton, name: run_part(PARTS[name], environment)}
             write_rows(arguments.out, rows)
+            if arguments.out == RECORD:
+                # The next tests compare the pages with it.
+                write_pages([])
         failures += [f"{pair.name}, {name}: {failure}" for name in arguments.parts for failure in faults(row.get(name))]
     print(table(list(in_order(rows).values())))
     print("\n".join(failures))

@@ -114,9 +114,10 @@ def _attend(
     grouped = False
     if query.shape[1] != key.shape[1]:  # a branch: dynamo would keep bool(...) symbolic, which torch's kernel refuses
         grouped = True
-    plain = (
-        dropout_p == 0.0 and bias is None and softcap is None and sinks is None and not (return_lse or return_weights)
-    )
+    # Of heads of no columns torch 2.12's kernels give 0 where all keys have one score.
+    has_columns = query.shape[-1] > 0
+    plain = dropout_p == 0.0 and bias is None and softcap is None and sinks is None and has_columns
+    plain = plain and not (return_lse or return_weights)
     # torch's CPU kernel gives 0 and finite gradients for fully masked rows; others, on which a trace may run, need not.
     safe = (query.device.type == "cpu" and not tracing()) or allowed is None
     # Those kernels have no second derivatives and no tangents.

@@ -47,12 +47,32 @@ def softcapped(a, softcap):
 
 
 @triton.jit
-def load_logits(logits_row, bias, column, width, softcap, EVICTION: tl.constexpr):
-    """Loads a block of z in fp32; beyond the classes, up to the padded width, logits and bias both hold 0."""
-    a = tl.load(logits_row + column, mask=column < width, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+def load_logits(logits_row, bias, column, inside, softcap, EVICTION: tl.constexpr):
+    """Loads a block of z in fp32: all of it where `inside` is None, else 0 outside."""
+    other: tl.constexpr = None if inside is None else 0.0
+    a = tl.load(logits_row + column, mask=inside, other=other, eviction_policy=EVICTION).to(tl.float32)
     if bias is not None:
-        a += tl.load(bias + column, mask=column < width, other=0.0)
+        a += tl.load(bias + column, mask=inside, other=other)
     return softcapped(a, softcap)
+
+
+@triton.jit
+def fold(highest, exponentials, z):
+    """Returns the maximum of each group of columns, and the sum of exp(z - maximum), with those of one more block."""
+    higher = tl.maximum(highest, tl.max(z, axis=1, keep_dims=True))
+    exponentials *= tl.exp2((highest - higher) * LOG2_E)
+    exponentials += tl.sum(tl.exp2((z - higher) * LOG2_E), axis=1, keep_dims=True)
+    return higher, exponentials
+
+
+@triton.jit
+def logit_gradient(z, top, logarithm, mass, q, softcap):
+    """Computes mass · exp(z - lse) - q, times dz/da."""
+    d = tl.exp2((z - top) * LOG2_E - logarithm * LOG2_E) * mass - q
+    if softcap is not None:
+        bounded = z * (1.0 / tl.cast(softcap, tl.float32))
+        d *= 1.0 - bounded * bounded
+    return d
 
 
 @triton.jit
@@ -85,6 +105,7 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits + row * width
     group = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    last = (CHUNKS - 1) * BLOCK + group
     given = tl.load(target + row)
     if given == ignore_index:
         if losses is not None:
@@ -96,7 +117,6 @@ def cross_entropy_kernel(
     else:
         is_class = (given >= 0) & (given < classes)
         label = tl.where(is_class, given, -1).to(tl.int32)
-        z = tl.zeros([BLOCK // GROUP, GROUP], tl.float32)
         peak = tl.load(logits_row + label, mask=is_class, other=float("nan")).to(tl.float32)
         if bias is not None:
             peak += tl.load(bias + label, mask=is_class, other=0.0)
@@ -104,19 +124,17 @@ def cross_entropy_kernel(
         highest = tl.full([BLOCK // GROUP, 1], LOWEST, tl.float32)
         exponentials = tl.zeros([BLOCK // GROUP, 1], tl.float32)
         total = tl.zeros([BLOCK // GROUP, 1], tl.float32)
-        for chunk in range(CHUNKS):
-            column = chunk * BLOCK + group
-            # The cache keeps what is read again, and lets go first of what is not.
-            z = load_logits(logits_row, bias, column, width, softcap, "evict_last" if CHUNKS > 1 else "")
+        # The cache keeps what is read again, and lets go first of what is not.
+        once: tl.constexpr = "evict_last" if CHUNKS > 1 else ""
+        for chunk in range(CHUNKS - 1):
+            z = load_logits(logits_row, bias, chunk * BLOCK + group, None, softcap, once)
             if smoothing is not None:
                 total += tl.sum(z, axis=1, keep_dims=True)
-            counted = z
-            if (chunk + 1) * BLOCK > classes:
-                counted = tl.where(column < classes, z, float("-inf"))
-            higher = tl.maximum(highest, tl.max(counted, axis=1, keep_dims=True))
-            exponentials *= tl.exp2((highest - higher) * LOG2_E)
-            exponentials += tl.sum(tl.exp2((counted - higher) * LOG2_E), axis=1, keep_dims=True)
-            highest = higher
+            highest, exponentials = fold(highest, exponentials, z)
+        z = load_logits(logits_row, bias, last, last < width, softcap, once)
+        if smoothing is not None:
+            total += tl.sum(z, axis=1, keep_dims=True)
+        highest, exponentials = fold(highest, exponentials, tl.where(last < classes, z, float("-inf")))
         top = tl.max(highest)
         logarithm = tl.log2(tl.sum(exponentials * tl.exp2((highest - top) * LOG2_E))) * LN_2
         if losses is not None:
@@ -135,18 +153,19 @@ def cross_entropy_kernel(
             factor = 1.0
             if grad is not None:
                 factor = tl.load(grad + row) / tl.load(divisor)
-            for chunk in range(CHUNKS):
+            for chunk in range(CHUNKS - 1):
                 column = chunk * BLOCK + group
-                if CHUNKS > 1:
-                    z = load_logits(logits_row, bias, column, width, softcap, "evict_first")
-                d = tl.exp2((z - top) * LOG2_E - logarithm * LOG2_E) * mass - floor
-                d = tl.where(column == label, d - share, d)
-                if softcap is not None:
-                    bounded = z * (1.0 / tl.cast(softcap, tl.float32))
-                    d *= 1.0 - bounded * bounded
-                if (chunk + 1) * BLOCK > classes:
-                    d = tl.where(column < classes, d, 0.0)
-                tl.store(logits_row + column, d * factor, mask=column < width, eviction_policy="evict_first")
+                z = load_logits(logits_row, bias, column, None, softcap, "evict_first")
+                d = logit_gradient(z, top, logarithm, mass, floor, softcap)
+                tl.store(logits_row + column, d * factor, eviction_policy="evict_first")
+            if CHUNKS > 1:
+                z = load_logits(logits_row, bias, last, last < width, softcap, "evict_first")
+            d = logit_gradient(z, top, logarithm, mass, floor, softcap)
+            d = tl.where(last < classes, d, 0.0)
+            tl.store(logits_row + last, d * factor, mask=last < width, eviction_policy="evict_first")
+            tl.debug_barrier()  # The label's element is written, before one thread writes it as it should be.
+            d = logit_gradient(peak, top, logarithm, mass, floor + share, softcap)
+            tl.store(logits_row + label, d * factor, mask=is_class)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks", "ignore_index"])

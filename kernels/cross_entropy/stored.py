@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tfm.kernels.activations import tanh
 from tfm.kernels.launch import cross_entropy as launch
+from tfm.kernels.softmax import power
 from tfm.kernels.tape import Tape
 from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
 
@@ -66,9 +67,8 @@ def fold(highest, exponentials, z):
 
 
 @triton.jit
-def logit_gradient(z, top, logarithm, mass, q, softcap):
-    """Computes mass · exp(z - lse) - q, times dz/da."""
-    d = tl.exp2((z - top) * LOG2_E - logarithm * LOG2_E) * mass - q
+def before_softcap(d, z, softcap):
+    """Returns the gradient of a + bias, where d is that of z; `d` itself where softcap is None."""
     if softcap is not None:
         bounded = z * (1.0 / tl.cast(softcap, tl.float32))
         d *= 1.0 - bounded * bounded
@@ -96,7 +96,7 @@ def loss_of_row(top, logarithm, peak, total, classes, smoothing, z_loss):
 def cross_entropy_kernel(
     logits, bias, target, losses, grad, divisor,
     classes, width, ignore_index, smoothing, z_loss, softcap,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Each program computes one row's loss where wanted, and writes the row's gradient over its logits.
 
@@ -105,14 +105,16 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits + row * width
     group = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    last = (CHUNKS - 1) * BLOCK + group
+    # Blocks before the last, which alone needs bounds; in 64 bits, those of one unrolled step are constants apart.
+    whole = 0 if ONE_BLOCK else ((classes - 1) // BLOCK).to(tl.int64)
+    last = tl.cast(whole * BLOCK, tl.int32) + group
     given = tl.load(target + row)
     if given == ignore_index:
         if losses is not None:
             tl.store(losses + row, 0.0)
         if GRADIENT:
-            for chunk in range(CHUNKS):
-                column = chunk * BLOCK + group
+            for block in range(whole + 1):
+                column = block * BLOCK + group
                 tl.store(logits_row + column, tl.zeros_like(column).to(tl.float32), mask=column < width)
     else:
         is_class = (given >= 0) & (given < classes)
@@ -125,9 +127,9 @@ def cross_entropy_kernel(
         exponentials = tl.zeros([BLOCK // GROUP, 1], tl.float32)
         total = tl.zeros([BLOCK // GROUP, 1], tl.float32)
         # The cache keeps what is read again, and lets go first of what is not.
-        once: tl.constexpr = "evict_last" if CHUNKS > 1 else ""
-        for chunk in range(CHUNKS - 1):
-            z = load_logits(logits_row, bias, chunk * BLOCK + group, None, softcap, once)
+        once: tl.constexpr = "" if ONE_BLOCK else "evict_last"
+        for block in tl.range(whole, loop_unroll_factor=UNROLL):
+            z = load_logits(logits_row, bias, block * BLOCK + group, None, softcap, once)
             if smoothing is not None:
                 total += tl.sum(z, axis=1, keep_dims=True)
             highest, exponentials = fold(highest, exponentials, z)
@@ -136,13 +138,14 @@ def cross_entropy_kernel(
             total += tl.sum(z, axis=1, keep_dims=True)
         highest, exponentials = fold(highest, exponentials, tl.where(last < classes, z, float("-inf")))
         top = tl.max(highest)
-        logarithm = tl.log2(tl.sum(exponentials * tl.exp2((highest - top) * LOG2_E))) * LN_2
+        exponential = tl.sum(exponentials * tl.exp2((highest - top) * LOG2_E))
+        logarithm = tl.log2(exponential) * LN_2
         if losses is not None:
             tl.store(losses + row, loss_of_row(top, logarithm, peak, tl.sum(total), classes, smoothing, z_loss))
 
         if GRADIENT:
             tl.debug_barrier()  # Every thread has read the target's logit and this row, before any overwrites them.
-            mass = tl.where(is_class, 1.0, float("nan"))
+            mass = tl.where(label >= 0, 1.0, float("nan"))
             share = 1.0
             floor = 0.0
             if z_loss is not None:
@@ -153,19 +156,25 @@ def cross_entropy_kernel(
             factor = 1.0
             if grad is not None:
                 factor = tl.load(grad + row) / tl.load(divisor)
-            for chunk in range(CHUNKS - 1):
-                column = chunk * BLOCK + group
+            # The label's element is a difference of what may be equal: no rounding of lse may come between.
+            of_label = tl.exp2((peak - top) * LOG2_E - logarithm * LOG2_E) * mass - (floor + share)
+            of_label = before_softcap(of_label, peak, softcap) * factor
+            # The others take one multiply-add: rounding `top` in base 2 scales all powers of a row alike.
+            shift = top * LOG2_E
+            weight = mass * factor / (power(top, shift, LOG2_E, IS_FORMED=False) * exponential)
+            floor *= factor
+            for block in tl.range(whole, loop_unroll_factor=UNROLL):
+                column = block * BLOCK + group
                 z = load_logits(logits_row, bias, column, None, softcap, "evict_first")
-                d = logit_gradient(z, top, logarithm, mass, floor, softcap)
-                tl.store(logits_row + column, d * factor, eviction_policy="evict_first")
-            if CHUNKS > 1:
+                d = power(z, shift, LOG2_E, IS_FORMED=False) * weight - floor
+                tl.store(logits_row + column, before_softcap(d, z, softcap), eviction_policy="evict_first")
+            if not ONE_BLOCK:
                 z = load_logits(logits_row, bias, last, last < width, softcap, "evict_first")
-            d = logit_gradient(z, top, logarithm, mass, floor, softcap)
-            d = tl.where(last < classes, d, 0.0)
-            tl.store(logits_row + last, d * factor, mask=last < width, eviction_policy="evict_first")
-            tl.debug_barrier()  # The label's element is written, before one thread writes it as it should be.
-            d = logit_gradient(peak, top, logarithm, mass, floor + share, softcap)
-            tl.store(logits_row + label, d * factor, mask=is_class)
+            d = power(z, shift, LOG2_E, IS_FORMED=False) * weight - floor
+            d = tl.where(last < classes, before_softcap(d, z, softcap), 0.0)
+            tl.store(logits_row + last, d, mask=last < width, eviction_policy="evict_first")
+            tl.debug_barrier()  # The label's element is written, by another formula, before one thread writes it.
+            tl.store(logits_row + label, of_label, mask=label >= 0)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks", "ignore_index"])
@@ -196,14 +205,15 @@ def cross_entropy_(tape: Tape, call: CrossEntropy_) -> None:
     logits = call.logits
     rows, classes = logits.shape
     width = logits.stride(0)
-    tiles = launch.cross_entropy(classes)
+    plain = call.bias is None and call.softcap is None
+    tiles = launch.cross_entropy(classes, logits.dtype, plain)
     tape.launch(
         cross_entropy_kernel, (rows,), tiles.options,
         # Whole rows of the buffer, since the kernel touches all of them.
         logits=logits.as_strided((rows, width), (width, 1)), bias=call.bias, target=call.target, losses=call.losses,
         grad=call.grad, divisor=call.divisor, classes=classes, width=width, ignore_index=call.ignore_index,
         smoothing=call.label_smoothing or None, z_loss=call.z_loss or None, softcap=call.softcap,
-        GRADIENT=call.want_gradient, BLOCK=tiles.block, CHUNKS=tiles.chunks,
+        GRADIENT=call.want_gradient, BLOCK=tiles.block, ONE_BLOCK=tiles.chunks == 1, UNROLL=tiles.unroll,
     )  # fmt: skip
 
 

@@ -28,8 +28,6 @@ from tfm.kernels.softmax import power
 from tfm.kernels.tape import Tape
 from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
 
-# Neighbouring columns that share a maximum: what one 16-byte load of 16-bit logits gives a thread.
-GROUP = tl.constexpr(8)
 # Rows are padded to a multiple of this: loads are then whole vectors for any number of classes.
 PADDING = 16
 # Below every logit there may be, and finite, so that no difference of two maxima is NaN.
@@ -104,6 +102,8 @@ def cross_entropy_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits + row * width
+    # Neighbouring columns that share a maximum: what one 16-byte load gives a thread.
+    GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     group = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     # Blocks before the last, which alone needs bounds; in 64 bits, those of one unrolled step are constants apart.
     whole = 0 if ONE_BLOCK else ((classes - 1) // BLOCK).to(tl.int64)
@@ -163,16 +163,16 @@ def cross_entropy_kernel(
             shift = top * LOG2_E
             weight = mass * factor / (power(top, shift, LOG2_E, IS_FORMED=False) * exponential)
             floor *= factor
+            # The last block is still in registers.
+            d = power(z, shift, LOG2_E, IS_FORMED=False) * weight - floor
+            d = tl.where(last < classes, before_softcap(d, z, softcap), 0.0)
+            tl.store(logits_row + last, d, mask=last < width, eviction_policy="evict_first")
+            tl.debug_barrier()  # Nothing stored is loaded: the other blocks are others, which the addresses do not say.
             for block in tl.range(whole, loop_unroll_factor=UNROLL):
                 column = block * BLOCK + group
                 z = load_logits(logits_row, bias, column, None, softcap, "evict_first")
                 d = power(z, shift, LOG2_E, IS_FORMED=False) * weight - floor
                 tl.store(logits_row + column, before_softcap(d, z, softcap), eviction_policy="evict_first")
-            if not ONE_BLOCK:
-                z = load_logits(logits_row, bias, last, last < width, softcap, "evict_first")
-            d = power(z, shift, LOG2_E, IS_FORMED=False) * weight - floor
-            d = tl.where(last < classes, before_softcap(d, z, softcap), 0.0)
-            tl.store(logits_row + last, d, mask=last < width, eviction_policy="evict_first")
             tl.debug_barrier()  # The label's element is written, by another formula, before one thread writes it.
             tl.store(logits_row + label, of_label, mask=label >= 0)
 

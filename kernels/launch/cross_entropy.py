@@ -82,8 +82,8 @@ def cross_entropy(classes: int, dtype: torch.dtype, plain: bool) -> CrossEntropy
     chunks, num_warps = -(-classes // block), block // 256
     if dtype == torch.float32 or not plain:
         return CrossEntropyTiles(block, chunks, num_warps)
-    # 32 registers are those of a multiprocessor full of warps; the one program of 32 warps may have 64.
-    return CrossEntropyTiles(block, chunks, num_warps, unroll=3, max_registers=32 if num_warps <= 16 else None)
+    # 32 registers are those of a multiprocessor full of warps; a program of 32 warps is to be alone there, and has 64.
+    return CrossEntropyTiles(block, chunks, num_warps, unroll=3, max_registers=32 if num_warps <= 16 else 64)
 
 
 def mean_loss(rows: int) -> CrossEntropyTiles:

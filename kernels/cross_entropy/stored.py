@@ -13,7 +13,11 @@ never an address.
 One program a row: it reads the row, and reads it again to write da over it, so an element of bf16 moves 4 bytes to and
 from memory as long as the second read finds the row in the L2 cache. The maximum is kept for each group of GROUP
 neighbours, which one thread holds: no barrier until the row ends, and 1 + 1/GROUP exponentials an element where a
-running maximum for each column would take two. Where a row fits the registers it is read once.
+running maximum for each column would take two. The last block of a row, all of a short one, stays in registers.
+
+Instructions an element decide how near memory's speed it comes. No block but the last compares its columns with
+anything, and no element asks whether it is the label's: what differs there is stored once all others are. Of 8 elements
+of bf16, with smoothing, the loops take 70 + 45 instructions on sm_90.
 """
 
 from __future__ import annotations
@@ -126,14 +130,13 @@ def cross_entropy_kernel(
         highest = tl.full([BLOCK // GROUP, 1], LOWEST, tl.float32)
         exponentials = tl.zeros([BLOCK // GROUP, 1], tl.float32)
         total = tl.zeros([BLOCK // GROUP, 1], tl.float32)
-        # The cache keeps what is read again, and lets go first of what is not.
-        once: tl.constexpr = "" if ONE_BLOCK else "evict_last"
         for block in tl.range(whole, loop_unroll_factor=UNROLL):
-            z = load_logits(logits_row, bias, block * BLOCK + group, None, softcap, once)
+            # The cache keeps what is read again, and lets go first of what is not.
+            z = load_logits(logits_row, bias, block * BLOCK + group, None, softcap, "evict_last")
             if smoothing is not None:
                 total += tl.sum(z, axis=1, keep_dims=True)
             highest, exponentials = fold(highest, exponentials, z)
-        z = load_logits(logits_row, bias, last, last < width, softcap, once)
+        z = load_logits(logits_row, bias, last, last < width, softcap, "evict_first")
         if smoothing is not None:
             total += tl.sum(z, axis=1, keep_dims=True)
         highest, exponentials = fold(highest, exponentials, tl.where(last < classes, z, float("-inf")))
@@ -156,24 +159,26 @@ def cross_entropy_kernel(
             factor = 1.0
             if grad is not None:
                 factor = tl.load(grad + row) / tl.load(divisor)
-            # The label's element is a difference of what may be equal: no rounding of lse may come between.
+            # At the label the terms may cancel: exp(z - lse) from differences alone.
             of_label = tl.exp2((peak - top) * LOG2_E - logarithm * LOG2_E) * mass - (floor + share)
             of_label = before_softcap(of_label, peak, softcap) * factor
-            # The others take one multiply-add: rounding `top` in base 2 scales all powers of a row alike.
-            shift = top * LOG2_E
-            weight = mass * factor / (power(top, shift, LOG2_E, IS_FORMED=False) * exponential)
+            # Elsewhere a power, as in tfm.kernels.softmax, by the sum of the row's; both have the same shift.
+            IS_FORMED: tl.constexpr = bias is not None
+            shift = top if IS_FORMED else top * LOG2_E
+            weight = mass * factor / (power(top, shift, LOG2_E, IS_FORMED) * exponential)
             floor *= factor
             # The last block is still in registers.
-            d = power(z, shift, LOG2_E, IS_FORMED=False) * weight - floor
+            d = power(z, shift, LOG2_E, IS_FORMED) * weight - floor
             d = tl.where(last < classes, before_softcap(d, z, softcap), 0.0)
             tl.store(logits_row + last, d, mask=last < width, eviction_policy="evict_first")
-            tl.debug_barrier()  # Nothing stored is loaded: the other blocks are others, which the addresses do not say.
+            # tools.check_kernels cannot know that no other block is the last; a barrier a row is cheap.
+            tl.debug_barrier()
             for block in tl.range(whole, loop_unroll_factor=UNROLL):
                 column = block * BLOCK + group
                 z = load_logits(logits_row, bias, column, None, softcap, "evict_first")
-                d = power(z, shift, LOG2_E, IS_FORMED=False) * weight - floor
+                d = power(z, shift, LOG2_E, IS_FORMED) * weight - floor
                 tl.store(logits_row + column, before_softcap(d, z, softcap), eviction_policy="evict_first")
-            tl.debug_barrier()  # The label's element is written, by another formula, before one thread writes it.
+            tl.debug_barrier()  # Some thread has stored the label's element; another now stores what it should be.
             tl.store(logits_row + label, of_label, mask=label >= 0)
 
 

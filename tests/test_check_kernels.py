@@ -74,6 +74,14 @@ def add_up(x, sums, rows, BARRIER: tl.constexpr, CHUNKS: tl.constexpr, SIZE: tl.
                 tl.store(sum, tl.load(sum) + tl.load(x + row * CHUNKS * SIZE + place))
 
 
+@triton.jit
+def halve(x, chunks, PASSES: tl.constexpr, SIZE: tl.constexpr):
+    for part in tl.static_range(PASSES):
+        for chunk in tl.range(chunks, loop_unroll_factor=2):
+            place = chunk * SIZE + tl.arange(0, SIZE)
+            tl.store(x + place, 0.5 * tl.load(x + place))
+
+
 class Fatal(dict):
     def __getitem__(self, name):
         os._exit(1)
@@ -97,6 +105,9 @@ def cases(every):
         yield Case(f"reverse {name} barrier", reverse_in_place, {"x": "*fp32:16", **settings}, 4)
         sums = {"x": "*fp32:16", "sums": "*fp32:16", "rows": "i32", "CHUNKS": 8}
         yield Case(f"add {name} barrier", add_up, {**sums, **settings}, 4)
+    for passes, name in ((1, "halve"), (2, "quarter")):
+        arguments = {"x": "*fp32:16", "chunks": "i32", "PASSES": passes, "SIZE": 256}
+        yield Case(f"{name} unrolled", halve, arguments, 4)
     yield Case("fatal", broken, Fatal(x="*fp32"), 4)
     yield Case("after fatal", normalise, {"x": "*fp32", "y": "*fp32", "COLUMNS": 1024, "POWER_OF": "two"}, 4)
 
@@ -112,6 +123,7 @@ FAULTS = [
     ("broken", "error", "does not compile: CompilationError"),
     ("reverse without barrier", "barrier", "loads what it stored without a barrier between: x"),
     ("add without barrier", "barrier", "loads what it stored without a barrier between: sums"),
+    ("quarter unrolled", "barrier", "loads what it stored without a barrier between: x"),
     ("fatal", "error", "does not compile: the compiler ended its process"),
 ]
 
@@ -142,7 +154,9 @@ def test_every_unfit_kernel_is_found(rows):
     own, other = rows
     names = ("normalise fits", "normalise spills", "multiply fits", "multiply short", "multiply staged")
     barriers = (f"{name} {kind} barrier" for kind in ("without", "with") for name in ("reverse", "add"))
-    assert [row.name for row in own] == [*names, "broken", *barriers, "fatal", "after fatal"]
+    assert [row.name for row in own] == [
+        *names, "broken", *barriers, "halve unrolled", "quarter unrolled", "fatal", "after fatal",
+    ]  # fmt: skip
     for made in (own, other) if other else (own,):
         found = [(row.name, *fault) for row in made for fault in row.faults.items()]
         expected = [fault for fault in FAULTS if made is own or fault[1] != "error"]

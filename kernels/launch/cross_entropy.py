@@ -41,11 +41,16 @@ WIDEST_STREAMED = 1024
 
 @dataclass(frozen=True)
 class CrossEntropyTiles(Settings):
-    """The tiles of a row of logits, or of the losses of all rows: `chunks` blocks of `block` elements."""
+    """The tiles of a row of logits, or of the losses of all rows: `chunks` blocks of `block` elements.
+
+    The logits' loops take `unroll` blocks a step, each a load in flight.
+    """
 
     block: int
     chunks: int
     num_warps: int
+    unroll: int = 1
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,25 @@ class StreamingTiles(Settings):
     num_stages: int
 
 
-def cross_entropy(classes: int) -> CrossEntropyTiles:
-    """Returns 8 elements a thread: one 16-byte load of bf16 in flight, few enough registers to fill a multiprocessor.
+def cross_entropy(classes: int, dtype: torch.dtype, plain: bool, major: int) -> CrossEntropyTiles:
+    """Returns 8 elements a thread, one 16-byte load of bf16; three in flight where a thread does little else.
 
     What is under way should stay in the L2 cache (50 MB) until it is read again: 4 programs of 16 warps on each of 132
     multiprocessors hold 35 MB of bf16 rows at 32k classes; wider rows take one program of 32 warps, 35 MB at 128k.
+
+    Args:
+        plain: neither bias nor softcap, which load and compute enough to wait for.
+        major: of the compute capability.
     """
     width = max(256, 1 << (classes - 1).bit_length())
     block = min(width, 4096 if classes <= 32768 else 8192)
-    return CrossEntropyTiles(block, -(-classes // block), num_warps=block // 256)
+    chunks, num_warps = -(-classes // block), block // 256
+    if dtype == torch.float32 or not plain:
+        return CrossEntropyTiles(block, chunks, num_warps)
+    # 32 registers are those of a multiprocessor full of warps; a program of 32 warps is to be alone there, and has 64.
+    # Other chips' assemblers would spill 8 bytes under 32.
+    max_registers = 64 if num_warps > 16 else 32 if major == 9 else None
+    return CrossEntropyTiles(block, chunks, num_warps, unroll=3, max_registers=max_registers)
 
 
 def mean_loss(rows: int) -> CrossEntropyTiles:

@@ -65,6 +65,29 @@ def test_matches_at_odd_shapes(shape, dtype, kernel_device, launched):
     assert launched == [ROW, MEAN]
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.05, "softcap": 0.8}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_label_may_be_in_any_block(dtype, options, kernel_device):
+    """A row of five blocks: the edges of the first, of one between, and of the last, whose end is padding."""
+    target = torch.tensor([0, 4095, 4096, 12287, 16384, 19990], device=kernel_device)
+    inputs, _ = inputs_of(len(target), 3, 19991, kernel_device, dtype)
+    for bias in (True, False):
+        assert_kernel_matches(inputs if bias else inputs[:2], target, **options)
+
+
+@pytest.mark.parametrize("size", [1e5, -1e5, -1e9, -1e30])
+def test_gradients_of_huge_equal_logits(size, kernel_device):
+    """All classes are shifted alike, as by a mask, which plain torch takes away before it rounds anything."""
+    (input, weight, bias), target = inputs_of(3, 8, 5000, kernel_device)
+    inputs = [x.detach().zero_().requires_grad_() for x in (input, weight)]
+    inputs.append(torch.full_like(bias, size).requires_grad_())
+    loss, *grads = run(kernel, inputs, target)
+    truth = [x.detach().double().requires_grad_() for x in inputs]
+    expected = run(oracle.linear_cross_entropy, truth, target)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(grads[2].double(), expected[3], rtol=1e-5, atol=1e-9)
+
+
 @settings(deadline=None, max_examples=20)
 @given(
     rows=st.integers(0, 6),
@@ -180,7 +203,7 @@ def test_chunks_of_logits_fit_their_budget(rows, classes, itemsize):
 
 @given(classes=st.integers(1, 10**6))
 def test_tiles_cover_the_classes(classes):
-    tiles = launch.cross_entropy(classes)
+    tiles = launch.cross_entropy(classes, torch.bfloat16, plain=True, major=9)
     assert (tiles.chunks - 1) * tiles.block < classes <= tiles.chunks * tiles.block
     assert tiles.block == 8 * 32 * tiles.num_warps
     assert tiles.num_warps <= 32

@@ -14,19 +14,23 @@ ARGUMENT = re.compile(r"(%\w+): !tt\.ptr")
 RESULT = re.compile(r"(%\w+)(?::\d+)? = ")
 VALUE = re.compile(r"%\w+")
 LOCATION = re.compile(r" loc\([^()]*(?:\([^()]*\))*[^()]*\)")
-LOOP_VARIABLE = re.compile(r"scf\.for (%\w+) = ")
+LOOP = re.compile(r"scf\.for (%\w+) = (%[\w#]+) to (%[\w#]+) ")
 LOOP_ARGUMENT = re.compile(r"(%\w+) = (%[\w#]+)")
 BARRIER = re.compile(r"\b(?:gpu|ttg)\.barrier\b")
 
 
 @dataclass(frozen=True)
 class Region:
-    """A block between braces: a loop and its variable, a branch of a condition, or another operation's."""
+    """A block between braces: a loop and its variable, a branch of a condition, or another operation's.
+
+    `continues` is the number of the loop that ended where this one begins, as an unrolled loop's remainder does.
+    """
 
     number: int
     is_loop: bool = False
     variable: str = ""
     branch: int = 0
+    continues: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def _may_meet(store: Event, load: Event, barriers: list[Event]) -> bool:
     if store.line < load.line and len(branches) == len(common):  # else the two branches of one condition
         # Two addresses of what an iteration has to itself are two tiles.
         apart = bool(loops) and loops[0].variable in store.variables & load.variables and store.address != load.address
+        apart = apart or _is_of_remainder(load, store)
         if not apart and not any(store.line < barrier.line < load.line for barrier in barriers):
             return True
     for loop in loops:
@@ -73,9 +78,19 @@ def _may_meet(store: Event, load: Event, barriers: list[Event]) -> bool:
     return False
 
 
+def _is_of_remainder(load: Event, store: Event) -> bool:
+    """Tells whether the load is in the remainder of the store's loop, whose iterations have tiles of their own."""
+    return any(
+        loop.number == rest.continues and loop.variable in store.variables and rest.variable in load.variables
+        for loop in store.regions
+        for rest in load.regions
+    )
+
+
 def _events(ttir: str) -> Iterator[Event]:
     origins: dict[str, frozenset[str]] = {}
     variables: dict[str, frozenset[str]] = {}
+    ended: dict[str, int] = {}
     regions: tuple[Region, ...] = ()
     for number, line in enumerate(LOCATION.sub("", ttir).splitlines()):
         line = line.strip()
@@ -85,9 +100,11 @@ def _events(ttir: str) -> Iterator[Event]:
         if line.startswith("}") and regions:
             *outer, closed = regions
             regions = tuple(outer)
-        variable = LOOP_VARIABLE.search(line)
-        if variable:
-            variables[variable[1]] = frozenset((variable[1],))
+        variable, continues = "", None
+        if loop := LOOP.search(line):
+            variable, start, end = loop.groups()
+            variables[variable], continues = frozenset((variable,)), ended.get(start)
+            ended[end] = number
         for name, given in LOOP_ARGUMENT.findall(line) if "iter_args" in line else ():
             for known in (origins, variables):
                 known[name] = known.get(name, frozenset()) | known.get(given, frozenset())
@@ -108,7 +125,7 @@ def _events(ttir: str) -> Iterator[Event]:
             entered = (
                 Region(closed.number, branch=closed.branch + 1)
                 if closed and is_else
-                else Region(number, "scf.for" in line or "scf.while" in line, variable[1] if variable else "")
+                else Region(number, "scf.for" in line or "scf.while" in line, variable, continues=continues)
             )
             regions = (*regions, entered)
 

@@ -279,8 +279,12 @@ def test_heads_of_one_projection_are_not_copied(kernel_device, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("a copy"))
     actual = run(fused, options)
     equal(actual, expected)
-    for result in actual:  # heads side by side, as the projections before and after want them
-        assert result.transpose(1, 2).is_contiguous()
+    output, *gradients = actual
+    # Heads side by side, as the projection behind wants them, and gradients as the parts of the one before.
+    assert output.transpose(1, 2).is_contiguous()
+    assert len(gradients) == 3
+    for gradient in gradients:
+        assert gradient.transpose(1, 2).stride() == projected.select(2, 0).stride()
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())

@@ -96,8 +96,8 @@ def linear_cross_entropy(
     reason = "class weights and probability targets run on the reference alone" if special else ""
     backend = choose("linear_cross_entropy", impl, input, reason)
     (input,) = under_autocast(input)
-    # Where rows are in one dimension as they come, input and target are the operator's own.
-    is_flat = len(rows) == 1
+    # Rows in one dimension are the operator's as they come; Dynamo traces no Function that is given a tensor twice.
+    is_flat = len(rows) == 1 and not torch.compiler.is_compiling()
     flat_input = input if is_flat else input.reshape(math.prod(rows), input.shape[-1])
     flat = target
     if not is_flat:

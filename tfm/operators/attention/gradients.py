@@ -37,7 +37,7 @@ class Attended(Differentiable):
         dout = torch.zeros_like(output) if dout is None else dout
         incoming = (dout, dlse[0] if dlse else None, output, statistics, list(wanted))
         # csrc's kernels for GPUs have none of it.
-        has_joined = namespace != "tfm_native" or dout.device.type == "cpu"
+        has_joined = namespace == "tfm" or (namespace == "tfm_native" and dout.device.type == "cpu")
         parts = joined_parts(tensors[:3], wanted) if has_joined else 0
         if not parts:
             return run(namespace, AttentionBackward(*incoming, *tensors, *options))

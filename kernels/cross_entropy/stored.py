@@ -210,8 +210,8 @@ def cross_entropy_(tape: Tape, call: CrossEntropy_) -> None:
     logits = call.logits
     rows, classes = logits.shape
     width = logits.stride(0)
-    plain = call.bias is None and call.softcap is None
-    tiles = launch.cross_entropy(classes, logits.dtype, plain, tape.chip(logits.device).major)
+    extras = call.bias is not None, call.softcap is not None
+    tiles = launch.cross_entropy(classes, logits.dtype, *extras, tape.chip(logits.device).major)
     tape.launch(
         cross_entropy_kernel, (rows,), tiles.options,
         # Whole rows of the buffer, since the kernel touches all of them.

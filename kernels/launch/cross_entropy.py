@@ -68,21 +68,27 @@ class StreamingTiles(Settings):
     num_stages: int
 
 
-def cross_entropy(classes: int, dtype: torch.dtype, plain: bool, major: int) -> CrossEntropyTiles:
+def cross_entropy(
+    classes: int, dtype: torch.dtype, has_bias: bool, has_softcap: bool, major: int
+) -> CrossEntropyTiles:  # fmt: skip
     """Returns 8 elements a thread, one 16-byte load of bf16; three in flight where a thread does little else.
 
     What is under way should stay in the L2 cache (50 MB) until it is read again: 4 programs of 16 warps on each of 132
     multiprocessors hold 35 MB of bf16 rows at 32k classes; wider rows take one program of 32 warps, 35 MB at 128k.
 
     Args:
-        plain: neither bias nor softcap, which load and compute enough to wait for.
+        has_bias: which is loaded besides.
+        has_softcap: which computes enough to wait for.
         major: of the compute capability.
     """
     width = max(256, 1 << (classes - 1).bit_length())
     block = min(width, 4096 if classes <= 32768 else 8192)
     chunks, num_warps = -(-classes // block), block // 256
-    if dtype == torch.float32 or not plain:
+    if dtype == torch.float32 or has_softcap:
         return CrossEntropyTiles(block, chunks, num_warps)
+    if has_bias:
+        # As many as three programs of 16 warps have. Blackwell's assembler would spill 8 bytes under them.
+        return CrossEntropyTiles(block, chunks, num_warps, max_registers=None if major == 10 else 40)
     # 32 registers are those of a multiprocessor full of warps; a program of 32 warps is to be alone there, and has 64.
     # Other chips' assemblers would spill 8 bytes under 32.
     max_registers = 64 if num_warps > 16 else 32 if major == 9 else None

@@ -49,6 +49,11 @@ def _stored(dtype: str, classes: int) -> Iterator[Case]:
     logits = meta(TILE_ROWS, classes, dtype=dtype)
     rows = CrossEntropy_(logits, bias, target, losses, *EVERYTHING, True, grad=losses, divisor=divisor)
     yield from described(f"{label} everything", stored.cross_entropy_, rows, chip(9))
+    if dtype != "fp32":
+        biased = CrossEntropy_(logits, bias, target, losses, *USUAL, True, grad=None, divisor=None)
+        yield from described(
+            f"{label} bias", stored.cross_entropy_, biased, chip(9), capabilities=(80, 86, 89, 90, 120)
+        )
 
 
 def _streamed(dtype: str, name: str, major: int, options: Options) -> Iterator[Case]:

@@ -172,7 +172,7 @@ class Plan:
         self.prepared = () if is_interpreted else tuple(launch.prepared() for launch in tape.launches)
         self.zeroed = tuple(slot - given for slot in tape.zeroed)
         slots = {id(x): slot - given for slot, x in enumerate(tape.tensors) if slot >= given}
-        self.results: tuple[Any, ...] = tuple(
+        self.results = tuple(
             None if x is None else slots[id(x)] for x in (results if isinstance(results, tuple) else (results,))
         )
         self.is_tuple = isinstance(results, tuple)
@@ -203,9 +203,8 @@ class Plan:
             self._launch(addresses, site)
         else:
             self._interpret([*[call[place] for place in self.places], *made], site)
-        if not self.is_tuple:
-            return made[self.results[0]]
-        return tuple([None if place is None else made[place] for place in self.results])
+        results = [None if place is None else made[place] for place in self.results]
+        return tuple(results) if self.is_tuple else results[0]
 
     def _launch(self, addresses: list[int], site: int) -> None:
         stream = driver.active.get_current_stream(self.device)

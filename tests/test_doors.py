@@ -104,6 +104,23 @@ def test_values_are_checked_on_a_route(impl):
         ops.linear_cross_entropy(x, weight, target + 1, impl=impl)
 
 
+def test_what_is_changed_in_place_is_checked_on_a_route(impl):
+    device = device_of(impl)
+    tables = ops.rotary_table(5, 16, device=device)
+    for _ in range(4):
+        x = torch.randn(1, 2, 5, 16, device=device).requires_grad_()
+        turned = ops.rotary_(x * 1.0, 2, *tables, impl=impl)
+        (gradient,) = torch.autograd.grad((turned * turned.detach()).sum(), x)
+        torch.testing.assert_close(gradient, x.detach(), rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            again = x.detach().clone()
+            assert ops.rotary_(again, 2, *tables, impl=impl) is again
+            assert torch.equal(again, turned)
+        with pytest.raises(ValueError, match="a leaf that needs a gradient"):
+            ops.rotary_(x, 2, *tables, impl=impl)
+    assert taken(ops.rotary_) == 2
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_masks_and_biases(impl, learns):
     device = device_of(impl)

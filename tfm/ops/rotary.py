@@ -13,6 +13,7 @@ from tfm.ops.checks import broadcasts, check_floating, check_integers, check_sam
 from tfm.ops.registry import namespace_of
 from tfm.ops.routing import door
 from tfm.reference import rotary as reference
+from tfm.taping import checked
 
 
 @door
@@ -69,6 +70,7 @@ def rotary(
     return apply(DifferentiableRotary, namespace_of(backend), call)
 
 
+@door
 def rotary_(
     x: Tensor,
     heads: int,
@@ -97,7 +99,7 @@ def rotary_(
             autograd keeps; an expanded tensor.
     """
     _check("x", x, cos, sin, positions)
-    _check_in_place(x)
+    checked(_check_in_place, x)
     if not 0 <= heads <= x.shape[1]:
         raise BadArgument(f"heads: expected at most the {x.shape[1]} of x, got {heads}")
     backend = choose("rotary_", impl, x, "", cos.dtype)
@@ -109,13 +111,15 @@ def rotary_(
     return apply(DifferentiableRotary_, namespace_of(backend), call)[0]
 
 
-def _check_in_place(x: Tensor) -> None:
+def _check_in_place(x: Tensor) -> bool:
+    """Refuses what cannot be changed in place; tells whether that hung on more than shape and strides."""
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         raise BadArgument(f"x: expected elements with addresses of their own, got strides {x.stride()}: clone it")
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-        return
+        return False
     if x.is_leaf or (x._base is not None and x._base.is_leaf):
         raise BadArgument("x: expected the result of an operation, got a leaf that needs a gradient: take `rotary`")
+    return True
 
 
 def rotary_table(

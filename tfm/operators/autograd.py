@@ -104,7 +104,7 @@ class _Function(torch.autograd.Function):
             found = gradients(compute, learning, wanted, grads)
         else:
             namespace = ctx.namespace
-            if namespace.__class__ is not str:
+            if namespace.__class__ is Steps:
                 namespace = namespace.of_backward(saved, grads, wanted)
             found = operation.backward(namespace, saved, ctx.options, grads, wanted)
             if namespace.__class__ is Steps and namespace.is_open:

@@ -176,7 +176,8 @@ def embedding_backward_kernel(
         wanted = wanted & first
         # Zeros may go to any row: they are spread, so that adding them does not contend for a single one.
         index = tl.where(first, token, row % rows)
-        tl.store(indices + row, index, mask=(row < size) & (tl.program_id(1) == 0))
+        # As a bound: triton 3.9's interpreter takes no scalar beside a block as a mask.
+        tl.store(indices + row, index, mask=row < tl.where(tl.program_id(1) == 0, size, 0))
     end = tl.where(wanted, end, start)
 
     # One by one up to the first whole chunk, chunk by chunk, and one by one again.

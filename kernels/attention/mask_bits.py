@@ -29,6 +29,8 @@ def mask_bits_kernel(
     mask += sequence * mask_b + head * mask_h
     position = first_position(sequence, starts, start)
     reached = tl.zeros([BLOCK_KEYS // 32], tl.int32)
+    # A bound rather than one more condition: triton 3.9's interpreter takes no scalar beside a block as a mask.
+    written = tl.where(sequence < word_sequences, queries, 0)
     for first in range(0, queries, BLOCK_QUERIES):
         row = first + tl.arange(0, BLOCK_QUERIES)
         inside = (row < queries)[:, None] & (column < keys)[None, :]
@@ -39,7 +41,7 @@ def mask_bits_kernel(
             allowed = tl.load(address, mask=inside, other=float("-inf")).to(tl.float32) != float("-inf")
         if words is not None:
             place = words + sequence * words_b + head * words_h + row.to(tl.int64)[:, None] * words_q + word[None, :]
-            tl.store(place, pack(allowed), mask=(row < queries)[:, None] & (sequence < word_sequences))
+            tl.store(place, pack(allowed), mask=(row < written)[:, None])
         allowed &= allowed_tile(
             column < keys, row, column, None, position, window, None, 0, keys, BLOCK_KEYS, KEYS_ARE_ROWS=False
         )

@@ -5,18 +5,17 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
+from plain_calls import plainly
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import tfm
 from tfm import native, ops
-from tfm.operators import calling
 from tfm.ops import backends, routing
 
 CPU = torch.device("cpu")
@@ -32,15 +31,6 @@ def impl(request) -> str:
 
 def device_of(impl: str) -> torch.device:
     return torch.device("cuda") if impl == "triton" and torch.cuda.is_available() else CPU
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Within the block no call has a route."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "is_watched", lambda: True)
-        patch.setattr(calling, "is_watched", lambda: True)
-        yield
 
 
 def taken(function: Callable) -> int:

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from plain_calls import plainly
 from torch import Tensor
 
 from tfm import native, ops
@@ -64,15 +63,6 @@ def plans() -> dict[str, int]:
 def ordinary(given: list[Tensor], site: int = 0) -> list[Tensor]:
     with plainly():
         return results(given, site)
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Within the block no call has a route."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "is_watched", lambda: True)
-        patch.setattr(calling, "is_watched", lambda: True)
-        yield
 
 
 ALL = {"residual_norm": 1, "residual_norm_backward": 1, "attention": 1, "attention_backward": 1}
@@ -157,7 +147,13 @@ def test_a_view_with_its_sign_turned_goes_the_ordinary_way(kernel_device) -> Non
     x, weight = torch.randn(4, 32, device=kernel_device), torch.rand(32, device=kernel_device)
     for _ in range(3):
         expected = ops.rms_norm(-x, weight, impl="triton")
-    assert torch.equal(ops.rms_norm(torch._neg_view(x), weight, impl="triton"), expected)
+    for _ in range(4):
+        assert torch.equal(ops.rms_norm(torch._neg_view(x), weight, impl="triton"), expected)
+    learning, dy = x.requires_grad_(), torch.randn(4, 32, device=kernel_device)
+    for _ in range(4):
+        y = ops.rms_norm(learning, weight, impl="triton")
+        (found,) = torch.autograd.grad(y, learning, torch._neg_view(dy), retain_graph=True)
+        assert torch.equal(found, torch.autograd.grad(y, learning, -dy)[0])
 
 
 def test_a_tensor_given_twice_says_nothing_of_two_tensors(kernel_device) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tfm.operators.declaration import OPERATORS, Operator
-from tfm.operators.kinds import Kind, Kinds, are_aligned
+from tfm.operators.kinds import Kind, Kinds, are_plain, precision_of
 from tfm.operators.watching import is_watched
 from tfm.taping import here
 
@@ -23,7 +23,6 @@ recorders: dict[str, Callable[[Operator, Any], tuple[Step, Any]]] = {}
 # The operators as torch calls them, by namespace and name: one look-up instead of three.
 _found: dict[tuple[str, str], Callable] = {}
 MOST_BACKWARDS = 64
-_products = torch.backends.cuda.matmul
 
 
 def run(namespace: str, call: Any) -> Any:
@@ -121,11 +120,8 @@ class Steps(str):
             return self.namespace
         # What was saved may have been laid out anew meanwhile, by hooks of the user's.
         tensors = [x for x in (*saved, *grads) if x is not None]
-        key: list[Any] = [*wanted, *[grad is None for grad in grads]]
-        if tensors[0].dtype is torch.float32:
-            key.append(_products.fp32_precision)
-        known = tuple(key)
+        known = (precision_of(tensors[0]), *wanted, *[grad is None for grad in grads])
         found = self.backwards.find(known, tensors) or self.backwards.add(known, tensors)
         if found.kept is not None:
             return found.kept
-        return Steps(self.namespace, found) if are_aligned(tensors) else self.namespace
+        return Steps(self.namespace, found) if are_plain(tensors) else self.namespace

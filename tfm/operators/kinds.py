@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 # Addresses that are multiples of this are what Triton compiles for.
 ALIGNMENT = 16
+PLAIN = (Tensor, torch.nn.Parameter)
+# It gives its attributes by a function of Python's: to find it takes as long as they do.
+_products = torch.backends.cuda.matmul
 
 
 class Kind:
@@ -70,6 +74,17 @@ def _once_each(key: Any, tensors: Sequence[Tensor]) -> tuple[Any, Sequence[Tenso
     return (key, tuple(places.index(id(x)) for x in tensors)), [*different.values()]
 
 
-def are_aligned(tensors: Sequence[Tensor]) -> bool:
-    """Tells whether what is compiled for these tensors is what serves most others of their kind, and best."""
-    return not any(x.data_ptr() % ALIGNMENT for x in tensors)
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Tells whether launches made for these tensors read what they hold, and serve most others of their kind best.
+
+    A tensor whose sign is turned lazily, or which is zero without memory, is torch's dispatcher's to resolve.
+    """
+    return all(
+        x.__class__ in PLAIN and not x.is_neg() and not x._is_zerotensor() and x.data_ptr() % ALIGNMENT == 0
+        for x in tensors
+    )
+
+
+def precision_of(x: Tensor) -> str | None:
+    """Returns how torch is to form products of tensors like `x`, which launches follow; None where it has no choice."""
+    return _products.fp32_precision if x.dtype is torch.float32 else None

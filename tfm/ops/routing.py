@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tfm.autocast import without_autocast
-from tfm.operators.kinds import Kinds, are_aligned
+from tfm.operators.kinds import Kinds, are_plain, precision_of
 from tfm.operators.routes import taken_down
 from tfm.operators.watching import is_watched
 from tfm.ops import backends
@@ -20,8 +20,6 @@ from tfm.taping import here
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# It gives its attributes by a function of Python's: to find it takes as long as they do.
-_products = torch.backends.cuda.matmul
 # Arguments that are no tensors: what is equal among them is the same to every function.
 NUMBERS = frozenset((int, float, bool, str, type(None), torch.dtype))
 # Kinds of calls that a function remembers; where it has more, it begins anew.
@@ -63,8 +61,7 @@ class Door:
                 return self.function(*args, **kwargs)
         if not tensors:
             return self.function(*args, **kwargs)
-        if tensors[0].dtype is torch.float32:
-            key.append(_products.fp32_precision)
+        key.append(precision_of(tensors[0]))
         context = None
         if torch._C._is_any_autocast_enabled():
             key += map(torch.get_autocast_dtype, ("cuda", "cpu"))
@@ -84,7 +81,7 @@ class Door:
                 return route(values)
             with context:
                 return route(values)
-        if route is None and are_aligned(tensors):
+        if route is None and are_plain(tensors):
             named = [name for name in kwargs if name != "site" or site is None]
             route, results = taken_down(self.function, values, named, site)
             found.kept = route or False

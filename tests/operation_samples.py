@@ -128,7 +128,9 @@ def _cache(device: str) -> Constants:
 
 QKV = {"query": (2, 4, 3, 6), "key": (2, 2, 5, 6), "value": (2, 2, 5, 4)}
 PACKED = {"query": (5, 2, 6), "key": (6, 2, 6), "value": (6, 2, 4), "sinks": (2,)}
+PACKED_LEARNED = PACKED | {"attn_mask": (3, 1, 3, 4), "relative_bias": (2, 7)}
 LEARNED = QKV | {"attn_mask": (4, 3, 5), "sinks": (4,)}
+NEAR = QKV | {"relative_bias": (4, 5)}
 ROW = (2, 3, 11)
 NORM = {"x": ROW, "weight": (11,), "bias": (11,)}
 RESIDUAL = {"x": ROW, "residual": ROW, "x_bias": (11,), "weight": (11,)}
@@ -145,8 +147,10 @@ SAMPLES = [
     Sample("attention", "attention", QKV, _always(is_causal=True, query_start=2)),
     Sample("attention masked", "attention", QKV, _masked),
     Sample("attention learned", "attention", LEARNED, _always(softcap=2.0, scale=0.6, return_lse=True)),
+    Sample("attention near", "attention", NEAR, _always(window_size=(2, 3), return_lse=True)),
     Sample("attention weights", "attention", QKV, _weighed),
     Sample("varlen_attention", "varlen_attention", PACKED, _packed),
+    Sample("varlen_attention learned", "varlen_attention", PACKED_LEARNED, _packed),
     Sample("layer_norm", "layer_norm", NORM),
     Sample("residual_layer_norm", "residual_layer_norm", RESIDUAL | {"bias": (11,)}, _always(**DROP)),
     Sample("rms_norm", "rms_norm", {"x": ROW, "weight": (11,)}, _always(weight_offset=1.0)),

@@ -8,7 +8,9 @@ scores              what a score is, and what the softmax leaves of each row
 short_forward, short_backward       all keys of a head on chip: one launch each way
 forward, backward_queries, backward_keys        sequences of any length
 mask_bits           a dense mask, read once
+gradient_tile       a tile of the gradient of scores, for what is summed over tiles:
 bias_gradient       the gradient of an additive bias, summed over the dimensions it is broadcast along
+relative_bias_gradient      the gradient of a bias by distance
 weights             the softmax weights themselves, where somebody asks for them
 """
 

@@ -58,6 +58,11 @@ def common_arguments(kernel: Any, call: Attention, *, whole: bool = False, with_
     return {name: known[name] for name in kernel.arg_names if name in known}
 
 
+def is_biased(call: Attention) -> bool:
+    """Tells whether something is added to scores."""
+    return call.bias is not None or call.relative_bias is not None
+
+
 def bias_of(bias: Tensor | None) -> Heads | None:
     """Returns a bias, its keys side by side, with its strides: 0 along every dimension of size 1."""
     if bias is None:
@@ -76,7 +81,7 @@ def dense_rows(call: Attention, x: Tensor | None) -> Tensor | None:
 
 def problem(tape: Tape, call: Attention) -> tuple[int, int, torch.dtype, int, int]:
     """Returns what the launch settings ask: D, Dv, dtype, extras and the chip's major number."""
-    extras = (call.seed is not None) + (call.bias is not None or call.words is not None)
+    extras = (call.seed is not None) + (is_biased(call) or call.words is not None)
     return *call.dims, call.query.dtype, extras, tape.chip(call.query.device).major
 
 
@@ -87,7 +92,7 @@ def short_problem(tape: Tape, call: Attention) -> dict[str, Any]:
         "max_k": call.max_k,
         "dim": max(call.dims),
         "dtype": call.query.dtype,
-        "has_bias": call.bias is not None,
+        "has_bias": is_biased(call),
         "has_words": call.words is not None,
         "major": tape.chip(call.query.device).major,
     }

@@ -80,7 +80,7 @@ def attention_backward_keys_kernel(
         first_key, last_key, -position, window.right, window.left, seen_length, BLOCK_QUERIES
     )
     IS_MASKED: tl.constexpr = mask.words is not None or (mask.reach is not None and bias is None)
-    IS_BIASED: tl.constexpr = bias is not None
+    IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
     unit = unit_of(score)
     if IS_MASKED:
         whole_first, whole_last = first, first
@@ -126,7 +126,7 @@ def attention_backward_keys_kernel(
                     query_rest = load_rows(q_head, q, row, inside, DIMS, 1)
                     products = tl.dot(key_rest, tl.trans(query_rest), products, input_precision=PRECISION)
                 scores, slope = scores_of(
-                    products, score, unit, bias, sequence, head, row[None, :], column[:, None],
+                    products, score, unit, bias, sequence, head, row[None, :], column[:, None], position,
                     (row < query_length)[None, :] & is_key[:, None],
                 )  # fmt: skip
                 if ARE_LARGE:
@@ -177,7 +177,7 @@ def attention_backward_keys_kernel(
                     if dropout.seed is not None:
                         d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
                     d_scores = weights * (d_weights - difference[None, :]) * slope
-                    if edge or bias is not None:
+                    if edge or IS_BIASED:
                         # The value of a masked key may be NaN.
                         d_scores = tl.where(weights == 0.0, 0.0, d_scores)
                     d_scores = d_scores.to(q.data.dtype.element_ty)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows, problem
+from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows, is_biased, problem
 from tfm.kernels.attention.heads import head_of, heads_of, load_rows, store_rows, sums_of
 from tfm.kernels.attention.scores import (
     load_statistics,
@@ -117,7 +117,7 @@ def attention_backward_queries_kernel(
             first_row, last_row, position, window.left, window.right, key_length, BLOCK_KEYS
         )
         IS_MASKED: tl.constexpr = words is not None or (mask.reach is not None and bias is None)
-        IS_BIASED: tl.constexpr = bias is not None
+        IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
         unit = unit_of(score)
         if not ARE_LARGE:
             factor, shift = tl.where(large, unit, unit * LOG2E), tl.where(large, top, log)
@@ -150,7 +150,7 @@ def attention_backward_queries_kernel(
                         d_weights = tl.dot(d_out_rest, tl.trans(value), d_weights, input_precision=PRECISION)
 
                     scores, slope = scores_of(
-                        products, score, unit, bias, sequence, wide_head, row[:, None], column[None, :],
+                        products, score, unit, bias, sequence, wide_head, row[:, None], column[None, :], position,
                         is_row[:, None] & (column < key_length)[None, :],
                     )  # fmt: skip
                     if ARE_LARGE:
@@ -212,7 +212,7 @@ def tiles_are_large(call: Attention) -> bool | None:
 
     fp32 shows the lse's rounding at once. With a bias, two numbers cost nothing.
     """
-    if call.query.dtype == torch.float32 or call.bias is not None:
+    if call.query.dtype == torch.float32 or is_biased(call):
         return True
     return None if call.softcap is None else call.softcap > LARGE.value
 

@@ -21,12 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows
-from tfm.kernels.attention.heads import head_of, heads_of, load_rows
-from tfm.kernels.attention.scores import add_bias, bend, load_statistics, rows_of, unit_of
-from tfm.kernels.attention.visible import Window, allowed_tile, first_position, locate, reached, visible, word_rows
+from tfm.kernels.attention.gradient_tile import gradient_tile
+from tfm.kernels.attention.heads import head_of, heads_of
+from tfm.kernels.attention.visible import Window
 from tfm.kernels.launch.attention import scores as launch
-from tfm.kernels.philox import keep_mask
-from tfm.kernels.softmax import exponent
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import AttentionBackward
 
@@ -58,7 +56,7 @@ def bias_gradient_kernel(
     row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     bias_rows = head_of(bias, bias_sequence.to(tl.int64), bias_head.to(tl.int64), 0)
     address = bias_rows + row.to(tl.int64)[:, None] * bias.s + column.to(tl.int64)[None, :] * bias.d
-    added = tl.load(address, mask=(row < query_size)[:, None] & is_column[None, :], other=0.0)
+    added = tl.load(address, mask=(row < query_size)[:, None] & is_column[None, :], other=0.0).to(tl.float32)
 
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)
     share = tl.cdiv(members, splits)
@@ -70,42 +68,11 @@ def bias_gradient_kernel(
         if SHARED_HEADS:
             head, rest = rest % heads, rest // heads
         # A bias of each sequence's own has no other among its members.
-        sequence, head = (bias_sequence + rest).to(tl.int64), head.to(tl.int64)
-        row = query_tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-        _, key_length = locate(sequence, None, lengths.key_lengths, key_size)
-        position = first_position(sequence, lengths.starts, start)
-        is_row = row < query_size
-        begin, end = visible(0, query_size - 1, position, window.left, window.right, key_length)
-        inside = (column >= begin) & (column < end)
-        if mask.reach is not None:
-            inside &= reached(mask, sequence, head, heads, column, inside, row_words)
-
-        key_head = head // group
-        query = load_rows(head_of(q, sequence, head, 0), q, row, is_row, DIMS, 0)
-        key = load_rows(head_of(k, sequence, key_head, 0), k, column, inside, DIMS, 0)
-        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        value = load_rows(head_of(v, sequence, key_head, 0), v, column, inside, VALUE_DIMS, 0)
-        d_out = load_rows(head_of(dout, sequence, head, 0), dout, row, is_row, VALUE_DIMS, 0)
-        d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
-
-        of_row = rows_of(sequence, head, 0, heads, query_size, row_kind, None) + row
-        top, log_sum = load_statistics(statistics + of_row, row_kind, is_row)
-        difference = tl.load(delta + of_row, mask=is_row, other=0.0)
-        x, _ = bend(products, score)
-        scores = add_bias(x, unit_of(score), added)
-        first_column = key_tile * BLOCK_KEYS
-        words = word_rows(mask, sequence, head, heads, query_size, row_words)
-        allowed = allowed_tile(
-            inside, row, column, is_row, position, window, words, first_column, row_words, BLOCK_KEYS,
-            KEYS_ARE_ROWS=False,
+        acc += gradient_tile(
+            q, k, v, dout, statistics, delta, mask, lengths, window, score, dropout, added,
+            (bias_sequence + rest).to(tl.int64), head.to(tl.int64), query_tile * BLOCK_QUERIES, key_tile * BLOCK_KEYS,
+            heads, group, query_size, key_size, row_words, row_kind, start, site, DIMS, VALUE_DIMS, PRECISION, TILE,
         )  # fmt: skip
-        most = tl.where(allowed, 0.0, float("-inf"))
-        weights = tl.exp2(exponent(scores, 1.0, top[:, None], log_sum[:, None], most, IS_FORMED=True))
-        if dropout.seed is not None:
-            group_of = sequence * heads + head
-            keep = keep_mask(row[:, None], first_column, group_of, site, dropout.seed, dropout.threshold, BLOCK_KEYS)
-            d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
-        acc += weights * (d_weights - difference[:, None])
 
     place = (split.to(tl.int64) * bias_sequences + bias_sequence) * bias_heads + bias_head
     if SHARED_QUERIES:
@@ -131,7 +98,7 @@ def bias_gradient(tape: Tape, call: AttentionBackward, delta: Tensor, dbias: Ten
 
     Args:
         tape: see tfm.kernels.tape.
-        call: padded, with a bias.
+        call: with a bias.
         delta: Σ dout · out - dlse, laid out as the statistics.
         dbias: what is filled.
     """

@@ -9,6 +9,7 @@ from tfm.kernels.attention.backward_keys import attention_backward_keys
 from tfm.kernels.attention.backward_queries import attention_backward_queries
 from tfm.kernels.attention.bias_gradient import bias_gradient
 from tfm.kernels.attention.forward import attention_forward
+from tfm.kernels.attention.relative_bias_gradient import relative_bias_gradient
 from tfm.kernels.attention.short_backward import short_attention_backward
 from tfm.kernels.attention.short_forward import short_attention_forward
 from tfm.kernels.launch.attention import short as launch
@@ -30,7 +31,7 @@ def attention(tape: Tape, call: Attention) -> tuple[Tensor, Tensor]:
 def attention_backward(tape: Tape, call: AttentionBackward) -> Gradients:
     """Computes the gradients of the operator.
 
-    One launch for short sequences, two for long ones; one or two more for the bias.
+    One launch for short sequences, two for long ones; one or two more for a bias, two for one by distance.
     """
     gradients = tape.outputs(call)
     _fill(tape, call, gradients)
@@ -39,11 +40,11 @@ def attention_backward(tape: Tape, call: AttentionBackward) -> Gradients:
 
 def attention_backward_joined(
     tape: Tape, call: AttentionBackwardJoined
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Computes the same, the gradients of heads that lie side by side in one tensor as these lie."""
-    dquery, joined, dbias, dsinks = outputs = tape.outputs(call)
+    dquery, joined, *others = outputs = tape.outputs(call)
     *queries, dkey, dvalue = joined.unbind()
-    _fill(tape, call.plain, Gradients(queries[0] if queries else dquery, dkey, dvalue, dbias, dsinks))
+    _fill(tape, call.plain, Gradients(queries[0] if queries else dquery, dkey, dvalue, *others))
     return outputs
 
 
@@ -57,3 +58,5 @@ def _fill(tape: Tape, call: AttentionBackward, gradients: Gradients) -> None:
         attention_backward_keys(tape, call, rows, gradients)
     if gradients.bias is not None:
         bias_gradient(tape, call, delta, gradients.bias)
+    if gradients.relative_bias is not None:
+        relative_bias_gradient(tape, call, delta, gradients.relative_bias)

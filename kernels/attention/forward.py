@@ -78,7 +78,7 @@ def attention_forward_kernel(
         if DIMS[2] > 0:
             query_rest = tl.where(is_turned, -query_rest, query_rest)
     unit = tl.abs(unit)
-    IS_BIASED: tl.constexpr = bias is not None
+    IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
     scale = 1.0 if IS_BIASED else binary(unit)
 
     top = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
@@ -115,7 +115,7 @@ def attention_forward_kernel(
                 if IS_WIDE:
                     products *= tl.where(is_turned, -1.0, 1.0)
                 scores, _ = scores_of(
-                    products, score, unit, bias, sequence, wide_head, row[:, None], column[None, :],
+                    products, score, unit, bias, sequence, wide_head, row[:, None], column[None, :], position,
                     is_row[:, None] & (column < key_length)[None, :],
                 )  # fmt: skip
                 if edge:

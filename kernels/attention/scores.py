@@ -4,9 +4,11 @@ The score of query i and key j is
 
     s = unit · x + bias        x = q·k, unit = scale      or      x = tanh(scale / softcap · q·k), unit = softcap
 
-and its derivative by q·k is scale · slope, slope = 1 or 1 - tanh². With a bias, scores themselves are formed, rounded
-once more, as torch has them; without one, x. tfm.kernels.softmax makes weights of either. A sink is one more score of
-each row, of a key without a value.
+and its derivative by q·k is scale · slope, slope = 1 or 1 - tanh². The bias is an element of its own, or one of a few
+by the key's distance from the query's position, clip(j - position(i), -R, R) (Shaw et al., "Self-Attention with
+Relative Position Representations", 2018, section 3.2), or the sum of both. With one, scores themselves are formed,
+rounded once more, as torch has them; without one, x. tfm.kernels.softmax makes weights of either. A sink is one more
+score of each row, of a key without a value.
 """
 
 from __future__ import annotations
@@ -33,19 +35,24 @@ class Score(NamedTuple):
         outer: factor of its tanh; None where uncapped.
         scale: their product.
         sinks: a score for each head; None where there are none, or where a kernel has no use for them.
+        relative_bias: dense [Hq, 2 R + 1]; None where there is none.
+        farthest: R.
     """
 
     inner: float
     outer: float | None
     scale: float
     sinks: Tensor | None
+    relative_bias: Tensor | None
+    farthest: int
 
     @classmethod
     def of(cls, call: Attention, with_sink: bool) -> Score:
         """Returns that of a call."""
         scale, softcap = call.scale, call.softcap
-        sinks = call.sinks if with_sink else None
-        return cls(scale, None, scale, sinks) if softcap is None else cls(scale / softcap, softcap, scale, sinks)
+        relative = call.relative_bias
+        rest = call.sinks if with_sink else None, relative, 0 if relative is None else relative.shape[1] // 2
+        return cls(scale, None, scale, *rest) if softcap is None else cls(scale / softcap, softcap, scale, *rest)
 
 
 @triton.jit
@@ -55,16 +62,29 @@ def unit_of(score):
 
 
 @triton.jit
-def scores_of(products, score, unit, bias, sequence, head, row, column, inside):
+def scores_of(products, score, unit, bias, sequence, head, row, column, position, inside):
     """Computes (scores, or x without a bias; slope) of a tile of products q·k; slope is 1.0 uncapped.
 
     Of the bias 0 is added where not `inside`; `row` and `column` broadcast to the tile, in either order.
     """
     x, slope = bend(products, score)
-    if bias is not None:
-        address = head_of(bias, sequence, head, 0) + row.to(tl.int64) * bias.s + column.to(tl.int64) * bias.d
-        x = add_bias(x, unit, tl.load(address, mask=inside, other=0.0))
+    if bias is not None or score.relative_bias is not None:
+        added = 0.0
+        if bias is not None:
+            address = head_of(bias, sequence, head, 0) + row.to(tl.int64) * bias.s + column.to(tl.int64) * bias.d
+            added = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+        if score.relative_bias is not None:
+            added += relative_tile(score, head, row, column, position, inside)
+        x = add_bias(x, unit, added)
     return x, slope
+
+
+@triton.jit
+def relative_tile(score, head, row, column, position, inside):
+    """Loads the bias by distance of a tile's scores: fp32, 0 where not `inside`; `head` is int64."""
+    distance = tl.minimum(tl.maximum(column - row - position, -score.farthest), score.farthest)
+    address = score.relative_bias + head * (2 * score.farthest + 1) + (distance + score.farthest)
+    return tl.load(address, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -80,7 +100,6 @@ def bend(products, score):
 @triton.jit
 def add_bias(x, unit, bias):
     """Computes the scores of a tile of x with a bias: -inf stays -inf, whatever x is there."""
-    bias = bias.to(tl.float32)
     return tl.where(bias == float("-inf"), float("-inf"), fma(x, unit, bias))
 
 

@@ -63,7 +63,7 @@ def short_attention_backward_kernel(
     position = first_position(sequence, lengths.starts, start)
     wide_key_head = key_head.to(tl.int64)
     unit = unit_of(score)
-    IS_BIASED: tl.constexpr = bias is not None
+    IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
     scale = tl.cast(score.scale, tl.float32)
 
     column = tl.arange(0, BLOCK_KEYS)
@@ -102,7 +102,7 @@ def short_attention_backward_kernel(
 
         products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         scores, slope = scores_of(
-            products, score, unit, bias, sequence, wide_head, row[None, :], column[:, None],
+            products, score, unit, bias, sequence, wide_head, row[None, :], column[:, None], position,
             is_row[None, :] & (column < key_length)[:, None],
         )  # fmt: skip
         seen = inside
@@ -164,14 +164,14 @@ def short_attention_backward_kernel(
 def short_attention_backward(
     tape: Tape, call: AttentionBackward, tiles: launch.ShortBackwardTiles, gradients: Gradients
 ) -> Tensor | None:
-    """Fills all gradients but that of the bias, at tiles that the launch settings have; `tiles.passes` launches.
+    """Fills all gradients but those of biases, at tiles that the launch settings have; `tiles.passes` launches.
 
     Returns:
-        delta, laid out as the statistics, which serves tfm.kernels.attention.bias_gradient; None where nobody needs it.
+        delta, laid out as the statistics, for the gradients of biases; None where nobody wants one.
     """
     attention = call.attention
     statistics, dlse = dense_rows(attention, call.statistics), dense_rows(attention, call.dlse)
-    delta = tape.scratch(row_statistics(call.query)[0]) if gradients.bias is not None else None
+    delta = tape.scratch(row_statistics(call.query)[0]) if gradients.of_biases else None
     blocks = -(-call.max_q // tiles.block_queries)
     partials = sink_partials(tape, call, gradients, blocks)
     first: dict[str, Any] = {"dq": heads_of(gradients.query), "dk": heads_of(gradients.key)}

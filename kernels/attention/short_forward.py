@@ -51,7 +51,7 @@ def short_attention_forward_kernel(
     out_head = head_of(out, sequence, wide_head, query_first)
     statistics += rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q)
     words = word_rows(mask, sequence, wide_head, heads, query_size, row_words)
-    IS_BIASED: tl.constexpr = bias is not None
+    IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
     unit = unit_of(score)
     # Of a negative scale the smallest product has the largest score.
     sign = tl.where(unit < 0, -1.0, 1.0)
@@ -76,7 +76,7 @@ def short_attention_forward_kernel(
         if not IS_BIASED and score.outer is None:
             products *= sign
         scores, _ = scores_of(
-            products, score, unit, bias, sequence, wide_head, row[:, None], column[None, :],
+            products, score, unit, bias, sequence, wide_head, row[:, None], column[None, :], position,
             is_row[:, None] & (column < key_length)[None, :],
         )  # fmt: skip
         allowed = allowed_tile(

@@ -51,8 +51,10 @@ def attention_weights_kernel(
     products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     unit = unit_of(score)
     scores, _ = scores_of(
-        products, score, unit, bias, sequence, head, row[:, None], column[None, :], is_row[:, None] & inside[None, :]
-    )
+        products, score, unit, bias, sequence, head, row[:, None], column[None, :], position,
+        is_row[:, None] & inside[None, :],
+    )  # fmt: skip
+    IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
     words = word_rows(mask, sequence, head, heads, query_size, row_words)
     allowed = allowed_tile(
         inside, row, column, is_row, position, window, words, first_column, row_words, BLOCK_KEYS, KEYS_ARE_ROWS=False
@@ -60,7 +62,7 @@ def attention_weights_kernel(
     place = rows_of(sequence, head, 0, heads, query_size, row_kind, None) + row
     top, log_sum = load_statistics(statistics + place, row_kind, is_row)
     most = tl.where(allowed, 0.0, float("-inf"))
-    result = tl.exp2(exponent(scores, unit, top[:, None], log_sum[:, None], most, bias is not None))
+    result = tl.exp2(exponent(scores, unit, top[:, None], log_sum[:, None], most, IS_BIASED))
     if dropout.seed is not None:
         keep = keep_mask(row[:, None], first_column, pair, site, dropout.seed, dropout.threshold, BLOCK_KEYS)
         result = tl.where(keep, result * tl.cast(dropout.keep_scale, tl.float32), 0.0)

@@ -22,7 +22,8 @@ SEED, SITE = -0x0123456789ABCDEF, 3
 class Problem:
     """One call: B, Hq, Hkv, Sq, Sk, D, Dv, and the options of ops.attention.
 
-    `mask` is ("bool" or "float", shape); among `rules` lists become int32 tensors, `sinks` True becomes a tensor.
+    `mask` is ("bool" or "float", shape); among `rules` lists become int32 tensors, `sinks` True becomes a tensor, and
+    `relative_bias` one of so many distances to each side.
     """
 
     shape: tuple[int, int, int, int, int, int, int]
@@ -76,6 +77,19 @@ PROBLEMS = {
         },
         ("float", (2, 4, 40, 70)),
     ),
+    "bias by distance, causal, starts, dropout": Problem(
+        (2, 2, 1, 70, 40, 16, 16),
+        {"relative_bias": 7, "is_causal": True, "query_start": [5, -33], "dropout_p": 0.3},
+    ),
+    "bias by distance, bool mask, lengths, softcap": Problem(
+        (2, 2, 2, 33, 70, 16, 24), {"relative_bias": 80, "key_lengths": [70, 21], "softcap": 1.5},
+        ("bool", (2, 1, 33, 70)),
+    ),
+    "bias by distance, bias, window, sinks": Problem(
+        (2, 2, 1, 40, 70, 16, 16), {"relative_bias": 20, "window_size": (30, 9), "query_start": 25, "sinks": True},
+        ("float", (1, 2, 40, 70)),
+    ),
+    "bias of all distances": Problem((1, 2, 2, 5, 33, 16, 16), {"relative_bias": 0, "query_start": -200}),
     "three keys": Problem((2, 2, 2, 5, 3, 16, 16), {"dropout_p": 0.1}),
     "one query": Problem((1, 2, 2, 1, 130, 16, 16), {"is_causal": True, "query_start": 129}),
     "wide heads": Problem((1, 1, 1, 17, 40, 192, 128), {"is_causal": True, "query_start": 3}),
@@ -112,6 +126,16 @@ class Tensors:
     cotangents: tuple[Tensor, Tensor]
 
 
+# Rules that are numbers of each head, with gradients.
+LEARNT = ("sinks", "relative_bias")
+
+
+def learnt_of(rules: dict[str, Any], heads: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random tensors for those of LEARNT that `rules` name."""
+    shapes = {"sinks": (heads,), "relative_bias": (heads, 2 * rules.get("relative_bias", 0) + 1)}
+    return {name: torch.randn(shapes[name], device=device).to(dtype) for name in LEARNT if name in rules}
+
+
 # A gradient is a sum of products of a weight, which has a weight's roundings, and dp - delta, which has as many.
 GRADIENT_ROUNDINGS = 2 * oracle.ROUNDINGS
 
@@ -124,7 +148,7 @@ def make(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tensors:
         name: torch.randn(shape, device=device).to(dtype)
         for name, shape in zip(("query", "key", "value"), shapes, strict=True)
     }
-    rules = {name: value for name, value in problem.rules.items() if name != "sinks"}
+    rules = {name: value for name, value in problem.rules.items() if name not in LEARNT}
     for name in ("query_start", "key_lengths"):
         if isinstance(rules.get(name), list):
             rules[name] = torch.tensor(rules[name], dtype=torch.int32, device=device)
@@ -135,7 +159,7 @@ def make(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tensors:
         if kind == "float":
             bias, mask = torch.randn(shape, device=device).masked_fill(~mask, float("-inf")).to(dtype), None
     inputs["bias"] = bias
-    inputs["sinks"] = torch.randn(heads, device=device).to(dtype) if "sinks" in problem.rules else None
+    inputs |= learnt_of(problem.rules, heads, device, dtype)
     if problem.is_dropping:
         rules |= {"seed": SEED, "site": SITE}
     cotangents = (
@@ -149,9 +173,8 @@ def attend(tensors: Tensors, inputs: dict[str, Tensor | None], impl: str) -> tup
     """(output, lse) of ops.attention on these inputs."""
     mask = tensors.bool_mask if inputs["bias"] is None else inputs["bias"]
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    return ops.attention(
-        query, key, value, mask, sinks=inputs["sinks"], return_lse=True, impl=impl, **tensors.rules
-    )  # fmt: skip
+    learnt = {name: inputs.get(name) for name in LEARNT}
+    return ops.attention(query, key, value, mask, return_lse=True, impl=impl, **learnt, **tensors.rules)
 
 
 def results(tensors: Tensors, impl: str, dtype: torch.dtype, with_lse: bool = True) -> dict[str, Tensor]:
@@ -211,13 +234,18 @@ class Packing:
         return [layout.unpack(x).transpose(1, 2) for layout, x in layouts]
 
 
+# What packed and padded sequences have in the same bits.
+PACKED = ("output", "lse", "query", "key", "value")
 PACKED_RULES = {
     "dropout": {"dropout_p": 0.3},
     "causal, dropout": {"is_causal": True, "dropout_p": 0.1},
     "starts, window": {"query_start": [-3, 6, 0, 1], "window_size": (20, 3)},
     "softcap, scale, sinks": {"softcap": 0.9, "scale": 0.3, "sinks": True},
+    "bias by distance, starts": {"relative_bias": 9, "is_causal": True, "query_start": [-3, 6, 0, 70]},
+    "bool mask, dropout": {"attn_mask": ("bool", (4, 1, 40, 70)), "dropout_p": 0.1},
+    "mask of a row": {"attn_mask": ("bool", (4, 2, 1, 70))},
+    "bias, bias by distance": {"attn_mask": ("float", (1, 2, 40, 70)), "relative_bias": 30, "window_size": (20, 3)},
 }
-PACKED_NAMES = ("output", "lse", "query", "key", "value", "sinks")
 
 
 def packing(device: torch.device) -> Packing:
@@ -225,33 +253,41 @@ def packing(device: torch.device) -> Packing:
     return Packing([33, 1, 0, 40], [5, 70, 3, 0], device)
 
 
-def packed_problem(rules: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Callable[..., list[Tensor]]:
-    """attended(impl, dtype, layout), layout "packed" or "padded": PACKED_NAMES of those sequences, packed."""
+def packed_problem(rules: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Callable[..., dict[str, Tensor]]:
+    """attended(impl, dtype, layout), the latter "packed" or "padded": output, lse and gradients by name, packed."""
     rules = {"seed": SEED, "site": SITE} | rules
     if isinstance(rules.get("query_start"), list):
         rules["query_start"] = torch.tensor(rules["query_start"], device=device)
     lengths = packing(device)
     queries, keys = sum(lengths.query_lengths), sum(lengths.key_lengths)
-    inputs = [
-        torch.randn(shape, device=device).to(dtype).requires_grad_()
-        for shape in ((queries, 2, 16), (keys, 1, 16), (keys, 1, 24))
-    ]
-    if rules.pop("sinks", False):
-        inputs.append(torch.randn(2, device=device).to(dtype).requires_grad_())
+    shapes = {"query": (queries, 2, 16), "key": (keys, 1, 16), "value": (keys, 1, 24)}
+    inputs = {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
+    inputs |= learnt_of(rules, 2, device, dtype)
+    if "attn_mask" in rules:
+        kind, shape = rules.pop("attn_mask")
+        mask = torch.rand(shape, device=device) < 0.7
+        if kind == "bool":
+            rules["attn_mask"] = mask
+        else:
+            inputs["attn_mask"] = torch.randn(shape, device=device).masked_fill(~mask, float("-inf")).to(dtype)
+    rules = {name: value for name, value in rules.items() if name not in LEARNT}
     cotangents = torch.randn(queries, 2, 24, device=device), torch.randn(queries, 2, device=device)
 
-    def attended(impl: str, kind: torch.dtype, layout: str) -> list[Tensor]:
-        some = [x.detach().to(kind).requires_grad_() for x in inputs]
-        options = {**rules, "sinks": some[3] if len(some) == 4 else None, "return_lse": True, "impl": impl}
+    def attended(impl: str, kind: torch.dtype, layout: str) -> dict[str, Tensor]:
+        some = {name: x.to(kind).requires_grad_() for name, x in inputs.items()}
+        query, key, value, *_ = some.values()
+        options = rules | {name: x for name, x in some.items() if name not in shapes}
+        options |= {"return_lse": True, "impl": impl}
         if layout == "packed":
-            output, lse = ops.varlen_attention(*some[:3], *lengths.arguments, **options)
+            output, lse = ops.varlen_attention(query, key, value, *lengths.arguments, **options)
         else:
             key_lengths = torch.tensor(lengths.key_lengths, device=device)
-            output, lse = ops.attention(*lengths.padded(*some[:3]), key_lengths=key_lengths, **options)
+            output, lse = ops.attention(*lengths.padded(query, key, value), key_lengths=key_lengths, **options)
             output, lse = lengths.queries.pack(output.transpose(1, 2)), lengths.queries.pack(lse.transpose(1, 2))
         lse = lse.masked_fill(lse == float("-inf"), 0.0)
         loss = (output * cotangents[0].to(kind)).sum() + (lse * cotangents[1].to(lse.dtype)).sum()
-        return [output.detach(), lse.detach(), *torch.autograd.grad(loss, some)]
+        gradients = torch.autograd.grad(loss, list(some.values()))
+        return {"output": output.detach(), "lse": lse.detach()} | dict(zip(some, gradients, strict=True))
 
     return attended
 

@@ -39,7 +39,7 @@ def launched(monkeypatch):
 
 
 def test_operators_obey_torch(kernel_device):
-    rules = PROBLEMS["everything"].rules | {"key_lengths": [7, 3], "query_start": [1, 0]}
+    rules = PROBLEMS["everything"].rules | {"key_lengths": [7, 3], "query_start": [1, 0], "relative_bias": 2}
     tensors = make(Problem((2, 2, 1, 5, 7, 16, 24), rules, ("float", (2, 2, 5, 7))), kernel_device, torch.float32)
     inputs = [x.detach().requires_grad_() for x in tensors.inputs.values()]
     with Called() as called:
@@ -48,12 +48,12 @@ def test_operators_obey_torch(kernel_device):
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     torch.library.opcheck(torch.ops.tfm.attention.default, tuple(arguments))
     output, statistics = torch.ops.tfm.attention(*arguments)
-    for wanted in ([True] * 5, [False, True, False, False, True]):
+    for wanted in ([True] * 6, [False, True, False, False, True, False]):
         backward = (output, statistics[0], output, statistics, wanted, *arguments)
         torch.library.opcheck(torch.ops.tfm.attention_backward.default, backward)
     torch.library.opcheck(torch.ops.tfm.attention_weights.default, (statistics, *arguments))
     mask = torch.rand(1, 2, 5, 7, device=kernel_device) < 0.5
-    starts = arguments[10]
+    starts = arguments[11]
     torch.library.opcheck(torch.ops.tfm.attention_mask_bits.default, (mask, starts, 0, 3, None))
 
 
@@ -63,13 +63,13 @@ def test_statistics_of_other_strides_give_the_same(is_short, kernel_device, monk
     if is_short:
         monkeypatch.setattr(short, "short_attention_backward", short_attention_backward)
     inputs = [x.detach() for x in qkv(kernel_device, (2, 2, 1, 9, 40, 16, 16))]
-    call = Attention(*inputs, *[None] * 9, 9, 40, 0, None, None, 0.25, None, 0.0, 0)
+    call = Attention(*inputs, *[None] * 10, 9, 40, 0, None, None, 0.25, None, 0.0, 0)
     output, statistics = torch.ops.tfm.attention(*call)
     other = statistics.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert other.stride() != statistics.stride()
     found = []
     for numbers in (statistics, other):
-        wanted = [True, True, True, False, False]
+        wanted = [True, True, True, False, False, False]
         backward = AttentionBackward(torch.ones_like(output), None, output, numbers, wanted, *call)
         weights = torch.ops.tfm.attention_weights(numbers, *call)
         found.append([*torch.ops.tfm.attention_backward(*backward)[:3], weights])

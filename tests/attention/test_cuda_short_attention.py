@@ -182,7 +182,7 @@ def test_a_bias_and_the_bits_of_a_mask_together(cuda_device, rows):
     bias = torch.randn(1, 2, 17, 33, device=cuda_device)
     words, reach = getattr(torch.ops, native.NAMESPACE).attention_mask_bits(allowed, None, 0, None, None)
     bits = (words if rows > 1 else None), reach
-    rest = (None, None, None, None, None, None, 17, 33, 0, None, None, 0.25, None, 0.0, 0)
+    rest = (*[None] * 7, 17, 33, 0, None, None, 0.25, None, 0.0, 0)
 
     def together(*inputs, impl):
         return apply(Attended, native.NAMESPACE, Attention(*inputs, bias, *bits, *rest))[0]

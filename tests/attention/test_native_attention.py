@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import (
     NOTHING_ALLOWED,
-    PACKED_NAMES,
+    PACKED,
     PACKED_RULES,
     PROBLEMS,
     SEED,
@@ -124,10 +124,10 @@ def test_packed_equals_padded_and_the_reference(rules, dtype, instruction_set):
     attended = packed_problem(rules, CPU, dtype)
     with native.instruction_set(instruction_set):
         actual, padded = attended("native", dtype, "packed"), attended("native", dtype, "padded")
-    # The sinks' sums alone run over queries at padding, too.
-    equal(actual[:5], padded[:5])
+    # Sums over queries alone run over those at padding, too.
+    equal([actual[name] for name in PACKED], [padded[name] for name in PACKED])
     truth, plain = (attended("reference", kind, "packed") for kind in (torch.float64, dtype))
-    oracle.assert_all_match(actual, truth, plain, PACKED_NAMES[: len(actual)])
+    oracle.assert_all_match(*(list(found.values()) for found in (actual, truth, plain)), list(actual))
 
 
 @pytest.mark.parametrize("name", ["everything", "lengths, dropout"])
@@ -175,9 +175,10 @@ def test_strides_change_nothing(view):
     equal(*found)
 
 
-@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (0, 2), (1, 2), (3,), (4,)], ids=str)
+@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (0, 2), (1, 2), (3,), (4,), (5,)], ids=str)
 def test_only_wanted_gradients_are_computed(subset):
-    tensors = make(Problem((2, 2, 1, 33, 40, 16, 16), {"sinks": True}, ("float", (1, 2, 33, 40))), CPU, torch.float32)
+    rules = {"sinks": True, "relative_bias": 5}
+    tensors = make(Problem((2, 2, 1, 33, 40, 16, 16), rules, ("float", (1, 2, 33, 40))), CPU, torch.float32)
     expected = results(tensors, "native", torch.float32, with_lse=False)
     some = {name: x.detach().requires_grad_(place in subset) for place, (name, x) in enumerate(tensors.inputs.items())}
     attend(tensors, some, "native")[0].backward(tensors.cotangents[0])
@@ -188,9 +189,10 @@ def test_only_wanted_gradients_are_computed(subset):
 
 
 @pytest.mark.parametrize("learnt", [torch.float16, torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_bias_and_sinks_of_any_dtype(learnt):
-    tensors = make(Problem((2, 2, 2, 33, 40, 16, 16), {"sinks": True}, ("float", (1, 2, 33, 40))), CPU, torch.bfloat16)
-    values = {name: tensors.inputs[name] for name in ("bias", "sinks")}
+def test_biases_and_sinks_of_any_dtype(learnt):
+    rules = {"sinks": True, "relative_bias": 5}
+    tensors = make(Problem((2, 2, 2, 33, 40, 16, 16), rules, ("float", (1, 2, 33, 40))), CPU, torch.bfloat16)
+    values = {name: tensors.inputs[name] for name in ("bias", *rules)}
     found = []
     for impl, dtype, wide in (
         ("native", torch.bfloat16, learnt),
@@ -205,7 +207,7 @@ def test_bias_and_sinks_of_any_dtype(learnt):
     rounding = torch.finfo(torch.bfloat16).eps / 2
     for place, (result, truth, plain) in enumerate(zip(*found, strict=True)):
         oracle.assert_matches(result, truth, plain, f"result {place}", rounding if place else 0.0)
-    assert [gradient.dtype for gradient in found[0][4:]] == [learnt] * 2
+    assert [gradient.dtype for gradient in found[0][4:]] == [learnt] * 3
 
 
 def test_native_draws_the_references_mask():
@@ -240,7 +242,7 @@ def test_returned_weights_are_those_applied(dropout_p):
 
 
 def test_operators_obey_torch():
-    rules = PROBLEMS["everything"].rules | {"key_lengths": [7, 3], "query_start": [1, 0]}
+    rules = PROBLEMS["everything"].rules | {"key_lengths": [7, 3], "query_start": [1, 0], "relative_bias": 2}
     tensors = make(Problem((2, 2, 1, 5, 7, 16, 24), rules, ("float", (2, 2, 5, 7))), CPU, torch.float32)
     with native.Called() as called:
         attend(tensors, tensors.inputs, "native")
@@ -249,11 +251,11 @@ def test_operators_obey_torch():
     torch.library.opcheck(operators.attention.default, arguments)
     output, statistics = operators.attention(*arguments)
     given = output, statistics[0], output, statistics
-    for wanted in ([True] * 5, [False, True, False, False, True]):
+    for wanted in ([True] * 6, [False, True, False, False, True, False]):
         torch.library.opcheck(operators.attention_backward.default, (*given, wanted, *arguments))
     torch.library.opcheck(operators.attention_weights.default, (statistics, *arguments))
     mask = torch.rand(1, 2, 5, 7) < 0.5
-    torch.library.opcheck(operators.attention_mask_bits.default, (mask, arguments[10], 0, 3, None))
+    torch.library.opcheck(operators.attention_mask_bits.default, (mask, arguments[11], 0, 3, None))
 
 
 def test_compiles_whole():

@@ -124,7 +124,7 @@ def test_a_bias_and_the_bits_of_a_mask_together(rows):
     query, key, value = halves(2, 2, QUERIES, 16), halves(2, 1, KEYS, 16), torch.randn(2, 1, KEYS, 8)
     allowed, bias = torch.rand(2, 1, rows, KEYS) < 0.7, torch.randn(1, 2, QUERIES, KEYS)
     words, reach = torch.ops.tfm_native.attention_mask_bits(allowed, None, 0, None, None)
-    rules = (None, None, None, None, None, QUERIES, KEYS, 0, None, None, 0.25, None, 0.0, 0)
+    rules = (*[None] * 6, QUERIES, KEYS, 0, None, None, 0.25, None, 0.0, 0)
     dout = torch.randn(2, 2, QUERIES, 8)
 
     def together(*inputs):

@@ -1,10 +1,11 @@
-// fp32 with everything: a bias, sinks, a softcap, a window that leaves queries of the second sequence without keys.
+// fp32 with everything: a bias of each score and one by distance, sinks, a softcap, a window that leaves queries of the second sequence without keys.
 // bf16: causal, and a mask, whose bits are a case of their own. Both have dropout, two query heads a key head, and more
 // than one tile each way.
 #include "cpu/attention/backward.cpp"
 #include "cpu/attention/bias_gradient.cpp"
 #include "cpu/attention/forward.cpp"
 #include "cpu/attention/mask_bits.cpp"
+#include "cpu/attention/relative_bias_gradient.cpp"
 #include "cpu/attention/weights.cpp"
 
 #include "case.h"
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t SEQUENCES = 2, HEADS = 4, GROUP = 2, LENGTH = 150, DIM = 40, VALUE_DIM = 24;
 constexpr int64_t KEY_HEADS = HEADS / GROUP, STATISTICS = SEQUENCES * HEADS * LENGTH;
 constexpr int64_t WORDS = 8; // of a row of the mask
+constexpr int64_t FARTHEST = 20;
 const Extent EXTENTS[SEQUENCES] = {{0, LENGTH, 0, 140, LENGTH, 0}, {0, LENGTH, 0, 61, LENGTH, 0}};
 
 Heads heads(void* data, bool narrow, int64_t count, int64_t columns) {
@@ -81,6 +83,7 @@ Attention attention(bool narrow) {
             .key = heads(input(1, narrow), narrow, KEY_HEADS, DIM),
             .value = heads(input(2, narrow), narrow, KEY_HEADS, VALUE_DIM),
             .bias = narrow ? Heads{} : Heads{input(3), false, 0, 0, LENGTH, 1},
+            .relative_bias = {narrow ? nullptr : floats(7), FARTHEST},
             .words = narrow ? words() : Bits{},
             .reach = narrow ? reach() : Bits{},
             .extra_scores = narrow ? Matrix{} : matrix(floats(4)),
@@ -177,6 +180,18 @@ Case bias_gradient() {
             }};
 }
 
+Case relative_bias_gradient() {
+    const std::vector<Task> all = tasks(SEQUENCES, HEADS, 1, 1);
+    return {"attention_relative_bias_gradient, fp32",
+            static_cast<int64_t>(all.size()),
+            {{SEQUENCES * HEADS * (2 * FARTHEST + 1)}},
+            [=](Memory& outputs, int64_t begin, int64_t end) {
+                const RelativeBiasGradient call{attention(false), cotangents(false), floats(outputs[0])};
+                std::vector<float> memory = scratch(TileScratch{call.attention}.floats);
+                TFM_ISA::attention_relative_bias_gradient(call, all.data(), begin, end, memory.data());
+            }};
+}
+
 Case weights() {
     const std::vector<Task> all = tasks(SEQUENCES, HEADS, LENGTH, LENGTH);
     return {"attention_weights, fp32",
@@ -195,7 +210,8 @@ Case weights() {
 } // namespace
 
 Cases attention_cases() {
-    return {mask_bits(), forward(false), forward(true), backward(false), backward(true), bias_gradient(), weights()};
+    return {mask_bits(), forward(false), forward(true), backward(false), backward(true),
+            bias_gradient(), relative_bias_gradient(), weights()};
 }
 
 } // namespace tfm::threads

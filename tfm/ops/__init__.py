@@ -1,7 +1,7 @@
 """Every operation of tfm as a function: documented, checked, and dispatched to a backend (tfm.ops.backends)."""
 
 from tfm.operators.attention import split_heads
-from tfm.ops.attention import attention, varlen_attention
+from tfm.ops.attention import attention
 from tfm.ops.causal_conv1d import causal_conv1d
 from tfm.ops.cross_entropy import linear_cross_entropy
 from tfm.ops.decode_attention import decode_attention
@@ -9,9 +9,13 @@ from tfm.ops.dropout import draw_seed, dropout
 from tfm.ops.embedding import embedding, sinusoid
 from tfm.ops.feed_forward import feed_forward, gated_feed_forward
 from tfm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
+from tfm.ops.relative_bias import alibi_bias, alibi_slopes, t5_bias
 from tfm.ops.rotary import rotary, rotary_, rotary_table
+from tfm.ops.varlen_attention import varlen_attention
 
 __all__ = [
+    "alibi_bias",
+    "alibi_slopes",
     "attention",
     "causal_conv1d",
     "decode_attention",
@@ -30,5 +34,6 @@ __all__ = [
     "rotary_table",
     "sinusoid",
     "split_heads",
+    "t5_bias",
     "varlen_attention",
 ]

@@ -1,4 +1,4 @@
-"""Masked softmax attention, padded and packed."""
+"""Masked softmax attention of padded sequences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from tfm.operators.calling import run
 from tfm.ops.attention_rules import (
     check_heads,
     check_mask,
-    check_offsets,
     check_rules,
+    learnt_for,
     lse_with_sinks,
     mask_for,
     scaled,
-    sinks_for,
     start_of,
     why_cuda_unavailable,
     widest,
@@ -41,40 +40,40 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., return_lse: Literal[False] = ..., return_weights: Literal[False] = ...,
-    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[False] = ...,
+    return_weights: Literal[False] = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., return_lse: Literal[True], return_weights: Literal[False] = ...,
-    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[True],
+    return_weights: Literal[False] = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., return_lse: Literal[False] = ..., return_weights: Literal[True],
-    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[False] = ...,
+    return_weights: Literal[True], seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., return_lse: Literal[True], return_weights: Literal[True],
-    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[True],
+    return_weights: Literal[True], seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., return_lse: bool = ..., return_weights: bool = ...,
-    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: bool = ...,
+    return_weights: bool = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
 ) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 @door
 def attention(
@@ -91,6 +90,7 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
@@ -118,6 +118,9 @@ def attention(
         window_size: (left, right): keys from `left` before to `right` after the query's position; -1 = open.
         softcap: scores become softcap · tanh(scores / softcap) before the mask (Gemma 2).
         sinks: [Hq], a logit per head that takes its share of the softmax and gives no value.
+        relative_bias: [Hq, 2 R + 1], floating point and finite, added to the scores besides any mask, by the distance
+            of the key from the query's position, key - query - query_start; all beyond R as at R. It gets its gradient,
+            the same bits on every run. `t5_bias` and `alibi_bias` of tfm.ops make such.
         key_lengths: integer [B], the valid keys of each sequence, counted from its first.
         return_lse: also return the log of the softmax denominators.
         return_weights: also return the softmax weights, as dropout leaves them.
@@ -148,29 +151,30 @@ def attention(
         check_mask(attn_mask, (batch, heads, queries, keys))
     check_vector("key_lengths", key_lengths, batch)
     check_integers(key_lengths=key_lengths)
-    check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks, key_lengths=key_lengths)
-    check_rules(query, query_start, batch, window_size, softcap, sinks)
+    check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, key_lengths=key_lengths)
+    check_rules(query, query_start, batch, window_size, softcap, sinks, relative_bias)
     query, scale = scaled(query, scale)
-    carriers = (query, key, attn_mask, sinks)
+    carriers = (query, key, attn_mask, sinks, relative_bias)
     carry = return_weights and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in carriers)
     reason = ""
     if carry and torch.compiler.is_compiling():
         reason = "weights that may carry gradients come from the reference under torch.compile"
-    refused = why_cuda_unavailable(query, value, attn_mask, queries, keys, return_weights)
+    refused = why_cuda_unavailable(query, value, attn_mask, relative_bias, queries, keys, return_weights)
     backend = choose("attention", impl, widest(query, value), reason, native_unavailable=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
             return reference.attention(
-                query, key, value, attn_mask, *rules, sinks, key_lengths, return_lse, return_weights, drawn, site
-            )
+                query, key, value, attn_mask, *rules, sinks, relative_bias, key_lengths,
+                return_lse, return_weights, drawn, site,
+            )  # fmt: skip
         namespace = namespace_of(backend)
         (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
         bits = mask_to_bits(namespace, mask_for(backend, attn_mask, keys), keys, starts, start, left, right)
-        logits = sinks_for(backend, sinks)
+        logits, relative = learnt_for(backend, sinks), learnt_for(backend, relative_bias)
         call = Attention(
-            query, key, value, *bits, logits, None, None, key_lengths, starts, drawn,
+            query, key, value, *bits, logits, relative, None, None, key_lengths, starts, drawn,
             queries, keys, start, left, right, scale, softcap, dropout_p, site,
         )  # fmt: skip
         output, statistics, *lse = apply(AttendedWithLse if return_lse else Attended, namespace, call)
@@ -180,108 +184,15 @@ def attention(
             weights = run(namespace, AttentionWeights(*detached))
             if carry:
 
-                def recompute(query: Tensor, key: Tensor, attn_mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+                def recompute(
+                    query: Tensor, key: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
+                    relative_bias: Tensor | None,
+                ) -> Tensor:  # fmt: skip
                     return reference.attention(
-                        query, key, value.detach(), attn_mask, *rules, sinks, key_lengths, False, True, drawn, site,
+                        query, key, value.detach(), attn_mask, *rules, sinks, relative_bias, key_lengths,
+                        False, True, drawn, site,
                     )[1]  # fmt: skip
 
                 weights = RecomputedWeights.apply((weights,), recompute, *carriers)
             results.append(weights)
     return results[0] if len(results) == 1 else tuple(results)
-
-
-@overload
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
-    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    return_lse: Literal[False] = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
-    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    return_lse: Literal[True], seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., *, query_start: int | Tensor = ...,
-    window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ..., return_lse: bool = ...,
-    seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-@door
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    *,
-    query_start: int | Tensor = 0,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    return_lse: bool = False,
-    seed: Tensor | int | None = None,
-    site: int = 0,
-    impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Computes `attention` over sequences laid end to end, without padding. Names as in `torch.nn.attention.varlen`.
-
-    Args:
-        query: [Nq, Hq, D], the queries of all sequences.
-        key: [Nk, Hkv, D].
-        value: [Nk, Hkv, Dv].
-        cu_seq_q: int32 [B + 1], where each sequence's queries begin, and Nq.
-        cu_seq_k: int32 [B + 1], where each sequence's keys begin, and Nk.
-        max_q: length of the longest sequence of queries, or more.
-        max_k: length of the longest sequence of keys, or more.
-        dropout_p, is_causal, scale, query_start, window_size, softcap, sinks, seed, site, impl: as in `attention`;
-            positions count within each sequence, and so does dropout: packed and padded draw the same mask.
-        return_lse: also return the log of the softmax denominators.
-
-    Returns:
-        [Nq, Hq, Dv] in the dtype of `query`, or autocast's; with `return_lse` also [Nq, Hq], fp32 or wider.
-
-    Raises:
-        ValueError: as `attention`; on CPU also offsets that do not start at 0, fall, or end elsewhere than at the
-            number of rows, and sequences longer than max_q or max_k. (On a GPU that would cost a device read.)
-    """
-    query, key, value = under_autocast(query, key, value)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 3:
-            raise BadArgument(f"{name}: expected [tokens, heads, dim], got shape {tuple(tensor.shape)}")
-    check_heads(query, key, value)
-    if value.shape[0] != key.shape[0]:
-        raise BadArgument(f"value: expected {key.shape[0]} rows like key, got {value.shape[0]}")
-    check_same_device(query=query, key=key, value=value, cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k, sinks=sinks)
-    check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
-    check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
-    batch = cu_seq_q.shape[0] - 1
-    check_vector("cu_seq_k", cu_seq_k, batch + 1)
-    check_rules(query, query_start, batch, window_size, softcap, sinks)
-    refused = why_cuda_unavailable(query, value, None, max_q, max_k, False)
-    backend = choose("varlen_attention", impl, widest(query, value), native_unavailable=refused)
-    drawn = seed_for(dropout_p, seed, query.device)
-    query, scale = scaled(query, scale)
-    with without_autocast(query.device):
-        if backend == "reference":
-            return reference.varlen_attention(
-                query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, dropout_p, is_causal, scale, query_start,
-                window_size, softcap, sinks, return_lse, drawn, site,
-            )  # fmt: skip
-        (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
-        logits = sinks_for(backend, sinks)
-        call = Attention(
-            query, key, value, None, None, None, logits, cu_seq_q, cu_seq_k, None, starts, drawn,
-            max_q, max_k, start, left, right, scale, softcap, dropout_p, site,
-        )  # fmt: skip
-        output, _, *lse = apply(AttendedWithLse if return_lse else Attended, namespace_of(backend), call)
-        return (output, lse_with_sinks(lse[0], logits)) if lse else output

@@ -17,7 +17,7 @@ from tfm.ops.checks import broadcasts, check_floating, check_integers, check_sam
 from tfm.taping import checked, computed
 from tfm.transforms import is_readable
 
-# The dtypes in which csrc reads masks and sinks.
+# The dtypes in which csrc reads masks, sinks and biases.
 READABLE = {"cpu": CPU_FLOATS, "cuda": FLOATS}
 
 
@@ -37,7 +37,7 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def check_rules(
     query: Tensor, query_start: int | Tensor, batch: int, window_size: tuple[int, int], softcap: float | None,
-    sinks: Tensor | None,
+    sinks: Tensor | None, relative_bias: Tensor | None,
 ) -> None:  # fmt: skip
     """Checks that the rules of padded and packed sequences fit `batch` sequences and the heads of `query`."""
     if isinstance(query_start, Tensor):
@@ -48,7 +48,13 @@ def check_rules(
         raise ValueError(f"window_size: expected (left, right), got {window_size}")
     check_softcap(softcap)
     check_vector("sinks", sinks, query.shape[1])
-    check_floating(sinks=sinks)
+    check_floating(sinks=sinks, relative_bias=relative_bias)
+    heads = query.shape[1]
+    if relative_bias is not None:
+        shape = tuple(relative_bias.shape)
+        if len(shape) != 2 or shape[0] != heads or shape[1] % 2 == 0:
+            raise BadArgument(f"relative_bias: expected [{heads}, 2 R + 1], an odd number of distances, got {shape}")
+    check_same_device(query=query, sinks=sinks, relative_bias=relative_bias)
 
 
 def check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
@@ -91,8 +97,9 @@ def widest(query: Tensor, value: Tensor) -> Tensor:
 
 
 def why_cuda_unavailable(
-    query: Tensor, value: Tensor, attn_mask: Tensor | None, max_q: int, max_k: int, return_weights: bool
-) -> str:
+    query: Tensor, value: Tensor, attn_mask: Tensor | None, relative_bias: Tensor | None, max_q: int, max_k: int,
+    return_weights: bool,
+) -> str:  # fmt: skip
     """Says why csrc/cuda/attention/short.cu cannot compute this; empty where it can, and for other devices."""
     if query.device.type != "cuda":
         return ""
@@ -105,6 +112,8 @@ def why_cuda_unavailable(
         return f"expected at most 256 queries and 256 keys on a GPU, got {max_q} and {max_k}"
     if attn_mask is not None and attn_mask.is_floating_point() and attn_mask.requires_grad:
         return "a bias that learns has its gradient from Triton on a GPU"
+    if relative_bias is not None:
+        return "a bias by distance is added by Triton on a GPU"
     return "the weights come from Triton on a GPU" if return_weights else ""
 
 
@@ -137,9 +146,10 @@ def mask_for(backend: str, attn_mask: Tensor | None, keys: int) -> Tensor | None
     return None if attn_mask is None else computed(aligned, attn_mask, keys)
 
 
-def sinks_for(backend: str, sinks: Tensor | None) -> Tensor | None:
-    """Returns the sinks, in a dtype that csrc reads where it computes."""
-    return readable(sinks) if backend == "native" else sinks
+def learnt_for(backend: str, x: Tensor | None) -> Tensor | None:
+    """Returns sinks or a bias by distance, dense, and where csrc computes in a dtype that it reads."""
+    x = readable(x) if backend == "native" else x
+    return None if x is None else computed(Tensor.contiguous, x)
 
 
 def readable(x: Tensor | None) -> Tensor | None:

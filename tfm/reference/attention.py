@@ -26,6 +26,7 @@ def attention(
     window_size: tuple[int, int],
     softcap: float | None,
     sinks: Tensor | None,
+    relative_bias: Tensor | None,
     key_lengths: Tensor | None,
     return_lse: bool,
     return_weights: bool,
@@ -34,7 +35,7 @@ def attention(
 ) -> Any:
     """Computes tfm.ops.attention, which fills in the defaults and has checked the arguments."""
     allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
-    bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
+    bias = added_to_scores(query, key, attn_mask, relative_bias, query_start)
     if allowed is not None:
         # Causality alone leaves every query its first key. A compiled graph must do for starts of either sign.
         starts_inside = isinstance(query_start, int) and not torch.compiler.is_compiling() and query_start >= 0
@@ -94,6 +95,33 @@ def allowed_keys(
     for part in parts[1:]:
         allowed = allowed & part
     return allowed.view(*[1] * (4 - allowed.dim()), *allowed.shape)
+
+
+def added_to_scores(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    relative_bias: Tensor | None,
+    query_start: int | Tensor,
+) -> Tensor | None:
+    """Returns the sum of a float mask and a bias by distance, broadcastable to [B, Hq, Sq, Sk]; None where neither is.
+
+    (Shaw et al., "Self-Attention with Relative Position Representations", 2018, section 3.2, clips distances alike.)
+    """
+    mask = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
+    if relative_bias is None:
+        return mask
+    farthest = relative_bias.shape[1] // 2
+    start = query_start.view(-1, 1, 1) if isinstance(query_start, Tensor) else query_start
+    row = torch.arange(query.shape[-2], device=query.device)[:, None] + start
+    distance = torch.arange(key.shape[-2], device=query.device) - row
+    relative = relative_bias[:, distance.clamp(-farthest, farthest) + farthest]
+    if relative.dim() == 4:
+        relative = relative.transpose(0, 1)
+    if mask is None:
+        return relative
+    wide = torch.promote_types(torch.promote_types(mask.dtype, relative.dtype), torch.float32)
+    return mask.to(wide) + relative.to(wide)
 
 
 def _attend(
@@ -176,6 +204,7 @@ def varlen_attention(
     cu_seq_k: Tensor,
     max_q: int,
     max_k: int,
+    attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float,
@@ -183,6 +212,7 @@ def varlen_attention(
     window_size: tuple[int, int],
     softcap: float | None,
     sinks: Tensor | None,
+    relative_bias: Tensor | None,
     return_lse: bool,
     seed: Tensor | None,
     site: int,
@@ -199,11 +229,12 @@ def varlen_attention(
     # at padding are dropped.
     diagonal = is_causal and same and isinstance(query_start, int) and query_start == 0
     key_lengths = None if key_layout.is_rectangular or diagonal else cu_seq_k.diff()
-    allowed = allowed_keys(query, key, None, is_causal, query_start, window_size, key_lengths)
-    only_padding_is_unreachable = max(window_size) < 0 and (diagonal or not is_causal)
+    allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
+    bias = added_to_scores(query, key, attn_mask, relative_bias, query_start)
+    only_padding_is_unreachable = attn_mask is None and max(window_size) < 0 and (diagonal or not is_causal)
     if allowed is not None and not only_padding_is_unreachable:
         query, key, value = _shield(query, key, value, allowed, every_query_attends=False)
-    result = _attend(query, key, value, allowed, None, dropout_p, scale, softcap, sinks, return_lse, False, seed, site)
+    result = _attend(query, key, value, allowed, bias, dropout_p, scale, softcap, sinks, return_lse, False, seed, site)
     output, lse = result if return_lse else (result, None)
     packed = query_layout.pack(output.transpose(1, 2))
     return packed if lse is None else (packed, query_layout.pack(lse.transpose(1, 2)))

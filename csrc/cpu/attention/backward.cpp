@@ -165,7 +165,7 @@ Heads heads_or_none(const MaybeTensor& x) { return x ? heads_of(*x) : Heads{}; }
 
 // Fills what there is of the gradients.
 void backward_into(const AttentionInputs& inputs, const Cotangents& given, const Heads& dq, const Heads& dk,
-                   const Heads& dv, const MaybeTensor& dbias) {
+                   const Heads& dv, const MaybeTensor& dbias, const MaybeTensor& drelative) {
     const Attention& call = inputs.call;
     const AttentionBackward backward{call, given, dq, dk, dv};
     Tasks tasks;
@@ -186,31 +186,35 @@ void backward_into(const AttentionInputs& inputs, const Cotangents& given, const
                   });
     if (dbias)
         bias_gradient(inputs, given, *dbias);
+    if (drelative)
+        relative_bias_gradient(inputs, given, *drelative);
 }
 
-using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
+using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 Gradients attention_backward(const arguments::AttentionBackward& a) {
     const AttentionInputs inputs(a);
     const MaybeTensor dq = gradient_like(a.wanted[0], a.query), dk = gradient_like(a.wanted[1], a.key),
-                      dv = gradient_like(a.wanted[2], a.value), dbias = gradient_like(a.wanted[3], a.bias);
-    backward_into(inputs, cotangents(a), heads_or_none(dq), heads_or_none(dk), heads_or_none(dv), dbias);
-    return {dq, dk, dv, dbias, extra_score_gradient(inputs.extra)};
+                      dv = gradient_like(a.wanted[2], a.value), dbias = gradient_like(a.wanted[3], a.bias),
+                      drelative = gradient_like(a.wanted[5], a.relative_bias);
+    backward_into(inputs, cotangents(a), heads_or_none(dq), heads_or_none(dk), heads_or_none(dv), dbias, drelative);
+    return {dq, dk, dv, dbias, extra_score_gradient(inputs.extra), drelative};
 }
 
 // Of views of one projection, key and value or query, key and value: their gradients lie in one tensor [parts, ...] as
 // the views do, so that the projection's gradient needs no copy.
-std::tuple<MaybeTensor, Tensor, MaybeTensor, MaybeTensor>
+std::tuple<MaybeTensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor>
 attention_backward_joined(const arguments::AttentionBackwardJoined& a) {
     STD_TORCH_CHECK(a.parts == 2 || a.parts == 3, "parts: expected 2 or 3, got ", a.parts);
     const AttentionInputs inputs(a);
     const MaybeTensor dq = gradient_like(a.wanted[0] && a.parts == 2, a.query),
-                      dbias = gradient_like(a.wanted[3], a.bias);
+                      dbias = gradient_like(a.wanted[3], a.bias),
+                      drelative = gradient_like(a.wanted[5], a.relative_bias);
     Tensor joined = joined_rows(a.key, a.parts);
     const auto part = [&](int64_t place) { return heads_of(torch::stable::select(joined, 0, place)); };
     backward_into(inputs, cotangents(a), a.parts == 3 ? part(0) : heads_or_none(dq), part(a.parts - 2),
-                  part(a.parts - 1), dbias);
-    return {dq, joined, dbias, extra_score_gradient(inputs.extra)};
+                  part(a.parts - 1), dbias, drelative);
+    return {dq, joined, dbias, extra_score_gradient(inputs.extra), drelative};
 }
 
 } // namespace

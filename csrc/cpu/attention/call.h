@@ -4,7 +4,8 @@
 //
 //     j < key_length      position(i) - left <= j <= position(i) + right      its bit of the mask is set
 //
-// (causality is right = 0). Its score s is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the bias.
+// (causality is right = 0). Its score s is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the biases: of
+// the two, and of their distance clip(j - position(i), -farthest, farthest).
 // With the largest score of its row, top, a weight is exp2((s - top) · log2(e) - log2 Σ exp(s - top)). The difference
 // comes first: a score may be finfo.min, whose product with log2(e) is no number. And top stays apart from the
 // logarithm, of which it would leave nothing in a common sum.
@@ -53,11 +54,20 @@ struct Task {
     int64_t sequence, head, first_query, first_key;
 };
 
+// fp32 [heads, 2 farthest + 1], of each distance from -farthest on.
+struct RelativeBias {
+    const float* data; // null: absent
+    int64_t farthest;
+
+    int64_t width() const { return 2 * farthest + 1; }
+};
+
 // A window's side that is open. The sum of several such numbers still fits.
 constexpr int64_t OPEN = int64_t(1) << 40;
 
 struct Attention {
     Heads query, key, value, bias;
+    RelativeBias relative_bias;
     Bits words;             // of each query: what it may attend to
     Bits reach;             // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
     Matrix extra_scores;    // of each head, one more in every row, of a key without a value; without data: none

@@ -8,6 +8,9 @@ namespace tfm {
 // Of the bias of `inputs`, summed over what it is broadcast along: bias_gradient.cpp.
 void bias_gradient(const AttentionInputs& inputs, const Cotangents& given, const Tensor& dbias);
 
+// Of its bias by distance: relative_bias_gradient.cpp.
+void relative_bias_gradient(const AttentionInputs& inputs, const Cotangents& given, const Tensor& gradient);
+
 // Of the arguments of a backward.
 template <class Arguments>
 Cotangents cotangents(const Arguments& a) {

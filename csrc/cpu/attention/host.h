@@ -49,6 +49,7 @@ inline RowStatistics statistics_of(const Tensor& x) {
 // The call, and the vectors that it points into.
 struct AttentionInputs {
     std::vector<Extent> extents;
+    std::vector<float> relative_bias;
     ExtraScoreTensors extra;
     Attention call;
 
@@ -72,12 +73,16 @@ struct AttentionInputs {
             for (int64_t i = 0; i < sequences; ++i)
                 extents[i].start = std::clamp<int64_t>(given[i], -(1 << 29), 1 << 29);
         }
+        if (a.relative_bias)
+            relative_bias = numbers_of<float>(torch::stable::contiguous(*a.relative_bias));
         const int64_t last = a.query.dim() - 1, heads = a.query.size(1), key_heads = a.key.size(1);
         call = {
             .query = heads_of(a.query),
             .key = heads_of(a.key),
             .value = heads_of(a.value),
             .bias = broadcast_heads(a.bias),
+            .relative_bias = {a.relative_bias ? relative_bias.data() : nullptr,
+                              a.relative_bias ? a.relative_bias->size(1) / 2 : 0},
             // Of a mask with one row for all queries there is the reach alone.
             .words = bits_of(a.words ? a.words : a.reach),
             .reach = bits_of(a.reach),

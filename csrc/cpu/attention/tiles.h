@@ -130,6 +130,20 @@ static void gather_keys(const Attention& call, const Heads& x, const Tile& tile,
            columns, to, reached);
 }
 
+// The bias by distance of keys whose distances from the query's position begin at `distance`.
+TFM_INLINE Floats relative_bias(const Attention& call, int64_t head, int64_t distance) {
+    const int64_t farthest = call.relative_bias.farthest, last = distance + WIDTH - 1;
+    const float* const at = call.relative_bias.data + head * call.relative_bias.width() + farthest;
+    if (distance >= farthest || last <= -farthest)
+        return broadcast(distance >= farthest ? at[farthest] : at[-farthest]);
+    if (distance >= -farthest && last <= farthest)
+        return load(at + distance);
+    float found[WIDTH];
+    for (int64_t lane = 0; lane < WIDTH; ++lane)
+        found[lane] = at[larger(smaller(distance + lane, farthest), -farthest)];
+    return load(found);
+}
+
 // The scores of row `row` of the tile from inner · q·k, in place: -inf where the query may not attend. Returns the
 // largest of each lane where FINDS_LARGEST says so. `slopes`: where to put the derivative of the softcap, null where
 // nobody asks.
@@ -142,7 +156,7 @@ TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t
     const int32_t* const words = bits_of(call.words, tile.sequence, tile.head, query);
     const Heads& bias = call.bias;
     const int64_t bias_row = tile.sequence * bias.sequence + tile.head * bias.head + query * bias.row;
-    const bool are_final = !FINDS_LARGEST && call.outer == 0.0f && !bias.data && !words;
+    const bool are_final = !FINDS_LARGEST && call.outer == 0.0f && !bias.data && !call.relative_bias.data && !words;
     Floats largest = broadcast(-INFINITE);
     for (int64_t column = 0; column < tile.keys; column += WIDTH) {
         if (are_final && column >= begin && column + WIDTH <= end)
@@ -165,6 +179,8 @@ TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t
             const Floats value = load(added);
             score = value == -INFINITE ? value : score + value;
         }
+        if (call.relative_bias.data)
+            score = score + relative_bias(call, tile.head, tile.key + column - position);
         if (words) {
             const int64_t key = tile.key + column;
             const Ints bits = (Ints{} + (words[key / 32] >> (key % 32))) >> lanes();

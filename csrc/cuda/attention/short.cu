@@ -80,6 +80,8 @@ struct Problem {
         STD_TORCH_CHECK(!a.bias || a.bias->size(3) <= 1 || a.bias->stride(3) == 1,
                         "native attention: expected a bias whose keys lie side by side, got step ",
                         a.bias ? a.bias->stride(3) : 0);
+        STD_TORCH_CHECK(!a.relative_bias,
+                        "native attention: expected no bias by distance; impl=\"triton\" serves it");
         const Steps bias_steps = broadcast_steps(a.bias), words_steps = broadcast_steps(a.words),
                     reach_steps = broadcast_steps(a.reach);
         const auto side = [](MaybeInt width) { return static_cast<int>(width ? std::min<int64_t>(*width, FAR) : -1); };
@@ -186,11 +188,11 @@ std::tuple<Tensor, Tensor> attention(const arguments::Attention& a) {
     return {output, statistics};
 }
 
-using GradientTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
+using GradientTensors = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 GradientTensors attention_backward(const arguments::AttentionBackward& a) {
     const OnDevice device(a.query);
-    STD_TORCH_CHECK(a.wanted.size() == 5, "native attention: expected 5 wanted gradients, got ", a.wanted.size());
+    STD_TORCH_CHECK(a.wanted.size() == 6, "native attention: expected 6 wanted gradients, got ", a.wanted.size());
     STD_TORCH_CHECK(!a.wanted[3],
                     "native attention: expected a bias without a gradient; impl=\"triton\" serves one that learns");
     STD_TORCH_CHECK(a.dout.scalar_type() == a.query.scalar_type(),
@@ -221,7 +223,7 @@ GradientTensors attention_backward(const arguments::AttentionBackward& a) {
         const ScalarType type = problem.extra.scores.tensor->scalar_type();
         dextra = type == ScalarType::Float ? sum : torch::stable::to(sum, type);
     }
-    return {dq, dk, dv, MaybeTensor(), dextra};
+    return {dq, dk, dv, MaybeTensor(), dextra, MaybeTensor()};
 }
 
 } // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tfm.kernels.launch.attention.any_length import AttentionTiles
@@ -26,6 +28,13 @@ def bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
     if major == 10:
         return AttentionTiles(64, 32, 8, 2)
     return AttentionTiles(64, 32, 8, 2) if dim <= 64 else AttentionTiles(32, 32, 8, 1)
+
+
+def relative_bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
+    """As `bias_gradient`, in squares: all tiles at one offset from the diagonal then have the same distances."""
+    tiles = bias_gradient(dim, dtype, major)
+    side = min(tiles.block_queries, tiles.block_keys)
+    return replace(tiles, block_queries=side, block_keys=side)
 
 
 def bias_splits(places: int, members: int) -> int:

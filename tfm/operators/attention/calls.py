@@ -25,6 +25,7 @@ class Attention(NamedTuple):
         words: int32 [B|1, Hq|1, Sq, W], a bit for each key that a query may attend to.
         reach: int32 [B|1, Hq|1, W], a bit for each key that some query may attend to.
         sinks: [Hq].
+        relative_bias: [Hq, 2 R + 1], added to scores by the key's distance from the query's position, up to R.
         cu_seq_q: [B + 1], with `cu_seq_k` where packed.
         cu_seq_k: [B + 1].
         key_lengths: [B], where padded.
@@ -48,6 +49,7 @@ class Attention(NamedTuple):
     words: Tensor | None
     reach: Tensor | None
     sinks: Tensor | None
+    relative_bias: Tensor | None
     cu_seq_q: Tensor | None
     cu_seq_k: Tensor | None
     key_lengths: Tensor | None
@@ -100,7 +102,7 @@ class Incoming(NamedTuple):
         dlse: that of the natural log of the softmax denominators, where someone uses it.
         output: of the forward.
         statistics: of the forward.
-        wanted: whether each of query, key, value, bias and sinks needs its gradient.
+        wanted: whether each of query, key, value, bias, sinks and relative_bias needs its gradient.
     """
 
     dout: Tensor
@@ -118,6 +120,12 @@ class Gradients(NamedTuple):
     value: Tensor | None
     bias: Tensor | None
     sinks: Tensor | None
+    relative_bias: Tensor | None
+
+    @property
+    def of_biases(self) -> bool:
+        """Whether that of a bias is among them."""
+        return self.bias is not None or self.relative_bias is not None
 
 
 BackwardArguments: Any = joined("BackwardArguments", Incoming, Attention)
@@ -134,9 +142,11 @@ class AttentionBackward(BackwardArguments):
         """The call whose gradients these are."""
         return Attention(*self[len(Incoming._fields) :])
 
-    def outputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def outputs(
+        self,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Returns `Gradients`, empty, None where not wanted."""
-        learnt = self.query, self.key, self.value, self.bias, self.sinks
+        learnt = self.query, self.key, self.value, self.bias, self.sinks, self.relative_bias
         return Gradients(*map(gradient_like, self.wanted, learnt))
 
 
@@ -165,19 +175,23 @@ class AttentionBackwardJoined(JoinedArguments):
         incoming = len(Incoming._fields)
         return AttentionBackward(*self[:incoming], *self[incoming + 1 :])
 
-    def outputs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """Returns empty (dquery, joined [parts, *key.shape], dbias, dsinks); with 3 parts dquery is in `joined`."""
+    def outputs(self) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Returns empty (dquery, joined [parts, *key.shape], dbias, dsinks, drelative_bias).
+
+        With 3 parts dquery is in `joined`.
+        """
         key = self.key
         # Tokens lie as key's do in memory, the parts side by side in each.
         tokens = sorted(range(0, key.dim() - 1, 2), key=lambda dim: (key.stride(dim), -dim), reverse=True)
         joined = key.new_empty([key.shape[dim] for dim in tokens] + [self.parts, key.shape[1], key.shape[-1]])
         places = [tokens.index(dim) if dim in tokens else len(tokens) + 1 for dim in range(key.dim() - 1)]
-        dquery, _, _, dbias, dsinks = self.wanted
+        dquery, _, _, dbias, dsinks, drelative = self.wanted
         return (
             gradient_like(dquery and self.parts == 2, self.query),
             joined.permute(len(tokens), *places, -1),
             gradient_like(dbias, self.bias),
             gradient_like(dsinks, self.sinks),
+            gradient_like(drelative, self.relative_bias),
         )
 
 

@@ -22,7 +22,7 @@ class Attended(Differentiable):
     """(output, statistics), the latter without gradients."""
 
     arguments = Attention
-    learns = ("query", "key", "value", "bias", "sinks")
+    learns = ("query", "key", "value", "bias", "sinks", "relative_bias")
 
     @staticmethod
     def forward(namespace, call, wanted):
@@ -41,8 +41,8 @@ class Attended(Differentiable):
         parts = joined_parts(tensors[:3], wanted) if has_joined else 0
         if not parts:
             return run(namespace, AttentionBackward(*incoming, *tensors, *options))
-        dquery, joined, dbias, dsinks = run(namespace, AttentionBackwardJoined(*incoming, parts, *tensors, *options))
-        return *[dquery] * (3 - parts), *joined.unbind(), dbias, dsinks
+        dquery, joined, *others = run(namespace, AttentionBackwardJoined(*incoming, parts, *tensors, *options))
+        return *[dquery] * (3 - parts), *joined.unbind(), *others
 
     @staticmethod
     def again(saved, options, grads):
@@ -69,12 +69,13 @@ def in_torch(call: Attention) -> tuple[Tensor, Tensor]:
     window = tuple(-1 if side is None else side for side in (call.left, call.right))
     start = call.start if call.starts is None else call.starts
     heads = call.query, call.key, call.value
-    rules = (call.dropout_p, False, call.scale, start, window, call.softcap, call.sinks)
+    rules = (call.dropout_p, False, call.scale, start, window, call.softcap, call.sinks, call.relative_bias)
+    mask = mask_of_bits(call.bias, call.words, call.reach, call.max_k)
     arguments: list[Any]
     if call.cu_seq_q is not None:
-        arguments = [*heads, call.cu_seq_q, call.cu_seq_k, call.max_q, call.max_k, *rules, True, call.seed, call.site]
+        packing = call.cu_seq_q, call.cu_seq_k, call.max_q, call.max_k
+        arguments = [*heads, *packing, mask, *rules, True, call.seed, call.site]
         return reference.varlen_attention(*arguments)
-    mask = mask_of_bits(call.bias, call.words, call.reach, call.max_k)
     arguments = [*heads, mask, *rules, call.key_lengths, True, False, call.seed, call.site]
     return reference.attention(*arguments)
 

@@ -40,7 +40,7 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
     for queries, keys, options in (
         (longest, longest, {"is_causal": True} | padding),
         (longest, longest, {"window_size": (33, -1), "return_weights": not new.short} | bias),
-        (3, most, mask),
+        (3, most, mask | {"relative_bias": new(inputs.HEADS, 5)}),
         (3, most, {"scale": 1000.0} | padding),
         (
             inputs.FEW,
@@ -50,10 +50,15 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
         ),
         (inputs.FEW, inputs.FEW, {"attn_mask": new.below(2, batch, 1, 1, inputs.FEW).bool()}),
         (inputs.FEW, inputs.FEW, {"attn_mask": new.biases(1, inputs.HEADS, 1, inputs.FEW)}),
+        (longest, longest, {"relative_bias": new(inputs.HEADS, 9), "is_causal": True} | padding),
         (
             3,
             most,
-            bias | {"attn_mask": new.biases(inputs.HEADS, 3, most), "return_weights": not new.short} | padding | starts,
+            bias
+            | {"attn_mask": new.biases(inputs.HEADS, 3, most), "relative_bias": new(inputs.HEADS, 33)}
+            | {"return_weights": not new.short}
+            | padding
+            | starts,
         ),
     ):
         query = new(batch, inputs.HEADS, queries, inputs.HEAD_DIM)

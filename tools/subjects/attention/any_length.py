@@ -103,7 +103,8 @@ def attention_call(
 ) -> Attention:  # fmt: skip
     """Returns a call of as many queries and keys with every rule: a window, starts, sinks, heads that share keys.
 
-    `kind` names what it has besides, of KINDS; heads lie side by side in their rows, as projections have them.
+    `kind` names what it has besides, of KINDS, or a bias by "distance"; heads lie side by side in their rows, as
+    projections have them.
     """
     dtype = "fp32" if dtype == "tf32" else dtype
     vector, sinks = meta(2, dtype="i32"), meta(4, dtype="fp32")
@@ -112,17 +113,18 @@ def attention_call(
         vector, meta(dtype="i64") if "dropout" in kind else None, length, length, 0, 3, 3, 0.1, softcap,
         0.1 if "dropout" in kind else 0.0, 0,
     )  # fmt: skip
+    relative = meta(4, 257, dtype=dtype) if "distance" in kind else None
     if "packed" in kind:
         offsets = meta(3, dtype="i32")
         query, key, value = (x.flatten(0, 1) for x in heads)
-        return Attention(query, key, value, None, None, None, sinks, offsets, offsets, None, *rules)
+        return Attention(query, key, value, None, None, None, sinks, relative, offsets, offsets, None, *rules)
     mask = meta(*mask_shape, length, length, dtype="i1")
     words, reach = AttentionMaskBits(mask, None, 0, None, None).outputs()
     bias = meta(*mask_shape, length, -(-length // 16) * 16, dtype=dtype)[..., :length] if "bias" in kind else None
     query, key, value = (x.transpose(1, 2) for x in heads)
     return Attention(
         query, key, value, bias, words if "mask" in kind else None,
-        reach if "bias" in kind or "mask" in kind else None, sinks, None, None, vector, *rules,
+        reach if "bias" in kind or "mask" in kind else None, sinks, relative, None, None, vector, *rules,
     )  # fmt: skip
 
 
@@ -130,7 +132,7 @@ def backward_call(call: Attention, wanted: str) -> AttentionBackward:
     """Returns the backward of a call, of the gradients whose letters are `wanted`; dlse has an odd stride."""
     output, statistics = call.outputs()
     dlse = statistics.new_empty((*statistics.shape[1:], 3))[..., 0]
-    return AttentionBackward(output, dlse, output, statistics, [letter in wanted for letter in "qkvbs"], *call)
+    return AttentionBackward(output, dlse, output, statistics, [letter in wanted for letter in "qkvbsr"], *call)
 
 
 @contextmanager

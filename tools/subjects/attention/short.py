@@ -1,4 +1,4 @@
-"""Attention over few keys, the gradient of an attention's bias, and its weights."""
+"""Attention over few keys, the gradients of an attention's biases, and its weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _cases(dtype: str, dim: int, keys: int, kind: str, major: int) -> Iterator[C
 
 
 def score_cases(every: bool) -> Iterator[Case]:
-    """Yields the bias gradient, and the weights, at the head dims of the launch settings."""
+    """Yields the gradients of biases, and the weights, at the head dims of the launch settings."""
     yield from merged(_score_cases(every))
 
 
@@ -69,6 +69,12 @@ def _score_cases(every: bool) -> Iterator[Case]:
         for case in described(dtype, attention.attention_backward, backward, chip(major), capabilities=chips):
             if case.name.startswith("bias_gradient"):
                 yield _named(case, dim, "", dtype)
+        call = attention_call((dim, dim), "bias distance dropout", dtype, LENGTH, mask_shape=(1, 1))
+        for case in described(
+            dtype, attention.attention_backward, backward_call(call, "r"), chip(major), capabilities=chips
+        ):
+            if case.name.startswith("relative_bias_gradient"):
+                yield _named(case, dim, "", dtype)
         for kind in ("bias", "mask") if every else ("bias",):
             call = attention_call((dim, dim), f"{kind} dropout", dtype, LENGTH)
             arguments = AttentionWeights(backward.statistics, *call)
@@ -77,6 +83,10 @@ def _score_cases(every: bool) -> Iterator[Case]:
     call = attention_call((64, 64), "bias", "bf16", LENGTH, mask_shape=(1, 1))
     for case in described("bf16", attention.attention_backward, backward_call(call, "b"), chip(9)):
         if case.name.startswith("sum_splits"):
+            yield case
+    call = attention_call((64, 64), "distance", "bf16", LENGTH)
+    for case in described("bf16", attention.attention_backward, backward_call(call, "r"), chip(9)):
+        if case.name.startswith("sum_distances"):
             yield case
 
 

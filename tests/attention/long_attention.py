@@ -15,6 +15,7 @@ from tfm.kernels.launch.attention.any_length import AttentionTiles
 
 FORWARD, BITS = ["attention_forward_kernel"], ["mask_bits_kernel"]
 BIAS = ["bias_gradient_kernel", "sum_splits_kernel"]
+BY_DISTANCE = ["relative_bias_gradient_kernel", "sum_distances_kernel"]
 QUERIES, KEYS = ["attention_backward_queries_kernel"], ["attention_backward_keys_kernel"]
 # Edges of tiles within the lengths of the tests; queries and keys differ, so that none stands for the other.
 SMALL = {

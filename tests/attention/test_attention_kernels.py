@@ -27,7 +27,7 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from long_attention import BIAS, BITS, FORWARD, KEYS, QUERIES, equal, kernels_of_any_length, qkv, run
+from long_attention import BIAS, BITS, BY_DISTANCE, FORWARD, KEYS, QUERIES, equal, kernels_of_any_length, qkv, run
 from oracle import DTYPES, HALVES
 
 from tfm import ops
@@ -86,7 +86,8 @@ def check_kernels(problem, dtype, device, launched):
     kind, shape = problem.mask or ("", ())
     # Where each (sequence, head) has a bias of its own, there is nothing to sum.
     bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS
-    assert launched == BITS * bool(kind) + FORWARD + QUERIES + KEYS + bias * (kind == "float")
+    biases = bias * (kind == "float") + BY_DISTANCE * ("relative_bias" in problem.rules)
+    assert launched == BITS * bool(kind) + FORWARD + QUERIES + KEYS + biases
 
 
 @settings(deadline=None, max_examples=12)

@@ -54,8 +54,11 @@ void attention_bias_gradient(const BiasGradient& wanted, const Task* tasks, int6
             for (int64_t head = task->head; head < last_head; ++head)
                 for (int64_t query = task->first_query; query < last_query; query += BLOCK_QUERIES) {
                     const Extent& extent = call.extents[sequence];
-                    Tile tile{sequence,        head, query, smaller(BLOCK_QUERIES, wanted.queries - query),
+                    // Of packed sequences some are shorter than the bias has rows.
+                    Tile tile{sequence,        head, query, smaller(BLOCK_QUERIES, extent.query_length - query),
                               task->first_key, 0,    0};
+                    if (tile.rows <= 0)
+                        break;
                     const Span seen = visible_keys(call, extent, tile.row, tile.rows);
                     tile.keys = smaller(keys, seen.end - tile.key);
                     if (tile.keys <= 0 || seen.begin >= tile.key + tile.keys)
@@ -99,7 +102,7 @@ void bias_gradient(const AttentionInputs& inputs, const Cotangents& given, const
         .given = given,
         .dbias = heads_of(dbias),
         .sequences = inputs.sequences(),
-        .queries = call.longest_query,
+        .queries = dbias.size(2) == 1 ? call.longest_query : dbias.size(2),
         .keys = dbias.size(3),
         .shares_sequences = dbias.size(0) == 1,
         .shares_heads = dbias.size(1) == 1,

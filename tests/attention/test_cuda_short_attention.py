@@ -115,10 +115,15 @@ def test_a_bias_that_does_not_learn_is_added(cuda_device, name):
     assert_matches(tensors, dtype, impl="native")
 
 
-@pytest.mark.parametrize("rules", [{}, {"is_causal": True}, {"window_size": (5, 0), "softcap": 0.9}], ids=str)
+PACKED_RULES = [{}, {"is_causal": True}, {"window_size": (5, 0), "softcap": 0.9}, {"attn_mask": (5, 1, 33, 70)}]
+
+
+@pytest.mark.parametrize("rules", PACKED_RULES, ids=str)
 def test_packed_equals_padded_and_the_reference(cuda_device, rules):
     packing = Packing([17, 0, 5, 1, 33], [20, 3, 33, 0, 70], cuda_device)
     options = {"dropout_p": 0.3, "seed": SEED, "site": SITE} | rules
+    if "attn_mask" in rules:
+        options["attn_mask"] = torch.rand(rules["attn_mask"], device=cuda_device) < 0.7
     rows = sum(packing.query_lengths), sum(packing.key_lengths)
     shapes = (rows[0], 2, 16), (rows[1], 1, 16), (rows[1], 1, 16)
     packed = [torch.randn(shape, device=cuda_device).to(HALF) for shape in shapes]

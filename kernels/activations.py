@@ -75,7 +75,9 @@ def exp(high, low):
     tl.exp multiplies by log2 e first, and that rounding is 60 ulps of the result at -87.
     """
     high = tl.where(high < -104.0, -104.0, high)
-    power = tl.floor(high * 1.4426950408889634 + 0.5)
+    # Added to 1.5 · 2^23, a number is rounded to an integer, which stands in the lowest bits.
+    shifted = high * 1.4426950408889634 + 12582912.0
+    power = shifted - 12582912.0
     # ln 2 in two parts, of which the first has so few digits that its product is exact.
     rest = high - power * 0.693359375
     rest = rest - power * -2.12194440e-4 + low
@@ -84,14 +86,24 @@ def exp(high, low):
     series = series * rest + 4.1665795894e-2
     series = series * rest + 1.6666665459e-1
     series = series * rest + 5.0000001201e-1
-    return (series * rest * rest + rest + 1.0) * tl.exp2(power)
+    # 2^(power + 64), whose exponent is that of a normal number where that of the result is not.
+    scale = ((shifted.to(tl.int32, bitcast=True) << 23) + (191 << 23)).to(tl.float32, bitcast=True)
+    return (series * rest * rest + rest + 1.0) * scale * 5.421010862427522e-20
+
+
+@triton.jit
+def reciprocal(x):
+    """Computes 1 / x of x from 1 to 2^100, within an ulp: by one step of Newton's, where / scales x first."""
+    root = tl.rsqrt(x)
+    near = root * root
+    return near * (2.0 - x * near)
 
 
 @triton.jit
 def logistic(x):
     """Computes s(x) and s (1 - s) from exp(-|x|), which cannot overflow; 1 - s would lose its digits near 1."""
     decay = exp(-tl.abs(x), 0.0)
-    larger = 1.0 / (1.0 + decay)
+    larger = reciprocal(1.0 + decay)
     smaller = decay * larger
     return tl.where(x < 0.0, smaller, larger), smaller * larger
 
@@ -108,7 +120,7 @@ def normal(x):
     # The square of x's first twelve digits is exact, and what they leave is small: the exponent is not rounded.
     first = (size.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
     decay = exp(-0.5 * first * first, -0.5 * (size - first) * (size + first))
-    t = 1.0 / (1.0 + 0.3 * size)
+    t = reciprocal(1.0 + 0.3 * size)
     tail = 0.113542665 - 0.020743799 * t
     tail = -0.231580029 + t * tail
     tail = 0.196960895 + t * tail

@@ -31,9 +31,12 @@ def bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
 
 
 def relative_bias_gradient(dim: int, dtype: torch.dtype, major: int) -> AttentionTiles:
-    """As `bias_gradient`, in squares: all tiles at one offset from the diagonal then have the same distances."""
+    """As `bias_gradient`, in squares: all tiles at one offset from the diagonal then have the same distances.
+
+    In fp32 the distances' registers beside wide heads would spill at 32.
+    """
     tiles = bias_gradient(dim, dtype, major)
-    side = min(tiles.block_queries, tiles.block_keys)
+    side = 16 if dtype == torch.float32 and dim > 64 else min(tiles.block_queries, tiles.block_keys)
     return replace(tiles, block_queries=side, block_keys=side)
 
 

@@ -54,6 +54,31 @@ def described(tensors):
     return [(x.shape, x.dtype, x.stride()) for x in tensors]
 
 
+def every_second(x):
+    """The same numbers, none beside another, NaN (or a number that no index takes) in between."""
+    filler = float("nan") if x.is_floating_point() else -(10**6)
+    between = torch.full_like(x, filler) if x.dtype != torch.bool else ~x
+    return torch.stack((x, between), -1).flatten(-2)[..., ::2] if x.dim() else x
+
+
+@pytest.mark.parametrize(("sample", "impl"), on_backends(SAMPLES))
+def test_numbers_may_lie_apart(sample, impl):
+    """Every argument, one at a time; the caches of decoding, which are changed, are refused, not copied."""
+    leaves = [x.requires_grad_(sample in DIFFERENTIABLE) for x in sample.leaves(requires_grad=False)]
+
+    def results(some, **changes):
+        found = sample(*some, impl=impl, **changes)
+        return found, torch.autograd.grad(curved(found), some) if sample in DIFFERENTIABLE else ()
+
+    expected = results(leaves)
+    for place, leaf in enumerate(leaves):
+        apart = every_second(leaf.detach()).requires_grad_(leaf.requires_grad)
+        torch.testing.assert_close(results([*leaves[:place], apart, *leaves[place + 1 :]]), expected)
+    for name, constant in sample.constants("cpu").items():
+        if isinstance(constant, torch.Tensor) and not name.endswith("_cache"):
+            torch.testing.assert_close(results(leaves, **{name: every_second(constant)}), expected)
+
+
 @pytest.mark.parametrize("sample", SAMPLES, **NAMED)
 def test_tensors_without_values(sample):
     differentiates = sample in DIFFERENTIABLE

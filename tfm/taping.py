@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ def computed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     if torch.compiler.is_compiling() or here.tape is None:
         return function(*arguments)
     return here.tape.compute(function, arguments)
+
+
+@overload
+def dense(x: Tensor) -> Tensor: ...
+@overload
+def dense(x: None) -> None: ...
+def dense(x: Tensor | None) -> Tensor | None:
+    """Returns `x` with its numbers side by side, as kernels read them."""
+    return x if x is None or x.is_contiguous() else computed(Tensor.contiguous, x)
 
 
 def checked(check: Callable[..., bool], *arguments: Any) -> None:

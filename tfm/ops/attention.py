@@ -33,6 +33,7 @@ from tfm.ops.dropout import seed_for
 from tfm.ops.registry import namespace_of
 from tfm.ops.routing import door
 from tfm.reference import attention as reference
+from tfm.taping import dense
 
 
 @overload
@@ -174,7 +175,7 @@ def attention(
         bits = mask_to_bits(namespace, mask_for(backend, attn_mask, keys), keys, starts, start, left, right)
         logits, relative = learnt_for(backend, sinks), learnt_for(backend, relative_bias)
         call = Attention(
-            query, key, value, *bits, logits, relative, None, None, key_lengths, starts, drawn,
+            query, key, value, *bits, logits, relative, None, None, dense(key_lengths), starts, drawn,
             queries, keys, start, left, right, scale, softcap, dropout_p, site,
         )  # fmt: skip
         output, statistics, *lse = apply(AttendedWithLse if return_lse else Attended, namespace, call)

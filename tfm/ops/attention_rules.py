@@ -14,7 +14,7 @@ from tfm.operators.attention import FAR
 from tfm.operators.attention.mask_bits import aligned
 from tfm.operators.declaration import CPU_FLOATS, FLOATS
 from tfm.ops.checks import broadcasts, check_floating, check_integers, check_same_device, check_softcap, check_vector
-from tfm.taping import checked, computed
+from tfm.taping import checked, computed, dense
 from tfm.transforms import is_readable
 
 # The dtypes in which csrc reads masks, sinks and biases.
@@ -136,7 +136,7 @@ def start_of(query_start: int | Tensor) -> tuple[Tensor | None, int]:
     """Returns `query_start` as (a start for each sequence or None, a start for all)."""
     if isinstance(query_start, int):
         return None, max(-FAR, min(query_start, FAR))
-    return computed(Tensor.contiguous, query_start), 0
+    return dense(query_start), 0
 
 
 def mask_for(backend: str, attn_mask: Tensor | None, keys: int) -> Tensor | None:
@@ -149,7 +149,7 @@ def mask_for(backend: str, attn_mask: Tensor | None, keys: int) -> Tensor | None
 def learnt_for(backend: str, x: Tensor | None) -> Tensor | None:
     """Returns sinks or a bias by distance, dense, and where csrc computes in a dtype that it reads."""
     x = readable(x) if backend == "native" else x
-    return None if x is None else computed(Tensor.contiguous, x)
+    return dense(x)
 
 
 def readable(x: Tensor | None) -> Tensor | None:

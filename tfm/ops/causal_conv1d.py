@@ -15,7 +15,7 @@ from tfm.ops.checks import check_floating, check_same_device, check_vector
 from tfm.ops.registry import namespace_of
 from tfm.ops.routing import door
 from tfm.reference import causal_conv1d as reference
-from tfm.taping import computed
+from tfm.taping import dense
 
 WIDTHS = (2, 3, 4)
 
@@ -68,9 +68,8 @@ def causal_conv1d(
     if backend == "reference":
         y, final_state = reference.causal_conv1d(x, weight, bias, initial_state, activation)
     else:
-        state = None if initial_state is None else _dense(cast(initial_state, x.dtype))
-        bias = None if bias is None else _dense(bias)
-        call = CausalConv1d(x, _dense(weight), bias, state, activation == "silu")
+        state = None if initial_state is None else dense(cast(initial_state, x.dtype))
+        call = CausalConv1d(x, dense(weight), dense(bias), state, activation == "silu")
         y, final_state = apply(Convolution, namespace_of(backend), call)
     return (y, final_state) if return_final_state else y
 
@@ -90,7 +89,3 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
         raise BadArgument(f"activation: expected 'silu' or None, got {activation!r}")
     check_floating(x=x, weight=weight, bias=bias, initial_state=state)
     check_same_device(x=x, weight=weight, bias=bias, initial_state=state)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return computed(Tensor.contiguous, x)

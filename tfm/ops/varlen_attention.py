@@ -31,6 +31,7 @@ from tfm.ops.dropout import seed_for
 from tfm.ops.registry import namespace_of
 from tfm.ops.routing import door
 from tfm.reference import attention as reference
+from tfm.taping import dense
 
 
 @overload
@@ -134,7 +135,7 @@ def varlen_attention(
         bits = mask_to_bits(namespace, mask_for(backend, attn_mask, max_k), max_k, starts, start, left, right)
         logits, relative = learnt_for(backend, sinks), learnt_for(backend, relative_bias)
         call = Attention(
-            query, key, value, *bits, logits, relative, cu_seq_q, cu_seq_k, None, starts, drawn,
+            query, key, value, *bits, logits, relative, dense(cu_seq_q), dense(cu_seq_k), None, starts, drawn,
             max_q, max_k, start, left, right, scale, softcap, dropout_p, site,
         )  # fmt: skip
         output, _, *lse = apply(AttendedWithLse if return_lse else Attended, namespace, call)

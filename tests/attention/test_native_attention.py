@@ -130,6 +130,21 @@ def test_packed_equals_padded_and_the_reference(rules, dtype, instruction_set):
     oracle.assert_all_match(*(list(found.values()) for found in (actual, truth, plain)), list(actual))
 
 
+# Sequences that share a bias: more than there are parts, and with a bias of which one part's sums are all there is room
+# for.
+SHARING = {
+    "many": Problem((130, 2, 1, 3, 5, 8, 8), {"relative_bias": 2}, ("float", (1, 1, 3, 5))),
+    "large": Problem((3, 8, 8, 1024, 1030, 1, 1), {"relative_bias": 2}, ("float", (1, 8, 1024, 1030))),
+}
+
+
+@pytest.mark.parametrize("name", ["many", pytest.param("large", marks=pytest.mark.long)])
+def test_parts_of_the_sequences_share_a_bias(name):
+    tensors = make(SHARING[name], CPU, torch.float32)
+    assert_matches(tensors, torch.float32, impl="native")
+    native.assert_same_bits(lambda: list(results(tensors, "native", torch.float32).values()))
+
+
 @pytest.mark.parametrize("name", ["everything", "lengths, dropout"])
 def test_the_same_bits_on_any_number_of_threads(name):
     tensors = make(PROBLEMS[name], CPU, torch.float32)

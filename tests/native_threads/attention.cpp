@@ -1,11 +1,9 @@
-// fp32 with everything: a bias of each score and one by distance, sinks, a softcap, a window that leaves queries of the second sequence without keys.
-// bf16: causal, and a mask, whose bits are a case of their own. Both have dropout, two query heads a key head, and more
-// than one tile each way.
+// fp32 with everything: a bias of each score and one by distance, sinks, a softcap, a window that leaves queries of the
+// second sequence without keys. bf16: causal, and a mask, whose bits are a case of their own. Both have dropout, two
+// query heads a key head, and more than one tile each way.
 #include "cpu/attention/backward.cpp"
-#include "cpu/attention/bias_gradient.cpp"
 #include "cpu/attention/forward.cpp"
 #include "cpu/attention/mask_bits.cpp"
-#include "cpu/attention/relative_bias_gradient.cpp"
 #include "cpu/attention/weights.cpp"
 
 #include "case.h"
@@ -145,50 +143,27 @@ Case backward(bool narrow) {
     const int64_t keys = SEQUENCES * KEY_HEADS * LENGTH;
     const std::vector<Task> all = tasks(SEQUENCES, KEY_HEADS, 1, 1);
     std::vector<Output> wanted = {{STATISTICS * DIM, narrow}, {keys * DIM, narrow}, {keys * VALUE_DIM, narrow}};
-    if (!narrow)
+    if (!narrow) {
         wanted.push_back({SEQUENCES * HEADS});
+        wanted.push_back({SEQUENCES * KEY_HEADS * LENGTH * padded(LENGTH)});
+        wanted.push_back({SEQUENCES * HEADS * (2 * FARTHEST + 1)});
+    }
     return {named("attention_backward", narrow), static_cast<int64_t>(all.size()), wanted,
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 AttentionBackward call{.attention = attention(narrow),
                                        .given = cotangents(narrow),
                                        .dq = heads(outputs[0].data(), narrow, HEADS, DIM),
                                        .dk = heads(outputs[1].data(), narrow, KEY_HEADS, DIM),
-                                       .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM)};
+                                       .dv = heads(outputs[2].data(), narrow, KEY_HEADS, VALUE_DIM),
+                                       .sums = {.dense = narrow ? nullptr : floats(outputs[4]),
+                                                .relative = narrow ? nullptr : floats(outputs[5]),
+                                                .each = 1,
+                                                .rows = LENGTH,
+                                                .row = padded(LENGTH),
+                                                .shares_heads = true}};
                 call.attention.extra_gradients = narrow ? nullptr : floats(outputs[3]);
                 std::vector<float> memory = scratch(BackwardScratch{call.attention}.floats);
                 TFM_ISA::attention_backward(call, all.data(), begin, end, memory.data());
-            }};
-}
-
-Case bias_gradient() {
-    const std::vector<Task> all = tasks(1, 1, LENGTH, LENGTH);
-    return {"attention_bias_gradient, fp32",
-            static_cast<int64_t>(all.size()),
-            {{LENGTH * LENGTH}},
-            [=](Memory& outputs, int64_t begin, int64_t end) {
-                const BiasGradient call{.attention = attention(false),
-                                        .given = cotangents(false),
-                                        .dbias = {outputs[0].data(), false, 0, 0, LENGTH, 1},
-                                        .sequences = SEQUENCES,
-                                        .queries = LENGTH,
-                                        .keys = LENGTH,
-                                        .shares_sequences = true,
-                                        .shares_heads = true,
-                                        .shares_queries = false};
-                std::vector<float> memory = scratch(BiasScratch{call.attention}.floats);
-                TFM_ISA::attention_bias_gradient(call, all.data(), begin, end, memory.data());
-            }};
-}
-
-Case relative_bias_gradient() {
-    const std::vector<Task> all = tasks(SEQUENCES, HEADS, 1, 1);
-    return {"attention_relative_bias_gradient, fp32",
-            static_cast<int64_t>(all.size()),
-            {{SEQUENCES * HEADS * (2 * FARTHEST + 1)}},
-            [=](Memory& outputs, int64_t begin, int64_t end) {
-                const RelativeBiasGradient call{attention(false), cotangents(false), floats(outputs[0])};
-                std::vector<float> memory = scratch(TileScratch{call.attention}.floats);
-                TFM_ISA::attention_relative_bias_gradient(call, all.data(), begin, end, memory.data());
             }};
 }
 
@@ -210,8 +185,7 @@ Case weights() {
 } // namespace
 
 Cases attention_cases() {
-    return {mask_bits(), forward(false), forward(true), backward(false), backward(true),
-            bias_gradient(), relative_bias_gradient(), weights()};
+    return {mask_bits(), forward(false), forward(true), backward(false), backward(true), weights()};
 }
 
 } // namespace tfm::threads

@@ -1,4 +1,4 @@
-// Masked softmax attention for CPUs, backward: the gradients of query, key, value and the extra score.
+// Masked softmax attention for CPUs, backward: the gradients of query, key, value, the extra score and the biases.
 //
 //     dv = dropout(p)ᵀ dout      dq = scale · (ds · slope) k      dk = scale · (ds · slope)ᵀ q
 //
@@ -8,6 +8,7 @@
 // products. Sequences of up to BLOCK_QUERIES queries and BLOCK_KEYS keys are one tile, and never leave the cache.
 #include "cpu/isa.h"
 
+#include "cpu/attention/bias_sums.h"
 #include "cpu/attention/gradient_tile.h"
 
 namespace tfm {
@@ -16,6 +17,7 @@ struct AttentionBackward {
     Attention attention;
     Cotangents given;
     Heads dq, dk, dv; // null where not wanted
+    BiasSums sums;
 };
 
 namespace {
@@ -94,8 +96,10 @@ void attention_backward(const AttentionBackward& backward, const Task* tasks, in
         const int64_t first_head = task->head * call.group;
         for (int64_t head = first_head; head < first_head + call.group; ++head) {
             Tile tile{task->sequence, head, 0, 0, 0, 0, 0};
+            const HeadSums sums(call, backward.sums, *task, head);
+            const bool want_gradients = want_query || want_key || sums.are_wanted();
             differentiate_extra_score(call, part, tile);
-            if (!want_query && !want_key && !want_value)
+            if (!want_gradients && !want_value)
                 continue;
             // Tiles that are the first to write need no zeros there.
             const Span all = visible_queries(call, extent, 0, key_length);
@@ -119,7 +123,7 @@ void attention_backward(const AttentionBackward& backward, const Task* tasks, in
                     tile.rows = smaller(BLOCK_QUERIES, rows.end - tile.row);
                     const bool whole = part.is_whole(tile);
                     part.load_queries(tile, !whole);
-                    part.compute(tile, whole, want_query || want_key, true);
+                    part.compute(tile, whole, want_gradients, sums);
                     const bool adds = head > first_head || tile.row > rows.begin;
                     if (want_value)
                         multiply<true>(adds, tile.keys, call.value_dim, tile.rows, part.weights, part.stride, part.dout,
@@ -167,8 +171,10 @@ Heads heads_or_none(const MaybeTensor& x) { return x ? heads_of(*x) : Heads{}; }
 void backward_into(const AttentionInputs& inputs, const Cotangents& given, const Heads& dq, const Heads& dk,
                    const Heads& dv, const MaybeTensor& dbias, const MaybeTensor& drelative) {
     const Attention& call = inputs.call;
-    const AttentionBackward backward{call, given, dq, dk, dv};
-    Tasks tasks;
+    const BiasSumTensors biases(inputs, dbias, drelative);
+    const AttentionBackward backward{call, given, dq, dk, dv, biases.sums};
+    // Of each sequence, what a head of it costs.
+    std::vector<int64_t> works;
     for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence) {
         const Extent& extent = inputs.extents[sequence];
         int64_t work = 0;
@@ -176,18 +182,20 @@ void backward_into(const AttentionInputs& inputs, const Cotangents& given, const
             const int64_t rows = std::min(BLOCK_QUERIES, extent.query_length - first);
             work += rows * seen_keys(call, extent, first, rows) * call.group;
         }
-        for (int64_t head = 0; head < call.heads / call.group; ++head)
-            tasks.add({sequence, head, 0, 0}, work);
+        works.push_back(work);
     }
-    if (dq.data || dk.data || dv.data || call.extra_gradients)
+    Tasks tasks;
+    for (int64_t first = 0; first < inputs.sequences(); first += biases.sums.each)
+        for (int64_t head = 0; head < call.heads / call.group; ++head)
+            for (int64_t sequence = first; sequence < std::min(first + biases.sums.each, inputs.sequences());
+                 ++sequence)
+                tasks.add({sequence, head, 0, 0}, works[sequence], sequence == first);
+    if (dq.data || dk.data || dv.data || call.extra_gradients || dbias || drelative)
         tasks.run(3 * call.dim + 2 * call.value_dim, BackwardScratch{call}.floats,
                   [&](const Task* all, int64_t begin, int64_t end, float* scratch) {
                       TFM_RUN(attention_backward, backward, all, begin, end, scratch);
                   });
-    if (dbias)
-        bias_gradient(inputs, given, *dbias);
-    if (drelative)
-        relative_bias_gradient(inputs, given, *drelative);
+    biases.store();
 }
 
 using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;

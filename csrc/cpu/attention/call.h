@@ -4,11 +4,11 @@
 //
 //     j < key_length      position(i) - left <= j <= position(i) + right      its bit of the mask is set
 //
-// (causality is right = 0). Its score s is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the biases: of
-// the two, and of their distance clip(j - position(i), -farthest, farthest).
-// With the largest score of its row, top, a weight is exp2((s - top) · log2(e) - log2 Σ exp(s - top)). The difference
-// comes first: a score may be finfo.min, whose product with log2(e) is no number. And top stays apart from the
-// logarithm, of which it would leave nothing in a common sum.
+// (causality is right = 0). Its score s is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the biases:
+// of the two, and of their distance clip(j - position(i), -farthest, farthest). With the largest score of its row, top,
+// a weight is exp2((s - top) · log2(e) - log2 Σ exp(s - top)). The difference comes first: a score may be finfo.min,
+// whose product with log2(e) is no number. And top stays apart from the logarithm, of which it would leave nothing in a
+// common sum.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // One tile of the backward: weights again, from the statistics that the forward left, and the gradient of the scores.
 //
 //     p = exp2((s - top) · log2(e) - log2 Σ)      dp = dropout(dout vᵀ)      delta = Σ dout · out - dlse
-//     ds = p · (dp - delta)
+//     ds = p · (dp - delta)      by the scores; by q·k it is ds · slope, with the slope of a softcap
 //
 // The scores are the forward's to the last bit: products of the same numbers, added in the same order.
 // (Dao et al., "FlashAttention", 2022, appendix B.4.) A query without keys, and its dout, are read as 0.
@@ -36,6 +36,7 @@ struct TileScratch : Carver<Attention> {
 
 #ifdef TFM_ISA
 
+#include "cpu/attention/bias_sums.h"
 #include "cpu/attention/tiles.h"
 
 namespace tfm::TFM_ISA {
@@ -46,7 +47,7 @@ public:
     const Cotangents& given;
     float *query, *dout, *tops, *logs, *deltas, *key_rows;
     float* weights;   // [rows, stride]: p as dropout leaves it, but for its scale
-    float* gradients; // [rows, stride]: ds
+    float* gradients; // [rows, stride]: ds · slope
     int64_t stride;
 
     GradientTile(const Attention& call, const Cotangents& given, const TileScratch& at, float* scratch)
@@ -101,9 +102,9 @@ public:
         }
     }
 
-    // weights, and where asked for gradients, by the scores or, `by_products`, by scale · q·k / scale. A `whole` tile
-    // has Σ p · dp = Σ dout · out, of numbers that nobody has rounded.
-    void compute(const Tile& tile, bool whole, bool with_gradients, bool by_products) {
+    // weights, and where asked for gradients, of which ds is added to `sums`. A `whole` tile has Σ p · dp = Σ dout ·
+    // out, of numbers that nobody has rounded.
+    void compute(const Tile& tile, bool whole, bool with_gradients, const HeadSums& sums) {
         stride = padded(tile.keys);
         product<false, false>(tile.rows, tile.keys, call.dim, query, padded(call.dim), {keys, PAIR, call.dim * PAIR},
                               weights, stride);
@@ -115,11 +116,11 @@ public:
             const int64_t count = smaller(tile.rows - start, WIDTH);
             Floats parts[WIDTH] = {};
             for (int64_t i = 0; i < count; ++i)
-                parts[i] = weigh(tile, start + i, drawn, with_gradients, by_products);
+                parts[i] = weigh(tile, start + i, drawn, with_gradients);
             if (whole)
                 store(deltas + start, load(deltas + start) + sums_of(parts));
             for (int64_t i = 0; i < count; ++i)
-                differentiate(tile, start + i, drawn, with_gradients, by_products);
+                differentiate(tile, start + i, drawn, with_gradients, sums);
         }
     }
 
@@ -128,10 +129,9 @@ private:
     uint16_t* outcomes;
 
     // Of one row p, before dropout, and dp. Returns Σ p · dp.
-    __attribute__((always_inline)) Floats weigh(const Tile& tile, int64_t row, int64_t drawn, bool with_gradients,
-                                                bool by_products) {
+    __attribute__((always_inline)) Floats weigh(const Tile& tile, int64_t row, int64_t drawn, bool with_gradients) {
         float *const weight_row = weights + row * stride, *const gradient_row = gradients + row * stride;
-        finish_scores<false>(call, tile, row, weight_row, slopes && by_products ? slopes + row * stride : nullptr);
+        finish_scores<false>(call, tile, row, weight_row, slopes ? slopes + row * stride : nullptr);
         const Floats top = broadcast(tops[row]), log = broadcast(logs[row]);
         Floats total{};
         for (int64_t key = 0; key < tile.keys; key += WIDTH) {
@@ -149,21 +149,26 @@ private:
         return total;
     }
 
-    // Of one row ds, and p as dropout leaves it.
+    // Of one row ds · slope, and p as dropout leaves it.
     __attribute__((always_inline)) void differentiate(const Tile& tile, int64_t row, int64_t drawn, bool with_gradients,
-                                                      bool by_products) {
+                                                      const HeadSums& sums) {
         float *const weight_row = weights + row * stride, *const gradient_row = gradients + row * stride;
         const Floats delta = broadcast(deltas[row]);
         for (int64_t key = 0; key < tile.keys; key += WIDTH) {
             const Floats weight = load(weight_row + key);
-            if (with_gradients) {
-                const Floats gradient = weight * (load(gradient_row + key) - delta);
-                const bool bent = slopes && by_products;
-                store(gradient_row + key, bent ? gradient * load(slopes + row * stride + key) : gradient);
-            }
+            if (with_gradients)
+                store(gradient_row + key, weight * (load(gradient_row + key) - delta));
             if (outcomes)
                 store(weight_row + key, kept(call.dropout, outcomes + row * drawn + key) ? weight : Floats{});
         }
+        if (!with_gradients)
+            return;
+        if (sums.are_wanted()) {
+            const int64_t query = tile.row + row, position = query + call.extents[tile.sequence].start;
+            sums.add(gradient_row, query, tile.key, tile.keys, tile.key - position);
+        }
+        for (int64_t key = 0; slopes && key < tile.keys; key += WIDTH)
+            store(gradient_row + key, load(gradient_row + key) * load(slopes + row * stride + key));
     }
 };
 

@@ -149,9 +149,10 @@ constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 19;
 // Tasks in order, shared among threads by their work rather than their number: sequences differ in length.
 class Tasks {
 public:
-    void add(const Task& task, int64_t work) {
+    // Unless it `may_begin` a share, whoever has the task before has it, too.
+    void add(const Task& task, int64_t work, bool may_begin = true) {
         tasks.push_back(task);
-        begins.push_back(total);
+        begins.push_back(may_begin ? total : begins.back());
         // Even an empty task is written by somebody.
         total += work + 64;
     }

@@ -80,8 +80,7 @@ struct Problem {
         STD_TORCH_CHECK(!a.bias || a.bias->size(3) <= 1 || a.bias->stride(3) == 1,
                         "native attention: expected a bias whose keys lie side by side, got step ",
                         a.bias ? a.bias->stride(3) : 0);
-        STD_TORCH_CHECK(!a.relative_bias,
-                        "native attention: expected no bias by distance; impl=\"triton\" serves it");
+        STD_TORCH_CHECK(!a.relative_bias, "native attention: expected no bias by distance; impl=\"triton\" serves it");
         const Steps bias_steps = broadcast_steps(a.bias), words_steps = broadcast_steps(a.words),
                     reach_steps = broadcast_steps(a.reach);
         const auto side = [](MaybeInt width) { return static_cast<int>(width ? std::min<int64_t>(*width, FAR) : -1); };

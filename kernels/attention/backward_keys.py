@@ -28,7 +28,7 @@ from tfm.kernels.attention.visible import (
     word_rows,
 )
 from tfm.kernels.launch.attention import any_length as launch
-from tfm.kernels.philox import keep_mask
+from tfm.kernels.philox import keep_tile
 from tfm.kernels.softmax import LOG2E, exponent, fms
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import AttentionBackward, Gradients
@@ -47,6 +47,7 @@ def attention_backward_keys_kernel(
     """Each program takes BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
+    OCTETS: tl.constexpr = TILE[2]
     program = tl.program_id(0)
     key_heads = heads // group
     sequence, key_head = (program // tiles // key_heads).to(tl.int64), (program // tiles % key_heads).to(tl.int64)
@@ -156,9 +157,9 @@ def attention_backward_keys_kernel(
                 d_out = load_rows(dout_head, dout, row, inside, VALUE_DIMS, 0)
                 kept = weights
                 if dropout.seed is not None:
-                    keep = keep_mask(
+                    keep = keep_tile(
                         row[:, None], first_key, sequence * heads + head, site, dropout.seed, dropout.threshold,
-                        BLOCK_KEYS,
+                        BLOCK_KEYS, OCTETS,
                     )  # fmt: skip
                     keep = tl.trans(keep)
                     kept = tl.where(keep, weights, 0.0)
@@ -231,5 +232,5 @@ def attention_backward_keys(tape: Tape, call: AttentionBackward, rows: QueryRows
             **common_arguments(attention_backward_keys_kernel, attention), statistics=statistics, delta=rows.delta,
             dout=heads_of(call.dout), dk=dk, dv=dv, tiles=blocks,
             IS_GROUPED=attention.heads != attention.key_heads, ARE_LARGE=rows.are_large, FIRST_TILE=rows.tile,
-            TILE=(tiles.block_queries, tiles.block_keys),
+            TILE=tiles.tile,
         )  # fmt: skip

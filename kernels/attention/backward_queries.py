@@ -45,7 +45,7 @@ from tfm.kernels.attention.visible import (
     word_rows,
 )
 from tfm.kernels.launch.attention import any_length as launch
-from tfm.kernels.philox import keep_mask
+from tfm.kernels.philox import keep_tile
 from tfm.kernels.softmax import LARGE, LOG2E, exponent, fma, fms
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import Attention, AttentionBackward, Gradients, row_statistics
@@ -60,6 +60,7 @@ def attention_backward_queries_kernel(
     """Each program takes BLOCK_QUERIES queries of one (sequence, head) and goes over the keys that they see."""
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
+    OCTETS: tl.constexpr = TILE[2]
     program = tl.program_id(0)
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
@@ -172,9 +173,9 @@ def attention_backward_queries_kernel(
                         )  # fmt: skip
                         weights = tl.where(allowed, weights, 0.0)
                     if dropout.seed is not None:
-                        keep = keep_mask(
+                        keep = keep_tile(
                             row[:, None], key_tile * BLOCK_KEYS, sequence * heads + head, site, dropout.seed,
-                            dropout.threshold, BLOCK_KEYS,
+                            dropout.threshold, BLOCK_KEYS, OCTETS,
                         )  # fmt: skip
                         d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
                     d_scores = weights * (d_weights - difference[:, None]) * slope
@@ -230,7 +231,7 @@ def attention_backward_queries(tape: Tape, call: AttentionBackward, gradients: G
         **common_arguments(attention_backward_queries_kernel, attention, with_sink=partials is not None),
         out=heads_of(call.output), dout=heads_of(call.dout), dq=heads_of(gradients.query),
         statistics=dense_rows(attention, call.statistics), dlse=dense_rows(attention, call.dlse), delta=delta,
-        partials=partials, tiles=blocks, ARE_LARGE=are_large, TILE=(tiles.block_queries, tiles.block_keys),
+        partials=partials, tiles=blocks, ARE_LARGE=are_large, TILE=tiles.tile,
     )  # fmt: skip
     sum_partials(partials, gradients)
     return QueryRows(delta, are_large, tiles.block_queries)

@@ -34,7 +34,7 @@ from tfm.kernels.attention.visible import (
     word_rows,
 )
 from tfm.kernels.launch.attention import any_length as launch
-from tfm.kernels.philox import keep_mask
+from tfm.kernels.philox import keep_tile
 from tfm.kernels.softmax import binary, power, shrinkage
 from tfm.kernels.tape import Tape
 from tfm.operators.attention import Attention
@@ -49,6 +49,7 @@ def attention_forward_kernel(
     """Each program attends with BLOCK_QUERIES queries of one (sequence, head); a head's last queries go first."""
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
+    OCTETS: tl.constexpr = TILE[2]
     program = tl.program_id(0)
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
@@ -137,9 +138,9 @@ def attention_forward_kernel(
                 total = total * shrink + tl.sum(weights, axis=1)
                 acc = acc * shrink[:, None]
                 if dropout.seed is not None:
-                    keep = keep_mask(
+                    keep = keep_tile(
                         row[:, None], key_tile * BLOCK_KEYS, sequence * heads + head, site, dropout.seed,
-                        dropout.threshold, BLOCK_KEYS,
+                        dropout.threshold, BLOCK_KEYS, OCTETS,
                     )  # fmt: skip
                     weights = tl.where(keep, weights, 0.0)
                 weights = weights.to(v.data.dtype.element_ty)
@@ -168,7 +169,7 @@ def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: T
         attention_forward_kernel, (blocks * call.sequences * call.heads,), tiles.options,
         **common_arguments(attention_forward_kernel, call, with_sink=True), out=heads_of(output),
         statistics=statistics, tiles=blocks, IS_WIDE=is_wide(call.dims[0]),
-        TILE=(tiles.block_queries, tiles.block_keys),
+        TILE=tiles.tile,
     )  # fmt: skip
 
 

@@ -364,7 +364,7 @@ DTYPES_OF_TABLES = (torch.bfloat16, torch.float32)
 @given(
     dims=st.tuples(st.integers(1, 256), st.integers(1, 256)),
     dtype=st.sampled_from(DTYPES_OF_TABLES),
-    extras=st.integers(0, 2),
+    extras=st.integers(0, 3),
     major=st.sampled_from([8, 9, 10, 12]),
 )
 def test_every_head_dim_has_tiles(dims, dtype, extras, major):

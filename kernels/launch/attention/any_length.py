@@ -16,12 +16,13 @@ dk and dv   Four accumulators of a tile are alive at once (s, dp, dk, dv), which
             250 registers, two programs. D 128: 32 x 128, 8 warps, 250 registers, one program. At 256 dk and dv are
             made in two passes, each of which computes s again.
 
-Dropout, whose mask passes from its own layout to the product's, and a bias or a mask as bits take 60 to 90 registers:
-smaller tiles, so that two or three programs still share the multiprocessor; still smaller ones for both at once, so
-that neither triton 3.6, whose code takes more registers than 3.7's, nor the newer of triton's two assemblers, which
-takes up to 30 more than the older, spills on sm_90 (what does is in tools/check_kernels/allowed.py). Every row of
-sm_80, sm_86, sm_89 and sm_120 fits 99 KB; there products hold their first factor in registers, too. fp32 is multiplied
-without tensor cores, or by tf32 of the same small tiles.
+A bias or a mask as bits takes 60 to 90 registers, as does dropout in the backward: smaller tiles, so that two or three
+programs still share the multiprocessor; still smaller ones for both at once, so that neither triton 3.6, whose code
+takes more registers than 3.7's, nor the newer of triton's two assemblers, which takes up to 30 more than the older,
+spills on sm_90 (what does is in tools/check_kernels/allowed.py). In the forward, whose threads test words of bits,
+dropout takes few registers; dk and dv of D 128 have 128 keys with it, so that no two warps share rows of a product,
+between whose layouts the tile would move. Every row of sm_80, sm_86, sm_89 and sm_120 fits 99 KB; there products hold
+their first factor in registers, too. fp32 is multiplied without tensor cores, or by tf32 of the same small tiles.
 """
 
 from __future__ import annotations
@@ -49,29 +50,56 @@ class AttentionTiles(Settings):
     max_registers: int | None = None
     passes: int = 1
 
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """The blocks, and how many octets of keys a thread decides for dropout: a word's at most, no octet twice."""
+        octets = self.block_queries * self.block_keys // (256 * self.num_warps)
+        return self.block_queries, self.block_keys, max(1, min(4, octets, self.block_keys // 8))
 
-# By class of head dims: rows for a plain call, for one of dropout and (bias or mask as bits), for both. The last row
-# given serves the rest.
+
+# By class of head dims: rows for a plain call, for dropout, for a bias or a mask as bits, for both. The last row given
+# serves the rest.
 Table = dict[int, tuple[AttentionTiles, ...]]
 
 FORWARD: Table = {
-    64: (AttentionTiles(128, 64, 8, 2, 128), AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2, 168)),
-    128: (AttentionTiles(128, 128, 8, 2), AttentionTiles(64, 32, 4, 2)),
+    64: (
+        AttentionTiles(128, 64, 8, 2, 128), AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 64, 4, 2),
+        AttentionTiles(64, 32, 4, 2, 168),
+    ),
+    128: (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
     192: (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
     256: (AttentionTiles(128, 32, 8, 2), AttentionTiles(64, 32, 8, 2)),
-}
+}  # fmt: skip
 QUERIES: Table = {
-    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2, 168), AttentionTiles(64, 32, 4, 2)),
-    128: (AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 16, 4, 2)),
-    192: (AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 32, 8, 2), AttentionTiles(64, 16, 8, 2)),
+    64: (
+        AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2, 168), AttentionTiles(64, 32, 4, 2, 168),
+        AttentionTiles(64, 32, 4, 2),
+    ),
+    128: (
+        AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 32, 4, 2),
+        AttentionTiles(64, 16, 4, 2),
+    ),
+    192: (
+        AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 32, 8, 2), AttentionTiles(64, 32, 8, 2),
+        AttentionTiles(64, 16, 8, 2),
+    ),
     256: (AttentionTiles(64, 32, 8, 2), AttentionTiles(64, 16, 8, 2)),
-}
+}  # fmt: skip
 KEYS: Table = {
-    64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(32, 64, 4, 3), AttentionTiles(16, 64, 4, 3)),
-    128: (AttentionTiles(32, 128, 8, 2), AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 8, 3)),
-    192: (AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 8, 2), AttentionTiles(16, 64, 8, 2, passes=2)),
+    64: (
+        AttentionTiles(64, 64, 4, 2), AttentionTiles(32, 64, 4, 3), AttentionTiles(32, 64, 4, 3),
+        AttentionTiles(16, 64, 4, 3),
+    ),
+    128: (
+        AttentionTiles(32, 128, 8, 2), AttentionTiles(16, 128, 8, 2), AttentionTiles(32, 64, 8, 2),
+        AttentionTiles(16, 64, 8, 3),
+    ),
+    192: (
+        AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 8, 2), AttentionTiles(16, 64, 8, 2),
+        AttentionTiles(16, 64, 8, 2, passes=2),
+    ),
     256: (AttentionTiles(32, 64, 8, 2, passes=2), AttentionTiles(16, 64, 8, 2, 255, passes=2)),
-}
+}  # fmt: skip
 # Of chips without tensor cores that read both factors from shared memory: sm_80, sm_86, sm_89, sm_120.
 NARROW_FORWARD: Table = {
     64: (AttentionTiles(64, 64, 4, 2, 168), AttentionTiles(64, 32, 4, 2)),
@@ -107,12 +135,15 @@ FP32_KEYS: Table = {
     64: (AttentionTiles(16, 32, 8, 1),),
     128: (AttentionTiles(16, 32, 8, 2), AttentionTiles(16, 32, 8, 1)),
     192: (AttentionTiles(16, 16, 8, 2),),
-    256: (AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 1, 255)),
-}
+    256: (
+        AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 2),
+        AttentionTiles(16, 16, 8, 1, 255),
+    ),
+}  # fmt: skip
 
 
 def attention_forward(dim: int, value_dim: int, dtype: torch.dtype, extras: int, major: int) -> AttentionTiles:
-    """Returns the forward's row; `extras` counts dropout and (a bias or a mask as bits), `major` is the chip's."""
+    """Returns the forward's row; `extras`: 1 for dropout and 2 for a bias or a mask as bits, `major` is the chip's."""
     return _row((FORWARD, NARROW_FORWARD, FP32_FORWARD), dim, value_dim, dtype, extras, major)
 
 

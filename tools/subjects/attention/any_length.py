@@ -19,8 +19,8 @@ from tools.check_kernels.described import chip, described, meta
 # D and Dv of each class of the tables; with `every` more of it: split in two, padded, unequal.
 DIMS = {64: [(64, 64)], 128: [(128, 128)], 192: [(192, 128)], 256: [(256, 256)]}
 MORE_DIMS = {64: [(16, 16), (32, 48), (40, 64)], 128: [(96, 96), (80, 128)], 192: [(160, 128)], 256: [(224, 256)]}
-# The calls that come to a row, by the number of its extras, the hungriest first.
-KINDS = (("padded", "packed"), ("bias", "dropout", "mask"), ("bias dropout", "mask dropout"))
+# The calls that come to a row, in the order of the rows, the hungriest first.
+KINDS = (("padded", "packed"), ("dropout",), ("bias", "mask"), ("bias dropout", "mask dropout"))
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
 # Longer than what the kernels for few keys take, and of no tile a multiple.
 LENGTH = 300
@@ -89,11 +89,11 @@ def _cases(family: Family, dims: tuple[int, int], kind: str, dtype: str, every: 
 
 
 def _kinds(rows: tuple[tables.AttentionTiles, ...], every: bool) -> list[str]:
-    """Lists the kinds of call for each row; the last row serves whatever has as many extras or more."""
+    """Lists the kinds of call for each row; the last row serves whatever comes to it or to rows behind it."""
     found: list[str] = []
     for extras, tiles in enumerate(rows):
         served = KINDS[extras:] if tiles is rows[-1] else KINDS[extras : extras + 1]
-        found += [kind for kinds in served for kind in kinds] if every else served[-1][: 2 if extras == 1 else 1]
+        found += [kind for kinds in served for kind in kinds] if every else served[-1][: 2 if extras in (1, 2) else 1]
     return found
 
 

@@ -59,6 +59,14 @@ def attention_cases(every: bool) -> Iterator[Case]:
                     for case in _cases(family, pair, kind, dtype, every):
                         if case.name.split()[0] == kernel:
                             yield case
+    for dim in (64, 128):
+        call = attention_call((dim, dim), "distance dropout", "bf16", LENGTH)
+        for launch, arguments in (
+            (attention.attention, call), (attention.attention_backward, backward_call(call, "qkvs")),
+        ):  # fmt: skip
+            yield from described(
+                f"{dim} distance dropout bf16 wide", launch, arguments, chip(9), matrix=KERNELS, capabilities=(90, 100)
+            )
     mask = meta(2, 4, 512, 512, dtype="i1")
     for dtype in ("i1", "fp32"):
         call = AttentionMaskBits(mask.to(torch.float32) if dtype == "fp32" else mask, meta(2, dtype="i32"), 0, 3, 3)

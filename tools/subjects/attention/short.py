@@ -74,7 +74,8 @@ def _score_cases(every: bool) -> Iterator[Case]:
             dtype, attention.attention_backward, backward_call(call, "r"), chip(major), capabilities=chips
         ):
             if case.name.startswith("relative_bias_gradient"):
-                yield _named(case, dim, "", dtype)
+                # Squares are alike where the chips' other settings differ.
+                yield _named(case, dim, f" for sm_{chips[0]}", dtype)
         for kind in ("bias", "mask") if every else ("bias",):
             call = attention_call((dim, dim), f"{kind} dropout", dtype, LENGTH)
             arguments = AttentionWeights(backward.statistics, *call)

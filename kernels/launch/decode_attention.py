@@ -42,10 +42,6 @@ class DecodeTiles(Settings):
         return max(1, -(-capacity // self.split_keys))
 
 
-# Pieces of a row whose sums are added up at once.
-COMBINED_SPLITS = 16
-
-
 def tiles(dim: int, group: int, dtype: torch.dtype) -> DecodeTiles:
     """Returns the tiles for heads of `dim`, the wider of D and Dv, and `group` query heads a key head."""
     wide = 64 if dim <= 64 else 128 if dim <= 128 else 256

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows
-from tfm.kernels.attention.heads import head_of, heads_of, load_rows
+from tfm.kernels.attention.heads import head_of, heads_of, products_of
 from tfm.kernels.attention.scores import add_bias, bend, load_statistics, rows_of, unit_of
 from tfm.kernels.attention.visible import Window, allowed_tile, first_position, locate, reached, visible, word_rows
 from tfm.kernels.launch.attention import scores as launch
@@ -81,12 +81,10 @@ def bias_gradient_kernel(
             inside &= reached(mask, sequence, head, heads, column, inside, row_words)
 
         key_head = head // group
-        query = load_rows(head_of(q, sequence, head, 0), q, row, is_row, DIMS, 0)
-        key = load_rows(head_of(k, sequence, key_head, 0), k, column, inside, DIMS, 0)
-        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        value = load_rows(head_of(v, sequence, key_head, 0), v, column, inside, VALUE_DIMS, 0)
-        d_out = load_rows(head_of(dout, sequence, head, 0), dout, row, is_row, VALUE_DIMS, 0)
-        d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+        q_head, k_head = head_of(q, sequence, head, 0), head_of(k, sequence, key_head, 0)
+        products = products_of(q_head, q, row, is_row, k_head, k, column, inside, DIMS, PRECISION)
+        dout_head, v_head = head_of(dout, sequence, head, 0), head_of(v, sequence, key_head, 0)
+        d_weights = products_of(dout_head, dout, row, is_row, v_head, v, column, inside, VALUE_DIMS, PRECISION)
 
         of_row = rows_of(sequence, head, 0, heads, query_size, row_kind, None) + row
         top, log_sum = load_statistics(statistics + of_row, row_kind, is_row)

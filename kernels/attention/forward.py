@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tfm.kernels.attention.arguments import VARYING, common_arguments, problem
 from tfm.kernels.attention.combine import Pieces, combine_pieces
-from tfm.kernels.attention.heads import head_of, heads_of, load_rows, store_rows, sums_of
+from tfm.kernels.attention.heads import head_of, heads_of, load_rows, products_of, store_rows, sums_of
 from tfm.kernels.attention.scores import finish_rows, rows_of, scores_of, store_statistics, unit_of
 from tfm.kernels.attention.visible import (
     allowed_tile,
@@ -63,6 +63,10 @@ def attention_forward_kernel(
     program = tl.program_id(0)
     if pieces is not None:
         split, program = program % splits, program // splits
+    if VALUE_DIMS[3] > 1:
+        part, program = program % VALUE_DIMS[3], program // VALUE_DIMS[3]
+    else:
+        part: tl.constexpr = 0
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
     key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)
@@ -79,7 +83,8 @@ def attention_forward_kernel(
     v_head = head_of(v, sequence, key_head, key_first)
     words = word_rows(mask, sequence, wide_head, heads, query_size, row_words)
 
-    query = load_rows(q_head, q, row, is_row, DIMS, 0)
+    if DIMS[3] == 1:
+        query = load_rows(q_head, q, row, is_row, DIMS, 0)
     if DIMS[2] > 0:
         query_rest = load_rows(q_head, q, row, is_row, DIMS, 1)
     unit = unit_of(score)
@@ -122,8 +127,11 @@ def attention_forward_kernel(
                     bits = reached(mask, sequence, wide_head, heads, column, column < key_length, row_words)
                     inside = bits & inside if edge else bits
 
-                key = load_rows(k_head, k, column, inside, DIMS, 0)
-                products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                if DIMS[3] > 1:
+                    products = products_of(q_head, q, row, is_row, k_head, k, column, inside, DIMS, PRECISION)
+                else:
+                    key = load_rows(k_head, k, column, inside, DIMS, 0)
+                    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
                 if DIMS[2] > 0:
                     key = load_rows(k_head, k, column, inside, DIMS, 1)
                     products = tl.dot(query_rest, tl.trans(key), products, input_precision=PRECISION)
@@ -158,7 +166,7 @@ def attention_forward_kernel(
                     )  # fmt: skip
                     weights = tl.where(keep, weights, 0.0)
                 weights = weights.to(v.data.dtype.element_ty)
-                value = load_rows(v_head, v, column, inside, VALUE_DIMS, 0)
+                value = load_rows(v_head, v, column, inside, VALUE_DIMS, part)
                 acc = tl.dot(weights, value, acc, input_precision=PRECISION)
                 if VALUE_DIMS[2] > 0:
                     value = load_rows(v_head, v, column, inside, VALUE_DIMS, 1)
@@ -168,16 +176,16 @@ def attention_forward_kernel(
     if pieces is None:
         is_empty, top, log_sum, norm = finish_rows(top, total, unit, score, head, dropout.keep_scale, IS_BIASED)
         place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
-        store_statistics(statistics + place, row_kind, top, log_sum, is_row)
+        store_statistics(statistics + place, row_kind, top, log_sum, is_row & (part == 0))
         out_head = head_of(out, sequence, wide_head, query_first)
         is_empty, norm = is_empty[:, None], norm[:, None]
-        store_rows(out_head, out, tl.where(is_empty, 0.0, acc * norm), row, is_row, VALUE_DIMS, 0)
+        store_rows(out_head, out, tl.where(is_empty, 0.0, acc * norm), row, is_row, VALUE_DIMS, part)
         if VALUE_DIMS[2] > 0:
             store_rows(out_head, out, tl.where(is_empty, 0.0, acc_rest * norm), row, is_row, VALUE_DIMS, 1)
     else:
         place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
-        store_piece(pieces, place * splits + split, top, total, is_row)
-        store_rows(out.data + split * VALUE_DIMS[0], out, acc, place, is_row, VALUE_DIMS, 0)
+        store_piece(pieces, place * splits + split, top, total, is_row & (part == 0))
+        store_rows(out.data + split * VALUE_DIMS[0], out, acc, place, is_row, VALUE_DIMS, part)
         if VALUE_DIMS[2] > 0:
             store_rows(out.data + split * VALUE_DIMS[0], out, acc_rest, place, is_row, VALUE_DIMS, 1)
 
@@ -191,9 +199,10 @@ def attention_forward(tape: Tape, call: Attention, output: Tensor, statistics: T
     tiles = launch.attention_forward(*problem(tape, call)) if shared is None else shared
     pieces = None if shared is None else Pieces.of(tape, call, shared.splits(seen, call.max_k))
     blocks, splits = -(-call.max_q // tiles.block_queries), 1 if pieces is None else pieces.splits
+    arguments = common_arguments(attention_forward_kernel, call, with_sink=pieces is None)
+    programs = blocks * call.sequences * call.heads * splits * arguments["VALUE_DIMS"][3]
     tape.launch(
-        attention_forward_kernel, (blocks * call.sequences * call.heads * splits,), tiles.options,
-        **common_arguments(attention_forward_kernel, call, with_sink=pieces is None),
+        attention_forward_kernel, (programs,), tiles.options, **arguments,
         out=heads_of(output) if pieces is None else pieces.heads, statistics=statistics,
         pieces=None if pieces is None else pieces.sums, tiles=blocks, splits=splits, IS_WIDE=is_wide(call.dims[0]),
         TILE=(tiles.block_queries, tiles.block_keys), SPLIT_TILES=0 if shared is None else shared.tiles,

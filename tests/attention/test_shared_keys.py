@@ -39,7 +39,7 @@ from oracle import DTYPES, HALVES
 
 from tfm import ops
 from tfm.kernels.attention.forward import most_seen
-from tfm.kernels.launch.attention.any_length import AttentionTiles
+from tfm.kernels.launch.attention.any_length import WHOLE, AttentionTiles
 from tfm.kernels.launch.attention.splits import LEAST_KEYS, MOST_QUERIES, SplitTiles, split_forward
 from tfm.kernels.launch.device import Chip, chip_of
 from tfm.operators.attention import Attention
@@ -63,7 +63,7 @@ def launched(monkeypatch):
 EXACT = (
     "causal, bottom-right, 3 to 1", "causal, starts, rows empty", "lengths, dropout", "window",
     "softcap, negative scale, dropout", "scale below 0", "key padding, dropout", "bool mask [B, H, Sq, Sk]",
-    "everything", "one query", "wide heads", "the narrowest heads",
+    "everything", "one query", "wide heads", "heads that are slices", "the narrowest heads",
 )  # fmt: skip
 CASES = [(name, torch.float32) for name in EXACT] + [("everything", dtype) for dtype in HALVES]
 PACKED = [(rules, torch.float32) for rules in PACKED_RULES.values()]
@@ -77,7 +77,8 @@ def test_kernels_match(name, dtype, kernel_device, launched):
     assert_matches(make(problem, kernel_device, dtype), dtype)
     kind, shape = problem.mask or ("", ())
     bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS
-    assert launched == BITS * bool(kind) + FORWARD + COMBINE + QUERIES + KEYS + bias * (kind == "float")
+    keys = KEYS * (2 if max(problem.shape[5:]) > WHOLE else 1)
+    assert launched == BITS * bool(kind) + FORWARD + COMBINE + QUERIES + keys + bias * (kind == "float")
 
 
 @pytest.mark.usefixtures("_shared")
@@ -179,7 +180,7 @@ def test_a_window_leaves_fewer_keys_to_share(window, keys):
 
 @given(
     keys=st.integers(1, 5000), share=st.floats(0, 1), begin=st.floats(0, 1),
-    dtype=st.sampled_from([torch.bfloat16, torch.float32]), dim=st.sampled_from([64, 128, 192, 256]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]), dim=st.sampled_from([64, 128, 192, 256, 512]),
 )  # fmt: skip
 def test_shares_cover_the_keys_wherever_they_begin(keys, share, begin, dtype, dim):
     tiles = chosen(1, LEAST_KEYS, 1, dtype, dim)

@@ -48,11 +48,11 @@ class SplitTiles(AttentionTiles):
 # By class of head dims.
 SPLIT_FORWARD = {
     64: SplitTiles(16, 64, 4, 3), 128: SplitTiles(16, 64, 4, 2), 192: SplitTiles(16, 32, 4, 2),
-    256: SplitTiles(16, 32, 4, 2),
+    256: SplitTiles(16, 32, 4, 2), 512: SplitTiles(16, 32, 4, 2),
 }  # fmt: skip
 SPLIT_FORWARD_FP32 = {
     64: SplitTiles(16, 32, 4, 2), 128: SplitTiles(16, 32, 8, 2), 192: SplitTiles(16, 32, 8, 2),
-    256: SplitTiles(16, 32, 8, 2),
+    256: SplitTiles(16, 32, 8, 2), 512: SplitTiles(16, 32, 8, 2),
 }  # fmt: skip
 
 

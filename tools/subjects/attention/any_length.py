@@ -17,8 +17,14 @@ from tools.check_kernels.case import Case
 from tools.check_kernels.described import chip, described, meta
 
 # D and Dv of each class of the tables; with `every` more of it: split in two, padded, unequal.
-DIMS = {64: [(64, 64)], 128: [(128, 128)], 192: [(192, 128)], 256: [(256, 256)]}
-MORE_DIMS = {64: [(16, 16), (32, 48), (40, 64)], 128: [(96, 96), (80, 128)], 192: [(160, 128)], 256: [(224, 256)]}
+DIMS = {64: [(64, 64)], 128: [(128, 128)], 192: [(192, 128)], 256: [(256, 256)], 512: [(464, 464)]}
+MORE_DIMS = {
+    64: [(16, 16), (32, 48), (40, 64)],
+    128: [(96, 96), (80, 128)],
+    192: [(160, 128)],
+    256: [(224, 256)],
+    512: [(512, 512), (272, 128)],
+}
 # The calls that come to a row, by the number of its extras, the hungriest first.
 KINDS = (("padded", "packed"), ("bias", "dropout", "mask"), ("bias dropout", "mask dropout"))
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
@@ -26,7 +32,7 @@ KERNELS = ("attention_forward", "attention_backward_queries", "attention_backwar
 LENGTH = 300
 # So few queries over so many keys that programs share these; the wider of each class of head dims.
 FEW, MANY = 5, 4100
-SHARED_DIMS = {"bf16": (64, 128, 256), "fp32": (64, 256)}
+SHARED_DIMS = {"bf16": (64, 128, 256, 464), "fp32": (64, 256, 464)}
 
 
 @dataclass(frozen=True)

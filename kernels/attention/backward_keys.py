@@ -52,10 +52,10 @@ def attention_backward_keys_kernel(
     BLOCK_KEYS: tl.constexpr = TILE[1]
     SLICES: tl.constexpr = VALUE_DIMS[3] if dk is None else DIMS[3]
     program = tl.program_id(0)
-    if SLICES > 1:
-        part, program = program % SLICES, program // SLICES
-    else:
+    if SLICES == 1:
         part: tl.constexpr = 0
+    else:
+        part, program = program % SLICES, program // SLICES
     key_heads = heads // group
     sequence, key_head = (program // tiles // key_heads).to(tl.int64), (program // tiles % key_heads).to(tl.int64)
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)

@@ -61,10 +61,10 @@ def attention_backward_queries_kernel(
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     program = tl.program_id(0)
-    if dq is not None and DIMS[3] > 1:
-        part, program = program % DIMS[3], program // DIMS[3]
-    else:
+    if dq is None or DIMS[3] == 1:
         part: tl.constexpr = 0
+    else:
+        part, program = program % DIMS[3], program // DIMS[3]
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
     key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)

@@ -63,10 +63,10 @@ def attention_forward_kernel(
     program = tl.program_id(0)
     if pieces is not None:
         split, program = program % splits, program // splits
-    if VALUE_DIMS[3] > 1:
-        part, program = program % VALUE_DIMS[3], program // VALUE_DIMS[3]
-    else:
+    if VALUE_DIMS[3] == 1:
         part: tl.constexpr = 0
+    else:
+        part, program = program % VALUE_DIMS[3], program // VALUE_DIMS[3]
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
     key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)

@@ -63,8 +63,8 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
     if not new.short:
         # Heads that are slices.
         query, key, value = new(1, 2, 3, 260), new(1, 1, 40, 260), new(1, 1, 40, 300)
-        bias, sinks = new.biases(1, 2, 3, 40), new(inputs.HEADS)
-        yield ops.attention(query, key, value, bias, enable_gqa=True, sinks=sinks, return_weights=True)
+        added, sinks = new.biases(1, 2, 3, 40), new(inputs.HEADS)
+        yield ops.attention(query, key, value, added, enable_gqa=True, sinks=sinks, return_weights=True)
         # One head, which has programs share its keys on any chip.
         query, (key, value) = new(1, 1, 3, 16), (new(1, 1, LEAST_KEYS + 5, 16) for _ in range(2))
         yield ops.attention(query, key, value, dropout_p=inputs.DROPOUT_P, is_causal=True, query_start=LEAST_KEYS)

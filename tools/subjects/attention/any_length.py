@@ -68,10 +68,10 @@ def attention_cases(every: bool) -> Iterator[Case]:
                     for case in _cases(family, pair, kind, dtype, every):
                         if case.name.split()[0] == kernel:
                             yield case
-    for dtype, dims in SHARED_DIMS.items():
-        for dim, kind in product(dims, KINDS[-1] if every else KINDS[-1][:1]):
-            call = attention_call((dim, dim), kind, dtype, MANY, queries=FEW)
-            yield from described(f"{dim} {kind} {dtype} shared", attention.attention, call, chip(9))
+    for dtype, widths in SHARED_DIMS.items():
+        for dim, kind in product(widths, KINDS[-1] if every else KINDS[-1][:1]):
+            shared = attention_call((dim, dim), kind, dtype, MANY, queries=FEW)
+            yield from described(f"{dim} {kind} {dtype} shared", attention.attention, shared, chip(9))
     mask = meta(2, 4, 512, 512, dtype="i1")
     for dtype in ("i1", "fp32"):
         call = AttentionMaskBits(mask.to(torch.float32) if dtype == "fp32" else mask, meta(2, dtype="i32"), 0, 3, 3)

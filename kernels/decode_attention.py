@@ -8,8 +8,7 @@ For a query head of row r, over the places t below the row's length,
 by the powers of tfm.kernels.softmax, with the running maximum of FlashAttention (tfm.kernels.attention.forward). The
 latest token's key and value, where they are given, are where the sums begin: they are stored into the row's own place
 and never read from there. A longer cache is cut into pieces, a program each, which leave their top in base 2, Σ exp and
-Σ exp v to a second launch; that adds them up in their order ("Flash-Decoding", Dao et al. 2023), so that the bits are
-the same on every run.
+Σ exp v to a second launch, which adds them up (tfm.kernels.splits).
 
 Read: q, the row's part of `parents`, and each place's key and value once for all query heads that share them; written:
 out and the latest key and value. Nothing is gathered beforehand, and no cache is copied when a beam is reordered, which
@@ -30,6 +29,7 @@ from tfm.kernels.launch import decode_attention as settings
 from tfm.kernels.matmul import precision
 from tfm.kernels.rows import side_by_side
 from tfm.kernels.softmax import binary, fma, power, shrinkage
+from tfm.kernels.splits import TOGETHER, add_pieces, store_piece
 from tfm.kernels.tape import Tape
 from tfm.operators.decode_attention import DecodeAttention
 
@@ -135,8 +135,7 @@ def decode_attention_kernel(
     else:
         piece = out_row * splits + split
         tl.store(partials + piece * VALUE_DIM + value_column, acc, mask=is_written)
-        tl.store(statistics + 2 * piece, top, mask=is_head)
-        tl.store(statistics + 2 * piece + 1, total, mask=is_head)
+        store_piece(statistics, piece, top, total, is_head)
 
 
 @triton.jit(do_not_specialize=["heads", "splits", "capacity"])
@@ -149,24 +148,10 @@ def combine_splits_kernel(
     place = tl.program_id(0).to(tl.int64)
     length, _ = split_length(lengths, length_step, place // heads, capacity, HAS_LATEST)
     used = tl.maximum(tl.cdiv(length, SPLIT_KEYS), 1)
-    column = tl.arange(0, BLOCK_VALUE_DIM)[None, :]
-    top = tl.full([1, 1], float("-inf"), tl.float32)
-    total = tl.zeros([1, 1], tl.float32)
-    acc = tl.zeros([1, BLOCK_VALUE_DIM], tl.float32)
-    for start in range(0, used, BLOCK_SPLITS):
-        split = start + tl.arange(0, BLOCK_SPLITS)[:, None]
-        inside = split < used
-        piece = place * splits + split
-        tops = tl.load(statistics + 2 * piece, mask=inside, other=float("-inf"))
-        totals = tl.load(statistics + 2 * piece + 1, mask=inside, other=0.0)
-        sums = tl.load(partials + piece * VALUE_DIM + column, mask=inside & (column < VALUE_DIM), other=0.0)
-        higher = tl.maximum(top, tl.max(tops, axis=0, keep_dims=True))
-        # Without any key all tops are -inf.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shares = tl.exp2(tops - base)
-        shrink = tl.exp2(top - base)
-        top, total = higher, total * shrink + tl.sum(totals * shares, axis=0, keep_dims=True)
-        acc = acc * shrink + tl.sum(sums * shares, axis=0, keep_dims=True)
+    _, total, acc = add_pieces(
+        partials, statistics, place * splits, used, VALUE_DIM, BLOCK_VALUE_DIM, BLOCK_SPLITS, IS_FORMED=False
+    )
+    column = tl.arange(0, BLOCK_VALUE_DIM)
     tl.store(out + place * VALUE_DIM + column, acc / tl.where(total == 0.0, 1.0, total), mask=column < VALUE_DIM)
 
 
@@ -205,7 +190,7 @@ def decode_attention(tape: Tape, call: DecodeAttention) -> Tensor:
             combine_splits_kernel, (rows * heads,), {"num_warps": 1},
             partials=partials, statistics=statistics, lengths=lengths, out=out, length_step=lengths.stride(0),
             heads=heads, splits=splits, capacity=capacity, HAS_LATEST=key is not None, VALUE_DIM=value_dim,
-            BLOCK_VALUE_DIM=block_value_dim, BLOCK_SPLITS=settings.COMBINED_SPLITS, SPLIT_KEYS=tiles.split_keys,
+            BLOCK_VALUE_DIM=block_value_dim, BLOCK_SPLITS=TOGETHER, SPLIT_KEYS=tiles.split_keys,
         )  # fmt: skip
     return out
 

@@ -117,6 +117,17 @@ def test_views_of_one_projection_have_plans(kernel_device) -> None:
     assert plans().get("attention") == 1
 
 
+def test_keys_that_programs_share_have_plans(kernel_device) -> None:
+    for _ in range(4):
+        query, key, value = (torch.randn(1, 1, length, 16, device=kernel_device) for length in (3, 2048, 2048))
+        found = ops.attention(query, key, value, impl="triton")
+        with plainly():
+            assert torch.equal(found, ops.attention(query, key, value, impl="triton"))
+    assert plans() == {"attention": 1}
+    (played,) = (step for one in steps() for step in one.known.values() if type(step) is plan.Plan)
+    assert len(played.launches) == 2
+
+
 def test_what_torch_computes_in_between_has_no_plan(kernel_device) -> None:
     # dh is expanded: the launch function copies it, and a plan would copy nothing.
     for seed in range(3):

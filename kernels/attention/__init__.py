@@ -7,6 +7,7 @@ visible             where sequences lie, and which keys a query sees
 scores              what a score is, and what the softmax leaves of each row
 short_forward, short_backward       all keys of a head on chip: one launch each way
 forward, backward_queries, backward_keys        sequences of any length
+combine             the forward's pieces, where programs share keys
 mask_bits           a dense mask, read once
 gradient_tile       a tile of the gradient of scores, for what is summed over tiles:
 bias_gradient       the gradient of an additive bias, summed over the dimensions it is broadcast along

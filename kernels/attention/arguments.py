@@ -39,11 +39,11 @@ def common_arguments(kernel: Any, call: Attention, *, whole: bool = False, with_
     Args:
         kernel: one of attention's.
         call: the operator's arguments.
-        whole: a head dim is one tile, a power of two that covers it, and not the sum of two.
+        whole: a head dim is one tile, a power of two that covers it, and not the sum of two, unless it is slices.
         with_sink: whether the kernel has a use for each head's sink; without, one compilation serves both.
     """
     dtype, bits = call.query.dtype, call.words if call.reach is None else call.reach
-    dims = [(dim, *((short.short_block(dim), 0) if whole else any_length.split_dim(dim, dtype))) for dim in call.dims]
+    dims = [dims_of(dim, dtype, whole) for dim in call.dims]
     known = {
         "q": heads_of(call.query), "k": heads_of(call.key), "v": heads_of(call.value), "bias": bias_of(call.bias),
         "mask": Mask.of(call.words, call.reach, call.max_q),
@@ -61,6 +61,14 @@ def common_arguments(kernel: Any, call: Attention, *, whole: bool = False, with_
 def is_biased(call: Attention) -> bool:
     """Tells whether something is added to scores."""
     return call.bias is not None or call.relative_bias is not None
+
+
+def dims_of(dim: int, dtype: torch.dtype, whole: bool) -> tuple[int, int, int, int]:
+    """Returns a head dim as kernels take it: see tfm.kernels.attention.heads."""
+    slices = any_length.slices(dim, dtype)
+    if whole and slices == 1:
+        return dim, short.short_block(dim), 0, 1
+    return dim, *any_length.split_dim(dim, dtype), slices
 
 
 def bias_of(bias: Tensor | None) -> Heads | None:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows, problem
 from tfm.kernels.attention.backward_queries import QueryRows
-from tfm.kernels.attention.heads import head_of, heads_of, load_rows, store_rows, sums_of
+from tfm.kernels.attention.heads import head_of, heads_of, load_rows, products_of, store_rows, sums_of
 from tfm.kernels.attention.scores import load_statistics, rows_of, scores_of, unit_of
 from tfm.kernels.attention.visible import (
     allowed_tile,
@@ -44,11 +44,19 @@ def attention_backward_keys_kernel(
     DIMS: tl.constexpr, VALUE_DIMS: tl.constexpr, PRECISION: tl.constexpr, IS_GROUPED: tl.constexpr,
     ARE_LARGE: tl.constexpr, FIRST_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries]."""
+    """Each program takes BLOCK_KEYS keys of one (sequence, key head); tiles are [keys, queries].
+
+    Of a head dim that is slices, it makes one of dk or of dv.
+    """
     BLOCK_QUERIES: tl.constexpr = TILE[0]
     BLOCK_KEYS: tl.constexpr = TILE[1]
     OCTETS: tl.constexpr = TILE[2]
+    SLICES: tl.constexpr = VALUE_DIMS[3] if dk is None else DIMS[3]
     program = tl.program_id(0)
+    if SLICES == 1:
+        part: tl.constexpr = 0
+    else:
+        part, program = program % SLICES, program // SLICES
     key_heads = heads // group
     sequence, key_head = (program // tiles // key_heads).to(tl.int64), (program // tiles % key_heads).to(tl.int64)
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
@@ -64,8 +72,10 @@ def attention_backward_keys_kernel(
 
     k_head = head_of(k, sequence, key_head, key_first)
     v_head = head_of(v, sequence, key_head, key_first)
-    key = load_rows(k_head, k, column, is_key, DIMS, 0)
-    value = load_rows(v_head, v, column, is_key, VALUE_DIMS, 0)
+    if DIMS[3] == 1:
+        key = load_rows(k_head, k, column, is_key, DIMS, 0)
+    if VALUE_DIMS[3] == 1:
+        value = load_rows(v_head, v, column, is_key, VALUE_DIMS, 0)
     if DIMS[2] > 0:
         key_rest = load_rows(k_head, k, column, is_key, DIMS, 1)
     if VALUE_DIMS[2] > 0:
@@ -121,8 +131,11 @@ def attention_backward_keys_kernel(
                     has_keys = shift < float("inf")
                     inside = inside & has_keys if edge else has_keys
 
-                query = load_rows(q_head, q, row, inside, DIMS, 0)
-                products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+                if DIMS[3] > 1:
+                    products = products_of(k_head, k, column, is_key, q_head, q, row, inside, DIMS, PRECISION)
+                else:
+                    query = load_rows(q_head, q, row, inside, DIMS, 0)
+                    products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
                 if DIMS[2] > 0:
                     query_rest = load_rows(q_head, q, row, inside, DIMS, 1)
                     products = tl.dot(key_rest, tl.trans(query_rest), products, input_precision=PRECISION)
@@ -154,7 +167,10 @@ def attention_backward_keys_kernel(
                         allowed &= reached(mask, sequence, head, heads, column, is_key, row_words)[:, None]
                     weights = tl.where(allowed, weights, 0.0)
 
-                d_out = load_rows(dout_head, dout, row, inside, VALUE_DIMS, 0)
+                if VALUE_DIMS[3] == 1:
+                    d_out = load_rows(dout_head, dout, row, inside, VALUE_DIMS, 0)
+                elif dv is not None:
+                    d_out = load_rows(dout_head, dout, row, inside, VALUE_DIMS, part)
                 kept = weights
                 if dropout.seed is not None:
                     keep = keep_tile(
@@ -167,7 +183,12 @@ def attention_backward_keys_kernel(
                 if dv is not None:
                     d_value = tl.dot(kept, d_out, d_value, input_precision=PRECISION)
                 if dk is not None:
-                    d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
+                    if VALUE_DIMS[3] > 1:
+                        d_weights = products_of(
+                            v_head, v, column, is_key, dout_head, dout, row, inside, VALUE_DIMS, PRECISION
+                        )
+                    else:
+                        d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
                 if VALUE_DIMS[2] > 0:
                     d_out = load_rows(dout_head, dout, row, inside, VALUE_DIMS, 1)
                     if dv is not None:
@@ -182,6 +203,8 @@ def attention_backward_keys_kernel(
                         # The value of a masked key may be NaN.
                         d_scores = tl.where(weights == 0.0, 0.0, d_scores)
                     d_scores = d_scores.to(q.data.dtype.element_ty)
+                    if DIMS[3] > 1:
+                        query = load_rows(q_head, q, row, inside, DIMS, part)
                     d_key = tl.dot(d_scores, query, d_key, input_precision=PRECISION)
                     if DIMS[2] > 0:
                         d_key_rest = tl.dot(d_scores, query_rest, d_key_rest, input_precision=PRECISION)
@@ -190,13 +213,13 @@ def attention_backward_keys_kernel(
     if dk is not None:
         scale = tl.cast(score.scale, tl.float32)
         dk_head = head_of(dk, sequence, key_head, key_first)
-        store_rows(dk_head, dk, tl.where(is_key, d_key * scale, 0.0), column, is_stored, DIMS, 0)
+        store_rows(dk_head, dk, tl.where(is_key, d_key * scale, 0.0), column, is_stored, DIMS, part)
         if DIMS[2] > 0:
             store_rows(dk_head, dk, tl.where(is_key, d_key_rest * scale, 0.0), column, is_stored, DIMS, 1)
     if dv is not None:
         factor = tl.cast(dropout.keep_scale, tl.float32)
         dv_head = head_of(dv, sequence, key_head, key_first)
-        store_rows(dv_head, dv, tl.where(is_key, d_value * factor, 0.0), column, is_stored, VALUE_DIMS, 0)
+        store_rows(dv_head, dv, tl.where(is_key, d_value * factor, 0.0), column, is_stored, VALUE_DIMS, part)
         if VALUE_DIMS[2] > 0:
             store_rows(dv_head, dv, tl.where(is_key, d_value_rest * factor, 0.0), column, is_stored, VALUE_DIMS, 1)
 
@@ -223,14 +246,16 @@ def attention_backward_keys(tape: Tape, call: AttentionBackward, rows: QueryRows
     tiles = launch.attention_backward_keys(*problem(tape, attention))
     blocks = -(-call.max_k // tiles.block_keys)
     dk, dv = heads_of(gradients.key), heads_of(gradients.value)
-    made = [(dk, dv)] if tiles.passes == 1 else [(dk, None), (None, dv)]
+    arguments = common_arguments(attention_backward_keys_kernel, attention)
+    slices = arguments["DIMS"][3], arguments["VALUE_DIMS"][3]
+    made = [(dk, dv)] if tiles.passes == 1 and slices == (1, 1) else [(dk, None), (None, dv)]
     for dk, dv in made:
         if dk is None and dv is None:
             continue
+        programs = blocks * attention.sequences * attention.key_heads * slices[dk is None]
         tape.launch(
-            attention_backward_keys_kernel, (blocks * attention.sequences * attention.key_heads,), tiles.options,
-            **common_arguments(attention_backward_keys_kernel, attention), statistics=statistics, delta=rows.delta,
-            dout=heads_of(call.dout), dk=dk, dv=dv, tiles=blocks,
+            attention_backward_keys_kernel, (programs,), tiles.options, **arguments,
+            statistics=statistics, delta=rows.delta, dout=heads_of(call.dout), dk=dk, dv=dv, tiles=blocks,
             IS_GROUPED=attention.heads != attention.key_heads, ARE_LARGE=rows.are_large, FIRST_TILE=rows.tile,
             TILE=tiles.tile,
         )  # fmt: skip

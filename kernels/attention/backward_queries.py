@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows, is_biased, problem
-from tfm.kernels.attention.heads import head_of, heads_of, load_rows, store_rows, sums_of
+from tfm.kernels.attention.heads import head_of, heads_of, load_rows, products_of, row_products, store_rows, sums_of
 from tfm.kernels.attention.scores import (
     load_statistics,
     rows_of,
@@ -62,6 +62,10 @@ def attention_backward_queries_kernel(
     BLOCK_KEYS: tl.constexpr = TILE[1]
     OCTETS: tl.constexpr = TILE[2]
     program = tl.program_id(0)
+    if dq is None or DIMS[3] == 1:
+        part: tl.constexpr = 0
+    else:
+        part, program = program % DIMS[3], program // DIMS[3]
     sequence, head = (program // tiles // heads).to(tl.int64), program // tiles % heads
     query_first, query_length = locate(sequence, lengths.cu_seq_q, None, query_size)
     key_first, key_length = locate(sequence, lengths.cu_seq_k, lengths.key_lengths, key_size)
@@ -76,9 +80,12 @@ def attention_backward_queries_kernel(
 
     out_head = head_of(out, sequence, wide_head, query_first)
     dout_head = head_of(dout, sequence, wide_head, query_first)
-    d_out = load_rows(dout_head, dout, row, is_row, VALUE_DIMS, 0)
-    output = load_rows(out_head, out, row, is_row, VALUE_DIMS, 0)
-    difference = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), axis=1)
+    if VALUE_DIMS[3] > 1:
+        difference = row_products(dout_head, dout, out_head, out, row, is_row, VALUE_DIMS)
+    else:
+        d_out = load_rows(dout_head, dout, row, is_row, VALUE_DIMS, 0)
+        output = load_rows(out_head, out, row, is_row, VALUE_DIMS, 0)
+        difference = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), axis=1)
     if VALUE_DIMS[2] > 0:
         d_out_rest = load_rows(dout_head, dout, row, is_row, VALUE_DIMS, 1)
         output = load_rows(out_head, out, row, is_row, VALUE_DIMS, 1)
@@ -86,12 +93,14 @@ def attention_backward_queries_kernel(
     place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
     if dlse is not None:
         difference -= tl.load(dlse + place, mask=is_row, other=0.0)
-    tl.store(delta + place, difference, mask=is_row)
+    # Of the programs that each make a slice of dq, the first writes what is the row's.
+    tl.store(delta + place, difference, mask=is_row & (part == 0))
     top, log_sum = load_statistics(statistics + place, row_kind, is_row)
     has_keys = top < float("inf")
     if partials is not None:
         partial = partials + (sequence * tiles + query_tile) * heads + head
-        tl.store(partial, tl.sum(sink_gradient(score, head, top, log_sum, difference), axis=0))
+        if part == 0:
+            tl.store(partial, tl.sum(sink_gradient(score, head, top, log_sum, difference), axis=0))
     large = False
     if not ARE_LARGE:
         log = fma(top, LOG2E, log_sum)
@@ -99,7 +108,7 @@ def attention_backward_queries_kernel(
         if ARE_LARGE is None:
             large = tl.max(tl.where(has_keys, tl.abs(top), 0.0), axis=0) > LARGE
             written = tl.where(large, tl.where(has_keys, float("-inf"), float("nan")), log)
-        tl.store(delta + row_kind + place, written, mask=is_row)
+        tl.store(delta + row_kind + place, written, mask=is_row & (part == 0))
 
     if dq is not None:
         q_head = head_of(q, sequence, wide_head, query_first)
@@ -107,7 +116,8 @@ def attention_backward_queries_kernel(
         k_head = head_of(k, sequence, key_head, key_first)
         v_head = head_of(v, sequence, key_head, key_first)
         words = word_rows(mask, sequence, wide_head, heads, query_size, row_words)
-        query = load_rows(q_head, q, row, is_row, DIMS, 0)
+        if DIMS[3] == 1:
+            query = load_rows(q_head, q, row, is_row, DIMS, 0)
         if DIMS[2] > 0:
             query_rest = load_rows(q_head, q, row, is_row, DIMS, 1)
 
@@ -139,13 +149,21 @@ def attention_backward_queries_kernel(
                         bits = reached(mask, sequence, wide_head, heads, column, column < key_length, row_words)
                         inside = bits & inside if edge else bits
 
-                    key = load_rows(k_head, k, column, inside, DIMS, 0)
-                    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                    if DIMS[3] > 1:
+                        products = products_of(q_head, q, row, is_row, k_head, k, column, inside, DIMS, PRECISION)
+                    else:
+                        key = load_rows(k_head, k, column, inside, DIMS, 0)
+                        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
                     if DIMS[2] > 0:
                         key_rest = load_rows(k_head, k, column, inside, DIMS, 1)
                         products = tl.dot(query_rest, tl.trans(key_rest), products, input_precision=PRECISION)
-                    value = load_rows(v_head, v, column, inside, VALUE_DIMS, 0)
-                    d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+                    if VALUE_DIMS[3] > 1:
+                        d_weights = products_of(
+                            dout_head, dout, row, is_row, v_head, v, column, inside, VALUE_DIMS, PRECISION
+                        )
+                    else:
+                        value = load_rows(v_head, v, column, inside, VALUE_DIMS, 0)
+                        d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
                     if VALUE_DIMS[2] > 0:
                         value = load_rows(v_head, v, column, inside, VALUE_DIMS, 1)
                         d_weights = tl.dot(d_out_rest, tl.trans(value), d_weights, input_precision=PRECISION)
@@ -180,6 +198,8 @@ def attention_backward_queries_kernel(
                         d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
                     d_scores = weights * (d_weights - difference[:, None]) * slope
                     d_scores = d_scores.to(k.data.dtype.element_ty)
+                    if DIMS[3] > 1:
+                        key = load_rows(k_head, k, column, inside, DIMS, part)
                     acc = tl.dot(d_scores, key, acc, input_precision=PRECISION)
                     if DIMS[2] > 0:
                         acc_rest = tl.dot(d_scores, key_rest, acc_rest, input_precision=PRECISION)
@@ -187,7 +207,7 @@ def attention_backward_queries_kernel(
         scale = tl.cast(score.scale, tl.float32)
         is_empty = ~has_keys[:, None]
         dq_head = head_of(dq, sequence, wide_head, query_first)
-        store_rows(dq_head, dq, tl.where(is_empty, 0.0, acc * scale), row, is_row, DIMS, 0)
+        store_rows(dq_head, dq, tl.where(is_empty, 0.0, acc * scale), row, is_row, DIMS, part)
         if DIMS[2] > 0:
             store_rows(dq_head, dq, tl.where(is_empty, 0.0, acc_rest * scale), row, is_row, DIMS, 1)
 
@@ -226,10 +246,11 @@ def attention_backward_queries(tape: Tape, call: AttentionBackward, gradients: G
     blocks = -(-call.max_q // tiles.block_queries)
     are_large = tiles_are_large(attention)
     partials = sink_partials(tape, call, gradients, blocks)
+    arguments = common_arguments(attention_backward_queries_kernel, attention, with_sink=partials is not None)
+    slices = 1 if gradients.query is None else arguments["DIMS"][3]
     tape.launch(
-        attention_backward_queries_kernel, (blocks * attention.sequences * attention.heads,), tiles.options,
-        **common_arguments(attention_backward_queries_kernel, attention, with_sink=partials is not None),
-        out=heads_of(call.output), dout=heads_of(call.dout), dq=heads_of(gradients.query),
+        attention_backward_queries_kernel, (blocks * attention.sequences * attention.heads * slices,), tiles.options,
+        **arguments, out=heads_of(call.output), dout=heads_of(call.dout), dq=heads_of(gradients.query),
         statistics=dense_rows(attention, call.statistics), dlse=dense_rows(attention, call.dlse), delta=delta,
         partials=partials, tiles=blocks, ARE_LARGE=are_large, TILE=tiles.tile,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from tfm.operators.attention import Attention, AttentionBackward, AttentionBackw
 
 
 def attention(tape: Tape, call: Attention) -> tuple[Tensor, Tensor]:
-    """Computes (output, statistics) of the operator. One launch."""
+    """Computes (output, statistics) of the operator. One launch, two where programs share keys."""
     output, statistics = tape.outputs(call)
     tiles = launch.short_attention_forward(**short_problem(tape, call))
     if tiles is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tfm.kernels.attention.heads import head_of, load_rows
+from tfm.kernels.attention.heads import head_of, products_of
 from tfm.kernels.attention.scores import add_bias, bend, load_statistics, relative_tile, rows_of, unit_of
 from tfm.kernels.attention.visible import allowed_tile, first_position, locate, reached, visible, word_rows
 from tfm.kernels.philox import keep_mask
@@ -42,12 +42,10 @@ def gradient_tile(
         inside &= reached(mask, sequence, head, heads, column, inside, row_words)
 
     key_head = head // group
-    query = load_rows(head_of(q, sequence, head, query_first), q, row, is_row, DIMS, 0)
-    key = load_rows(head_of(k, sequence, key_head, key_first), k, column, inside, DIMS, 0)
-    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    value = load_rows(head_of(v, sequence, key_head, key_first), v, column, inside, VALUE_DIMS, 0)
-    d_out = load_rows(head_of(dout, sequence, head, query_first), dout, row, is_row, VALUE_DIMS, 0)
-    d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+    q_head, k_head = head_of(q, sequence, head, query_first), head_of(k, sequence, key_head, key_first)
+    products = products_of(q_head, q, row, is_row, k_head, k, column, inside, DIMS, PRECISION)
+    dout_head, v_head = head_of(dout, sequence, head, query_first), head_of(v, sequence, key_head, key_first)
+    d_weights = products_of(dout_head, dout, row, is_row, v_head, v, column, inside, VALUE_DIMS, PRECISION)
 
     of_row = rows_of(sequence, head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
     top, log_sum = load_statistics(statistics + of_row, row_kind, is_row)

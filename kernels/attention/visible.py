@@ -134,6 +134,15 @@ def edge_tile(step, first, whole_first, whole_last):
 
 
 @triton.jit
+def share_of(split, first, whole_first, whole_last, last, TILES: tl.constexpr):
+    """Returns (first, whole_first, whole_last, last) of the split-th TILES of the tiles first..last."""
+    first = tl.minimum(first + split * TILES, last)
+    last = tl.minimum(first + TILES, last)
+    whole_first = tl.minimum(tl.maximum(whole_first, first), last)
+    return first, whole_first, tl.minimum(tl.maximum(whole_last, whole_first), last), last
+
+
+@triton.jit
 def octets(words):
     """Returns the words of a mask's row as a multiple of 8, which the compiler cannot tell of a number that varies."""
     return words // 8 * 8

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tfm.kernels.attention.arguments import VARYING, common_arguments, dense_rows
-from tfm.kernels.attention.heads import head_of, load_rows
+from tfm.kernels.attention.heads import head_of, products_of
 from tfm.kernels.attention.scores import load_statistics, rows_of, scores_of, unit_of
 from tfm.kernels.attention.visible import allowed_tile, first_position, locate, reached, word_rows
 from tfm.kernels.launch.attention import scores as launch
@@ -46,9 +46,8 @@ def attention_weights_kernel(
     if mask.reach is not None:
         inside &= reached(mask, sequence, head, heads, column, inside, row_words)
 
-    query = load_rows(head_of(q, sequence, head, 0), q, row, is_row, DIMS, 0)
-    key = load_rows(head_of(k, sequence, head // group, 0), k, column, inside, DIMS, 0)
-    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    q_head, k_head = head_of(q, sequence, head, 0), head_of(k, sequence, head // group, 0)
+    products = products_of(q_head, q, row, is_row, k_head, k, column, inside, DIMS, PRECISION)
     unit = unit_of(score)
     scores, _ = scores_of(
         products, score, unit, bias, sequence, head, row[:, None], column[None, :], position,

@@ -42,22 +42,18 @@ class DecodeTiles(Settings):
         return max(1, -(-capacity // self.split_keys))
 
 
-# Pieces of a row whose sums are added up at once.
-COMBINED_SPLITS = 16
-
-
 def tiles(dim: int, group: int, dtype: torch.dtype) -> DecodeTiles:
     """Returns the tiles for heads of `dim`, the wider of D and Dv, and `group` query heads a key head."""
-    wide = 64 if dim <= 64 else 128 if dim <= 128 else 256
+    wide = next(width for width in (64, 128, 256, 512) if dim <= width)
     exact = dtype == torch.float32
     if group == 1:
         # A thread holds 64 keys' and 64 values' numbers of 16 bits, or half as many of fp32.
-        block_keys = 16 if exact and wide == 256 else 32
+        block_keys = 16 if wide == 512 or (exact and wide == 256) else 32
         num_warps = block_keys * wide // (1024 if exact else 2048)
         # Left to itself, the assembler spills a word or two for some dims and chips, to fit one program more.
         most = None if wide == 64 and not exact else 168
         return DecodeTiles(1, block_keys, 256, num_warps, stages=1, max_registers=most)
     if exact:
         # A product without tensor cores holds both factors in registers.
-        return DecodeTiles(16, 16, 256, 4, stages=2, max_registers=168 if wide == 64 else None)
-    return DecodeTiles(16, 32, 256, 8 if wide > 128 else 4, stages=2, max_registers=168)
+        return DecodeTiles(16, 16, 256, 8 if wide == 512 else 4, stages=2, max_registers=168 if wide == 64 else None)
+    return DecodeTiles(16, 32, 256, 8 if wide > 128 else 4, stages=2, max_registers=None if wide == 512 else 168)

@@ -94,6 +94,11 @@ PROBLEMS = {
     "one query": Problem((1, 2, 2, 1, 130, 16, 16), {"is_causal": True, "query_start": 129}),
     "wide heads": Problem((1, 1, 1, 17, 40, 192, 128), {"is_causal": True, "query_start": 3}),
     "the widest heads": Problem((1, 1, 1, 17, 33, 256, 256), {"dropout_p": 0.5}),
+    "heads that are slices": Problem(
+        (1, 2, 1, 17, 33, 464, 464), {"dropout_p": 0.2, "sinks": True, "scale": -0.05}, ("float", (1, 1, 17, 33))
+    ),
+    "keys that are slices": Problem((1, 2, 1, 17, 33, 272, 40), {"is_causal": True, "query_start": 3}),
+    "values that are slices": Problem((1, 2, 1, 17, 33, 24, 300), {"is_causal": True, "softcap": 2.0}),
     "the narrowest heads": Problem((2, 1, 1, 33, 40, 1, 2), {"sinks": True}),
 }  # fmt: skip
 

@@ -10,10 +10,11 @@ import torch
 from attention_cases import Problem, make
 
 from tfm import ops
-from tfm.kernels.launch.attention import any_length, short
+from tfm.kernels.launch.attention import any_length, short, splits
 from tfm.kernels.launch.attention.any_length import AttentionTiles
+from tfm.kernels.launch.attention.splits import SplitTiles
 
-FORWARD, BITS = ["attention_forward_kernel"], ["mask_bits_kernel"]
+FORWARD, COMBINE, BITS = ["attention_forward_kernel"], ["attention_combine_kernel"], ["mask_bits_kernel"]
 BIAS = ["bias_gradient_kernel", "sum_splits_kernel"]
 BY_DISTANCE = ["relative_bias_gradient_kernel", "sum_distances_kernel"]
 QUERIES, KEYS = ["attention_backward_queries_kernel"], ["attention_backward_keys_kernel"]
@@ -23,6 +24,8 @@ SMALL = {
     "attention_backward_queries": AttentionTiles(32, 64, 4, 2),
     "attention_backward_keys": AttentionTiles(64, 32, 4, 2),
 }
+# The forward's tiles: in the interpreter a product's last bits are those of its shape, and a backward forms it again.
+SHARED = SplitTiles(32, 64, 4, 2, split_keys=64)
 
 
 @contextmanager
@@ -33,6 +36,14 @@ def kernels_of_any_length(tiles: Mapping[str, AttentionTiles] = SMALL) -> Iterat
             patch.setattr(any_length, name, lambda *_, chosen=chosen: chosen)
         for name in ("short_attention_forward", "short_attention_backward"):
             patch.setattr(short, name, lambda **_: None)
+        yield
+
+
+@contextmanager
+def shared_keys(tiles: SplitTiles = SHARED) -> Iterator[None]:
+    """Within the block programs of the forward share keys at these tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "split_forward", lambda *_: tiles)
         yield
 
 

@@ -56,7 +56,10 @@ def launched(monkeypatch):
 
 # In fp32 what is exact shows; the narrow types round p and ds once more, which the rules hardly touch. bf16, in which
 # people train, has every problem among the long tests.
-NARROW = ["causal, dropout", "bool mask [Sq, Sk], starts, dropout", "bias [1, H, Sq, Sk], causal", "everything"]
+NARROW = [
+    "causal, dropout", "bool mask [Sq, Sk], starts, dropout", "bias [1, H, Sq, Sk], causal", "everything",
+    "heads that are slices",
+]  # fmt: skip
 CASES = [
     pytest.param(
         PROBLEMS[name],
@@ -87,7 +90,9 @@ def check_kernels(problem, dtype, device, launched):
     # Where each (sequence, head) has a bias of its own, there is nothing to sum.
     bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS
     biases = bias * (kind == "float") + BY_DISTANCE * ("relative_bias" in problem.rules)
-    assert launched == BITS * bool(kind) + FORWARD + QUERIES + KEYS + biases
+    # Of heads that are slices dk and dv are made apart.
+    keys = KEYS * (2 if max(problem.shape[5:]) > any_length.WHOLE else 1)
+    assert launched == BITS * bool(kind) + FORWARD + QUERIES + keys + biases
 
 
 @settings(deadline=None, max_examples=12)
@@ -340,9 +345,9 @@ def test_lse_alone_has_gradients(kernel_device):
     oracle.assert_all_match(*found, ("lse", "query", "key"))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_returned_weights_are_those_applied(dropout_p, kernel_device, launched):
-    query, key, value = qkv(kernel_device)
+@pytest.mark.parametrize(("dropout_p", "dim"), [(0.0, 16), (0.4, 16), (0.4, 300)])
+def test_returned_weights_are_those_applied(dropout_p, dim, kernel_device, launched):
+    query, key, value = qkv(kernel_device, (2, 2, 1, 40, 70, dim, 24))
     mask = torch.rand(2, 1, 40, 70, device=kernel_device) < 0.6
     mask[0, 0, 3] = False
     options = {"dropout_p": dropout_p, "seed": SEED, "softcap": 2.0, "attn_mask": mask}
@@ -362,7 +367,7 @@ DTYPES_OF_TABLES = (torch.bfloat16, torch.float32)
 
 @settings(max_examples=200)
 @given(
-    dims=st.tuples(st.integers(1, 256), st.integers(1, 256)),
+    dims=st.tuples(st.integers(1, 512), st.integers(1, 512)),
     dtype=st.sampled_from(DTYPES_OF_TABLES),
     extras=st.integers(0, 3),
     major=st.sampled_from([8, 9, 10, 12]),
@@ -371,6 +376,11 @@ def test_every_head_dim_has_tiles(dims, dtype, extras, major):
     for dim in dims:
         first, rest = any_length.split_dim(dim, dtype)
         assert first >= 16
+        if dim > any_length.WHOLE:
+            assert (first & (first - 1), rest) == (0, 0)
+            assert (any_length.slices(dim, dtype) - 1) * first < dim <= any_length.slices(dim, dtype) * first
+            continue
+        assert any_length.slices(dim, dtype) == 1
         assert rest == 0 or 16 <= rest <= first
         assert dim <= first + rest < max(2 * dim, 17)
         assert all(part & (part - 1) == 0 for part in (first, rest))

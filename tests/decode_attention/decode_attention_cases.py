@@ -38,6 +38,8 @@ PROBLEMS = {
     "beam, cached": Problem([17, 3, 16, 1], (20, 2, 2, 17, 33), has_latest=False),
     "grouped": Problem([40, 65, 33], (70, 6, 2, 24, 40), scale=-0.3),
     "multi-query, two tiles of heads": Problem([9, 2], (9, 17, 1, 16, 5), has_parents=False),
+    "widest": Problem([9, 33], (33, 2, 2, 464, 300)),
+    "widest, grouped": Problem([9, 33], (33, 4, 2, 300, 464), has_latest=False),
     "few rows of a larger cache": Problem([12, 7], (13, 2, 2, 8, 8), cache_rows=5),
     "many rows of a smaller cache": Problem([12, 7, 12, 3], (13, 2, 1, 8, 8), cache_rows=2, has_latest=False),
     "pieces": Problem([530, 256, 0, 257, 512], (530, 1, 1, 8, 8)),

@@ -186,7 +186,7 @@ def test_a_graph_replays_steps():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("group", [1, 2, 40])
-@pytest.mark.parametrize("dim", [1, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize("dim", [1, 64, 65, 128, 129, 256, 257, 512])
 def test_settings_are_tiles(dim, group, dtype):
     tiles = decode_settings.tiles(dim, group, dtype)
     assert tiles.split_keys % tiles.block_keys == 0
@@ -216,8 +216,8 @@ BAD_CALLS = [
     (r"^key: expected a tensor without gradient, or torch.no_grad\(\), got one that needs it$", {
         "key": torch.ones(2, 2, 3, requires_grad=True),
     }),
-    (r"^decode_attention cannot run with impl='triton': expected at most 256 columns, got 257$", {
-        "value_cache": torch.zeros(2, 5, 2, 257), "value": torch.zeros(2, 2, 257), "impl": "triton",
+    (r"^decode_attention cannot run with impl='triton': expected at most 512 columns, got 513$", {
+        "value_cache": torch.zeros(2, 5, 2, 513), "value": torch.zeros(2, 2, 513), "impl": "triton",
     }),
 ]  # fmt: skip
 

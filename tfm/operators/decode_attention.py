@@ -13,7 +13,7 @@ from torch import Tensor
 from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Changed, Row, operator
 
 ROWS = (
-    Row(("decode_attention",), "triton", FLOATS, max_columns=256),
+    Row(("decode_attention",), "triton", FLOATS, max_columns=512),
     Row(("decode_attention",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
 )
 

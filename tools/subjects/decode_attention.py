@@ -26,7 +26,7 @@ SHORT, LONG = 256, 4000
 
 def compiled(every: bool) -> Iterator[Case]:
     """Yields cases with ancestry, a latest key and pieces; a query head a key head, and several."""
-    dims = (32, 64, 80, 128, 256) if every else (64, 80, 128, 256)
+    dims = (32, 64, 80, 128, 256, 512) if every else (64, 80, 128, 256, 512)
     for dtype, dim, group in product(("bf16", "fp16", "fp32"), dims, (1, 8)):
         label = f"{'grouped ' * (group > 1)}{dim} {dtype}"
         yield from _cases(label, dtype, dim, group, LONG, is_first=False)

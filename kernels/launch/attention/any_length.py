@@ -16,6 +16,9 @@ dk and dv   Four accumulators of a tile are alive at once (s, dp, dk, dv), which
             250 registers, two programs. D 128: 32 x 128, 8 warps, 250 registers, one program. At 256 dk and dv are
             made in two passes, each of which computes s again.
 
+D 512       Neither q nor acc of wider heads fits. A program makes 256 columns of its results, 128 in fp32, and forms
+            the scores for itself, from 64 columns of q and k at a time: at 512 the forward computes half as much again.
+
 A bias or a mask as bits takes 60 to 90 registers, as does dropout in the backward: smaller tiles, so that two or three
 programs still share the multiprocessor; still smaller ones for both at once, so that neither triton 3.6, whose code
 takes more registers than 3.7's, nor the newer of triton's two assemblers, which takes up to 30 more than the older,
@@ -57,6 +60,8 @@ class AttentionTiles(Settings):
         return self.block_queries, self.block_keys, max(1, min(4, octets, self.block_keys // 8))
 
 
+# The widest head dim whose rows a program holds.
+WHOLE = 256
 # By class of head dims: rows for a plain call, for dropout, for a bias or a mask as bits, for both. The last row given
 # serves the rest.
 Table = dict[int, tuple[AttentionTiles, ...]]
@@ -69,6 +74,7 @@ FORWARD: Table = {
     128: (AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
     192: (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
     256: (AttentionTiles(128, 32, 8, 2), AttentionTiles(64, 32, 8, 2)),
+    512: (AttentionTiles(64, 32, 8, 2),),
 }  # fmt: skip
 QUERIES: Table = {
     64: (
@@ -84,6 +90,7 @@ QUERIES: Table = {
         AttentionTiles(64, 16, 8, 2),
     ),
     256: (AttentionTiles(64, 32, 8, 2), AttentionTiles(64, 16, 8, 2)),
+    512: (AttentionTiles(64, 32, 8, 2),),
 }  # fmt: skip
 KEYS: Table = {
     64: (
@@ -99,6 +106,7 @@ KEYS: Table = {
         AttentionTiles(16, 64, 8, 2, passes=2),
     ),
     256: (AttentionTiles(32, 64, 8, 2, passes=2), AttentionTiles(16, 64, 8, 2, 255, passes=2)),
+    512: (AttentionTiles(32, 64, 8, 2, passes=2),),
 }  # fmt: skip
 # Of chips without tensor cores that read both factors from shared memory: sm_80, sm_86, sm_89, sm_120.
 NARROW_FORWARD: Table = {
@@ -106,30 +114,35 @@ NARROW_FORWARD: Table = {
     128: (AttentionTiles(128, 64, 8, 2), AttentionTiles(64, 32, 4, 2)),
     192: (AttentionTiles(64, 32, 8, 2),),
     256: (AttentionTiles(64, 32, 8, 2), AttentionTiles(32, 32, 8, 2)),
+    512: (AttentionTiles(64, 32, 8, 2),),
 }
 NARROW_QUERIES: Table = {
     64: (AttentionTiles(64, 64, 4, 2), AttentionTiles(64, 32, 4, 2)),
     128: (AttentionTiles(64, 32, 4, 2), AttentionTiles(64, 32, 8, 2)),
     192: (AttentionTiles(32, 32, 8, 2),),
     256: (AttentionTiles(32, 32, 8, 1),),
+    512: (AttentionTiles(32, 32, 8, 2),),
 }
 NARROW_KEYS: Table = {
     64: (AttentionTiles(32, 64, 8, 2), AttentionTiles(16, 64, 4, 2)),
     128: (AttentionTiles(32, 64, 8, 2), AttentionTiles(32, 32, 8, 2)),
     192: (AttentionTiles(16, 32, 8, 2),),
     256: (AttentionTiles(16, 32, 8, 2, passes=2),),
+    512: (AttentionTiles(16, 32, 8, 2, passes=2),),
 }
 FP32_FORWARD: Table = {
     64: (AttentionTiles(32, 32, 4, 2),),
     128: (AttentionTiles(32, 32, 8, 2, 128),),
     192: (AttentionTiles(32, 32, 8, 2),),
     256: (AttentionTiles(16, 32, 8, 2),),
+    512: (AttentionTiles(16, 32, 8, 2),),
 }
 FP32_QUERIES: Table = {
     64: (AttentionTiles(32, 32, 4, 2, 168), AttentionTiles(16, 32, 4, 2, 255)),
     128: (AttentionTiles(16, 32, 8, 2),),
     192: (AttentionTiles(16, 16, 8, 2),),
     256: (AttentionTiles(16, 16, 8, 2),),
+    512: (AttentionTiles(16, 16, 8, 2),),
 }
 FP32_KEYS: Table = {
     64: (AttentionTiles(16, 32, 8, 1),),
@@ -139,6 +152,7 @@ FP32_KEYS: Table = {
         AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 2), AttentionTiles(16, 16, 8, 2),
         AttentionTiles(16, 16, 8, 1, 255),
     ),
+    512: (AttentionTiles(16, 16, 8, 2, 255, passes=2),),
 }  # fmt: skip
 
 
@@ -168,6 +182,8 @@ def _row(
 
 def dims_class(dim: int, value_dim: int) -> int:
     """Returns the narrowest class of rows for these head dims; 192 is for keys wider than values, 192 and 128."""
+    if max(dim, value_dim) > WHOLE:
+        return 512
     if max(dim, value_dim) <= 128:
         return 64 if max(dim, value_dim) <= 64 else 128
     return 192 if dim <= 192 and value_dim <= 128 else 256
@@ -177,13 +193,21 @@ def split_dim(dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Splits a head dim into two powers of two, at least 16 each, that cover it; the second is 0 where one does.
 
     Tiles are powers of two; 96 as 64 + 32 multiplies and stores what 128 would waste. fp32, which a thread multiplies
-    alone, holds whole rows of both factors in registers: they are halved from 128 on.
+    alone, holds whole rows of both factors in registers: they are halved from 128 on. Of more than WHOLE columns the
+    first is that of slices, which alone do not cover it.
     """
+    if dim > WHOLE:
+        return (128, 0) if dtype == torch.float32 else (256, 0)
     whole = max(16, 1 << (dim - 1).bit_length())
     first = whole // 2
     rest = max(16, 1 << (dim - first - 1).bit_length()) if dim > first else 0
     split = first >= 16 and rest > 0 and (first + rest < whole or (dtype == torch.float32 and whole >= 128))
     return (first, rest) if split else (whole, 0)
+
+
+def slices(dim: int, dtype: torch.dtype) -> int:
+    """Returns the slices of a head dim, 1 where it is whole."""
+    return -(-dim // split_dim(dim, dtype)[0]) if dim > WHOLE else 1
 
 
 def mask_bits(queries: int) -> RowTiles:

@@ -24,7 +24,7 @@ from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row
 
 OPERATIONS = ("attention", "varlen_attention")
 ROWS = (
-    Row(OPERATIONS, "triton", FLOATS, max_columns=256),
+    Row(OPERATIONS, "triton", FLOATS, max_columns=512),
     Row(OPERATIONS, "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
     Row(OPERATIONS, "native", FLOATS, max_columns=64, device="cuda"),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tfm import ops
+from tfm.kernels.launch.attention.splits import LEAST_KEYS
 from tools.check_kernels.case import Case
 from tools.host import sizes
 from tools.host.call import Budget, Call
@@ -64,6 +65,14 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
         query = new(batch, inputs.HEADS, queries, inputs.HEAD_DIM)
         key, value = (new(batch, inputs.KEY_HEADS, keys, inputs.HEAD_DIM) for _ in range(2))
         yield ops.attention(query, key, value, enable_gqa=True, **options)
+    if not new.short:
+        # Heads that are slices.
+        query, key, value = new(1, 2, 3, 260), new(1, 1, 40, 260), new(1, 1, 40, 300)
+        added, sinks = new.biases(1, 2, 3, 40), new(inputs.HEADS)
+        yield ops.attention(query, key, value, added, enable_gqa=True, sinks=sinks, return_weights=True)
+        # One head, which has programs share its keys on any chip.
+        query, (key, value) = new(1, 1, 3, 16), (new(1, 1, LEAST_KEYS + 5, 16) for _ in range(2))
+        yield ops.attention(query, key, value, dropout_p=inputs.DROPOUT_P, is_causal=True, query_start=LEAST_KEYS)
 
 
 def pass_varlen_attention(new: Tensors) -> Iterator[Outputs]:

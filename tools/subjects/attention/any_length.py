@@ -17,13 +17,22 @@ from tools.check_kernels.case import Case
 from tools.check_kernels.described import chip, described, meta
 
 # D and Dv of each class of the tables; with `every` more of it: split in two, padded, unequal.
-DIMS = {64: [(64, 64)], 128: [(128, 128)], 192: [(192, 128)], 256: [(256, 256)]}
-MORE_DIMS = {64: [(16, 16), (32, 48), (40, 64)], 128: [(96, 96), (80, 128)], 192: [(160, 128)], 256: [(224, 256)]}
+DIMS = {64: [(64, 64)], 128: [(128, 128)], 192: [(192, 128)], 256: [(256, 256)], 512: [(464, 464)]}
+MORE_DIMS = {
+    64: [(16, 16), (32, 48), (40, 64)],
+    128: [(96, 96), (80, 128)],
+    192: [(160, 128)],
+    256: [(224, 256)],
+    512: [(512, 512), (272, 128)],
+}
 # The calls that come to a row, in the order of the rows, the hungriest first.
 KINDS = (("padded", "packed"), ("dropout",), ("bias", "mask"), ("bias dropout", "mask dropout"))
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
 # Longer than what the kernels for few keys take, and of no tile a multiple.
 LENGTH = 300
+# So few queries over so many keys that programs share these; the wider of each class of head dims.
+FEW, MANY = 5, 4100
+SHARED_DIMS = {"bf16": (64, 128, 256, 464), "fp32": (64, 256, 464)}
 
 
 @dataclass(frozen=True)
@@ -60,13 +69,17 @@ def attention_cases(every: bool) -> Iterator[Case]:
                         if case.name.split()[0] == kernel:
                             yield case
     for dim in (64, 128):
-        call = attention_call((dim, dim), "distance dropout", "bf16", LENGTH)
-        for launch, arguments in (
-            (attention.attention, call), (attention.attention_backward, backward_call(call, "qkvs")),
-        ):  # fmt: skip
-            yield from described(
-                f"{dim} distance dropout bf16 wide", launch, arguments, chip(9), matrix=KERNELS, capabilities=(90, 100)
-            )
+        near, label = (
+            attention_call((dim, dim), "distance dropout", "bf16", LENGTH),
+            f"{dim} distance dropout bf16 wide",
+        )
+        ways = (attention.attention, near), (attention.attention_backward, backward_call(near, "qkvs"))
+        for launch, arguments in ways:
+            yield from described(label, launch, arguments, chip(9), matrix=KERNELS, capabilities=(90, 100))
+    for dtype, widths in SHARED_DIMS.items():
+        for dim, kind in product(widths, KINDS[-1] if every else KINDS[-1][:1]):
+            shared = attention_call((dim, dim), kind, dtype, MANY, queries=FEW)
+            yield from described(f"{dim} {kind} {dtype} shared", attention.attention, shared, chip(9))
     mask = meta(2, 4, 512, 512, dtype="i1")
     for dtype in ("i1", "fp32"):
         call = AttentionMaskBits(mask.to(torch.float32) if dtype == "fp32" else mask, meta(2, dtype="i32"), 0, 3, 3)
@@ -107,18 +120,20 @@ def _kinds(rows: tuple[tables.AttentionTiles, ...], every: bool) -> list[str]:
 
 def attention_call(
     dims: tuple[int, int], kind: str, dtype: str, length: int, softcap: float | None = 2.0,
-    mask_shape: tuple[int, int] = (2, 4),
+    mask_shape: tuple[int, int] = (2, 4), queries: int | None = None,
 ) -> Attention:  # fmt: skip
-    """Returns a call of as many queries and keys with every rule: a window, starts, sinks, heads that share keys.
+    """Returns a call of `length` keys, and as many queries where not told, with every rule: starts, sinks, a window.
 
     `kind` names what it has besides, of KINDS, or a bias by "distance"; heads lie side by side in their rows, as
-    projections have them.
+    projections have them, and two share keys. Of few queries the window is open to the left.
     """
+    left = 3 if queries is None else None
+    queries = length if queries is None else queries
     dtype = "fp32" if dtype == "tf32" else dtype
     vector, sinks = meta(2, dtype="i32"), meta(4, dtype="fp32")
-    heads = meta(2, length, 4, dims[0], dtype=dtype), *(meta(2, length, 2, dim, dtype=dtype) for dim in dims)
+    heads = meta(2, queries, 4, dims[0], dtype=dtype), *(meta(2, length, 2, dim, dtype=dtype) for dim in dims)
     rules: tuple[Any, ...] = (
-        vector, meta(dtype="i64") if "dropout" in kind else None, length, length, 0, 3, 3, 0.1, softcap,
+        vector, meta(dtype="i64") if "dropout" in kind else None, queries, length, 0, left, 3, 0.1, softcap,
         0.1 if "dropout" in kind else 0.0, 0,
     )  # fmt: skip
     relative = meta(4, 257, dtype=dtype) if "distance" in kind else None
@@ -126,9 +141,9 @@ def attention_call(
         offsets = meta(3, dtype="i32")
         query, key, value = (x.flatten(0, 1) for x in heads)
         return Attention(query, key, value, None, None, None, sinks, relative, offsets, offsets, None, *rules)
-    mask = meta(*mask_shape, length, length, dtype="i1")
+    mask = meta(*mask_shape, queries, length, dtype="i1")
     words, reach = AttentionMaskBits(mask, None, 0, None, None).outputs()
-    bias = meta(*mask_shape, length, -(-length // 16) * 16, dtype=dtype)[..., :length] if "bias" in kind else None
+    bias = meta(*mask_shape, queries, -(-length // 16) * 16, dtype=dtype)[..., :length] if "bias" in kind else None
     query, key, value = (x.transpose(1, 2) for x in heads)
     return Attention(
         query, key, value, bias, words if "mask" in kind else None,

@@ -60,8 +60,8 @@ def score_cases(every: bool) -> Iterator[Case]:
 
 
 def _score_cases(every: bool) -> Iterator[Case]:
-    hungriest = ("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 128)
-    pairs = product(("bf16", "fp16", "fp32"), (16, 32, 64, 128, 256)) if every else hungriest
+    hungriest = ("bf16", 64), ("bf16", 128), ("bf16", 256), ("bf16", 464), ("fp32", 128)
+    pairs = product(("bf16", "fp16", "fp32"), (16, 32, 64, 128, 256, 464)) if every else hungriest
     for (dtype, dim), (major, chips) in product(pairs, CHIPS.items()):
         # All sequences and heads share the bias.
         call = attention_call((dim, dim), "bias dropout", dtype, LENGTH, mask_shape=(1, 1))

@@ -47,7 +47,7 @@ def run(impl, tensors, activation, cotangents):
     return [*(output.detach() for output in outputs), *grads]
 
 
-def assert_matches(impl, tensors, activation):
+def assert_matches(impl, tensors, activation, roundings=oracle.ROUNDINGS):
     x, _, _, state = tensors
     cotangents = [torch.randn_like(t, dtype=torch.float32) for t in (x, state)]
     wide = [t.double() for t in tensors]
@@ -56,7 +56,8 @@ def assert_matches(impl, tensors, activation):
         run("reference", wide, activation, cotangents),
         run("reference", tensors, activation, cotangents),
     )
-    oracle.assert_all_match(*results, NAMES)
+    for result, truth, plain, name in zip(*results, NAMES, strict=True):
+        oracle.assert_matches(result, truth, plain, name, roundings=roundings)
 
 
 def written_out(x, weight, bias, state):
@@ -135,7 +136,8 @@ def test_strides_change_nothing(view, impl):
     activation=st.sampled_from(["silu", None]),
 )
 def test_any_size(impl, size, width, activation):
-    assert_matches(impl, make(size, width, torch.float32), activation)
+    # Of one channel a gradient is one sum, of which cancellation may leave a tenth.
+    assert_matches(impl, make(size, width, torch.float32), activation, roundings=10 * oracle.ROUNDINGS)
 
 
 @pytest.mark.parametrize("impl", ["reference", *BACKENDS])

@@ -56,7 +56,7 @@ def test_one_read_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
             Tensor, name, lambda self, *given, original=original: reads.append(1) or original(self, *given)
         )
     # The CPU's checks of offsets are no device reads.
-    monkeypatch.setattr(sys.modules["tfm.ops.attention"], "check_offsets", lambda *given: None)
+    monkeypatch.setattr(sys.modules["tfm.ops.varlen_attention"], "check_offsets", lambda *given: None)
     masks = CASES["causal and padding"]
     ours(source, target, **masks)
     assert len(reads) == 1

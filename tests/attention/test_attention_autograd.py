@@ -139,11 +139,11 @@ def test_explicit_triton_says_why_not(kernel_device):
     query, key, value = qkv(kernel_device)
     with pytest.raises(ValueError, match=r"^attention cannot run with impl='triton': .*got float64$"):
         ops.attention(query.double(), key.double(), value.double(), impl="triton")
-    wide = torch.zeros(1, 1, 2, 257, device=kernel_device)
+    wide = torch.zeros(1, 1, 2, 513, device=kernel_device)
     with pytest.raises(ValueError, match="expected at most 512 columns, got 513"):
         ops.attention(wide[..., :8], wide[..., :8], wide, impl="triton")
     offsets = torch.tensor([0, 2], dtype=torch.int32, device=kernel_device)
-    with pytest.raises(ValueError, match=r"^varlen_attention cannot run with impl='triton': .*got 257$"):
+    with pytest.raises(ValueError, match=r"^varlen_attention cannot run with impl='triton': .*got 513$"):
         ops.varlen_attention(*[wide[0].transpose(0, 1)] * 3, offsets, offsets, 2, 2, impl="triton")
 
 

@@ -26,6 +26,11 @@ def compiled(every: bool) -> Iterator[Case]:
         yield from family(every)
 
 
+def by_distance(new: Tensors, distances: int) -> dict[str, Tensor]:
+    """Returns a bias of so many distances, of which csrc's kernels for GPUs, the short ones, add none."""
+    return {} if new.short else {"relative_bias": new(inputs.HEADS, distances)}
+
+
 def pass_attention(new: Tensors) -> Iterator[Outputs]:
     batch, longest, lengths = len(inputs.LENGTHS), max(inputs.LENGTHS), new.integers(*inputs.LENGTHS)
     padding = {"key_lengths": lengths, "dropout_p": inputs.DROPOUT_P}
@@ -41,7 +46,7 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
     for queries, keys, options in (
         (longest, longest, {"is_causal": True} | padding),
         (longest, longest, {"window_size": (33, -1), "return_weights": not new.short} | bias),
-        (3, most, mask | {"relative_bias": new(inputs.HEADS, 5)}),
+        (3, most, mask | by_distance(new, 5)),
         (3, most, {"scale": 1000.0} | padding),
         (
             inputs.FEW,
@@ -51,12 +56,13 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
         ),
         (inputs.FEW, inputs.FEW, {"attn_mask": new.below(2, batch, 1, 1, inputs.FEW).bool()}),
         (inputs.FEW, inputs.FEW, {"attn_mask": new.biases(1, inputs.HEADS, 1, inputs.FEW)}),
-        (longest, longest, {"relative_bias": new(inputs.HEADS, 9), "is_causal": True} | padding),
+        (longest, longest, by_distance(new, 9) | {"is_causal": True} | padding),
         (
             3,
             most,
             bias
-            | {"attn_mask": new.biases(inputs.HEADS, 3, most), "relative_bias": new(inputs.HEADS, 33)}
+            | {"attn_mask": new.biases(inputs.HEADS, 3, most)}
+            | by_distance(new, 33)
             | {"return_weights": not new.short}
             | padding
             | starts,

@@ -53,6 +53,7 @@ PARTS = (
     Part("docs/translation.md", "presets", lambda records, root: presets.table()),
     Part("docs/first-gpu-run.md", "open questions", lambda records, root: questions.table()),
     Part("benchmarks/README.md", "measurements", tables.markdown),
+    Part("benchmarks/README.md", "failures", lambda records, root: versions.failures(rows_of_versions(records))),
 )
 PAGES = tuple(dict.fromkeys(part.page for part in PARTS))
 

@@ -1,4 +1,4 @@
-"""README's table of the versions that were tried: the tests and check-kernels under each torch and triton."""
+"""The versions that were tried, the tests and check-kernels under each torch and triton: a table, and what failed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ COUNTS = {"tests": ("passed", "failed", "skipped"), "kernels": ("compiled", "fau
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns in Markdown when and where, a row for each pair of versions, and by name what failed."""
+    """Returns in Markdown when and where, and a row for each pair of versions."""
     parts = [row[name] for row in rows for name in COUNTS if name in row]
     if not parts:
         return "No version has a record yet."
     when = _each(part["date"][:10] for part in parts)
     where = _each(f"{part['cpu']}, Python {part['python']}" for part in parts)
+    return "\n".join([f"Tried on {when}, on {where}:", "", *table_lines(HEAD, map(_cells, rows))])
+
+
+def failures(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns in Markdown what failed, by name."""
     failed = [
         f"- torch {row['torch']}, triton {row['triton']}: `{failure}`"
         for row in rows
         for name in COUNTS
         for failure in row.get(name, {}).get("failures", ())
     ]
-    lines = [f"Tried on {when}, on {where}:", "", *table_lines(HEAD, map(_cells, rows))]
-    return "\n".join(lines + ["", "What failed:", "", *failed] * bool(failed))
+    if not failed:
+        return "Under the versions of README's table nothing failed."
+    return "\n".join(["Under the versions of README's table this failed:", "", *failed])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

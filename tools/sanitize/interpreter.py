@@ -30,7 +30,6 @@ KERNELS = sorted((Path(__file__).parents[2] / "kernels").rglob("*.py"))
 # Accesses that no call of an operation reaches: file, how they begin, why.
 UNREACHABLE = {
     ("kernels/attention/backward_keys.py", "tl.load(upper + 2"): "no launch row has more queries here than for dq",
-    ("kernels/attention/bias_gradient.py", "allowed_tile("): "of a float mask there are no words",
     ("kernels/attention/mask_bits.py", "allowed_tile("): "it has no words yet",
 }
 CPU = torch.device("cpu")

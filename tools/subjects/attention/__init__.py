@@ -26,7 +26,7 @@ def compiled(every: bool) -> Iterator[Case]:
         yield from family(every)
 
 
-def by_distance(new: Tensors, distances: int) -> dict[str, Tensor]:
+def by_distance(new: Tensors, distances: int) -> dict[str, Any]:
     """Returns a bias of so many distances, of which csrc's kernels for GPUs, the short ones, add none."""
     return {} if new.short else {"relative_bias": new(inputs.HEADS, distances)}
 
@@ -76,9 +76,10 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
         query, key, value = new(1, 2, 3, 260), new(1, 1, 40, 260), new(1, 1, 40, 300)
         added, sinks = new.biases(1, 2, 3, 40), new(inputs.HEADS)
         yield ops.attention(query, key, value, added, enable_gqa=True, sinks=sinks, return_weights=True)
-        # One head, which has programs share its keys on any chip.
-        query, (key, value) = new(1, 1, 3, 16), (new(1, 1, LEAST_KEYS + 5, 16) for _ in range(2))
-        yield ops.attention(query, key, value, dropout_p=inputs.DROPOUT_P, is_causal=True, query_start=LEAST_KEYS)
+        # Few queries, whose many keys programs share.
+        query, sinks = new(1, 1, 3, inputs.HEAD_DIM), new(1)
+        key, value = (new(1, 1, LEAST_KEYS + 5, inputs.HEAD_DIM) for _ in range(2))
+        yield ops.attention(query, key, value, None, inputs.DROPOUT_P, True, query_start=LEAST_KEYS, sinks=sinks)
 
 
 def pass_varlen_attention(new: Tensors) -> Iterator[Outputs]:
@@ -86,7 +87,9 @@ def pass_varlen_attention(new: Tensors) -> Iterator[Outputs]:
     starts = new.integers(0, *torch.tensor(inputs.LENGTHS).cumsum(0).tolist())
     for is_causal in (False, True):
         query, key, value = (new(total, inputs.HEADS, inputs.HEAD_DIM) for _ in range(3))
-        yield ops.varlen_attention(query, key, value, starts, starts, longest, longest, inputs.DROPOUT_P, is_causal)
+        offsets = starts, starts, longest, longest
+        near = by_distance(new, 9) if is_causal else {}
+        yield ops.varlen_attention(query, key, value, *offsets, inputs.DROPOUT_P, is_causal, **near)
     most = inputs.SHORT if new.short else inputs.LONG
     query, (key, value) = (
         new(7, inputs.HEADS, inputs.HEAD_DIM),

@@ -111,8 +111,8 @@ def attention_forward_kernel(
     )
     if pieces is not None:
         first, whole_first, whole_last, last = share_of(split, first, whole_first, whole_last, last, SPLIT_TILES)
-    # A mask as bits may have a hole anywhere.
-    IS_MASKED: tl.constexpr = words is not None or (mask.reach is not None and not IS_BIASED)
+    # A mask as bits may have a hole anywhere; of a float mask -inf is added there.
+    IS_MASKED: tl.constexpr = words is not None or (mask.reach is not None and bias is None)
     if IS_MASKED:
         whole_first, whole_last = first, first
 
@@ -176,9 +176,9 @@ def attention_forward_kernel(
                     acc_rest = tl.dot(weights, value, acc_rest * shrink[:, None], input_precision=PRECISION)
                 top = higher
 
+    place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
     if pieces is None:
         is_empty, top, log_sum, norm = finish_rows(top, total, unit, score, head, dropout.keep_scale, IS_BIASED)
-        place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
         store_statistics(statistics + place, row_kind, top, log_sum, is_row & (part == 0))
         out_head = head_of(out, sequence, wide_head, query_first)
         is_empty, norm = is_empty[:, None], norm[:, None]
@@ -186,7 +186,6 @@ def attention_forward_kernel(
         if VALUE_DIMS[2] > 0:
             store_rows(out_head, out, tl.where(is_empty, 0.0, acc_rest * norm), row, is_row, VALUE_DIMS, 1)
     else:
-        place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
         store_piece(pieces, place * splits + split, top, total, is_row & (part == 0))
         store_rows(out.data + split * VALUE_DIMS[0], out, acc, place, is_row, VALUE_DIMS, part)
         if VALUE_DIMS[2] > 0:

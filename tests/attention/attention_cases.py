@@ -89,6 +89,9 @@ PROBLEMS = {
         (2, 2, 1, 40, 70, 16, 16), {"relative_bias": 20, "window_size": (30, 9), "query_start": 25, "sinks": True},
         ("float", (1, 2, 40, 70)),
     ),
+    "bias by distance, key padding, dropout": Problem(
+        (2, 2, 1, 33, 100, 16, 16), {"relative_bias": 20, "dropout_p": 0.2}, ("bool", (2, 1, 1, 100))
+    ),
     "bias of all distances": Problem((1, 2, 2, 5, 33, 16, 16), {"relative_bias": 0, "query_start": -200}),
     "three keys": Problem((2, 2, 2, 5, 3, 16, 16), {"dropout_p": 0.1}),
     "one query": Problem((1, 2, 2, 1, 130, 16, 16), {"is_causal": True, "query_start": 129}),

@@ -62,7 +62,7 @@ def launched(monkeypatch):
 EXACT = (
     "causal, bottom-right, 3 to 1", "causal, starts, rows empty", "lengths, dropout", "window",
     "softcap, negative scale, dropout", "scale below 0", "key padding, dropout", "bool mask [B, H, Sq, Sk]",
-    "everything", "one query", "bias by distance, bias, window, sinks",
+    "everything", "one query", "bias by distance, bias, window, sinks", "bias by distance, key padding, dropout",
     "wide heads", "heads that are slices", "the narrowest heads",
 )  # fmt: skip
 # The packed ones that are not among the long tests.

@@ -176,9 +176,10 @@ def attention_forward_kernel(
                     acc_rest = tl.dot(weights, value, acc_rest * shrink[:, None], input_precision=PRECISION)
                 top = higher
 
-    place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
+    # Where rows lie is told in both branches: before them, the assembler waits for every product of some rows.
     if pieces is None:
         is_empty, top, log_sum, norm = finish_rows(top, total, unit, score, head, dropout.keep_scale, IS_BIASED)
+        place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
         store_statistics(statistics + place, row_kind, top, log_sum, is_row & (part == 0))
         out_head = head_of(out, sequence, wide_head, query_first)
         is_empty, norm = is_empty[:, None], norm[:, None]
@@ -186,6 +187,7 @@ def attention_forward_kernel(
         if VALUE_DIMS[2] > 0:
             store_rows(out_head, out, tl.where(is_empty, 0.0, acc_rest * norm), row, is_row, VALUE_DIMS, 1)
     else:
+        place = rows_of(sequence, wide_head, query_first, heads, query_size, row_kind, lengths.cu_seq_q) + row
         store_piece(pieces, place * splits + split, top, total, is_row & (part == 0))
         store_rows(out.data + split * VALUE_DIMS[0], out, acc, place, is_row, VALUE_DIMS, part)
         if VALUE_DIMS[2] > 0:

@@ -40,7 +40,8 @@ CONTRACT = {
         "autocast errors reference operators native sequences taping tracing transforms", "torch", lazily="kernels"
     ),
     "nn": May("errors graphs ops sequences", "torch"),
-    "patching": May("autocast graphs nn operators ops tracing transforms", "torch", lazily="transformers"),
+    "patching": May("autocast graphs nn operators ops tracing transforms", "torch", lazily="patching/huggingface"),
+    "patching/huggingface": May("nn ops patching", "torch transformers"),
     "tfm": May("ops nn patching"),
     "config": May("errors ops"),
     "memory": May(),
@@ -84,7 +85,9 @@ def modules() -> dict[str, list[Path]]:
     """The files of each row, from the tree."""
     found = {"kernels": sorted((ROOT / "kernels").rglob("*.py"))}
     for path in sorted((ROOT / "tfm").rglob("*.py")):
-        row = path.relative_to(ROOT / "tfm").parts[0].removesuffix(".py")
+        parts = path.relative_to(ROOT / "tfm").parts
+        inner = "/".join(parts[:2])
+        row = inner if inner in CONTRACT else parts[0].removesuffix(".py")
         found.setdefault("tfm" if row == "__init__" else row, []).append(path)
     return found
 
@@ -119,6 +122,9 @@ def _row(name: str) -> str:
     if package != "tfm":
         # The checkout's own folder is not a package from outside.
         return "kernels, not as tfm.kernels" if package == "kernels" else package
+    inner = "/".join(rest[:2])
+    if inner in MODULES:
+        return inner
     return rest[0] if rest and rest[0] in MODULES else "tfm"
 
 

@@ -237,15 +237,15 @@ def test_a_compiled_model_is_changed_inside() -> None:
     assert (compiled(x, src_key_padding_mask=padding) == 0).all()
 
 
-def test_hugging_face_modules_are_left() -> None:
-    # Known by where their class comes from, so that transformers need not be installed.
-    foreign = type("BartModel", (nn.Module,), {"__module__": "transformers.models.bart.modeling_bart"})()
-    foreign.layer_norm = nn.LayerNorm(DIM)
-    report = tfm.accelerate(foreign)
-    assert type(foreign.layer_norm) is nn.LayerNorm
-    assert report.swapped == ()
-    assert str(report).splitlines()[0] == "nothing replaced"
-    assert "the model itself (BartModel): a Hugging Face module" in str(report)
+def test_norms_inside_hugging_face_modules_are_torchs():
+    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
+    model = nn.Module()
+    model.embedding = bart.BartLearnedPositionalEmbedding(7, DIM)
+    model.embedding.layer_norm = nn.LayerNorm(DIM)
+    report = tfm.accelerate(model)
+    assert type(model.embedding.layer_norm) is tfm.nn.LayerNorm
+    assert type(model.embedding) is bart.BartLearnedPositionalEmbedding
+    assert not report.left
 
 
 @pytest.mark.parametrize("function", [tfm.accelerate, tfm.restore])

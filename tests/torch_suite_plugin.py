@@ -82,7 +82,7 @@ def exchange_classes() -> None:
     """tfm.nn's classes under torch.nn's names, wherever torch keeps those."""
     from torch.nn.modules import activation, normalization, transformer
 
-    from tfm.patching.swap import PAIRS
+    from tfm.patching.torch_modules import PAIRS
 
     for theirs, ours in PAIRS.items():
         for module in (torch.nn, torch.nn.modules, activation, normalization, transformer):

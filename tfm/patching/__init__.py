@@ -2,6 +2,7 @@
 
 from tfm.patching.replay import graphed
 from tfm.patching.report import Left, Report, Swapped
+from tfm.patching.selection import KINDS
 from tfm.patching.swap import accelerate, restore
 
-__all__ = ["Left", "Report", "Swapped", "accelerate", "graphed", "restore"]
+__all__ = ["KINDS", "Left", "Report", "Swapped", "accelerate", "graphed", "restore"]

@@ -1,83 +1,106 @@
-"""torch.nn's Transformer modules to tfm.nn's and back, by changing the class of each object.
-
-The object stays: its parameters, buffers, hooks and flags, and whatever points at it, optimisers included.
-"""
+"""accelerate() and restore(): a model that exists runs on tfm's operations, in place, and as before again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import Module
 
-from tfm import nn
-from tfm.nn.fusible import DECODER_CHILDREN, ENCODER_CHILDREN, why_layer_unfusible
+from tfm.patching import torch_modules
+from tfm.patching.fusion import Fusion, fuse, fusion_of, fusions, plain_kind, unfuse
 from tfm.patching.replay import graphed, is_graphed, plain_class, ungraph
 from tfm.patching.report import Left, Report, Swapped
+from tfm.patching.selection import KINDS, NOT_ASKED_FOR, Selection
+from tfm.patching.torch_modules import ORIGINALS, PAIRS, STACKS
 
-PAIRS: dict[type[Module], type[Module]] = {
-    torch.nn.Transformer: nn.Transformer,
-    torch.nn.TransformerEncoder: nn.TransformerEncoder,
-    torch.nn.TransformerDecoder: nn.TransformerDecoder,
-    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
-    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
-    torch.nn.MultiheadAttention: nn.MultiheadAttention,
-    torch.nn.LayerNorm: nn.LayerNorm,
-    torch.nn.RMSNorm: nn.RMSNorm,
-}
-ORIGINALS = {ours: theirs for theirs, ours in PAIRS.items()}
-
-# What accelerate(graphs=True) has replay graphs, unless it is inside another of them.
-STACKS = (
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
-
-# Set on each object that accelerate() changed, so that copies of a model know it too.
+# Set on each object of torch.nn's that accelerate() changed, so that copies of a model know it too.
 MARK = "_accelerated_by_tfm"
 
 
-def accelerate(model: Module, *, graphs: bool = False) -> Report:
-    """Puts tfm.nn's layers in place of torch.nn's everywhere inside `model`, in place.
+def accelerate(
+    model: Module,
+    *,
+    only: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    graphs: bool = False,
+) -> Report:
+    """Has a model run on tfm's operations, in place: torch.nn's Transformer modules and Hugging Face's models.
 
-    Only modules whose class is exactly torch.nn's change, by their `__class__`; nothing is copied, and state_dict,
-    hooks and optimisers stay as they are. User subclasses, TorchScript and Hugging Face modules are left. A second call
-    changes nothing more.
+    Modules whose class is exactly torch.nn's become tfm.nn's, by their `__class__`. Of Hugging Face's models,
+    attention, norms, feed-forward networks, residual connections, experts and recurrences run fused: by what a module
+    is and does, found by trials, in any family of transformers 5.17 and newer. Nothing is copied; parameters,
+    state_dict, hooks, optimisers, names and pickles stay as they are. User subclasses and TorchScript are left. A
+    second call changes nothing more, `restore` undoes all.
+
+    A call that could not be right or faster runs as before (tensors of other classes, adapters put into a layer, hooks
+    where a layer's parts are used without calling it, devices and dtypes without kernels): `report.stats()` counts
+    both.
 
     Args:
         model: any module.
-        graphs: have each Transformer, stack or layer, the outermost, replay CUDA graphs on a GPU: see `tfm.graphed`.
+        only: what to change: kinds of work ("layer", "attention", "norm", "residual", "feed_forward", "experts",
+            "recurrence") and paths of modules, as named_modules() gives them, * for anything; None for all.
+        exclude: what to leave, by the same names.
+        graphs: have each Transformer of torch.nn, stack or layer, the outermost, replay CUDA graphs on a GPU: see
+            `tfm.graphed`.
 
     Returns:
-        What was replaced, and what was left and why; print it.
+        What was changed, and what was left and why; print it.
 
     Raises:
         TypeError: `model` is no torch.nn.Module.
+        ValueError: `only` or `exclude` name what is not there.
     """
     _check_module("accelerate", model)
+    selection = Selection(model, only, exclude)
     swapped, left, unchanged = [], [], 0
-    for name, module in _walk(model):
+    modules = list(_walk(model))
+    is_huggingface = any(_is_of_transformers(module) for _, module in modules)
+    if is_huggingface:
+        from tfm.patching import huggingface
+
+        done = huggingface.accelerate_attention(model, selection)
+        swapped += done.swapped
+        left += done.left
+    now = {one.name for one in swapped}
+    for name, module in modules:
         kind = type(module)
+        if fusion_of(module) is not None:
+            unchanged += plain_kind(module) is not kind and name not in now
+            continue
         if plain_class(module) in ORIGINALS:
             unchanged += 1
             continue
-        reason = _why_left(module)
+        reason = _why_foreign(module) or torch_modules.why_left(module)
         if reason:
             left.append(Left(name, kind.__name__, reason))
         elif kind in PAIRS:
+            reason = selection.why_left(torch_modules.kind_of_work(kind), name)
+            if reason:
+                left += _excluded(name, kind, reason)
+                continue
             module.__class__ = PAIRS[kind]
             setattr(module, MARK, True)
-            swapped.append((name, module))
+            swapped.append(Swapped(name, f"tfm.nn.{type(module).__name__}"))
+        elif is_huggingface and _is_of_transformers(module):
+            found_here = huggingface.found_in(module)
+            if found_here is None:
+                continue
+            reason = selection.why_left(found_here.what, name)
+            if reason:
+                left += _excluded(name, kind, reason)
+                continue
+            fuse(module, found_here.what, found_here.forward, **found_here.options)
+            swapped.append(Swapped(name, found_here.what))
     # Only now, as a layer's children have all changed.
-    done = tuple(Swapped(name, f"tfm.nn.{type(module).__name__}", _note(module)) for name, module in swapped)
+    places = dict(modules)
+    changed = tuple(Swapped(one.name, one.kind, torch_modules.note(places[one.name])) for one in swapped)
     stacks = dict(_outermost_stacks(model)) if graphs else {}
     for module in stacks.values():
         graphed(module)
-    return Report("replaced", done, tuple(left), unchanged, tuple(stacks))
+    fused = {name: fusion for name, module, fusion in fusions(model) if plain_kind(module) is not type(module)}
+    return Report("replaced", changed, tuple(left), unchanged, tuple(stacks), fused)
 
 
 def restore(model: Module) -> Report:
@@ -96,7 +119,14 @@ def restore(model: Module) -> Report:
         ungraph(module)
     for name, module in _walk(model):
         kind = type(module)
-        if MARK in module.__dict__:
+        fusion = fusion_of(module)
+        if fusion is not None:
+            reason = _undo(module, fusion)
+            if reason:
+                left.append(Left(name, kind.__name__, reason))
+            elif plain_kind(module) is not kind or kind is not type(module):
+                swapped.append(Swapped(name, plain_kind(module).__name__))
+        elif MARK in module.__dict__:
             if kind not in ORIGINALS:
                 left.append(Left(name, kind.__name__, "its class was changed again after accelerate()"))
                 continue
@@ -108,19 +138,35 @@ def restore(model: Module) -> Report:
     return Report("restored", tuple(swapped), tuple(left), graphed=tuple(stacks))
 
 
+def _undo(module: Module, fusion: Fusion) -> str:
+    """Gives a module of transformers back what it had; says why it cannot, where its class is no longer ours."""
+    if fusion.before is not None:
+        from tfm.patching import huggingface
+
+        huggingface.restore_implementation(module)
+    if plain_kind(module) is type(module) and fusion.what in KINDS:
+        return "its class was changed again after accelerate()"
+    unfuse(module)
+    return ""
+
+
+def _excluded(name: str, kind: type, reason: str) -> list[Left]:
+    return [] if reason == NOT_ASKED_FOR else [Left(name, kind.__name__, reason)]
+
+
 def _check_module(function: str, model: object) -> None:
     if not isinstance(model, Module):
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _walk(module: Module, name: str = "", seen: set[Module] | None = None) -> Iterator[tuple[str, Module]]:
-    """Yields each module once, under its first name; what is inside foreign modules stays out."""
+    """Yields each module once, under its first name; what is inside TorchScript stays out."""
     seen = set() if seen is None else seen
     if module in seen:
         return
     seen.add(module)
     # Children are listed before the caller may change the module's class.
-    children = [] if _foreign(module) else list(module._modules.items())
+    children = [] if _why_foreign(module) else list(module._modules.items())
     yield name, module
     for child_name, child in children:
         if child is not None:
@@ -129,7 +175,7 @@ def _walk(module: Module, name: str = "", seen: set[Module] | None = None) -> It
 
 def _outermost_stacks(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
     """Yields the modules that accelerate(graphs=True) has replay graphs, and do not yet."""
-    if is_graphed(module) or _foreign(module):
+    if is_graphed(module) or _why_foreign(module):
         return
     if type(module) in STACKS and "forward" not in vars(module):
         yield name, module
@@ -138,35 +184,9 @@ def _outermost_stacks(module: Module, name: str = "") -> Iterator[tuple[str, Mod
         yield from _outermost_stacks(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _foreign(module: Module) -> str:
-    if isinstance(module, torch.jit.ScriptModule):
-        return "compiled by TorchScript, it no longer runs Python"
-    if type(module).__module__.split(".")[0] == "transformers":
-        return "a Hugging Face module: accelerate() serves torch.nn's Transformer modules only"
-    return ""
+def _is_of_transformers(module: Module) -> bool:
+    return type(module).__module__.split(".")[0] == "transformers"
 
 
-def _why_left(module: Module) -> str:
-    """Says why a module that one might expect to change does not; empty where there is nothing to say."""
-    reason = _foreign(module)
-    if reason:
-        return reason
-    base = next((theirs for theirs in PAIRS if isinstance(module, theirs)), None)
-    if base is None or isinstance(module, tuple(ORIGINALS)):
-        return ""
-    if is_graphed(module):
-        return f"a graphed torch.nn.{base.__name__}: call accelerate() before graphed()"
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return f"a torch.nn.{base.__name__} with parametrizations"
-    if type(module) is not base:
-        return f"a subclass of torch.nn.{base.__name__}, whose own code might be lost"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the object itself"
-    dimensions = len(getattr(module, "normalized_shape", ()))
-    return f"normalises over {dimensions} dimensions, which torch does" if dimensions > 1 else ""
-
-
-def _note(module: Any) -> str:
-    expected = {nn.TransformerEncoderLayer: ENCODER_CHILDREN, nn.TransformerDecoderLayer: DECODER_CHILDREN}
-    reason = why_layer_unfusible(module, expected[type(module)]) if type(module) in expected else ""
-    return f"calls its children one by one, unfused: {reason}" if reason else ""
+def _why_foreign(module: Module) -> str:
+    return "compiled by TorchScript, it no longer runs Python" if isinstance(module, torch.jit.ScriptModule) else ""

@@ -1,0 +1,74 @@
+"""The attention that a model's configs name: "tfm" while it is accelerated, what it was before after restore()."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from tfm.patching.fusion import FUSION, Fusion, fuse, fusion_of, plain_kind, unfuse
+from tfm.patching.huggingface.attention import FusedAttention, attention_modules, rotations_in, why_attention_left
+from tfm.patching.huggingface.masks import NAME
+from tfm.patching.report import Left, Swapped
+from tfm.patching.selection import NOT_ASKED_FOR, Selection
+
+# What a PreTrainedModel is marked with that makes masks by a config of its own.
+MODEL = "model"
+
+
+class Attention(NamedTuple):
+    """What became of the attention of a model: modules changed, modules left."""
+
+    swapped: list[Swapped]
+    left: list[Left]
+
+
+def accelerate_attention(model: Module, selection: Selection) -> Attention:
+    """Has every attention inside `model` that asks transformers' interface find ours, where it may.
+
+    Modules of one config find the same: what is left of them while others are served runs as before inside ours.
+    """
+    done = Attention([], [])
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    reasons: dict[str, str] = {}
+    modules: dict[str, Any] = dict(attention_modules(model))
+    for name, module in modules.items():
+        reasons[name] = why_attention_left(module, _owner(owners, name)) or selection.why_left("attention", name)
+    configs = {id(modules[name].config): modules[name].config for name, reason in reasons.items() if not reason}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for name, module in modules.items():
+        config, reason, known = module.config, reasons[name], fusion_of(module)
+        if known is not None and (reason or not known.always_plain):
+            continue
+        if reason and reason != NOT_ASKED_FOR:
+            done.left.append(Left(name, plain_kind(module).__name__, reason))
+        if id(config) in configs:
+            name_before = before[id(config)] if known is None else known.before
+            if known is not None:
+                unfuse(module)
+            fuse(module, "attention", FusedAttention, name_before, rotations=() if reason else rotations_in(module))
+            vars(module)[FUSION].always_plain = reason
+            if not reason:
+                done.swapped.append(Swapped(name, "attention"))
+    for name in (name for name, reason in reasons.items() if not reason):
+        owner: Any = _owner(owners, name)
+        if owner is not None and id(owner.config) not in configs and fusion_of(owner) is None:
+            setattr(owner, FUSION, Fusion(MODEL, owner.config._attn_implementation))
+            owner.config._attn_implementation_internal = NAME
+    for config in configs.values():
+        config._attn_implementation_internal = NAME
+    return done
+
+
+def restore_implementation(module: Any) -> None:
+    """Has the config of a module name the attention that it named before, if nobody has changed it since."""
+    if module.config._attn_implementation == NAME:
+        module.config._attn_implementation_internal = fusion_of(module).before  # type: ignore[union-attr]
+
+
+def _owner(owners: dict[str, PreTrainedModel], name: str) -> PreTrainedModel | None:
+    """Returns the innermost model of transformers that a module lies in."""
+    parts = name.split(".")
+    paths = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
+    return next((owners[path] for path in paths if path in owners), None)

@@ -13,7 +13,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ from tfm.ops import backends
 
 # Where a module keeps what was done to it.
 FUSION = "_fusion_by_tfm"
+# The kind of work of a model whose class stays as it is, and whose config alone is changed.
+MODEL = "model"
+# The kind of work of a last linear layer, which fuse_loss=True asks for.
+LOSS = "loss"
+
+
+class Change(NamedTuple):
+    """What a module can become.
+
+    Attributes:
+        what: the kind of work, one of `tfm.patching.KINDS`, or "loss".
+        becomes: what a report calls it.
+        make: changes the module.
+    """
+
+    what: str
+    becomes: str
+    make: Callable[[Module], None]
 
 
 @dataclass
@@ -79,6 +97,11 @@ class Fused(Module):
         # The class has no name of its own that a pickle could hold.
         reduced: Any = super().__reduce_ex__(protocol)
         return (_blank, self._made_of, *reduced[2:])
+
+
+def fusing(what: str, forward: type[Fused], **options: Any) -> Change:
+    """Returns the change that gives a module the forward of `forward`, with these options."""
+    return Change(what, what, functools.partial(fuse, what=what, forward=forward, **options))
 
 
 def fuse(module: Module, what: str, forward: type[Fused], before: Any = None, **options: Any) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn import Module
 
 from tfm.patching import torch_modules
-from tfm.patching.fusion import Fusion, fuse, fusion_of, fusions, plain_kind, unfuse
+from tfm.patching.fusion import LOSS, MODEL, Change, Fusion, fusion_of, fusions, plain_kind, unfuse
 from tfm.patching.replay import graphed, is_graphed, plain_class, ungraph
 from tfm.patching.report import Left, Report, Swapped
-from tfm.patching.selection import KINDS, NOT_ASKED_FOR, Selection
-from tfm.patching.torch_modules import ORIGINALS, PAIRS, STACKS
-
-# Set on each object of torch.nn's that accelerate() changed, so that copies of a model know it too.
-MARK = "_accelerated_by_tfm"
+from tfm.patching.selection import NOT_ASKED_FOR, Selection
+from tfm.patching.torch_modules import MARK, ORIGINALS, STACKS
 
 
 def accelerate(
@@ -23,6 +20,7 @@ def accelerate(
     *,
     only: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    fuse_loss: bool = False,
     graphs: bool = False,
 ) -> Report:
     """Has a model run on tfm's operations, in place: torch.nn's Transformer modules and Hugging Face's models.
@@ -42,6 +40,8 @@ def accelerate(
         only: what to change: kinds of work ("layer", "attention", "norm", "residual", "feed_forward", "experts",
             "recurrence") and paths of modules, as named_modules() gives them, * for anything; None for all.
         exclude: what to leave, by the same names.
+        fuse_loss: have Hugging Face's models compute their loss in training without ever holding the logits, which then
+            are computed only if something asks for them.
         graphs: have each Transformer of torch.nn, stack or layer, the outermost, replay CUDA graphs on a GPU: see
             `tfm.graphed`.
 
@@ -56,43 +56,35 @@ def accelerate(
     selection = Selection(model, only, exclude)
     swapped, left, unchanged = [], [], 0
     modules = list(_walk(model))
-    is_huggingface = any(_is_of_transformers(module) for _, module in modules)
-    if is_huggingface:
+    finders: list[Callable[[Module], Change | None]] = [torch_modules.change_of]
+    if any(_is_of_transformers(module) for _, module in modules):
         from tfm.patching import huggingface
 
-        done = huggingface.accelerate_attention(model, selection)
-        swapped += done.swapped
-        left += done.left
+        if fuse_loss:
+            finders.append(huggingface.heads_of(model))
+        finders.append(huggingface.change_of)
+        attention = huggingface.accelerate_attention(model, selection)
+        swapped += attention.swapped
+        left += attention.left
     now = {one.name for one in swapped}
     for name, module in modules:
         kind = type(module)
-        if fusion_of(module) is not None:
-            unchanged += plain_kind(module) is not kind and name not in now
-            continue
-        if plain_class(module) in ORIGINALS:
-            unchanged += 1
+        if plain_class(module) in ORIGINALS or plain_kind(module) is not kind:
+            unchanged += name not in now
             continue
         reason = _why_foreign(module) or torch_modules.why_left(module)
         if reason:
             left.append(Left(name, kind.__name__, reason))
-        elif kind in PAIRS:
-            reason = selection.why_left(torch_modules.kind_of_work(kind), name)
-            if reason:
-                left += _excluded(name, kind, reason)
-                continue
-            module.__class__ = PAIRS[kind]
-            setattr(module, MARK, True)
-            swapped.append(Swapped(name, f"tfm.nn.{type(module).__name__}"))
-        elif is_huggingface and _is_of_transformers(module):
-            found_here = huggingface.found_in(module)
-            if found_here is None:
-                continue
-            reason = selection.why_left(found_here.what, name)
-            if reason:
-                left += _excluded(name, kind, reason)
-                continue
-            fuse(module, found_here.what, found_here.forward, **found_here.options)
-            swapped.append(Swapped(name, found_here.what))
+            continue
+        change = next(filter(None, (finder(module) for finder in finders)), None)
+        if change is None:
+            continue
+        reason = "" if change.what == LOSS else selection.why_left(change.what, name)
+        if not reason:
+            change.make(module)
+            swapped.append(Swapped(name, change.becomes))
+        elif reason != NOT_ASKED_FOR:
+            left.append(Left(name, kind.__name__, reason))
     # Only now, as a layer's children have all changed.
     places = dict(modules)
     changed = tuple(Swapped(one.name, one.kind, torch_modules.note(places[one.name])) for one in swapped)
@@ -144,14 +136,10 @@ def _undo(module: Module, fusion: Fusion) -> str:
         from tfm.patching import huggingface
 
         huggingface.restore_implementation(module)
-    if plain_kind(module) is type(module) and fusion.what in KINDS:
+    if plain_kind(module) is type(module) and fusion.what != MODEL:
         return "its class was changed again after accelerate()"
     unfuse(module)
     return ""
-
-
-def _excluded(name: str, kind: type, reason: str) -> list[Left]:
-    return [] if reason == NOT_ASKED_FOR else [Left(name, kind.__name__, reason)]
 
 
 def _check_module(function: str, model: object) -> None:

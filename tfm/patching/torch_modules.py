@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from tfm import nn
 from tfm.nn.fusible import DECODER_CHILDREN, ENCODER_CHILDREN, why_layer_unfusible
+from tfm.patching.fusion import Change
 from tfm.patching.replay import is_graphed
 
 PAIRS: dict[type[Module], type[Module]] = {
@@ -24,6 +25,9 @@ PAIRS: dict[type[Module], type[Module]] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
 }
+# Set on each object that changed, so that copies of a model know it too.
+MARK = "_accelerated_by_tfm"
+
 ORIGINALS = {ours: theirs for theirs, ours in PAIRS.items()}
 
 # What accelerate(graphs=True) has replay graphs, unless it is inside another of them.
@@ -36,11 +40,18 @@ STACKS = (
 )
 
 
-def kind_of_work(kind: type[Module]) -> str:
-    """Returns the kind of work, of `tfm.patching.KINDS`, that one of torch.nn's classes does."""
-    if kind is torch.nn.MultiheadAttention:
-        return "attention"
-    return "norm" if kind in (torch.nn.LayerNorm, torch.nn.RMSNorm) else "layer"
+def change_of(module: Module) -> Change | None:
+    """Returns what a module of torch.nn's would become; None for any other."""
+    ours = PAIRS.get(type(module))
+    if ours is None:
+        return None
+    what = {nn.MultiheadAttention: "attention", nn.LayerNorm: "norm", nn.RMSNorm: "norm"}.get(ours, "layer")
+    return Change(what, f"tfm.nn.{ours.__name__}", _swap)
+
+
+def _swap(module: Module) -> None:
+    module.__class__ = PAIRS[type(module)]
+    setattr(module, MARK, True)
 
 
 def why_left(module: Module) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from tfm import ops
-from tfm.patching.fusion import Fused, plain_kind, why_altered, why_no_kernel
+from tfm.patching.fusion import Change, Fused, fusing, plain_kind, why_altered, why_no_kernel
 
 # Activations of ours by the values that a module's gives on a trial.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -70,6 +70,15 @@ class FusedGatedFeedForward(Fused):
             hidden_states, gate.weight, None if up is None else up.weight, down.weight,
             activation_of(getattr(self, self.parts.activation)) or "", dropout_p,
         )  # fmt: skip
+
+
+def change_of(module: Module) -> Change | None:
+    """Returns what a module that is a feed-forward network, or holds one, would become; None for any other."""
+    parts = gated_parts(module)
+    if parts is not None:
+        return fusing("feed_forward", FusedGatedFeedForward, parts=parts)
+    plain = plain_half(module)
+    return plain and fusing("feed_forward", FusedFirstHalf, plain=plain)
 
 
 def _why_not_gated(module: Module, parts: Gated, x: Tensor) -> str:

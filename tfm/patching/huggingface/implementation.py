@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from tfm.patching.fusion import FUSION, Fusion, fuse, fusion_of, plain_kind, unfuse
+from tfm.patching.fusion import FUSION, MODEL, Fusion, fuse, fusion_of, plain_kind, unfuse
 from tfm.patching.huggingface.attention import FusedAttention, attention_modules, rotations_in, why_attention_left
 from tfm.patching.huggingface.masks import NAME
 from tfm.patching.report import Left, Swapped
 from tfm.patching.selection import NOT_ASKED_FOR, Selection
-
-# What a PreTrainedModel is marked with that makes masks by a config of its own.
-MODEL = "model"
 
 
 class Attention(NamedTuple):

@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 
 from tfm import ops
 from tfm.nn.fusible import PLAIN_PARAMETERS
-from tfm.patching.fusion import Fused, plain_kind, why_no_kernel
+from tfm.patching.fusion import Change, Fused, fusing, plain_kind, why_no_kernel
 
 NAMES = ("RMSNorm", "LayerNorm")
 HALVES = (torch.float16, torch.bfloat16)
@@ -62,6 +62,12 @@ class FusedRMSNorm(Fused):
         self.fusedly()
         eps = getattr(self, self.eps_name)
         return ops.rms_norm(hidden_states, weight, eps, **self.rounding.arguments(hidden_states, weight))
+
+
+def change_of(module: Module) -> Change | None:
+    """Returns what an RMSNorm would become; None for any other module."""
+    found = rounding_of(module)
+    return found and fusing("norm", FusedRMSNorm, rounding=found[0], eps_name=found[1])
 
 
 def why_not_rms(module: Module, x: Tensor) -> str:

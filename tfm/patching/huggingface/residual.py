@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Dropout, LayerNorm, Linear, Module
 
 from tfm import nn, ops
-from tfm.patching.fusion import Fused, plain_kind, why_altered, why_no_kernel
+from tfm.patching.fusion import Change, Fused, fusing, plain_kind, why_altered, why_no_kernel
 
 PARTS = ("dense", "LayerNorm", "dropout")
 NORMS = (LayerNorm, nn.LayerNorm)
@@ -32,6 +32,11 @@ class FusedOutput(Fused):
         else:
             x, bias = dense(hidden_states), None
         return ops.residual_layer_norm(x, input_tensor, norm.weight, norm.bias, norm.eps, dropout_p, x_bias=bias)[0]
+
+
+def change_of(module: Module) -> Change | None:
+    """Returns what such a module would become; None for any other."""
+    return fusing("residual", FusedOutput) if is_output(module) else None
 
 
 def _why_not(module: Module, x: Tensor) -> str:

@@ -33,7 +33,15 @@ def layers(lines: list[str]) -> bool:
 
 
 @prints
-def accelerate(lines: list[str]) -> bool:
+def huggingface(lines: list[str]) -> bool:
+    said = "\n".join(lines)
+    first, *_, last = losses(lines)
+    fused = "replaced 23 modules\n  6 x attention:" in said and "attention: 360 calls fused, 0 as before" in said
+    return fused and last < first and lines[-1] == "restored, it says the same: True"
+
+
+@prints
+def drop_in(lines: list[str]) -> bool:
     said = "\n".join(lines)
     difference = float(re.search(r"^largest difference (\S+)$", said, re.MULTILINE)[1])
     left = "left 1 module\n  norm (ScaledNorm): a subclass of torch.nn.LayerNorm, whose own code might be lost"

@@ -79,11 +79,11 @@ class DeferredLogits(Tensor):
     def __new__(cls, product: Product) -> DeferredLogits:
         """Returns a tensor of the logits' shape without memory."""
         shape = (*product.x.shape[:-1], product.weight.shape[0])
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=product.dtype, device=product.x.device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=product.dtype, device=product.x.device)
         made.product = product
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod

@@ -126,6 +126,12 @@ OPERATIONS: dict[str, Case] = {
         lambda query, key, value, lengths: ops.attention(query, key, value, key_lengths=lengths),
         lambda size: (*_heads(size), _lengths(size)),
     ),
+    "attention, bias and key mask": Case(
+        lambda query, key, value, bias, lengths: ops.attention(
+            query, key, value, bias, key_mask=torch.arange(key.shape[2]) >= key.shape[2] - lengths[:, None]
+        ),
+        lambda size: (*_heads(size), torch.randn(HEADS, size.targets, size.sources), _lengths(size)),
+    ),
     "attention, weights": Case(attention_with(return_weights=True), _heads),
     "attention, starts": Case(
         lambda query, key, value, starts: ops.attention(query, key, value, is_causal=True, query_start=starts),

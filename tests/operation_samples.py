@@ -84,6 +84,11 @@ def _weighed(device: str) -> Constants:
     return DROP | {"key_lengths": lengths, "return_lse": True, "return_weights": True}
 
 
+def _left_padded(device: str) -> Constants:
+    key_mask = torch.tensor([[False, False, True, True, True], [True, True, False, True, True]], device=device)
+    return DROP | {"key_mask": key_mask, "is_causal": True, "query_start": 2}
+
+
 def _packed(device: str) -> Constants:
     queries = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=device)
     keys = torch.tensor([0, 1, 2, 6], dtype=torch.int32, device=device)
@@ -149,6 +154,7 @@ SAMPLES = [
     Sample("attention learned", "attention", LEARNED, _always(softcap=2.0, scale=0.6, return_lse=True)),
     Sample("attention near", "attention", NEAR, _always(window_size=(2, 3), return_lse=True)),
     Sample("attention weights", "attention", QKV, _weighed),
+    Sample("attention padded", "attention", LEARNED, _left_padded),
     Sample("varlen_attention", "varlen_attention", PACKED, _packed),
     Sample("varlen_attention learned", "varlen_attention", PACKED_LEARNED, _packed),
     Sample("layer_norm", "layer_norm", NORM),

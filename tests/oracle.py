@@ -122,6 +122,7 @@ def allowed_keys(
     window_size: tuple[int, int] = (-1, -1),
     key_lengths: Sequence[int] | None = None,
     mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Which keys each query may attend to, decided one by one: bool [B, H, Sq, Sk]."""
     batch, _, query_length, key_length = shape
@@ -135,7 +136,8 @@ def allowed_keys(
                 outside = key_lengths is not None and key >= key_lengths[sequence]
                 future = is_causal and key > position
                 before, behind = left >= 0 and key < position - left, right >= 0 and key > position + right
-                allowed[sequence, :, query, key] = not (outside or future or before or behind)
+                invalid = key_mask is not None and not key_mask[sequence, key]
+                allowed[sequence, :, query, key] = not (outside or future or before or behind or invalid)
     if mask is None:
         return allowed
     return allowed & (mask if mask.dtype == torch.bool else mask != float("-inf"))

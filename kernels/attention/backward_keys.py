@@ -90,7 +90,8 @@ def attention_backward_keys_kernel(
     begin, end, first, whole_first, whole_last, last = visible_tiles(
         first_key, last_key, -position, window.right, window.left, seen_length, BLOCK_QUERIES
     )
-    IS_MASKED: tl.constexpr = mask.words is not None or (mask.reach is not None and bias is None)
+    IS_ROW: tl.constexpr = mask.keys is not None or (mask.reach is not None and mask.words is None and bias is None)
+    IS_MASKED: tl.constexpr = mask.words is not None or IS_ROW
     IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
     unit = unit_of(score)
     if IS_MASKED:
@@ -163,7 +164,7 @@ def attention_backward_keys_kernel(
                     )  # fmt: skip
                     # A row that is not read has 0 for its query, but 0 · NaN is a score where the key is NaN.
                     allowed &= inside[None, :]
-                    if mask.words is None and mask.reach is not None:
+                    if IS_ROW:
                         allowed &= reached(mask, sequence, head, heads, column, is_key, row_words)[:, None]
                     weights = tl.where(allowed, weights, 0.0)
 

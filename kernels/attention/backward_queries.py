@@ -127,7 +127,8 @@ def attention_backward_queries_kernel(
         begin, end, first, whole_first, whole_last, last = visible_tiles(
             first_row, last_row, position, window.left, window.right, key_length, BLOCK_KEYS
         )
-        IS_MASKED: tl.constexpr = words is not None or (mask.reach is not None and bias is None)
+        IS_ROW: tl.constexpr = mask.keys is not None or (mask.reach is not None and words is None and bias is None)
+        IS_MASKED: tl.constexpr = words is not None or IS_ROW
         IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
         unit = unit_of(score)
         if not ARE_LARGE:
@@ -183,7 +184,7 @@ def attention_backward_queries_kernel(
                     weights = tl.exp2(scores)
                     if edge:
                         seen = column < key_length
-                        if mask.reach is not None and words is None:
+                        if IS_ROW:
                             seen &= inside
                         allowed = allowed_tile(
                             seen, row, column, is_row, position, window, words, key_tile * BLOCK_KEYS, row_words,

@@ -112,7 +112,8 @@ def attention_forward_kernel(
     if pieces is not None:
         first, whole_first, whole_last, last = share_of(split, first, whole_first, whole_last, last, SPLIT_TILES)
     # A mask as bits may have a hole anywhere; of a float mask -inf is added there.
-    IS_MASKED: tl.constexpr = words is not None or (mask.reach is not None and bias is None)
+    IS_ROW: tl.constexpr = mask.keys is not None or (mask.reach is not None and words is None and bias is None)
+    IS_MASKED: tl.constexpr = words is not None or IS_ROW
     if IS_MASKED:
         whole_first, whole_last = first, first
 
@@ -146,7 +147,7 @@ def attention_forward_kernel(
                 )  # fmt: skip
                 if edge:
                     seen = column < key_length
-                    if mask.reach is not None and words is None:
+                    if IS_ROW:
                         seen &= inside
                     allowed = allowed_tile(
                         seen, row, column, is_row, position, window, words, key_tile * BLOCK_KEYS, row_words,

@@ -106,7 +106,7 @@ def short_attention_backward_kernel(
             is_row[None, :] & (column < key_length)[:, None],
         )  # fmt: skip
         seen = inside
-        if mask.reach is not None and mask.words is None and bias is None:
+        if mask.keys is not None or (mask.reach is not None and mask.words is None and bias is None):
             # A mask with one row for all queries is its own reach, each head's its own.
             seen = reached(mask, sequence, wide_head, heads, column, inside, row_words)
         words = word_rows(mask, sequence, wide_head, heads, query_size, row_words)

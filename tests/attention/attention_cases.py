@@ -22,8 +22,8 @@ SEED, SITE = -0x0123456789ABCDEF, 3
 class Problem:
     """One call: B, Hq, Hkv, Sq, Sk, D, Dv, and the options of ops.attention.
 
-    `mask` is ("bool" or "float", shape); among `rules` lists become int32 tensors, `sinks` True becomes a tensor, and
-    `relative_bias` one of so many distances to each side.
+    `mask` is ("bool" or "float", shape); among `rules` lists become int32 tensors, `sinks` True becomes a tensor,
+    `relative_bias` one of so many distances to each side, and `key_mask` what valid_keys makes of its name.
     """
 
     shape: tuple[int, int, int, int, int, int, int]
@@ -91,6 +91,29 @@ PROBLEMS = {
     ),
     "bias by distance, key padding, dropout": Problem(
         (2, 2, 1, 33, 100, 16, 16), {"relative_bias": 20, "dropout_p": 0.2}, ("bool", (2, 1, 1, 100))
+    ),
+    "key mask on the left, causal, 2 to 1": Problem((2, 4, 2, 70, 70, 16, 24), {"key_mask": "left", "is_causal": True}),
+    "key mask with holes, starts, dropout, sinks": Problem(
+        (2, 2, 1, 33, 100, 16, 16),
+        {"key_mask": "holes", "dropout_p": 0.2, "is_causal": True, "query_start": [70, -2], "sinks": True},
+    ),
+    "key mask, bias [1, H, Sq, Sk], causal": Problem(
+        (2, 2, 2, 40, 40, 16, 16), {"key_mask": "left", "is_causal": True}, ("float", (1, 2, 40, 40))
+    ),
+    "key mask with holes, bias [H, 1, Sk], lengths, window, dropout": Problem(
+        (3, 2, 1, 33, 100, 16, 16),
+        {"key_mask": "holes", "key_lengths": [100, 0, 70], "window_size": (50, 60), "dropout_p": 0.2},
+        ("float", (2, 1, 100)),
+    ),
+    "key mask, bool mask [Sq, Sk], softcap": Problem(
+        (2, 2, 1, 40, 100, 16, 16), {"key_mask": "left", "softcap": 1.5}, ("bool", (40, 100))
+    ),
+    "key mask with holes, bool mask [H, 1, Sk]": Problem(
+        (2, 2, 1, 33, 70, 16, 16), {"key_mask": "holes"}, ("bool", (2, 1, 70))
+    ),
+    "key mask, bias, bias by distance, starts": Problem(
+        (2, 2, 1, 33, 70, 80, 16), {"key_mask": "left", "relative_bias": 20, "query_start": [40, 3]},
+        ("float", (1, 2, 33, 70)),
     ),
     "bias of all distances": Problem((1, 2, 2, 5, 33, 16, 16), {"relative_bias": 0, "query_start": -200}),
     "three keys": Problem((2, 2, 2, 5, 3, 16, 16), {"dropout_p": 0.1}),
@@ -160,6 +183,8 @@ def make(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tensors:
     for name in ("query_start", "key_lengths"):
         if isinstance(rules.get(name), list):
             rules[name] = torch.tensor(rules[name], dtype=torch.int32, device=device)
+    if "key_mask" in rules:
+        rules["key_mask"] = valid_keys(rules["key_mask"], batch, keys, device)
     mask = bias = None
     if problem.mask is not None:
         kind, shape = problem.mask
@@ -175,6 +200,14 @@ def make(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tensors:
         torch.randn(batch, heads, queries, device=device),
     )
     return Tensors(inputs, rules, mask, cotangents)
+
+
+def valid_keys(pattern: str, batch: int, keys: int, device: torch.device) -> Tensor:
+    """A key_mask, padding on the "left", of the first sequence most, or "holes" anywhere."""
+    if pattern == "holes":
+        return torch.rand(batch, keys, device=device) < 0.7
+    padding = torch.arange(batch, 0, -1, device=device) * keys // (batch + 1)
+    return torch.arange(keys, device=device) >= padding[:, None]
 
 
 def attend(tensors: Tensors, inputs: dict[str, Tensor | None], impl: str) -> tuple[Tensor, Tensor]:
@@ -300,7 +333,10 @@ def packed_problem(rules: dict[str, Any], device: torch.device, dtype: torch.dty
     return attended
 
 
-UNREACHED = ("lengths", "causal", "window", "key padding", "mask", "mask and causal", "bias")
+UNREACHED = (
+    "lengths", "causal", "window", "key padding", "mask", "mask and causal", "bias", "key mask", "key mask and bias",
+    "key mask and mask",
+)  # fmt: skip
 
 
 def unreached(how: str, device: torch.device) -> tuple[dict[str, Any], Tensor]:
@@ -319,6 +355,16 @@ def unreached(how: str, device: torch.device) -> tuple[dict[str, Any], Tensor]:
     elif how == "key padding":
         options = {"attn_mask": torch.rand(2, 1, 1, 70, device=device) < 0.7}
         hidden[:] = ~options["attn_mask"].transpose(2, 3)
+    elif how.startswith("key mask"):
+        options = {"key_mask": valid_keys("left", 2, 70, device)}
+        options["key_mask"][:, 50] = False
+        hidden[:] = ~options["key_mask"][:, None, :, None]
+        mask = torch.ones(40, 70, dtype=torch.bool, device=device)
+        mask[:, 60], mask[35] = False, False
+        if how != "key mask":
+            hidden[:, :, 60] = True
+            bias = torch.randn(1, 2, 40, 70, device=device).masked_fill(~mask, float("-inf"))
+            options["attn_mask"] = bias if how == "key mask and bias" else mask
     else:
         mask = torch.rand(2, 2, 40, 70, device=device) < 0.7
         mask[0, :, :, 3:6] = mask[1, :, :, 66] = mask[1, 0, :, 9] = False
@@ -340,6 +386,11 @@ NOTHING_ALLOWED = {
     "key padding": {"attn_mask": torch.zeros(2, 1, 1, 70, dtype=torch.bool)},
     "bias": {"attn_mask": torch.full((1, 2, 40, 70), float("-inf"))},
     "lengths": {"key_lengths": torch.zeros(2, dtype=torch.int32)},
+    "key mask": {"key_mask": torch.zeros(2, 70, dtype=torch.bool)},
+    "key mask that does not meet a bias": {
+        "key_mask": (torch.arange(70) < 40).expand(2, 70),
+        "attn_mask": torch.zeros(1, 2, 40, 70).masked_fill(torch.arange(70) < 40, float("-inf")),
+    },
     "causal": {"is_causal": True, "query_start": -40},
 }
 

@@ -14,6 +14,8 @@ from tfm import ops
 
 BATCH, HEADS, QUERIES, KEYS = 2, 4, 5, 7
 
+# Padding on the left, and a hole.
+LEFT = torch.tensor([[False, False, True, True, False, True, True], [True] * 7])
 # Options of the operation; "mask" is (kind, shape), lists become tensors.
 CASES = {
     "plain": {},
@@ -38,6 +40,9 @@ CASES = {
     "float mask [1, Hq, Sq, Sk]": {"mask": ("float", (1, HEADS, QUERIES, KEYS))},
     "float mask [B, Hq, Sq, Sk]": {"mask": ("float", (BATCH, HEADS, QUERIES, KEYS))},
     "float mask [B, 1, 1, Sk]": {"mask": ("float", (BATCH, 1, 1, KEYS))},
+    "key mask": {"key_mask": LEFT},
+    "key mask and bool mask": {"key_mask": LEFT, "mask": ("bool", (QUERIES, KEYS))},
+    "key mask and float mask": {"key_mask": LEFT, "mask": ("float", (1, HEADS, QUERIES, KEYS)), "is_causal": True},
     "softcap": {"softcap": 0.7},
     "sinks": {"sinks": True},
     "sinks, nothing else to attend to": {"sinks": True, "key_lengths": [0, 7]},
@@ -46,7 +51,7 @@ CASES = {
     },
     "everything": {
         "is_causal": True, "query_start": [1, 2], "window_size": (3, 1), "key_lengths": [6, 4], "softcap": 1.5,
-        "sinks": True, "scale": 0.9, "mask": ("float", (BATCH, 1, QUERIES, KEYS)),
+        "key_mask": LEFT, "sinks": True, "scale": 0.9, "mask": ("float", (BATCH, 1, QUERIES, KEYS)),
     },
 }  # fmt: skip
 # What torch's CPU kernel serves: no learned mask, softcap or sinks.
@@ -69,7 +74,7 @@ def arguments(case: dict, dtype=torch.float64):
     """(options of ops.attention, allowed keys, learnable tensors besides query, key and value) of one case."""
     options = {name: value for name, value in case.items() if name not in ("mask", "sinks")}
     mask = make_mask(*case["mask"], dtype) if "mask" in case else None
-    rules = ("is_causal", "query_start", "window_size", "key_lengths")
+    rules = ("is_causal", "query_start", "window_size", "key_lengths", "key_mask")
     allowed = oracle.allowed_keys(
         (BATCH, HEADS, QUERIES, KEYS), mask=mask, **{rule: case[rule] for rule in rules if rule in case}
     )
@@ -185,6 +190,7 @@ NOTHING_ALLOWED = {
     "bool mask": {"attn_mask": torch.zeros(QUERIES, KEYS, dtype=torch.bool)},
     "float mask": {"attn_mask": torch.full((1, HEADS, QUERIES, KEYS), float("-inf"))},
     "lengths": {"key_lengths": torch.zeros(BATCH, dtype=torch.int32)},
+    "key mask": {"key_mask": torch.zeros(BATCH, KEYS, dtype=torch.bool)},
     "causal": {"is_causal": True, "query_start": -QUERIES},
     "mask and lengths that do not meet": {
         "attn_mask": (torch.arange(KEYS) >= 3).expand(QUERIES, KEYS), "key_lengths": torch.tensor([3, 2]),
@@ -205,7 +211,7 @@ def test_rows_without_keys_give_zero_and_zero_gradients(options, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("how", ["lengths", "mask by head", "float mask", "window"])
+@pytest.mark.parametrize("how", ["lengths", "mask by head", "float mask", "window", "key mask"])
 def test_what_no_query_reaches_stays_there(how, poison, dtype):
     inputs = qkv(dtype=dtype)
     hidden = torch.zeros(BATCH, 2, KEYS, 1, dtype=torch.bool)
@@ -220,6 +226,8 @@ def test_what_no_query_reaches_stays_there(how, poison, dtype):
         mask = torch.randn(QUERIES, KEYS, dtype=dtype)
         mask[:, 4] = float("-inf")
         options, hidden[:, :, 4] = {"attn_mask": mask}, True
+    elif how == "key mask":
+        options, hidden[:] = {"key_mask": LEFT}, ~LEFT[:, None, :, None]
     else:
         options = {"window_size": (1, 0), "query_start": 1}
         hidden[:, :, 6] = True

@@ -53,7 +53,7 @@ def test_operators_obey_torch(kernel_device):
         torch.library.opcheck(torch.ops.tfm.attention_backward.default, backward)
     torch.library.opcheck(torch.ops.tfm.attention_weights.default, (statistics, *arguments))
     mask = torch.rand(1, 2, 5, 7, device=kernel_device) < 0.5
-    starts = arguments[11]
+    starts = arguments[12]
     torch.library.opcheck(torch.ops.tfm.attention_mask_bits.default, (mask, starts, 0, 3, None))
 
 
@@ -63,7 +63,7 @@ def test_statistics_of_other_strides_give_the_same(is_short, kernel_device, monk
     if is_short:
         monkeypatch.setattr(short, "short_attention_backward", short_attention_backward)
     inputs = [x.detach() for x in qkv(kernel_device, (2, 2, 1, 9, 40, 16, 16))]
-    call = Attention(*inputs, *[None] * 10, 9, 40, 0, None, None, 0.25, None, 0.0, 0)
+    call = Attention(*inputs, *[None] * 11, 9, 40, 0, None, None, 0.25, None, 0.0, 0)
     output, statistics = torch.ops.tfm.attention(*call)
     other = statistics.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert other.stride() != statistics.stride()

@@ -32,6 +32,9 @@ CASES = {
         BFLOAT16, Problem((2, 2, 2, 33, 40, 16, 16), {"window_size": (4, 2), "softcap": 1.5, "dropout_p": 0.2}),
     ),
     "key padding": (HALF, Problem((2, 4, 2, 17, 15, 16, 16), {"dropout_p": 0.2}, ("bool", (2, 1, 1, 15)))),
+    "key mask, causal": (
+        HALF, Problem((2, 2, 1, 33, 47, 32, 32), {"key_mask": "left", "is_causal": True, "dropout_p": 0.2}),
+    ),
     "bool mask of each head": (BFLOAT16, Problem((2, 2, 1, 33, 47, 32, 32), {"sinks": True}, ("bool", (2, 2, 33, 47)))),
     "bool mask, bottom-right": (
         HALF, Problem((1, 2, 1, 20, 70, 64, 64), {"is_causal": True, "query_start": 50}, ("bool", (20, 70))),
@@ -115,6 +118,13 @@ def test_a_bias_that_does_not_learn_is_added(cuda_device, name):
     assert_matches(tensors, dtype, impl="native")
 
 
+def test_a_mask_beside_that_of_the_keys_is_refused(cuda_device):
+    key_mask, mask = torch.ones(2, 33, dtype=torch.bool), torch.ones(17, 33, dtype=torch.bool)
+    options = {"key_mask": key_mask.to(cuda_device), "attn_mask": mask.to(cuda_device)}
+    with pytest.raises((ValueError, RuntimeError), match="mask beside that of the keys"):
+        ops.attention(*qkv(cuda_device), impl="native", **options)
+
+
 PACKED_RULES = [{}, {"is_causal": True}, {"window_size": (5, 0), "softcap": 0.9}, {"attn_mask": (5, 1, 33, 70)}]
 
 
@@ -187,7 +197,7 @@ def test_a_bias_and_the_bits_of_a_mask_together(cuda_device, rows):
     bias = torch.randn(1, 2, 17, 33, device=cuda_device)
     words, reach = getattr(torch.ops, native.NAMESPACE).attention_mask_bits(allowed, None, 0, None, None)
     bits = (words if rows > 1 else None), reach
-    rest = (*[None] * 7, 17, 33, 0, None, None, 0.25, None, 0.0, 0)
+    rest = (*[None] * 8, 17, 33, 0, None, None, 0.25, None, 0.0, 0)
 
     def together(*inputs, impl):
         return apply(Attended, native.NAMESPACE, Attention(*inputs, bias, *bits, *rest))[0]

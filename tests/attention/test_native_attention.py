@@ -46,6 +46,10 @@ LONG = {
     ),
     "bias of one row, softcap": Problem((2, 2, 1, 140, 150, 16, 16), {"softcap": 1.5}, ("float", (1, 2, 1, 150))),
     "bias of all sequences": Problem((2, 1, 1, 70, 200, 16, 16), {"is_causal": True}, ("float", (1, 1, 70, 200))),
+    "key mask, tiles, causal": Problem((2, 2, 1, 300, 300, 16, 16), {"key_mask": "left", "is_causal": True}),
+    "key mask with holes, tiles, bias, dropout": Problem(
+        (2, 2, 1, 70, 300, 16, 16), {"key_mask": "holes", "dropout_p": 0.3}, ("float", (1, 2, 70, 300))
+    ),
     "head dim above what Triton takes": Problem((1, 1, 1, 9, 20, 300, 270)),
 }
 
@@ -162,7 +166,7 @@ def test_what_no_query_reaches_stays_there(how, poison):
     poisoned = [t.detach().masked_fill(hidden, poison).requires_grad_() for t in (key, value)]
     lse = ops.attention(query, key, value, **options, return_lse=True, impl="native")[1]
     empty = (lse == float("-inf"))[..., None]
-    assert empty.any() == ("mask" in how or how == "bias")
+    assert empty.any() == (("mask" in how or how == "bias") and how != "key mask")
     equal(run([query.detach().masked_fill(empty, poison).requires_grad_(), *poisoned], options), expected)
 
 
@@ -270,7 +274,7 @@ def test_operators_obey_torch():
         torch.library.opcheck(operators.attention_backward.default, (*given, wanted, *arguments))
     torch.library.opcheck(operators.attention_weights.default, (statistics, *arguments))
     mask = torch.rand(1, 2, 5, 7) < 0.5
-    torch.library.opcheck(operators.attention_mask_bits.default, (mask, arguments[11], 0, 3, None))
+    torch.library.opcheck(operators.attention_mask_bits.default, (mask, arguments[12], 0, 3, None))
 
 
 def test_compiles_whole():

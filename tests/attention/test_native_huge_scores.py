@@ -129,7 +129,7 @@ def test_a_bias_and_the_bits_of_a_mask_together(rows):
 
     def together(*inputs):
         bits = (words if rows > 1 else None), reach
-        return apply(Attended, "tfm_native", Attention(*inputs, *bits, None, *rules))[0]
+        return apply(Attended, "tfm_native", Attention(*inputs, *bits, None, None, *rules))[0]
 
     def as_one(query, key, value, bias):
         return ops.attention(query, key, value, bias.masked_fill(~allowed, -math.inf), scale=0.25, impl="native")

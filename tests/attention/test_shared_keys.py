@@ -63,7 +63,8 @@ EXACT = (
     "causal, bottom-right, 3 to 1", "causal, starts, rows empty", "lengths, dropout", "window",
     "softcap, negative scale, dropout", "scale below 0", "key padding, dropout", "bool mask [B, H, Sq, Sk]",
     "everything", "one query", "bias by distance, bias, window, sinks", "bias by distance, key padding, dropout",
-    "wide heads", "heads that are slices", "the narrowest heads",
+    "key mask with holes, starts, dropout, sinks", "key mask, bias, bias by distance, starts",
+    "key mask, bool mask [Sq, Sk], softcap", "wide heads", "heads that are slices", "the narrowest heads",
 )  # fmt: skip
 # The packed ones that are not among the long tests.
 SOON = ("dropout", torch.bfloat16), ("bias, bias by distance", torch.float32)
@@ -84,7 +85,7 @@ def test_kernels_match(name, dtype, kernel_device, launched):
     bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS
     keys = KEYS * (2 if max(problem.shape[5:]) > WHOLE else 1)
     biases = bias * (kind == "float") + BY_DISTANCE * ("relative_bias" in problem.rules)
-    assert launched == BITS * bool(kind) + FORWARD + COMBINE + QUERIES + keys + biases
+    assert launched == BITS * (bool(kind) + ("key_mask" in problem.rules)) + FORWARD + COMBINE + QUERIES + keys + biases
 
 
 @pytest.mark.usefixtures("_shared")
@@ -184,7 +185,7 @@ def test_a_window_leaves_fewer_keys_to_share(window, keys):
     left, right = (None if side < 0 else side for side in window)
     query, key = torch.empty(1, 1, 3, 16, device="meta"), torch.empty(1, 1, 5000, 16, device="meta")
     rest = 3, 5000, 0, left, right, 1.0, None, 0.0, 0
-    assert most_seen(Attention(query, key, key, *[None] * 10, *rest)) == keys
+    assert most_seen(Attention(query, key, key, *[None] * 11, *rest)) == keys
 
 
 @given(

@@ -32,6 +32,13 @@ WIDE = {
     "key padding": Problem((2, 2, 1, 17, 15, 16, 16), {"dropout_p": 0.2}, ("bool", (2, 1, 1, 15))),
     "bool mask, dropout": Problem((2, 2, 1, 33, 12, 16, 16), {"dropout_p": 0.2}, ("bool", (2, 2, 33, 12))),
     "bias of each head": Problem((3, 2, 1, 17, 33, 16, 16), {"dropout_p": 0.2}, ("float", (1, 2, 17, 33))),
+    "key mask, causal": Problem((2, 2, 1, 17, 30, 16, 16), {"key_mask": "left", "is_causal": True, "dropout_p": 0.2}),
+    "key mask, bias of each head, 2 to 1": Problem(
+        (3, 2, 1, 17, 30, 16, 16), {"key_mask": "holes", "sinks": True, "dropout_p": 0.2}, ("float", (1, 2, 17, 30))
+    ),
+    "key mask, bool mask of each head, 2 to 1": Problem(
+        (2, 2, 1, 17, 30, 16, 16), {"key_mask": "left", "dropout_p": 0.2}, ("bool", (1, 2, 17, 30))
+    ),
     "everything": Problem(
         (2, 4, 2, 17, 30, 80, 40),
         {
@@ -84,7 +91,9 @@ def test_kernels_match(problem, dtype, kernel_device, launched):
     assert_matches(make(problem, kernel_device, dtype), dtype)
     kind = problem.mask[0] if problem.mask else ""
     backward = BACKWARD * (2 if problem.shape[4] > 128 else 1)
-    assert launched == BITS * bool(kind) + FORWARD + backward + BIAS * (kind == "float")
+    assert launched == BITS * (bool(kind) + ("key_mask" in problem.rules)) + FORWARD + backward + BIAS * (
+        kind == "float"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,6 +16,7 @@ from tfm.operators.autograd import apply
 from tfm.operators.calling import run
 from tfm.ops.attention_rules import (
     check_heads,
+    check_key_mask,
     check_mask,
     check_rules,
     learnt_for,
@@ -41,40 +42,45 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[False] = ...,
-    return_weights: Literal[False] = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., key_mask: Tensor | None = ...,
+    return_lse: Literal[False] = ..., return_weights: Literal[False] = ..., seed: Tensor | int | None = ...,
+    site: int = ..., impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[True],
-    return_weights: Literal[False] = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., key_mask: Tensor | None = ...,
+    return_lse: Literal[True], return_weights: Literal[False] = ..., seed: Tensor | int | None = ...,
+    site: int = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[False] = ...,
-    return_weights: Literal[True], seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., key_mask: Tensor | None = ...,
+    return_lse: Literal[False] = ..., return_weights: Literal[True], seed: Tensor | int | None = ...,
+    site: int = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: Literal[True],
-    return_weights: Literal[True], seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., key_mask: Tensor | None = ...,
+    return_lse: Literal[True], return_weights: Literal[True], seed: Tensor | int | None = ...,
+    site: int = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
     is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, query_start: int | Tensor = ...,
     window_size: tuple[int, int] = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., return_lse: bool = ...,
-    return_weights: bool = ..., seed: Tensor | int | None = ..., site: int = ..., impl: str = ...,
+    relative_bias: Tensor | None = ..., key_lengths: Tensor | None = ..., key_mask: Tensor | None = ...,
+    return_lse: bool = ..., return_weights: bool = ..., seed: Tensor | int | None = ...,
+    site: int = ..., impl: str = ...,
 ) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 @door
 def attention(
@@ -93,6 +99,7 @@ def attention(
     sinks: Tensor | None = None,
     relative_bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
     seed: Tensor | int | None = None,
@@ -109,7 +116,7 @@ def attention(
         key: [B, Hkv, Sk, D]; Hq is any multiple of Hkv.
         value: [B, Hkv, Sk, Dv].
         attn_mask: broadcastable to [B, Hq, Sq, Sk]: bool (True = attend), or floating point, added to the scores; the
-            latter gets its gradient. Causality, mask, lengths and window combine by AND.
+            latter gets its gradient. Causality, masks, lengths and window combine by AND.
         dropout_p: dropout of the softmax weights, in [0, 1]. Always applied: pass 0 in eval.
         is_causal: a query attends to keys up to its own position, key <= query + query_start.
         scale: of the scores; None is 1/sqrt(D). A scalar tensor may learn: the query is multiplied by it beforehand.
@@ -123,6 +130,9 @@ def attention(
             of the key from the query's position, key - query - query_start; all beyond R as at R. It gets its gradient,
             the same bits on every run. `t5_bias` and `alibi_bias` of tfm.ops make such.
         key_lengths: integer [B], the valid keys of each sequence, counted from its first.
+        key_mask: bool [B, Sk] (True = attend), the valid keys of each sequence in any pattern, padding on the left
+            among them. Beside a mask that has no batch, nothing of [B, Hq, Sq, Sk] is made of the two, nor of their
+            gradient.
         return_lse: also return the log of the softmax denominators.
         return_weights: also return the softmax weights, as dropout leaves them.
         seed: of the dropout: an int or int64 scalar tensor; None draws one.
@@ -152,7 +162,10 @@ def attention(
         check_mask(attn_mask, (batch, heads, queries, keys))
     check_vector("key_lengths", key_lengths, batch)
     check_integers(key_lengths=key_lengths)
-    check_same_device(query=query, key=key, value=value, attn_mask=attn_mask, key_lengths=key_lengths)
+    check_key_mask(key_mask, (batch, keys))
+    check_same_device(
+        query=query, key=key, value=value, attn_mask=attn_mask, key_lengths=key_lengths, key_mask=key_mask
+    )  # fmt: skip
     check_rules(query, query_start, batch, window_size, softcap, sinks, relative_bias)
     query, scale = scaled(query, scale)
     carriers = (query, key, attn_mask, sinks, relative_bias)
@@ -160,19 +173,20 @@ def attention(
     reason = ""
     if carry and torch.compiler.is_compiling():
         reason = "weights that may carry gradients come from the reference under torch.compile"
-    refused = why_cuda_unavailable(query, value, attn_mask, relative_bias, queries, keys, return_weights)
+    refused = why_cuda_unavailable(query, value, attn_mask, key_mask, relative_bias, queries, keys, return_weights)
     backend = choose("attention", impl, widest(query, value), reason, native_unavailable=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     rules = dropout_p, is_causal, scale, query_start, window_size, softcap
     with without_autocast(query.device):
         if backend == "reference":
             return reference.attention(
-                query, key, value, attn_mask, *rules, sinks, relative_bias, key_lengths,
+                query, key, value, attn_mask, *rules, sinks, relative_bias, key_lengths, key_mask,
                 return_lse, return_weights, drawn, site,
             )  # fmt: skip
         namespace = namespace_of(backend)
         (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
-        bits = mask_to_bits(namespace, mask_for(backend, attn_mask, keys), keys, starts, start, left, right)
+        mask = mask_for(backend, attn_mask, keys)
+        bits = mask_to_bits(namespace, mask, key_mask, keys, starts, start, left, right)
         logits, relative = learnt_for(backend, sinks), learnt_for(backend, relative_bias)
         call = Attention(
             query, key, value, *bits, logits, relative, None, None, dense(key_lengths), starts, drawn,
@@ -190,7 +204,7 @@ def attention(
                     relative_bias: Tensor | None,
                 ) -> Tensor:  # fmt: skip
                     return reference.attention(
-                        query, key, value.detach(), attn_mask, *rules, sinks, relative_bias, key_lengths,
+                        query, key, value.detach(), attn_mask, *rules, sinks, relative_bias, key_lengths, key_mask,
                         False, True, drawn, site,
                     )[1]  # fmt: skip
 

@@ -65,6 +65,16 @@ def check_mask(mask: Tensor, full: tuple[int, ...]) -> None:
         raise BadArgument(f"attn_mask: expected a shape broadcastable to {full}, got {tuple(mask.shape)}")
 
 
+def check_key_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """Checks that the mask of keys, where given, is bool and of `shape`, [B, Sk]."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise BadArgument(f"key_mask: expected bool (True = attend), got {mask.dtype}")
+    if mask.shape != shape:
+        raise BadArgument(f"key_mask: expected shape {shape}, got {tuple(mask.shape)}")
+
+
 def check_offsets(name: str, cu_seq: Tensor, rows: int, max_name: str, max_length: int) -> None:
     """Checks that `cu_seq` is a vector of integers; where the host may read it, from 0 to `rows`, never falling."""
     if cu_seq.dim() != 1 or cu_seq.shape[0] == 0:
@@ -97,8 +107,8 @@ def widest(query: Tensor, value: Tensor) -> Tensor:
 
 
 def why_cuda_unavailable(
-    query: Tensor, value: Tensor, attn_mask: Tensor | None, relative_bias: Tensor | None, max_q: int, max_k: int,
-    return_weights: bool,
+    query: Tensor, value: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, relative_bias: Tensor | None,
+    max_q: int, max_k: int, return_weights: bool,
 ) -> str:  # fmt: skip
     """Says why csrc/cuda/attention/short.cu cannot compute this; empty where it can, and for other devices."""
     if query.device.type != "cuda":
@@ -112,6 +122,8 @@ def why_cuda_unavailable(
         return f"expected at most 256 queries and 256 keys on a GPU, got {max_q} and {max_k}"
     if attn_mask is not None and attn_mask.is_floating_point() and attn_mask.requires_grad:
         return "a bias that learns has its gradient from Triton on a GPU"
+    if attn_mask is not None and key_mask is not None:
+        return "a mask beside that of the keys is read by Triton on a GPU"
     if relative_bias is not None:
         return "a bias by distance is added by Triton on a GPU"
     return "the weights come from Triton on a GPU" if return_weights else ""

@@ -120,7 +120,7 @@ def varlen_attention(
     check_rules(query, query_start, batch, window_size, softcap, sinks, relative_bias)
     if attn_mask is not None:
         check_mask(attn_mask, (batch, query.shape[1], max_q, max_k))
-    refused = why_cuda_unavailable(query, value, attn_mask, relative_bias, max_q, max_k, False)
+    refused = why_cuda_unavailable(query, value, attn_mask, None, relative_bias, max_q, max_k, False)
     backend = choose("varlen_attention", impl, widest(query, value), native_unavailable=refused)
     drawn = seed_for(dropout_p, seed, query.device)
     query, scale = scaled(query, scale)
@@ -132,7 +132,8 @@ def varlen_attention(
             )  # fmt: skip
         namespace = namespace_of(backend)
         (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
-        bits = mask_to_bits(namespace, mask_for(backend, attn_mask, max_k), max_k, starts, start, left, right)
+        mask = mask_for(backend, attn_mask, max_k)
+        bits = mask_to_bits(namespace, mask, None, max_k, starts, start, left, right)
         logits, relative = learnt_for(backend, sinks), learnt_for(backend, relative_bias)
         call = Attention(
             query, key, value, *bits, logits, relative, dense(cu_seq_q), dense(cu_seq_k), None, starts, drawn,

@@ -28,18 +28,20 @@ def attention(
     sinks: Tensor | None,
     relative_bias: Tensor | None,
     key_lengths: Tensor | None,
+    key_mask: Tensor | None,
     return_lse: bool,
     return_weights: bool,
     seed: Tensor | None,
     site: int,
 ) -> Any:
     """Computes tfm.ops.attention, which fills in the defaults and has checked the arguments."""
-    allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
+    allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths, key_mask)
     bias = added_to_scores(query, key, attn_mask, relative_bias, query_start)
     if allowed is not None:
         # Causality alone leaves every query its first key. A compiled graph must do for starts of either sign.
         starts_inside = isinstance(query_start, int) and not torch.compiler.is_compiling() and query_start >= 0
-        every_query_attends = starts_inside and attn_mask is None and key_lengths is None and max(window_size) < 0
+        has_holes = attn_mask is not None or key_lengths is not None or key_mask is not None or max(window_size) >= 0
+        every_query_attends = starts_inside and not has_holes
         query, key, value = _shield(query, key, value, allowed, every_query_attends)
     return _attend(
         query, key, value, allowed, bias, dropout_p, scale, softcap, sinks, return_lse, return_weights, seed, site
@@ -67,10 +69,11 @@ def allowed_keys(
     query_start: int | Tensor,
     window_size: tuple[int, int],
     key_lengths: Tensor | None,
+    key_mask: Tensor | None,
 ) -> Tensor | None:
     """Returns which keys each query may attend to: bool, [B|1, Hq|1, Sq|1, Sk]; None = all.
 
-    Causality, mask, lengths and window combine by AND. A float mask forbids where it is -inf.
+    Causality, masks, lengths and window combine by AND. A float mask forbids where it is -inf.
     """
     device = query.device
     parts = []
@@ -87,6 +90,8 @@ def allowed_keys(
             parts.append(column <= row + right)
     if key_lengths is not None:
         parts.append(torch.arange(key.shape[-2], device=device) < key_lengths.view(-1, 1, 1, 1))
+    if key_mask is not None:
+        parts.append(key_mask[:, None, None])
     if attn_mask is not None:
         parts.append(attn_mask if attn_mask.dtype == torch.bool else attn_mask != float("-inf"))
     if not parts:
@@ -229,7 +234,7 @@ def varlen_attention(
     # at padding are dropped.
     diagonal = is_causal and same and isinstance(query_start, int) and query_start == 0
     key_lengths = None if key_layout.is_rectangular or diagonal else cu_seq_k.diff()
-    allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths)
+    allowed = allowed_keys(query, key, attn_mask, is_causal, query_start, window_size, key_lengths, None)
     bias = added_to_scores(query, key, attn_mask, relative_bias, query_start)
     only_padding_is_unreachable = attn_mask is None and max(window_size) < 0 and (diagonal or not is_causal)
     if allowed is not None and not only_padding_is_unreachable:

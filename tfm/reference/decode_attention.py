@@ -39,5 +39,5 @@ def decode_attention(
             cache.flatten(0, 1).index_select(0, source.flatten()).unflatten(0, (rows, capacity))
             for cache in (key_cache, value_cache)
         )
-    rules = None, 0.0, False, scale, 0, (-1, -1), None, None, None, lengths, False, False, None, 0
+    rules = None, 0.0, False, scale, 0, (-1, -1), None, None, None, lengths, None, False, False, None, 0
     return attention(query[:, :, None], keys.transpose(1, 2), values.transpose(1, 2), *rules)[:, :, 0]

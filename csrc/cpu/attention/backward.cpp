@@ -57,6 +57,17 @@ void erase(const Heads& x, int64_t sequence, int64_t head, int64_t first, int64_
     }
 }
 
+// Gradients of a task's keys, of which scratch memory has those from the sequence's first key on.
+void write_keys(const Heads& to, const Task& task, const Extent& extent, const float* from, float factor,
+                int64_t columns) {
+    const auto [begin, end] = Span{extent.key_begin, extent.key_length};
+    scatter(from + begin * padded(columns), factor, to, task.sequence, task.head, extent.key_first + begin, end - begin,
+            columns);
+    // Keys outside have a gradient, too: 0.
+    erase(to, task.sequence, task.head, extent.key_first, 0, begin, columns);
+    erase(to, task.sequence, task.head, extent.key_first, end, extent.key_rows, columns);
+}
+
 // One of the two products; to add is to read what is there.
 template <bool TRANSPOSED>
 void multiply(bool adds, int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
@@ -71,8 +82,9 @@ void multiply(bool adds, int64_t rows, int64_t columns, int64_t depth, const flo
 void fetch_task(const AttentionBackward& backward, const Task& task) {
     const Attention& call = backward.attention;
     const Extent& extent = call.extents[task.sequence];
-    fetch(call.key, task.sequence, task.head, extent.key_first, extent.key_length, call.dim);
-    fetch(call.value, task.sequence, task.head, extent.key_first, extent.key_length, call.value_dim);
+    const int64_t first_key = extent.key_first + extent.key_begin, keys = extent.key_length - extent.key_begin;
+    fetch(call.key, task.sequence, task.head, first_key, keys, call.dim);
+    fetch(call.value, task.sequence, task.head, first_key, keys, call.value_dim);
     const int64_t head = task.head * call.group, first = extent.query_first, rows = extent.query_length;
     fetch(call.query, task.sequence, head, first, rows, call.dim);
     fetch(backward.given.dout, task.sequence, head, first, rows, call.value_dim);
@@ -90,7 +102,7 @@ void attention_backward(const AttentionBackward& backward, const Task* tasks, in
     GradientTile part(call, backward.given, at, scratch);
     for (const Task* task = tasks + begin; task < tasks + end; ++task) {
         const Extent& extent = call.extents[task->sequence];
-        const int64_t key_length = extent.key_length;
+        const int64_t key_begin = extent.key_begin, key_length = extent.key_length;
         if (task + 1 < tasks + end)
             fetch_task(backward, task[1]);
         const int64_t first_head = task->head * call.group;
@@ -102,12 +114,12 @@ void attention_backward(const AttentionBackward& backward, const Task* tasks, in
             if (!want_gradients && !want_value)
                 continue;
             // Tiles that are the first to write need no zeros there.
-            const Span all = visible_queries(call, extent, 0, key_length);
-            const bool is_single =
-                key_length > 0 && key_length <= BLOCK_KEYS && all.end - all.begin == extent.query_length;
+            const int64_t keys = key_length - key_begin;
+            const Span all = visible_queries(call, extent, key_begin, keys);
+            const bool is_single = keys > 0 && keys <= BLOCK_KEYS && all.end - all.begin == extent.query_length;
             if (want_query && !is_single)
                 clear(dq, extent.query_length, call.dim);
-            for (tile.key = 0; tile.key < key_length; tile.key += BLOCK_KEYS) {
+            for (tile.key = key_begin; tile.key < key_length; tile.key += BLOCK_KEYS) {
                 tile.keys = smaller(BLOCK_KEYS, key_length - tile.key);
                 float *const tile_dk = dk + tile.key * dim, *const tile_dv = dv + tile.key * value_dim;
                 const Span rows = visible_queries(call, extent, tile.key, tile.keys);
@@ -141,16 +153,9 @@ void attention_backward(const AttentionBackward& backward, const Task* tasks, in
                         call.dim);
         }
         if (want_key)
-            scatter(dk, call.scale, backward.dk, task->sequence, task->head, extent.key_first, key_length, call.dim);
+            write_keys(backward.dk, *task, extent, dk, call.scale, call.dim);
         if (want_value)
-            scatter(dv, call.dropout.seed ? call.dropout.scale : 1.0f, backward.dv, task->sequence, task->head,
-                    extent.key_first, key_length, call.value_dim);
-        // Keys behind the sequence's last have a gradient, too: 0.
-        if (want_key)
-            erase(backward.dk, task->sequence, task->head, extent.key_first, key_length, extent.key_rows, call.dim);
-        if (want_value)
-            erase(backward.dv, task->sequence, task->head, extent.key_first, key_length, extent.key_rows,
-                  call.value_dim);
+            write_keys(backward.dv, *task, extent, dv, call.dropout.seed ? call.dropout.scale : 1.0f, call.value_dim);
     }
 }
 

@@ -2,7 +2,7 @@
 //
 // With position(i) = i + start, query i of a sequence may attend to key j where
 //
-//     j < key_length      position(i) - left <= j <= position(i) + right      its bit of the mask is set
+//     j < key_length      position(i) - left <= j <= position(i) + right      its bits of the masks are set
 //
 // (causality is right = 0). Its score s is inner · q·k, or with a softcap outer · tanh(inner · q·k), plus the biases:
 // of the two, and of their distance clip(j - position(i), -farthest, farthest). With the largest score of its row, top,
@@ -45,7 +45,8 @@ struct RowStatistics {
 struct Extent {
     int64_t query_first, query_length;
     int64_t key_first, key_length;
-    int64_t key_rows; // padded: those behind the last key, too
+    int64_t key_begin; // none before it has a bit of the mask: a multiple of 32
+    int64_t key_rows;  // padded: those behind the last key, too
     int64_t start;
 };
 
@@ -69,6 +70,7 @@ struct Attention {
     Heads query, key, value, bias;
     RelativeBias relative_bias;
     Bits words;             // of each query: what it may attend to
+    Bits keys;              // of the keys, what every query may attend to besides
     Bits reach;             // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
     Matrix extra_scores;    // of each head, one more in every row, of a key without a value; without data: none
     float* extra_gradients; // [sequences, heads], each of its own queries; null: not wanted
@@ -82,6 +84,8 @@ struct Attention {
 
 // A tile of scores, 32 KiB, and the rows of q, k and v that belong to it stay in the second-level cache.
 constexpr int64_t BLOCK_QUERIES = 64, BLOCK_KEYS = 128;
+// Tiles begin at a word of bits, and with an octet of dropout's outcomes.
+constexpr int64_t WORD_KEYS = 32;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

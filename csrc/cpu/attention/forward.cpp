@@ -112,8 +112,9 @@ void fetch_task(const AttentionForward& forward, const Task& task) {
     const int64_t key_head = task.head / call.group, first = extent.query_first + task.first_query;
     const int64_t rows = extent.query_length - task.first_query;
     fetch(call.query, task.sequence, task.head, first, rows, call.dim);
-    fetch(call.key, task.sequence, key_head, extent.key_first, extent.key_length, call.dim);
-    fetch(call.value, task.sequence, key_head, extent.key_first, extent.key_length, call.value_dim);
+    const int64_t first_key = extent.key_first + extent.key_begin, keys = extent.key_length - extent.key_begin;
+    fetch(call.key, task.sequence, key_head, first_key, keys, call.dim);
+    fetch(call.value, task.sequence, key_head, first_key, keys, call.value_dim);
 }
 
 } // namespace
@@ -139,7 +140,7 @@ void attention_forward(const AttentionForward& forward, const Task* tasks, int64
             store(rows.totals + row, Floats{});
         }
         const Span keys = visible_keys(call, extent, tile.row, tile.rows);
-        const int64_t first_key = keys.begin / BLOCK_KEYS * BLOCK_KEYS;
+        const int64_t first_key = keys.begin / WORD_KEYS * WORD_KEYS;
         for (tile.key = first_key; tile.key < keys.end; tile.key += BLOCK_KEYS) {
             tile.keys = smaller(BLOCK_KEYS, keys.end - tile.key);
             tile.stride = padded(tile.keys);

@@ -57,7 +57,7 @@ struct AttentionInputs {
     template <class Arguments>
     explicit AttentionInputs(const Arguments& a) : extra(a) {
         const int64_t sequences = sequences_of(a);
-        extents.assign(sequences, {0, a.query.size(a.query.dim() - 2), 0, 0, 0, a.start});
+        extents.assign(sequences, {0, a.query.size(a.query.dim() - 2), 0, 0, 0, 0, a.start});
         if (a.cu_seq_q)
             locate(numbers_of<int64_t>(*a.cu_seq_q), numbers_of<int64_t>(*a.cu_seq_k));
         else
@@ -68,6 +68,9 @@ struct AttentionInputs {
             for (int64_t i = 0; i < sequences; ++i)
                 extents[i].key_length = std::clamp<int64_t>(lengths[i], 0, extents[i].key_rows);
         }
+        for (const MaybeTensor& bits : {a.reach, a.key_bits})
+            if (bits && !a.cu_seq_q && bits->size(1) == 1)
+                leave_out_padding(*bits);
         if (a.starts) {
             const auto given = numbers_of<int64_t>(*a.starts);
             for (int64_t i = 0; i < sequences; ++i)
@@ -85,6 +88,7 @@ struct AttentionInputs {
                               a.relative_bias ? a.relative_bias->size(1) / 2 : 0},
             // Of a mask with one row for all queries there is the reach alone.
             .words = bits_of(a.words ? a.words : a.reach),
+            .keys = bits_of(a.key_bits),
             .reach = bits_of(a.reach),
             .extra_scores = matrix(extra.scores),
             .extra_gradients = data_of<float>(extra.partials),
@@ -110,7 +114,24 @@ private:
     void locate(const std::vector<int64_t>& queries, const std::vector<int64_t>& keys) {
         for (size_t i = 0; i < extents.size(); ++i) {
             const int64_t key_length = keys[i + 1] - keys[i];
-            extents[i] = {queries[i], queries[i + 1] - queries[i], keys[i], key_length, key_length, extents[i].start};
+            extents[i] = {queries[i],      queries[i + 1] - queries[i], keys[i], key_length, 0, key_length,
+                          extents[i].start};
+        }
+    }
+
+    // Keys in words before the first with a bit, [sequences, 1, words], and those behind the last bit.
+    void leave_out_padding(const Tensor& bits) {
+        const Bits rows = bits_of(bits);
+        for (size_t i = 0; i < extents.size(); ++i) {
+            const int32_t* const words = rows.data + i * rows.sequence;
+            int64_t begin = extents[i].key_begin / WORD_KEYS, end = (extents[i].key_length + WORD_KEYS - 1) / WORD_KEYS;
+            while (begin < end && words[begin] == 0)
+                ++begin;
+            while (begin < end && words[end - 1] == 0)
+                --end;
+            const int64_t last = begin < end ? end * WORD_KEYS - __builtin_clz(words[end - 1]) : 0;
+            extents[i].key_length = std::min(extents[i].key_length, last);
+            extents[i].key_begin = std::min(begin * WORD_KEYS, extents[i].key_length);
         }
     }
 
@@ -124,7 +145,7 @@ private:
 
 // Keys that a block of queries goes over: what its time goes to.
 inline int64_t seen_keys(const Attention& call, const Extent& extent, int64_t first, int64_t rows) {
-    const int64_t begin = std::max<int64_t>(first + extent.start - call.left, 0);
+    const int64_t begin = std::max(first + extent.start - call.left, extent.key_begin);
     return std::max<int64_t>(std::min(first + rows + extent.start + call.right, extent.key_length) - begin, 0);
 }
 

@@ -25,7 +25,7 @@ TFM_INLINE float& number_of(const RowNumbers& x, const Tile& tile, int64_t row) 
 
 // The keys that some query of [first, first + rows) sees by length and window.
 TFM_INLINE Span visible_keys(const Attention& call, const Extent& extent, int64_t first, int64_t rows) {
-    const int64_t begin = larger(first + extent.start - call.left, 0);
+    const int64_t begin = larger(first + extent.start - call.left, extent.key_begin);
     const int64_t end = smaller(first + rows + extent.start + call.right, extent.key_length);
     return {begin, larger(begin, end)};
 }
@@ -105,16 +105,16 @@ TFM_INLINE const int32_t* bits_of(const Bits& bits, int64_t sequence, int64_t he
 
 // Whether somebody attends to the keys from `first` on: of those in `seen`, all that have a bit.
 struct Reached {
-    const int32_t* words;
+    const int32_t *words, *keys;
     int64_t first;
     Span seen;
 
     static __attribute__((always_inline)) bool bit(const int32_t* words, int64_t key) {
-        return (words[key / 32] >> (key % 32)) & 1;
+        return !words || ((words[key / 32] >> (key % 32)) & 1);
     }
     __attribute__((always_inline)) bool operator()(int64_t row) const {
         const int64_t key = first + row;
-        return key >= seen.begin && key < seen.end && (!words || bit(words, key));
+        return key >= seen.begin && key < seen.end && bit(words, key) && bit(keys, key);
     }
 };
 
@@ -125,7 +125,8 @@ struct Always {
 // The keys or values of a tile; those out of `seen`, by length and window, are read as 0.
 static void gather_keys(const Attention& call, const Heads& x, const Tile& tile, Span seen, int64_t columns,
                         float* to) {
-    const Reached reached{bits_of(call.reach, tile.sequence, tile.head, 0), tile.key, seen};
+    const Reached reached{bits_of(call.reach, tile.sequence, tile.head, 0), bits_of(call.keys, tile.sequence, 0, 0),
+                          tile.key, seen};
     gather(x, tile.sequence, tile.head / call.group, call.extents[tile.sequence].key_first + tile.key, tile.keys,
            columns, to, reached);
 }
@@ -154,9 +155,11 @@ TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t
     const int64_t end = smaller(smaller(position + call.right + 1, extent.key_length) - tile.key, tile.keys);
     const int64_t begin = smaller(larger(position - call.left - tile.key, 0), tile.keys);
     const int32_t* const words = bits_of(call.words, tile.sequence, tile.head, query);
+    const int32_t* const keys = bits_of(call.keys, tile.sequence, 0, 0);
     const Heads& bias = call.bias;
     const int64_t bias_row = tile.sequence * bias.sequence + tile.head * bias.head + query * bias.row;
-    const bool are_final = !FINDS_LARGEST && call.outer == 0.0f && !bias.data && !call.relative_bias.data && !words;
+    const bool are_final =
+        !FINDS_LARGEST && call.outer == 0.0f && !bias.data && !call.relative_bias.data && !words && !keys;
     Floats largest = broadcast(-INFINITE);
     for (int64_t column = 0; column < tile.keys; column += WIDTH) {
         if (are_final && column >= begin && column + WIDTH <= end)
@@ -181,9 +184,10 @@ TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t
         }
         if (call.relative_bias.data)
             score = score + relative_bias(call, tile.head, tile.key + column - position);
-        if (words) {
+        if (words || keys) {
             const int64_t key = tile.key + column;
-            const Ints bits = (Ints{} + (words[key / 32] >> (key % 32))) >> lanes();
+            const int32_t word = (words ? words[key / 32] : -1) & (keys ? keys[key / 32] : -1);
+            const Ints bits = (Ints{} + (word >> (key % 32))) >> lanes();
             score = (bits & 1) != 0 ? score : broadcast(-INFINITE);
         }
         if (column < begin || column + WIDTH > end) {

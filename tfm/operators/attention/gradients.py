@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfm.operators.attention.calls import TENSORS, Attention, AttentionBackward, AttentionBackwardJoined
 from tfm.operators.attention.heads import joined_parts
-from tfm.operators.attention.mask_bits import mask_of_bits
+from tfm.operators.attention.mask_bits import bits_to_key_mask, mask_of_bits
 from tfm.operators.autograd import Differentiable, Forward
 from tfm.operators.calling import run
 from tfm.reference import attention as reference
@@ -76,7 +76,8 @@ def in_torch(call: Attention) -> tuple[Tensor, Tensor]:
         packing = call.cu_seq_q, call.cu_seq_k, call.max_q, call.max_k
         arguments = [*heads, *packing, mask, *rules, True, call.seed, call.site]
         return reference.varlen_attention(*arguments)
-    arguments = [*heads, mask, *rules, call.key_lengths, True, False, call.seed, call.site]
+    key_mask = None if call.key_bits is None else bits_to_key_mask(call.key_bits, call.max_k)
+    arguments = [*heads, mask, *rules, call.key_lengths, key_mask, True, False, call.seed, call.site]
     return reference.attention(*arguments)
 
 

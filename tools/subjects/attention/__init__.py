@@ -31,6 +31,11 @@ def by_distance(new: Tensors, distances: int) -> dict[str, Any]:
     return {} if new.short else {"relative_bias": new(inputs.HEADS, distances)}
 
 
+def valid_keys(new: Tensors, batch: int, keys: int) -> dict[str, Any]:
+    """Returns a mask of the keys to stand beside another, of which csrc's kernels for GPUs read one alone."""
+    return {} if new.short else {"key_mask": new.below(2, batch, keys).bool()}
+
+
 def pass_attention(new: Tensors) -> Iterator[Outputs]:
     batch, longest, lengths = len(inputs.LENGTHS), max(inputs.LENGTHS), new.integers(*inputs.LENGTHS)
     padding = {"key_lengths": lengths, "dropout_p": inputs.DROPOUT_P}
@@ -45,8 +50,12 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
     starts = {"query_start": new.integers(*range(batch)), "window_size": (-1, 60), "return_lse": True}
     for queries, keys, options in (
         (longest, longest, {"is_causal": True} | padding),
-        (longest, longest, {"window_size": (33, -1), "return_weights": not new.short} | bias),
-        (3, most, mask | by_distance(new, 5)),
+        (
+            longest,
+            longest,
+            {"window_size": (33, -1), "return_weights": not new.short} | bias | valid_keys(new, batch, longest),
+        ),
+        (3, most, mask | by_distance(new, 5) | valid_keys(new, batch, most)),
         (3, most, {"scale": 1000.0} | padding),
         (
             inputs.FEW,
@@ -55,7 +64,11 @@ def pass_attention(new: Tensors) -> Iterator[Outputs]:
             | starts,
         ),
         (inputs.FEW, inputs.FEW, {"attn_mask": new.below(2, batch, 1, 1, inputs.FEW).bool()}),
-        (inputs.FEW, inputs.FEW, {"attn_mask": new.biases(1, inputs.HEADS, 1, inputs.FEW)}),
+        (
+            inputs.FEW,
+            inputs.FEW,
+            {"attn_mask": new.biases(1, inputs.HEADS, 1, inputs.FEW)} | valid_keys(new, batch, inputs.FEW),
+        ),
         (longest, longest, by_distance(new, 9) | {"is_causal": True} | padding),
         (
             3,

@@ -97,13 +97,10 @@ def attend(
     # One query sees all keys before it: nothing to say but the window.
     causal = causal and (queries > 1 or window is not None)
     mask, key_mask = _masks(attention_mask, position_bias)
-    if key_mask is not None:  # TEMPORARY
-        key_mask = key_mask[:, None, None]
-        mask = key_mask if mask is None else mask.masked_fill(~key_mask, float("-inf"))
     found = ops.attention(
         query, key, value, mask, dropout, causal, scaling,
         query_start=keys - queries if causal else 0, window_size=(-1 if window is None else window - 1, -1),
-        softcap=softcap, sinks=s_aux, return_weights=_wants_weights(module, others),
+        softcap=softcap, sinks=s_aux, key_mask=key_mask, return_weights=_wants_weights(module, others),
     )  # fmt: skip
     output, weights = found if isinstance(found, tuple) else (found, None)
     return output.transpose(1, 2), weights

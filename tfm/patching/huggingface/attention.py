@@ -180,7 +180,8 @@ def why_attention_left(module: Any, owner: PreTrainedModel | None) -> str:
     scope = sys.modules[plain_kind(module).__module__]
     names = global_names(plain_kind(module).forward)
     windowed = any(name.startswith("create_sliding_window") for name in vars(scope))
-    if windowed and not hasattr(module, "sliding_window") and "sliding_window" not in names | _words(module):
+    names |= _words(module) | frozenset(plain_kind(module).__init__.__code__.co_names)
+    if windowed and "sliding_window" not in names:
         return "its masks have windows of which it does not tell its attention"
     # Models that run on torch's own function ask for nothing else.
     return "" if owner is not None and owner._supports_sdpa else _why_otherwise(module, scope)
@@ -201,14 +202,18 @@ def _why_otherwise(module: Any, scope: Any) -> str:
         return ""
     generator = torch.Generator().manual_seed(0)
     groups = getattr(module, "num_key_value_groups", 1)
-    query = torch.randn(1, 2 * groups, 3, 8, generator=generator)
-    key, value = torch.randn(2, 1, 2, 3, 8, generator=generator)
+    sinks = getattr(module, "sinks", None)
+    key_heads = 2 if sinks is None else len(sinks) // groups
+    query = torch.randn(1, key_heads * groups, 3, 8, generator=generator)
+    key, value = torch.randn(2, 1, key_heads, 3, 8, generator=generator)
     mask = torch.full((1, 1, 3, 3), torch.finfo(torch.float32).min).triu(1)
+    if sinks is not None:
+        sinks = sinks.detach().float().cpu()
     try:
-        theirs = eager(_Twin(module), query, key, value, mask, scaling=0.3, dropout=0.0)[0]
+        theirs = eager(_Twin(module), query, key, value, mask, scaling=0.3, dropout=0.0, s_aux=sinks)[0]
     except Exception as error:
         return f"its attention function could not be tried: {type(error).__name__}"
-    ours = ops.attention(query, key, value, mask, scale=0.3, impl="reference").transpose(1, 2)
+    ours = ops.attention(query, key, value, mask, scale=0.3, sinks=sinks, impl="reference").transpose(1, 2)
     is_same = theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
     return "" if is_same else "its attention function computes something else than softmax(scale q k + mask) v"
 

@@ -8,6 +8,7 @@ does its activation too, and the activation does nothing.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -186,6 +187,10 @@ PAIRS = (
 )
 
 
+# The name of transformers' wrapper that checkpoints a layer.
+CHECKPOINTING = "forward_with_checkpointing"
+
+
 class Plain(NamedTuple):
     """Where a plain network's first half is: the method of the module that calls them, and their names there."""
 
@@ -203,8 +208,10 @@ class FusedFirstHalf(Fused):
     def attributes(cls, kind: type[Module], **options: Any) -> dict[str, Any]:
         """Returns the method, under its own name."""
         plain: Plain = options["plain"]
-        theirs = getattr(kind, plain.method)
+        theirs = _uncheckpointed(getattr(kind, plain.method))
 
+        # transformers asks some of them for their arguments.
+        @functools.wraps(theirs)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             x = _first_tensor(args, kwargs)
             reason = _why_not_plain(self, plain, x)
@@ -296,10 +303,18 @@ def _methods(kind: type) -> list[tuple[str, Any]]:
 
 
 def _in_order(kind: type, method: str, linear: str, activation: str) -> bool:
-    """Tells whether a method looks up the linear layer once, then the activation once, and makes no closure of self."""
+    """Tells whether a method looks up the linear layer and the activation once each, and makes no closure of self."""
     function = inspect.unwrap(getattr(kind, method))
-    if function is not getattr(kind, method) or function.__code__.co_freevars or function.__code__.co_cellvars:
+    if function.__code__.co_freevars or function.__code__.co_cellvars:
         return False
     names = [x.argval for x in dis.get_instructions(function) if x.argval in (linear, activation)]
-    # `self.act(self.fc1(x))` looks the activation up first.
     return sorted(names) == sorted((linear, activation))
+
+
+def _uncheckpointed(method: Any) -> Any:
+    """Returns a method without the wrapper that transformers puts around a layer's forward to checkpoint it.
+
+    A subclass has one of its own; this one would look for itself in the class of whatever it is given.
+    """
+    is_wrapper = getattr(method, "__code__", None) is not None and method.__code__.co_name == CHECKPOINTING
+    return method.__wrapped__ if is_wrapper else method

@@ -14,7 +14,7 @@ with extra("build"):
     import typer
     from typer.core import TyperGroup
 
-    from tfm.cli import build, demo, doctor, pictures, streams, training, translation
+    from tfm.cli import build, demo, doctor, models, pictures, streams, training, translation
 
 SMALLER_RUN = "try a smaller model or, in a new run, a lower --batch-tokens"
 SMALLER_SEARCH = "try a lower --beam or --batch-tokens"
@@ -63,6 +63,7 @@ app.add_typer(pictures.plot)
 app.command()(demo.demo)
 app.command()(build.build)
 app.command()(doctor.doctor)
+app.command()(models.models)
 
 
 def _print_version(wanted: bool) -> None:

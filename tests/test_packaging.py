@@ -127,7 +127,7 @@ def test_version_is_a_string():
 def test_every_module_is_imported_once_and_shadows_nobody(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("OWNER = 'somebody else'")
-    report = f"""
+    report = """
 names = [name for name in sys.modules if name.startswith("tfm.")]
 print(*names)
 print(*(name for name in sys.modules if name.startswith(("tfm.tfm", "kernels."))))

@@ -116,12 +116,12 @@ ZOO = (
     _causal("llama", "LLaMA 1, 2, 3", "Llama", LLAMA),
     _causal("codellama", "CodeLlama", "Llama", LLAMA | {"rope_theta": 1e6, "num_key_value_heads": 1}),
     _causal("gemma", "Gemma", "Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 12}),
-    # A cap near the scores: one that is ignored would show.
+    # A cap near the scores: one that is ignored would show, as sdpa ignores it in transformers 5.17.
     _causal(
         "gemma2", "Gemma 2", "Gemma2",
         LLAMA | {
             "head_dim": 12, "sliding_window": 4, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0,
-            "query_pre_attn_scalar": 9,
+            "query_pre_attn_scalar": 9, "attn_implementation": "eager",
         },
     ),
     _causal("mistral", "Mistral", "Mistral", LLAMA | {"sliding_window": 4}),

@@ -107,11 +107,11 @@ def gated_parts(module: Module) -> Gated | None:
 
 def _is_gated(module: Module, parts: Gated) -> bool:
     linears: list[Any] = [module._modules[name] for name in parts.linears]
-    if any(x.bias is not None for x in linears):
-        return False  # TEMPORARY
     activation = activation_of(module._modules[parts.activation])
     if activation is None or any(type(x) is not Linear for x in linears):
         return False
+    if any(x.bias is not None for x in linears):
+        return False  # TEMPORARY
     kind = plain_kind(module)
     twin = kind.__new__(kind)
     vars(twin).update(vars(module))

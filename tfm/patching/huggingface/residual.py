@@ -25,12 +25,12 @@ class FusedOutput(Fused):
             return self.plainly(reason, hidden_states, input_tensor)
         self.fusedly()
         dense, norm, dropout_p = self.dense, self.LayerNorm, self.dropout.p if self.training else 0.0
-        bias = dense.bias
-        if bias is not None and not why_altered("dense", dense, (Linear,)) and not torch.is_autocast_enabled():
+        bias = None
+        if not why_altered("dense", dense, (Linear,)) and not torch.is_autocast_enabled(input_tensor.device.type):
             # The bias is added on the way.
-            x = torch.nn.functional.linear(hidden_states, dense.weight)
+            x, bias = torch.nn.functional.linear(hidden_states, dense.weight), dense.bias
         else:
-            x, bias = dense(hidden_states), None
+            x = dense(hidden_states)
         return ops.residual_layer_norm(x, input_tensor, norm.weight, norm.bias, norm.eps, dropout_p, x_bias=bias)[0]
 
 

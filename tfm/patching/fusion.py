@@ -24,7 +24,7 @@ from tfm.ops import backends
 
 # Where a module keeps what was done to it.
 FUSION = "_fusion_by_tfm"
-# The kind of work of a model whose class stays as it is, and whose config alone is changed.
+# The kind of work of a model that is changed only for what its attention finds: its config, or the masks that it makes.
 MODEL = "model"
 # The kind of work of a last linear layer, which fuse_loss=True asks for.
 LOSS = "loss"
@@ -37,11 +37,13 @@ class Change(NamedTuple):
         what: the kind of work, one of `tfm.patching.KINDS`, or "loss".
         becomes: what a report calls it.
         make: changes the module.
+        why_left: why it stays as it is nevertheless; empty where it does not.
     """
 
     what: str
     becomes: str
     make: Callable[[Module], None]
+    why_left: str = ""
 
 
 @dataclass
@@ -52,12 +54,14 @@ class Fusion:
         what: the kind of work, one of `tfm.patching.KINDS`.
         before: what restore() puts back besides the class; nothing where None.
         always_plain: why no call of the module may run fused; empty where calls may.
+        parts: the modules that must run fused for this one to.
         calls: how many calls ran fused, under "", and how many as before, under the reason.
     """
 
     what: str
     before: Any = None
     always_plain: str = ""
+    parts: tuple[Module, ...] = ()
     calls: Counter[str] = field(default_factory=Counter)
 
     def count(self, reason: str = "") -> None:

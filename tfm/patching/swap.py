@@ -57,7 +57,8 @@ def accelerate(
     swapped, left, unchanged = [], [], 0
     modules = list(_walk(model))
     finders: list[Callable[[Module], Change | None]] = [torch_modules.change_of]
-    if any(_is_of_transformers(module) for _, module in modules):
+    is_huggingface = any(_is_of_transformers(module) for _, module in modules)
+    if is_huggingface:
         from tfm.patching import huggingface
 
         if fuse_loss:
@@ -79,19 +80,21 @@ def accelerate(
         change = next(filter(None, (finder(module) for finder in finders)), None)
         if change is None:
             continue
-        reason = "" if change.what == LOSS else selection.why_left(change.what, name)
+        reason = "" if change.what == LOSS else selection.why_left(change.what, name) or change.why_left
         if not reason:
             change.make(module)
             swapped.append(Swapped(name, change.becomes))
         elif reason != NOT_ASKED_FOR:
             left.append(Left(name, kind.__name__, reason))
+    if is_huggingface:
+        huggingface.accelerate_masks(model)
     # Only now, as a layer's children have all changed.
     places = dict(modules)
     changed = tuple(Swapped(one.name, one.kind, torch_modules.note(places[one.name])) for one in swapped)
     stacks = dict(_outermost_stacks(model)) if graphs else {}
     for module in stacks.values():
         graphed(module)
-    fused = {name: fusion for name, module, fusion in fusions(model) if plain_kind(module) is not type(module)}
+    fused = {name: fusion for name, _, fusion in fusions(model) if fusion.what != MODEL}
     return Report("replaced", changed, tuple(left), unchanged, tuple(stacks), fused)
 
 
@@ -116,7 +119,7 @@ def restore(model: Module) -> Report:
             reason = _undo(module, fusion)
             if reason:
                 left.append(Left(name, kind.__name__, reason))
-            elif plain_kind(module) is not kind or kind is not type(module):
+            elif kind is not type(module) and fusion.what != MODEL:
                 swapped.append(Swapped(name, plain_kind(module).__name__))
         elif MARK in module.__dict__:
             if kind not in ORIGINALS:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from torch.nn import Module
 
 from tfm.patching.fusion import Change
-from tfm.patching.huggingface import attention, feed_forward, norm, residual
+from tfm.patching.huggingface import attention, feed_forward, hard_coded, norm, residual
+from tfm.patching.huggingface.hard_coded import accelerate_masks
 from tfm.patching.huggingface.implementation import accelerate_attention, restore_implementation
 from tfm.patching.huggingface.loss import heads_of
 
-__all__ = ["accelerate_attention", "change_of", "heads_of", "restore_implementation"]
+__all__ = ["accelerate_attention", "accelerate_masks", "change_of", "heads_of", "restore_implementation"]
 
 attention.register()
 
@@ -24,6 +25,7 @@ FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     norm.change_of,
     feed_forward.change_of,
     residual.change_of,
+    hard_coded.change_of,
 )
 
 

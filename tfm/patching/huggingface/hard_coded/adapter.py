@@ -1,0 +1,69 @@
+"""What serves a class that computes its attention itself, and how it is tried before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Dropout, Module
+
+from tfm.ops import backends
+from tfm.patching.fusion import Fused, fuse, why_no_kernel
+
+
+class Trial(NamedTuple):
+    """A small module of a class, in evaluation, and a function that runs it and returns what is to be compared."""
+
+    module: Module
+    run: Callable[[Any], Tensor]
+
+
+def no_reason(module: Module) -> str:
+    """Finds nothing against a module."""
+    return ""
+
+
+class Adapter(NamedTuple):
+    """What a class becomes.
+
+    Attributes:
+        forward: its fused forward.
+        trials: yields small modules of the class.
+        why_left: says why a module is left as it is, whatever its class does; empty where it is not.
+    """
+
+    forward: type[Fused]
+    trials: Callable[[Any], Iterator[Trial]]
+    why_left: Callable[[Any], str] = no_reason
+
+
+@cache
+def why_different(kind: type[Module], adapter: Adapter) -> str:
+    """Says how a class differs from what its adapter was written for, by trials; empty where it does not."""
+    with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"), backends.use("reference"):
+        torch.manual_seed(0)
+        try:
+            for module, run in adapter.trials(kind):
+                for parameter in module.float().eval().parameters():
+                    parameter.normal_(std=0.5)
+                theirs = run(module)
+                fuse(module, "attention", adapter.forward)
+                ours = run(module)
+                if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+                    return "its attention computes something else than what is known of its class"
+        except Exception as error:
+            return f"its attention could not be tried: {type(error).__name__}"
+    return ""
+
+
+def rate(dropout: Module) -> float:
+    """Returns the rate at which a dropout layer drops now."""
+    return dropout.p if isinstance(dropout, Dropout) and dropout.training else 0.0
+
+
+def why_plain(mask: Tensor | None, x: Tensor) -> str:
+    """Says why a call runs as before; never where its mask is one that the class's own forward cannot read."""
+    return "" if mask is not None and not mask.is_floating_point() else why_no_kernel("attention", x)

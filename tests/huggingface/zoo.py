@@ -1,4 +1,4 @@
-"""Every family of tfm.patching.families as small models from a config: nothing is downloaded, all is made in seconds."""
+"""Every family of tfm.patching.families as small models from a config: nothing is downloaded, all takes seconds."""
 
 from __future__ import annotations
 

@@ -59,9 +59,7 @@ def create_bidirectional_mask(config: Any, *args: Any, **named: Any) -> Any:
 
 def _inputs(*args: Any, **named: Any) -> Tensor:
     """Returns the embedded tokens, the only floating-point tensor of three dimensions among the arguments' first."""
-    return next(
-        x for x in (*args, *named.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3
-    )
+    return next(x for x in (*args, *named.values()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3)
 
 
 FUNCTIONS = {CAUSAL: create_causal_mask, BIDIRECTIONAL: create_bidirectional_mask}

@@ -41,6 +41,7 @@ Cases decode_attention_cases();
 Cases embedding_cases();
 Cases norm_cases();
 Cases rotary_cases();
+Cases wkv_cases();
 
 // Input number `place`, 0 to 7: 2 · ROWS · COLUMNS numbers from -1 to 1, as fp32 or as bf16.
 void* input(int place, bool narrow = false);

@@ -12,6 +12,7 @@ from tfm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms
 from tfm.ops.relative_bias import alibi_bias, alibi_slopes, t5_bias
 from tfm.ops.rotary import rotary, rotary_, rotary_table
 from tfm.ops.varlen_attention import varlen_attention
+from tfm.ops.wkv import wkv
 
 __all__ = [
     "alibi_bias",
@@ -36,4 +37,5 @@ __all__ = [
     "split_heads",
     "t5_bias",
     "varlen_attention",
+    "wkv",
 ]

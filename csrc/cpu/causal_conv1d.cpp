@@ -150,14 +150,11 @@ TFM_INLINE void with_taps(const Convolution& call, const Kernel& kernel) {
 }
 
 void convolve(const Convolution& call, float* scratch, int64_t first, int64_t last) {
-    const int64_t blocks = channel_blocks(call.channels);
-    for (int64_t task = first; task < last; ++task)
-        for_vectors(call.channels, task / blocks, task % blocks, [&](Place at) {
-            with_taps(call, [&](auto taps) {
-                call.narrow ? forward_of<BFloat16, taps>(call, at, scratch)
-                            : forward_of<float, taps>(call, at, scratch);
-            });
+    for_tasks(call.channels, first, last, [&](Place at) {
+        with_taps(call, [&](auto taps) {
+            call.narrow ? forward_of<BFloat16, taps>(call, at, scratch) : forward_of<float, taps>(call, at, scratch);
         });
+    });
 }
 
 void convolve_backward(const Convolution& call, float* scratch, int64_t first, int64_t last) {

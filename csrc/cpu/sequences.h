@@ -62,6 +62,14 @@ TFM_INLINE void for_vectors(int64_t channels, int64_t sequence, int64_t block, c
     }
 }
 
+// The same for tasks of a block of a sequence each.
+template <class Kernel>
+TFM_INLINE void for_tasks(int64_t channels, int64_t first, int64_t last, const Kernel& kernel) {
+    const int64_t blocks = channel_blocks(channels);
+    for (int64_t task = first; task < last; ++task)
+        for_vectors(channels, task / blocks, task % blocks, kernel);
+}
+
 } // namespace tfm::TFM_ISA
 
 #else

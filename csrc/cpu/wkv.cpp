@@ -176,18 +176,14 @@ void backward_of(const Wkv call, const Place at, float* states) {
 }
 
 void wkv_forward(const Wkv& call, int64_t first, int64_t last) {
-    const int64_t blocks = channel_blocks(call.channels);
-    for (int64_t task = first; task < last; ++task)
-        for_vectors(call.channels, task / blocks, task % blocks,
-                    [&](Place at) { call.narrow ? forward_of<BFloat16>(call, at) : forward_of<float>(call, at); });
+    for_tasks(call.channels, first, last,
+              [&](Place at) { call.narrow ? forward_of<BFloat16>(call, at) : forward_of<float>(call, at); });
 }
 
 void wkv_backward(const Wkv& call, float* scratch, int64_t first, int64_t last) {
-    const int64_t blocks = channel_blocks(call.channels);
-    for (int64_t task = first; task < last; ++task)
-        for_vectors(call.channels, task / blocks, task % blocks, [&](Place at) {
-            call.narrow ? backward_of<BFloat16>(call, at, scratch) : backward_of<float>(call, at, scratch);
-        });
+    for_tasks(call.channels, first, last, [&](Place at) {
+        call.narrow ? backward_of<BFloat16>(call, at, scratch) : backward_of<float>(call, at, scratch);
+    });
 }
 
 } // namespace tfm::TFM_ISA

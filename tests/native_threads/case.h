@@ -40,6 +40,7 @@ Cases cross_entropy_cases();
 Cases decode_attention_cases();
 Cases embedding_cases();
 Cases norm_cases();
+Cases rg_lru_cases();
 Cases rotary_cases();
 Cases wkv_cases();
 

@@ -129,6 +129,7 @@ def test_strides_change_nothing(view, impl):
     decay, first, key, value, state = make((3, 20, 33), torch.float32)
     assert_matches(impl, [decay, first, VIEWS[view](key), value, state])
     assert_matches(impl, [decay, first, key, VIEWS[view](value), state])
+    assert_matches(impl, [decay, first, key, value, state.transpose(0, 2).contiguous().transpose(0, 2)])
 
 
 @pytest.mark.parametrize("impl", BACKENDS)

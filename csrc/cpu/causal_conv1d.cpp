@@ -7,15 +7,9 @@
 #include "cpu/isa.h"
 
 #include "cpu/activations.h"
-#include "cpu/matrix.h"
+#include "cpu/sequences.h"
 
 namespace tfm {
-
-// [B, D, S]; how many numbers lie between neighbours.
-struct Sequences {
-    void* data; // null: absent
-    int64_t sequence, channel, step;
-};
 
 struct Convolution {
     Sequences x, y, dy, dx;
@@ -28,8 +22,6 @@ struct Convolution {
 
 // Vectors of LANES channels for x, and backward for dz, with W - 1 steps more than a sequence has.
 static inline int64_t scratch_rows(const Convolution& call) { return 2 * (call.steps + call.width); }
-
-static inline int64_t channel_blocks(const Convolution& call) { return padded(call.channels) / LANES; }
 
 // Tasks: a block of channels of a sequence each.
 TFM_KERNEL(convolve, const Convolution& call, float* scratch, int64_t first, int64_t last)
@@ -44,38 +36,6 @@ namespace tfm::TFM_ISA {
 
 // Steps whose products are added up among themselves first, so that a sum of many loses few digits.
 constexpr int64_t STEPS_TOGETHER = 32;
-
-// `count` channels at one place, a step of one sequence.
-template <class T>
-TFM_INLINE Floats read(const Sequences& from, int64_t place, int64_t count) {
-    const T* const data = static_cast<const T*>(from.data) + place;
-    if (from.channel == 1)
-        return load(data, count);
-    float values[WIDTH] = {};
-    for (int64_t lane = 0; lane < count; ++lane)
-        values[lane] = load(data + lane * from.channel, 1)[0];
-    return load(values);
-}
-
-template <class T>
-TFM_INLINE void write(const Sequences& to, int64_t place, Floats value, int64_t count) {
-    T* const data = static_cast<T*>(to.data) + place;
-    if (to.channel == 1) {
-        store(data, value, count);
-        return;
-    }
-    T values[WIDTH];
-    store(values, value);
-    for (int64_t lane = 0; lane < count; ++lane)
-        data[lane * to.channel] = values[lane];
-}
-
-// A few channels of one sequence.
-struct Place {
-    int64_t sequence, channel, count;
-
-    int64_t of(const Sequences& x) const { return sequence * x.sequence + channel * x.channel; }
-};
 
 // Steps W - 1 before the first to the last, a vector each.
 template <class T>
@@ -170,15 +130,6 @@ void backward_of(const Convolution call, const Place at, float* steps) {
         store(call.sums + k * row + at.channel, load(call.sums + k * row + at.channel) + sums[k]);
 }
 
-// kernel(place) for each vector of a block of LANES channels.
-template <class Kernel>
-TFM_INLINE void for_vectors(const Convolution& call, int64_t sequence, int64_t block, const Kernel& kernel) {
-    for (int64_t channel = block * LANES; channel < (block + 1) * LANES && channel < call.channels; channel += WIDTH) {
-        const int64_t left = call.channels - channel;
-        kernel(Place{sequence, channel, left < WIDTH ? left : WIDTH});
-    }
-}
-
 // A number that is known where it is compiled.
 template <int N>
 struct Number {
@@ -199,20 +150,17 @@ TFM_INLINE void with_taps(const Convolution& call, const Kernel& kernel) {
 }
 
 void convolve(const Convolution& call, float* scratch, int64_t first, int64_t last) {
-    const int64_t blocks = channel_blocks(call);
-    for (int64_t task = first; task < last; ++task)
-        for_vectors(call, task / blocks, task % blocks, [&](Place at) {
-            with_taps(call, [&](auto taps) {
-                call.narrow ? forward_of<BFloat16, taps>(call, at, scratch)
-                            : forward_of<float, taps>(call, at, scratch);
-            });
+    for_tasks(call.channels, first, last, [&](Place at) {
+        with_taps(call, [&](auto taps) {
+            call.narrow ? forward_of<BFloat16, taps>(call, at, scratch) : forward_of<float, taps>(call, at, scratch);
         });
+    });
 }
 
 void convolve_backward(const Convolution& call, float* scratch, int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block)
         for (int64_t sequence = 0; sequence < call.sequences; ++sequence)
-            for_vectors(call, sequence, block, [&](Place at) {
+            for_vectors(call.channels, sequence, block, [&](Place at) {
                 with_taps(call, [&](auto taps) {
                     call.narrow ? backward_of<BFloat16, taps>(call, at, scratch)
                                 : backward_of<float, taps>(call, at, scratch);
@@ -279,7 +227,7 @@ std::tuple<Tensor, Tensor> causal_conv1d(const arguments::CausalConv1d& a) {
     Convolution call = call_of(a, taps, bias);
     call.y = sequences_of(y);
     call.final = sequences_of(final);
-    for_rows(call.sequences * channel_blocks(call), LANES * call.steps, [&](int64_t begin, int64_t end) {
+    for_rows(call.sequences * channel_blocks(call.channels), LANES * call.steps, [&](int64_t begin, int64_t end) {
         const Scratch scratch(scratch_rows(call), LANES);
         TFM_RUN(convolve, call, scratch.memory.get(), begin, end);
     });
@@ -300,7 +248,7 @@ std::tuple<Tensor, MaybeTensor, Tensor> causal_conv1d_backward(const arguments::
     call.dinitial = sequences_of(dinitial);
     call.dfinal = sequences_of(a.dfinal_state);
     call.sums = sums.data();
-    for_rows(channel_blocks(call), LANES * call.sequences * call.steps, [&](int64_t begin, int64_t end) {
+    for_rows(channel_blocks(call.channels), LANES * call.sequences * call.steps, [&](int64_t begin, int64_t end) {
         const Scratch scratch(scratch_rows(call), LANES);
         TFM_RUN(convolve_backward, call, scratch.memory.get(), begin, end);
     });

@@ -40,7 +40,9 @@ Cases cross_entropy_cases();
 Cases decode_attention_cases();
 Cases embedding_cases();
 Cases norm_cases();
+Cases rg_lru_cases();
 Cases rotary_cases();
+Cases wkv_cases();
 
 // Input number `place`, 0 to 7: 2 · ROWS · COLUMNS numbers from -1 to 1, as fp32 or as bf16.
 void* input(int place, bool narrow = false);

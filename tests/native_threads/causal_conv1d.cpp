@@ -38,7 +38,7 @@ Convolution convolution(bool narrow) {
 
 Case forward(bool narrow) {
     return {named("convolve", narrow),
-            SEQUENCES * channel_blocks(convolution(narrow)),
+            SEQUENCES * channel_blocks(COLUMNS),
             {{WHOLE, narrow}, {STATES, narrow}},
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 Convolution call = convolution(narrow);
@@ -52,7 +52,7 @@ Case forward(bool narrow) {
 Case backward(bool narrow) {
     static const float zeros[SUMS] = {};
     return {named("convolve_backward", narrow),
-            channel_blocks(convolution(narrow)),
+            channel_blocks(COLUMNS),
             {{WHOLE, narrow}, {STATES, narrow}, {SUMS, false, zeros}},
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 Convolution call = convolution(narrow);

@@ -10,8 +10,10 @@ from tfm.ops.embedding import embedding, sinusoid
 from tfm.ops.feed_forward import feed_forward, gated_feed_forward
 from tfm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from tfm.ops.relative_bias import alibi_bias, alibi_slopes, t5_bias
+from tfm.ops.rg_lru import rg_lru
 from tfm.ops.rotary import rotary, rotary_, rotary_table
 from tfm.ops.varlen_attention import varlen_attention
+from tfm.ops.wkv import wkv
 
 __all__ = [
     "alibi_bias",
@@ -28,6 +30,7 @@ __all__ = [
     "linear_cross_entropy",
     "residual_layer_norm",
     "residual_rms_norm",
+    "rg_lru",
     "rms_norm",
     "rotary",
     "rotary_",
@@ -36,4 +39,5 @@ __all__ = [
     "split_heads",
     "t5_bias",
     "varlen_attention",
+    "wkv",
 ]

@@ -15,9 +15,12 @@ from zoo import CAUSAL, MASKED, Species, batch
 
 NEW_TOKENS = 5
 # Nothing is computed by these: they look at what is there, or make what is then filled.
-VIEWS = frozenset(
-    ["view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "slice", "select", "detach", "alias", "as_strided", "split", "chunk", "unbind", "empty", "empty_like", "new_empty", "zeros", "ones", "arange", "lift_fresh", "_to_copy", "clone", "unfold", "narrow", "split_with_sizes", "empty_strided", "zeros_like", "ones_like", "full", "scalar_tensor"]
-)
+VIEWS = {
+    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "slice",
+    "select", "detach", "alias", "as_strided", "split", "chunk", "unbind", "empty", "empty_like", "new_empty",
+    "zeros", "ones", "arange", "lift_fresh", "_to_copy", "clone", "unfold", "narrow", "split_with_sizes",
+    "empty_strided", "zeros_like", "ones_like", "full", "scalar_tensor",
+}  # fmt: skip
 
 
 class Outcome(NamedTuple):

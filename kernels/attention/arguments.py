@@ -42,12 +42,11 @@ def common_arguments(kernel: Any, call: Attention, *, whole: bool = False, with_
         whole: a head dim is one tile, a power of two that covers it, and not the sum of two, unless it is slices.
         with_sink: whether the kernel has a use for each head's sink; without, one compilation serves both.
     """
-    dtype = call.query.dtype
-    bits = next((x for x in (call.reach, call.words, call.key_bits) if x is not None), None)
+    dtype, bits = call.query.dtype, call.words if call.reach is None else call.reach
     dims = [dims_of(dim, dtype, whole) for dim in call.dims]
     known = {
         "q": heads_of(call.query), "k": heads_of(call.key), "v": heads_of(call.value), "bias": bias_of(call.bias),
-        "mask": Mask.of(call.words, call.reach, call.key_bits, call.max_q),
+        "mask": Mask.of(call.words, call.reach, call.key_mask, call.max_q),
         "lengths": Lengths(call.cu_seq_q, call.cu_seq_k, call.key_lengths, call.starts),
         "window": Window(call.left, call.right), "score": Score.of(call, with_sink),
         "dropout": Dropout(call.seed, *threshold_and_scale(call.dropout_p)),

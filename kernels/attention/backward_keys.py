@@ -90,8 +90,9 @@ def attention_backward_keys_kernel(
     begin, end, first, whole_first, whole_last, last = visible_tiles(
         first_key, last_key, -position, window.right, window.left, seen_length, BLOCK_QUERIES
     )
-    IS_ROW: tl.constexpr = mask.keys is not None or (mask.reach is not None and mask.words is None and bias is None)
-    IS_MASKED: tl.constexpr = mask.words is not None or IS_ROW
+    IS_MASKED: tl.constexpr = (
+        mask.words is not None or mask.keys is not None or (mask.reach is not None and bias is None)
+    )
     IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
     unit = unit_of(score)
     if IS_MASKED:
@@ -127,7 +128,7 @@ def attention_backward_keys_kernel(
                 if ARE_LARGE is None:
                     lse = delta + row_kind + head_rows
                     large = is_large(lse, query_tile * BLOCK_QUERIES, query_length, BLOCK_QUERIES, FIRST_TILE)
-                if mask.reach is not None:
+                if mask.reach is not None or mask.keys is not None:
                     # A query without keys may hold anything.
                     has_keys = shift < float("inf")
                     inside = inside & has_keys if edge else has_keys
@@ -164,8 +165,8 @@ def attention_backward_keys_kernel(
                     )  # fmt: skip
                     # A row that is not read has 0 for its query, but 0 · NaN is a score where the key is NaN.
                     allowed &= inside[None, :]
-                    if IS_ROW:
-                        allowed &= reached(mask, sequence, head, heads, column, is_key, row_words)[:, None]
+                    if mask.keys is not None or (mask.reach is not None and mask.words is None):
+                        allowed &= reached(mask, sequence, head, heads, column, is_key, row_words, key_size)[:, None]
                     weights = tl.where(allowed, weights, 0.0)
 
                 if VALUE_DIMS[3] == 1:

@@ -127,8 +127,9 @@ def attention_backward_queries_kernel(
         begin, end, first, whole_first, whole_last, last = visible_tiles(
             first_row, last_row, position, window.left, window.right, key_length, BLOCK_KEYS
         )
-        IS_ROW: tl.constexpr = mask.keys is not None or (mask.reach is not None and words is None and bias is None)
-        IS_MASKED: tl.constexpr = words is not None or IS_ROW
+        IS_MASKED: tl.constexpr = (
+            words is not None or mask.keys is not None or (mask.reach is not None and bias is None)
+        )
         IS_BIASED: tl.constexpr = bias is not None or score.relative_bias is not None
         unit = unit_of(score)
         if not ARE_LARGE:
@@ -146,8 +147,10 @@ def attention_backward_queries_kernel(
                     inside = None
                     if edge:
                         inside = (column >= begin) & (column < end)
-                    if mask.reach is not None:
-                        bits = reached(mask, sequence, wide_head, heads, column, column < key_length, row_words)
+                    if mask.reach is not None or mask.keys is not None:
+                        bits = reached(
+                            mask, sequence, wide_head, heads, column, column < key_length, row_words, key_size
+                        )
                         inside = bits & inside if edge else bits
 
                     if DIMS[3] > 1:
@@ -184,7 +187,7 @@ def attention_backward_queries_kernel(
                     weights = tl.exp2(scores)
                     if edge:
                         seen = column < key_length
-                        if IS_ROW:
+                        if mask.keys is not None or (mask.reach is not None and words is None):
                             seen &= inside
                         allowed = allowed_tile(
                             seen, row, column, is_row, position, window, words, key_tile * BLOCK_KEYS, row_words,

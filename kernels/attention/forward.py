@@ -112,8 +112,7 @@ def attention_forward_kernel(
     if pieces is not None:
         first, whole_first, whole_last, last = share_of(split, first, whole_first, whole_last, last, SPLIT_TILES)
     # A mask as bits may have a hole anywhere; of a float mask -inf is added there.
-    IS_ROW: tl.constexpr = mask.keys is not None or (mask.reach is not None and words is None and bias is None)
-    IS_MASKED: tl.constexpr = words is not None or IS_ROW
+    IS_MASKED: tl.constexpr = words is not None or mask.keys is not None or (mask.reach is not None and bias is None)
     if IS_MASKED:
         whole_first, whole_last = first, first
 
@@ -127,8 +126,8 @@ def attention_forward_kernel(
                 inside = None
                 if edge:
                     inside = (column >= begin) & (column < end)
-                if mask.reach is not None:
-                    bits = reached(mask, sequence, wide_head, heads, column, column < key_length, row_words)
+                if mask.reach is not None or mask.keys is not None:
+                    bits = reached(mask, sequence, wide_head, heads, column, column < key_length, row_words, key_size)
                     inside = bits & inside if edge else bits
 
                 if DIMS[3] > 1:
@@ -147,7 +146,7 @@ def attention_forward_kernel(
                 )  # fmt: skip
                 if edge:
                     seen = column < key_length
-                    if IS_ROW:
+                    if mask.keys is not None or (mask.reach is not None and words is None):
                         seen &= inside
                     allowed = allowed_tile(
                         seen, row, column, is_row, position, window, words, key_tile * BLOCK_KEYS, row_words,

@@ -38,8 +38,8 @@ def gradient_tile(
     is_row = (row >= 0) & (row < query_length)
     begin, end = visible(0, query_length - 1, position, window.left, window.right, key_length)
     inside = (column >= begin) & (column < end)
-    if mask.reach is not None:
-        inside &= reached(mask, sequence, head, heads, column, inside, row_words)
+    if mask.reach is not None or mask.keys is not None:
+        inside &= reached(mask, sequence, head, heads, column, inside, row_words, key_size)
 
     key_head = head // group
     q_head, k_head = head_of(q, sequence, head, query_first), head_of(k, sequence, key_head, key_first)

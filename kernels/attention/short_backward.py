@@ -69,11 +69,11 @@ def short_attention_backward_kernel(
     column = tl.arange(0, BLOCK_KEYS)
     begin, end = visible(0, query_length - 1, position, window.left, window.right, key_length)
     inside = (column >= begin) & (column < end)
-    if mask.reach is not None:
+    if mask.reach is not None or mask.keys is not None:
         by_any = column < 0
         for member in range(group):
             head_of_group = (key_head * group + member).to(tl.int64)
-            by_any |= reached(mask, sequence, head_of_group, heads, column, inside, row_words)
+            by_any |= reached(mask, sequence, head_of_group, heads, column, inside, row_words, key_size)
         inside &= by_any
     key = load_rows(head_of(k, sequence, wide_key_head, key_first), k, column, inside, DIMS, 0)
     value = load_rows(head_of(v, sequence, wide_key_head, key_first), v, column, inside, VALUE_DIMS, 0)
@@ -92,7 +92,7 @@ def short_attention_backward_kernel(
         top, log_sum = load_statistics(statistics + head_rows + row, row_kind, is_row)
         has_keys = top < float("inf")
         # Under a mask a query without keys may hold anything; elsewhere the loads need not wait for the statistics.
-        inside_row = has_keys if mask.reach is not None else is_row
+        inside_row = has_keys if mask.reach is not None or mask.keys is not None else is_row
         q_head, dout_head = (
             head_of(q, sequence, wide_head, query_first),
             head_of(dout, sequence, wide_head, query_first),
@@ -108,7 +108,7 @@ def short_attention_backward_kernel(
         seen = inside
         if mask.keys is not None or (mask.reach is not None and mask.words is None and bias is None):
             # A mask with one row for all queries is its own reach, each head's its own.
-            seen = reached(mask, sequence, wide_head, heads, column, inside, row_words)
+            seen = reached(mask, sequence, wide_head, heads, column, inside, row_words, key_size)
         words = word_rows(mask, sequence, wide_head, heads, query_size, row_words)
         allowed = allowed_tile(
             seen, row, column, is_row, position, window, words, 0, row_words, BLOCK_KEYS, KEYS_ARE_ROWS=True
@@ -123,7 +123,7 @@ def short_attention_backward_kernel(
             keep = tl.trans(keep)
             kept = tl.where(keep, weights, 0.0)
             d_weights = tl.where(keep, d_weights * tl.cast(dropout.keep_scale, tl.float32), 0.0)
-        if mask.reach is not None:
+        if mask.reach is not None or mask.keys is not None:
             # Another head's mask may leave NaN to this one.
             d_weights = tl.where(weights == 0.0, 0.0, d_weights)
         if dv is not None:

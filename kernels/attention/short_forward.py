@@ -63,8 +63,8 @@ def short_attention_forward_kernel(
     column = tl.arange(0, BLOCK_KEYS)
     begin, end = visible(0, query_length - 1, position, window.left, window.right, key_length)
     inside = (column >= begin) & (column < end)
-    if mask.reach is not None:
-        inside &= reached(mask, sequence, wide_head, heads, column, inside, row_words)
+    if mask.reach is not None or mask.keys is not None:
+        inside &= reached(mask, sequence, wide_head, heads, column, inside, row_words, key_size)
     key = load_rows(head_of(k, sequence, key_head, key_first), k, column, inside, DIMS, 0)
     value = load_rows(head_of(v, sequence, key_head, key_first), v, column, inside, VALUE_DIMS, 0)
 

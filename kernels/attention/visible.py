@@ -45,8 +45,8 @@ class Window(NamedTuple):
 class Mask(NamedTuple):
     """A mask as bits, as in Attention, dense; the rest is 1 for dimensions that it has, 0 where it is broadcast.
 
-    Strides would be as many numbers that vary, or a kernel compiled anew for those that are multiples of 16. Bits of
-    keys that stand alone are the reach; `keys` are those beside the reach of another mask, which every query obeys.
+    Strides would be as many numbers that vary, or a kernel compiled anew for those that are multiples of 16. `keys` is
+    the mask of the keys, bool [B, Sk], which every query obeys besides.
     """
 
     words: Tensor | None
@@ -58,18 +58,15 @@ class Mask(NamedTuple):
     keys: Tensor | None
 
     @classmethod
-    def of(cls, words: Tensor | None, reach: Tensor | None, key_bits: Tensor | None, max_q: int) -> Mask:
+    def of(cls, words: Tensor | None, reach: Tensor | None, keys: Tensor | None, max_q: int) -> Mask:
         """Returns these bits, copied where they are not dense or have one row of words for all queries."""
-        keys = None if key_bits is None else key_bits.contiguous()
-        if reach is None:
-            reach, keys = keys, None
         if words is None:
             word_dims = 0, 0
         else:
             word_dims = int(words.shape[0] > 1), int(words.shape[1] > 1)
             words = (words if words.shape[2] == max_q else words.expand(-1, -1, max_q, -1)).contiguous()
         if reach is None:
-            return cls(words, *word_dims, None, 0, 0, None)
+            return cls(words, *word_dims, None, 0, 0, keys)
         return cls(words, *word_dims, reach.contiguous(), int(reach.shape[0] > 1), int(reach.shape[1] > 1), keys)
 
 
@@ -160,13 +157,15 @@ def mask_head(sequence, head, heads, has_sequences, has_heads):
 
 
 @triton.jit
-def reached(mask, sequence, head, heads, column, inside, row_words):
+def reached(mask, sequence, head, heads, column, inside, row_words, key_size):
     """Tells which columns some query of a (sequence, head) reaches: int1, 0 where not `inside`."""
-    place = mask_head(sequence, head, heads, mask.reach_sequences, mask.reach_heads)
-    word = tl.load(mask.reach + place * octets(row_words) + column // 32, mask=inside, other=0)
     if mask.keys is not None:
-        word &= tl.load(mask.keys + sequence * octets(row_words) + column // 32, mask=inside, other=0)
-    return ((word >> (column % 32)) & 1) != 0
+        inside = tl.load(mask.keys + sequence * key_size + column, mask=inside, other=0) != 0
+    if mask.reach is not None:
+        place = mask_head(sequence, head, heads, mask.reach_sequences, mask.reach_heads)
+        word = tl.load(mask.reach + place * octets(row_words) + column // 32, mask=inside, other=0)
+        inside = ((word >> (column % 32)) & 1) != 0
+    return inside
 
 
 @triton.jit

@@ -43,8 +43,8 @@ def attention_weights_kernel(
     position = first_position(sequence, lengths.starts, start)
     row, column = first_row + tl.arange(0, BLOCK_QUERIES), first_column + tl.arange(0, BLOCK_KEYS)
     is_row, inside = row < query_size, column < key_length
-    if mask.reach is not None:
-        inside &= reached(mask, sequence, head, heads, column, inside, row_words)
+    if mask.reach is not None or mask.keys is not None:
+        inside &= reached(mask, sequence, head, heads, column, inside, row_words, key_size)
 
     q_head, k_head = head_of(q, sequence, head, 0), head_of(k, sequence, head // group, 0)
     products = products_of(q_head, q, row, is_row, k_head, k, column, inside, DIMS, PRECISION)

@@ -92,7 +92,7 @@ def check_kernels(problem, dtype, device, launched):
     biases = bias * (kind == "float") + BY_DISTANCE * ("relative_bias" in problem.rules)
     # Of heads that are slices dk and dv are made apart.
     keys = KEYS * (2 if max(problem.shape[5:]) > any_length.WHOLE else 1)
-    assert launched == BITS * (bool(kind) + ("key_mask" in problem.rules)) + FORWARD + QUERIES + keys + biases
+    assert launched == BITS * bool(kind) + FORWARD + QUERIES + keys + biases
 
 
 @settings(deadline=None, max_examples=12)

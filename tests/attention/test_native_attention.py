@@ -50,6 +50,18 @@ LONG = {
     "key mask with holes, tiles, bias, dropout": Problem(
         (2, 2, 1, 70, 300, 16, 16), {"key_mask": "holes", "dropout_p": 0.3}, ("float", (1, 2, 70, 300))
     ),
+    # Few queries, whose keys are read where they lie.
+    "one query, lengths, sinks, 4 to 1": Problem(
+        (3, 4, 1, 1, 300, 24, 40), {"key_lengths": [300, 0, 33], "sinks": True, "scale": -0.3}
+    ),
+    "one query, key mask with holes, bias, softcap": Problem(
+        (2, 2, 1, 1, 300, 16, 16), {"key_mask": "holes", "softcap": 1.5}, ("float", (1, 2, 1, 300))
+    ),
+    "three queries, starts, window, bias by distance": Problem(
+        (2, 4, 2, 3, 200, 17, 16),
+        {"query_start": [150, -2], "window_size": (140, 0), "relative_bias": 30, "key_mask": "left"},
+    ),
+    "four queries, bool mask of each head": Problem((2, 4, 2, 4, 150, 16, 8), {}, ("bool", (2, 4, 4, 150))),
     "head dim above what Triton takes": Problem((1, 1, 1, 9, 20, 300, 270)),
 }
 
@@ -168,6 +180,35 @@ def test_what_no_query_reaches_stays_there(how, poison):
     empty = (lse == float("-inf"))[..., None]
     assert empty.any() == (("mask" in how or how == "bias") and how != "key mask")
     equal(run([query.detach().masked_fill(empty, poison).requires_grad_(), *poisoned], options), expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_one_query_does_not_reach_stays_there(poison):
+    query, key, value = qkv((2, 4, 2, 1, 70, 16, 24))
+    valid, mask = torch.rand(2, 70) < 0.6, torch.rand(1, 4, 1, 70) < 0.7
+    valid[0, :40], mask[0, :2, 0, 50] = False, False
+    hidden = (~valid[:, None, :, None]).expand(-1, 2, -1, -1).clone()
+    hidden[:, 0, 50] = True
+    options = {"key_mask": valid, "attn_mask": mask}
+    poisoned = [x.detach().masked_fill(hidden, poison).requires_grad_() for x in (key, value)]
+    equal(run([query, *poisoned], options), run([query, key, value], options))
+
+
+def test_heads_that_share_a_pass_have_the_bits_of_each():
+    query, key, value = (x.detach() for x in qkv((2, 4, 2, 2, 200, 24, 16)))
+    options = {"key_mask": torch.rand(2, 200) < 0.7, "is_causal": True, "query_start": 150}
+    together = run([x.requires_grad_() for x in (query, key, value)], options)[0]
+    for head in range(4):
+        some = [query[:, head : head + 1], *(x[:, head // 2 : head // 2 + 1] for x in (key, value))]
+        equal(together[:, head : head + 1], run(some, options)[0])
+
+
+# As many would not be if the weights' scores were formed in another order than those of the softmax.
+@pytest.mark.parametrize("queries", [1, 4, 5])
+def test_weights_of_huge_scores_sum_to_one(queries):
+    query, key, value = qkv((2, 2, 1, queries, 150, 64, 8))
+    weights = ops.attention(query, key, value, scale=1e4, return_weights=True, impl="native")[1]
+    equal(weights.detach().sum(-1), torch.ones(2, 2, queries))
 
 
 @pytest.mark.parametrize("options", NOTHING_ALLOWED.values(), ids=NOTHING_ALLOWED.keys())

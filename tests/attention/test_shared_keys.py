@@ -85,7 +85,7 @@ def test_kernels_match(name, dtype, kernel_device, launched):
     bias = BIAS[:1] if shape[:2] == problem.shape[:2] else BIAS
     keys = KEYS * (2 if max(problem.shape[5:]) > WHOLE else 1)
     biases = bias * (kind == "float") + BY_DISTANCE * ("relative_bias" in problem.rules)
-    assert launched == BITS * (bool(kind) + ("key_mask" in problem.rules)) + FORWARD + COMBINE + QUERIES + keys + biases
+    assert launched == BITS * bool(kind) + FORWARD + COMBINE + QUERIES + keys + biases
 
 
 @pytest.mark.usefixtures("_shared")

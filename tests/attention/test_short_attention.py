@@ -91,9 +91,7 @@ def test_kernels_match(problem, dtype, kernel_device, launched):
     assert_matches(make(problem, kernel_device, dtype), dtype)
     kind = problem.mask[0] if problem.mask else ""
     backward = BACKWARD * (2 if problem.shape[4] > 128 else 1)
-    assert launched == BITS * (bool(kind) + ("key_mask" in problem.rules)) + FORWARD + backward + BIAS * (
-        kind == "float"
-    )
+    assert launched == BITS * bool(kind) + FORWARD + backward + BIAS * (kind == "float")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

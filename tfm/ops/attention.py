@@ -10,11 +10,12 @@ from torch import Tensor
 from tfm.autocast import under_autocast, without_autocast
 from tfm.errors import BadArgument
 from tfm.operators.attention import Attended, AttendedWithLse, Attention, AttentionWeights
-from tfm.operators.attention.gradients import RecomputedWeights
+from tfm.operators.attention.gradients import RecomputedWeights, has_every_rule
 from tfm.operators.attention.mask_bits import mask_to_bits
 from tfm.operators.autograd import apply
 from tfm.operators.calling import run
 from tfm.ops.attention_rules import (
+    as_row,
     check_heads,
     check_key_mask,
     check_mask,
@@ -34,7 +35,7 @@ from tfm.ops.dropout import seed_for
 from tfm.ops.registry import namespace_of
 from tfm.ops.routing import door
 from tfm.reference import attention as reference
-from tfm.taping import dense
+from tfm.taping import computed, dense
 
 
 @overload
@@ -185,11 +186,13 @@ def attention(
             )  # fmt: skip
         namespace = namespace_of(backend)
         (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
-        mask = mask_for(backend, attn_mask, keys)
-        bits = mask_to_bits(namespace, mask, key_mask, keys, starts, start, left, right)
+        mask, valid = attn_mask, dense(key_mask)
+        if valid is not None and mask is None and not has_every_rule(namespace, query.device):
+            mask, valid = computed(as_row, valid), None
+        bits = mask_to_bits(namespace, mask_for(backend, mask, keys), keys, starts, start, left, right)
         logits, relative = learnt_for(backend, sinks), learnt_for(backend, relative_bias)
         call = Attention(
-            query, key, value, *bits, logits, relative, None, None, dense(key_lengths), starts, drawn,
+            query, key, value, *bits, valid, logits, relative, None, None, dense(key_lengths), starts, drawn,
             queries, keys, start, left, right, scale, softcap, dropout_p, site,
         )  # fmt: skip
         output, statistics, *lse = apply(AttendedWithLse if return_lse else Attended, namespace, call)

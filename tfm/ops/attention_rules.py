@@ -158,6 +158,11 @@ def mask_for(backend: str, attn_mask: Tensor | None, keys: int) -> Tensor | None
     return None if attn_mask is None else computed(aligned, attn_mask, keys)
 
 
+def as_row(key_mask: Tensor) -> Tensor:
+    """Returns a mask of the keys as one of scores, [B, 1, 1, Sk]."""
+    return key_mask.view(key_mask.shape[0], 1, 1, key_mask.shape[1])
+
+
 def learnt_for(backend: str, x: Tensor | None) -> Tensor | None:
     """Returns sinks or a bias by distance, dense, and where csrc computes in a dtype that it reads."""
     x = readable(x) if backend == "native" else x

@@ -132,11 +132,10 @@ def varlen_attention(
             )  # fmt: skip
         namespace = namespace_of(backend)
         (left, right), (starts, start) = window_of(is_causal, window_size), start_of(query_start)
-        mask = mask_for(backend, attn_mask, max_k)
-        bits = mask_to_bits(namespace, mask, None, max_k, starts, start, left, right)
+        bits = mask_to_bits(namespace, mask_for(backend, attn_mask, max_k), max_k, starts, start, left, right)
         logits, relative = learnt_for(backend, sinks), learnt_for(backend, relative_bias)
         call = Attention(
-            query, key, value, *bits, logits, relative, dense(cu_seq_q), dense(cu_seq_k), None, starts, drawn,
+            query, key, value, *bits, None, logits, relative, dense(cu_seq_q), dense(cu_seq_k), None, starts, drawn,
             max_q, max_k, start, left, right, scale, softcap, dropout_p, site,
         )  # fmt: skip
         output, _, *lse = apply(AttendedWithLse if return_lse else Attended, namespace, call)

@@ -70,7 +70,7 @@ struct Attention {
     Heads query, key, value, bias;
     RelativeBias relative_bias;
     Bits words;             // of each query: what it may attend to
-    Bits keys;              // of the keys, what every query may attend to besides
+    Bits keys;              // of the mask of the keys: what every query may attend to besides
     Bits reach;             // of all queries: a key that nobody attends to is read as 0, since 0 · NaN would be NaN
     Matrix extra_scores;    // of each head, one more in every row, of a key without a value; without data: none
     float* extra_gradients; // [sequences, heads], each of its own queries; null: not wanted
@@ -89,6 +89,13 @@ constexpr int64_t WORD_KEYS = 32;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Whether keys and values are read where they lie, by one query after the other: copies and transposes of them, for
+// products of tiles, take longer than so few queries do. Every kernel of a call forms its scores in that one order.
+constexpr int64_t FEW_QUERIES = 4;
+static inline bool has_few_queries(const Attention& call) {
+    return call.longest_query <= FEW_QUERIES && !call.dropout.seed && call.key.column == 1 && call.value.column == 1;
+}
 
 // What the backward is given besides.
 struct Cotangents {

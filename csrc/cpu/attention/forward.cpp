@@ -9,15 +9,9 @@
 // What a task computes depends on its place alone, never on the thread: the same bits on any number of them.
 #include "cpu/isa.h"
 
-#include "cpu/attention/call.h"
+#include "cpu/attention/forward.h"
 
 namespace tfm {
-
-struct AttentionForward {
-    Attention attention;
-    Heads output;
-    RowStatistics statistics;
-};
 
 namespace {
 
@@ -57,9 +51,6 @@ struct Rows {
     float* logs;    // log2 of that in the end
     float* shrinks; // what earlier sums are to be multiplied by
 };
-
-// No score below it is a number: a difference from it is one, or -inf.
-constexpr float LOWEST = -__FLT_MAX__;
 
 // Scores to weights, dropped out, in place; the rows' statistics follow.
 void weigh(const Attention& call, const Tile& tile, float* scores, const uint16_t* outcomes, int64_t drawn,
@@ -194,6 +185,10 @@ std::tuple<Tensor, Tensor> attention(const arguments::Attention& a) {
     Tensor output = rows_like(a.query, a.value.size(a.value.dim() - 1));
     Tensor statistics = row_statistics(a.query);
     const AttentionForward forward{call, heads_of(output), statistics_of(statistics)};
+    if (has_few_queries(call)) {
+        attend_few_queries(forward, inputs.sequences());
+        return {output, statistics};
+    }
     Tasks tasks;
     for (int64_t sequence = 0; sequence < inputs.sequences(); ++sequence) {
         const Extent& extent = inputs.extents[sequence];

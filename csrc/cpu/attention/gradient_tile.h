@@ -62,7 +62,8 @@ public:
         const Extent& extent = call.extents[tile.sequence];
         const Span seen = visible_keys(call, extent, 0, extent.query_length);
         gather_keys(call, call.key, tile, seen, call.dim, key_rows);
-        transpose_to_panels(key_rows, padded(call.dim), tile.keys, call.dim, call.inner, keys);
+        if (!has_few_queries(call))
+            transpose_to_panels(key_rows, padded(call.dim), tile.keys, call.dim, call.inner, keys);
         gather_keys(call, call.value, tile, seen, call.value_dim, value_rows);
         transpose_to_panels(value_rows, padded(call.value_dim), tile.keys, call.value_dim, 1.0f, values);
     }
@@ -106,8 +107,11 @@ public:
     // out, of numbers that nobody has rounded.
     void compute(const Tile& tile, bool whole, bool with_gradients, const HeadSums& sums) {
         stride = padded(tile.keys);
-        product<false, false>(tile.rows, tile.keys, call.dim, query, padded(call.dim), {keys, PAIR, call.dim * PAIR},
-                              weights, stride);
+        if (has_few_queries(call))
+            few_scores(call, tile, query, key_rows, weights, stride);
+        else
+            product<false, false>(tile.rows, tile.keys, call.dim, query, padded(call.dim),
+                                  {keys, PAIR, call.dim * PAIR}, weights, stride);
         if (with_gradients)
             product<false, false>(tile.rows, tile.keys, call.value_dim, dout, padded(call.value_dim),
                                   {values, PAIR, call.value_dim * PAIR}, gradients, stride);

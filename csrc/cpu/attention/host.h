@@ -34,6 +34,24 @@ inline Bits bits_of(const MaybeTensor& x) {
     return {static_cast<const int32_t*>(x->data_ptr()), step(0), step(1), x->dim() == 4 ? step(2) : 0};
 }
 
+inline int64_t words_of(int64_t keys) { return (keys + WORD_KEYS - 1) / WORD_KEYS; }
+
+// The bits of a dense bool [B, Sk], rows of whole words.
+inline std::vector<int32_t> packed(const Tensor& mask) {
+    const int64_t rows = mask.size(0), keys = mask.size(1), width = words_of(keys);
+    std::vector<int32_t> found(rows * width);
+    const uint8_t* from = static_cast<const uint8_t*>(mask.const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row, from += keys)
+        for (int64_t word = 0; word < width; ++word) {
+            const int64_t first = word * WORD_KEYS, count = std::min(keys - first, WORD_KEYS);
+            uint32_t bits = 0;
+            for (int64_t i = 0; i < count; ++i)
+                bits |= static_cast<uint32_t>(from[first + i] != 0) << i;
+            found[row * width + word] = static_cast<int32_t>(bits);
+        }
+    return found;
+}
+
 // Of [B, H, S] or packed [N, H].
 inline RowNumbers row_numbers(const Tensor& x) {
     float* const data = static_cast<float*>(x.data_ptr());
@@ -43,13 +61,20 @@ inline RowNumbers row_numbers(const Tensor& x) {
 
 // Of what tfm/operators/attention's row_statistics is: [2, B, H, S] or packed [2, N, H].
 inline RowStatistics statistics_of(const Tensor& x) {
-    return {row_numbers(torch::stable::select(x, 0, 0)), row_numbers(torch::stable::select(x, 0, 1))};
+    // Views of the two halves would be two more calls of torch.
+    const bool is_padded = x.dim() == 4;
+    RowStatistics found{{static_cast<float*>(x.data_ptr()), is_padded ? x.stride(1) : 0, x.stride(2),
+                         is_padded ? x.stride(3) : x.stride(1)}};
+    found.logs = found.tops;
+    found.logs.data += x.stride(0);
+    return found;
 }
 
 // The call, and the vectors that it points into.
 struct AttentionInputs {
     std::vector<Extent> extents;
     std::vector<float> relative_bias;
+    std::vector<int32_t> key_bits; // of the mask of the keys
     ExtraScoreTensors extra;
     Attention call;
 
@@ -68,9 +93,12 @@ struct AttentionInputs {
             for (int64_t i = 0; i < sequences; ++i)
                 extents[i].key_length = std::clamp<int64_t>(lengths[i], 0, extents[i].key_rows);
         }
-        for (const MaybeTensor& bits : {a.reach, a.key_bits})
-            if (bits && !a.cu_seq_q && bits->size(1) == 1)
-                leave_out_padding(*bits);
+        if (a.key_mask) {
+            key_bits = packed(*a.key_mask);
+            leave_out_padding({key_bits.data(), words_of(a.max_k), 0, 0});
+        }
+        if (a.reach && !a.cu_seq_q && a.reach->size(1) == 1)
+            leave_out_padding(bits_of(a.reach));
         if (a.starts) {
             const auto given = numbers_of<int64_t>(*a.starts);
             for (int64_t i = 0; i < sequences; ++i)
@@ -88,7 +116,7 @@ struct AttentionInputs {
                               a.relative_bias ? a.relative_bias->size(1) / 2 : 0},
             // Of a mask with one row for all queries there is the reach alone.
             .words = bits_of(a.words ? a.words : a.reach),
-            .keys = bits_of(a.key_bits),
+            .keys = {a.key_mask ? key_bits.data() : nullptr, words_of(a.max_k), 0, 0},
             .reach = bits_of(a.reach),
             .extra_scores = matrix(extra.scores),
             .extra_gradients = data_of<float>(extra.partials),
@@ -119,9 +147,8 @@ private:
         }
     }
 
-    // Keys in words before the first with a bit, [sequences, 1, words], and those behind the last bit.
-    void leave_out_padding(const Tensor& bits) {
-        const Bits rows = bits_of(bits);
+    // Keys in words before the first with a bit, and those behind the last bit.
+    void leave_out_padding(const Bits& rows) {
         for (size_t i = 0; i < extents.size(); ++i) {
             const int32_t* const words = rows.data + i * rows.sequence;
             int64_t begin = extents[i].key_begin / WORD_KEYS, end = (extents[i].key_length + WORD_KEYS - 1) / WORD_KEYS;

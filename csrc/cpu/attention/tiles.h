@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/attention/call.h"
-#include "cpu/attention/softmax.h"
+#include "cpu/attention/row_products.h"
 #include "cpu/dropout.h"
 #include "cpu/matmul.h"
 
@@ -59,6 +59,14 @@ TFM_INLINE void gather_row(const T* from, int64_t step, int64_t columns, float* 
         to[column] = 0.0f;
 }
 
+// Of a row that begins at `place`.
+TFM_INLINE void gather_row(const Heads& x, int64_t place, int64_t columns, float* to) {
+    if (x.narrow)
+        gather_row(static_cast<const BFloat16*>(x.data) + place, x.column, columns, to);
+    else
+        gather_row(static_cast<const float*>(x.data) + place, x.column, columns, to);
+}
+
 // Asks for the first rows of a head before they are read or written: neighbouring rows lie too far apart for the
 // processor to guess.
 TFM_INLINE void fetch(const Heads& x, int64_t sequence, int64_t head, int64_t first, int64_t rows, int64_t columns) {
@@ -79,10 +87,8 @@ static void gather(const Heads& x, int64_t sequence, int64_t head, int64_t first
         if (row >= rows || !reads(row))
             for (int64_t column = 0; column < columns; column += WIDTH)
                 store(to + column, Floats{});
-        else if (x.narrow)
-            gather_row(static_cast<const BFloat16*>(x.data) + base + row * x.row, x.column, columns, to);
         else
-            gather_row(static_cast<const float*>(x.data) + base + row * x.row, x.column, columns, to);
+            gather_row(x, base + row * x.row, columns, to);
     }
 }
 
@@ -122,13 +128,25 @@ struct Always {
     __attribute__((always_inline)) bool operator()(int64_t) const { return true; }
 };
 
+TFM_INLINE Reached reached_keys(const Attention& call, int64_t sequence, int64_t head, Span seen, int64_t first = 0) {
+    return {bits_of(call.reach, sequence, head, 0), bits_of(call.keys, sequence, 0, 0), first, seen};
+}
+
 // The keys or values of a tile; those out of `seen`, by length and window, are read as 0.
 static void gather_keys(const Attention& call, const Heads& x, const Tile& tile, Span seen, int64_t columns,
                         float* to) {
-    const Reached reached{bits_of(call.reach, tile.sequence, tile.head, 0), bits_of(call.keys, tile.sequence, 0, 0),
-                          tile.key, seen};
+    const Reached reached = reached_keys(call, tile.sequence, tile.head, seen, tile.key);
     gather(x, tile.sequence, tile.head / call.group, call.extents[tile.sequence].key_first + tile.key, tile.keys,
            columns, to, reached);
+}
+
+// The scores inner · q·k of a tile whose queries are few, rows in scratch memory as its keys are.
+static void few_scores(const Attention& call, const Tile& tile, const float* query, const float* keys, float* scores,
+                       int64_t stride) {
+    const int64_t step = padded(call.dim);
+    const auto place = [=](int64_t key) __attribute__((always_inline)) { return key * step; };
+    for (int64_t row = 0; row < tile.rows; ++row)
+        score(keys, place, tile.keys, 0, query + row * step, call.dim, call.inner, scores + row * stride);
 }
 
 // The bias by distance of keys whose distances from the query's position begin at `distance`.
@@ -175,10 +193,7 @@ TFM_INLINE Floats finish_scores(const Attention& call, const Tile& tile, int64_t
             const int64_t place = bias_row + (tile.key + column) * bias.column;
             const int64_t count = smaller(tile.keys - column, WIDTH);
             float added[WIDTH];
-            if (bias.narrow)
-                gather_row(static_cast<const BFloat16*>(bias.data) + place, bias.column, count, added);
-            else
-                gather_row(static_cast<const float*>(bias.data) + place, bias.column, count, added);
+            gather_row(bias, place, count, added);
             const Floats value = load(added);
             score = value == -INFINITE ? value : score + value;
         }

@@ -51,9 +51,13 @@ void attention_weights(const AttentionWeights& wanted, const Task* tasks, int64_
         gather(call.query, tile.sequence, tile.head, tile.row, tile.rows, call.dim, query, Always{});
         gather_keys(call, call.key, tile, visible_keys(call, extent, 0, extent.query_length), call.dim,
                     scratch + at.rows);
-        transpose_to_panels(scratch + at.rows, dim, tile.keys, call.dim, call.inner, scratch + at.keys);
-        product<false, false>(tile.rows, tile.keys, call.dim, query, dim, {scratch + at.keys, PAIR, call.dim * PAIR},
-                              scores, tile.stride);
+        if (has_few_queries(call)) {
+            few_scores(call, tile, query, scratch + at.rows, scores, tile.stride);
+        } else {
+            transpose_to_panels(scratch + at.rows, dim, tile.keys, call.dim, call.inner, scratch + at.keys);
+            product<false, false>(tile.rows, tile.keys, call.dim, query, dim,
+                                  {scratch + at.keys, PAIR, call.dim * PAIR}, scores, tile.stride);
+        }
         const int64_t drawn = outcomes ? draw_tile(call, tile, outcomes) : 0;
         for (int64_t row = 0; row < tile.rows; ++row) {
             float* const numbers = scores + row * tile.stride;

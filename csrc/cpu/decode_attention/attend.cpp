@@ -21,7 +21,8 @@ TFM_KERNEL(decode_attention, const DecodeAttention& call, int64_t begin, int64_t
 
 #ifdef TFM_ISA
 
-#include "cpu/decode_attention/products.h"
+#include "cpu/attention/row_products.h"
+#include "cpu/decode_attention/places.h"
 
 namespace tfm::TFM_ISA {
 
@@ -54,11 +55,14 @@ void attend(const DecodeAttention& call, int64_t row, int64_t head, const Decode
     float* const totals = scratch + at.totals; // the largest scores first
     for (int64_t member = 0; member < call.group; ++member)
         totals[member] = -INFINITE;
+    const T *const key_rows = static_cast<const T*>(call.key_cache.data), *const value_rows = static_cast<const T*>(
+                                                                              call.value_cache.data);
     for (int64_t first = 0; first < keys; first += BLOCK_KEYS)
         for (int64_t member = 0; member < call.group; ++member) {
-            const float top =
-                maximum(score<T>(call, query + member * query_stride, key_places + first,
-                                 smaller(keys - first, BLOCK_KEYS), scores + member * score_stride + first));
+            const auto place = [&](int64_t key) __attribute__((always_inline)) { return key_places[first + key]; };
+            const float top = maximum(score(key_rows, place, smaller(keys - first, BLOCK_KEYS),
+                                            member == 0 ? keys - first : 0, query + member * query_stride, call.dim,
+                                            call.scale, scores + member * score_stride + first));
             totals[member] = top > totals[member] ? top : totals[member];
         }
     for (int64_t member = 0; member < call.group; ++member) {
@@ -74,8 +78,8 @@ void attend(const DecodeAttention& call, int64_t row, int64_t head, const Decode
     }
     for (int64_t first = 0; first < keys; first += BLOCK_KEYS)
         for (int64_t member = 0; member < call.group; ++member)
-            weigh_values<T>(call, value_places + first, scores + member * score_stride + first,
-                            smaller(keys - first, BLOCK_KEYS), sums + member * sum_stride);
+            weigh_values(value_rows, value_places + first, scores + member * score_stride + first,
+                         smaller(keys - first, BLOCK_KEYS), call.value_dim, sums + member * sum_stride);
     for (int64_t member = 0; member < call.group; ++member) {
         T* const output = place_of<T>(call.output, row, 0, first_head + member);
         const float share = keys > 0 ? 1.0f / totals[member] : 0.0f;

@@ -80,13 +80,11 @@ struct Problem {
         STD_TORCH_CHECK(!a.bias || a.bias->size(3) <= 1 || a.bias->stride(3) == 1,
                         "native attention: expected a bias whose keys lie side by side, got step ",
                         a.bias ? a.bias->stride(3) : 0);
+        STD_TORCH_CHECK(!a.key_mask, "native attention: expected no mask beside that of the keys; impl=\"triton\" "
+                                     "serves both");
         STD_TORCH_CHECK(!a.relative_bias, "native attention: expected no bias by distance; impl=\"triton\" serves it");
-        STD_TORCH_CHECK(!a.key_bits || (!a.reach && !a.words && !a.bias),
-                        "native attention: expected no mask beside that of the keys; impl=\"triton\" serves both");
-        // Bits of the keys alone are what a mask with one row for all queries has.
-        const MaybeTensor& reach = a.key_bits ? a.key_bits : a.reach;
         const Steps bias_steps = broadcast_steps(a.bias), words_steps = broadcast_steps(a.words),
-                    reach_steps = broadcast_steps(reach);
+                    reach_steps = broadcast_steps(a.reach);
         const auto side = [](MaybeInt width) { return static_cast<int>(width ? std::min<int64_t>(*width, FAR) : -1); };
         width = width_of(type);
         call = {
@@ -100,7 +98,7 @@ struct Problem {
             .words_sequence = words_steps.sequence,
             .words_head = words_steps.head,
             .words_row = words_steps.row,
-            .reach = data_of<const int32_t>(reach),
+            .reach = data_of<const int32_t>(a.reach),
             .reach_sequence = reach_steps.sequence,
             .reach_head = reach_steps.head,
             .extra_scores = matrix(extra.scores),

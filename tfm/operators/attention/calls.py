@@ -24,7 +24,7 @@ class Attention(NamedTuple):
         bias: [B|1, Hq|1, Sq|1, Sk], or None, as all below may be.
         words: int32 [B|1, Hq|1, Sq, W], a bit for each key that a query may attend to.
         reach: int32 [B|1, Hq|1, W], a bit for each key that some query may attend to by bias or words.
-        key_bits: int32 [B, 1, W], a bit for each key that queries may attend to besides, of no row more than that.
+        key_mask: bool [B, Sk], dense, where padded: the keys that queries may attend to, whatever the others say.
         sinks: [Hq].
         relative_bias: [Hq, 2 R + 1], added to scores by the key's distance from the query's position, up to R.
         cu_seq_q: [B + 1], with `cu_seq_k` where packed.
@@ -49,7 +49,7 @@ class Attention(NamedTuple):
     bias: Tensor | None
     words: Tensor | None
     reach: Tensor | None
-    key_bits: Tensor | None
+    key_mask: Tensor | None
     sinks: Tensor | None
     relative_bias: Tensor | None
     cu_seq_q: Tensor | None

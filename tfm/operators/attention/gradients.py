@@ -11,11 +11,16 @@ from torch import Tensor
 
 from tfm.operators.attention.calls import TENSORS, Attention, AttentionBackward, AttentionBackwardJoined
 from tfm.operators.attention.heads import joined_parts
-from tfm.operators.attention.mask_bits import bits_to_key_mask, mask_of_bits
+from tfm.operators.attention.mask_bits import mask_of_bits
 from tfm.operators.autograd import Differentiable, Forward
 from tfm.operators.calling import run
 from tfm.reference import attention as reference
 from tfm.transforms import gradients
+
+
+def has_every_rule(namespace: str, device: torch.device) -> bool:
+    """Tells whether kernels of `namespace` have all that is stated of attention, which csrc's for GPUs have not."""
+    return namespace == "tfm" or (namespace == "tfm_native" and device.type == "cpu")
 
 
 class Attended(Differentiable):
@@ -36,9 +41,7 @@ class Attended(Differentiable):
         dout, _, *dlse = grads
         dout = torch.zeros_like(output) if dout is None else dout
         incoming = (dout, dlse[0] if dlse else None, output, statistics, list(wanted))
-        # csrc's kernels for GPUs have none of it.
-        has_joined = namespace == "tfm" or (namespace == "tfm_native" and dout.device.type == "cpu")
-        parts = joined_parts(tensors[:3], wanted) if has_joined else 0
+        parts = joined_parts(tensors[:3], wanted) if has_every_rule(namespace, dout.device) else 0
         if not parts:
             return run(namespace, AttentionBackward(*incoming, *tensors, *options))
         dquery, joined, *others = run(namespace, AttentionBackwardJoined(*incoming, parts, *tensors, *options))
@@ -76,8 +79,7 @@ def in_torch(call: Attention) -> tuple[Tensor, Tensor]:
         packing = call.cu_seq_q, call.cu_seq_k, call.max_q, call.max_k
         arguments = [*heads, *packing, mask, *rules, True, call.seed, call.site]
         return reference.varlen_attention(*arguments)
-    key_mask = None if call.key_bits is None else bits_to_key_mask(call.key_bits, call.max_k)
-    arguments = [*heads, mask, *rules, call.key_lengths, key_mask, True, False, call.seed, call.site]
+    arguments = [*heads, mask, *rules, call.key_lengths, call.key_mask, True, False, call.seed, call.site]
     return reference.attention(*arguments)
 
 

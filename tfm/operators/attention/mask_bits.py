@@ -3,10 +3,8 @@
 words[b, h, i, j // 32] has bit j % 32 set where query i may attend to key j by the mask alone. reach[b, h, j // 32] has
 it where some query may, by the mask and the window together: a key or value that nobody reaches is read as 0, whatever
 lies there, since 0 · NaN would be NaN. A float mask stays the bias that it is and only gets a reach: -inf forbids. A
-mask with one row for all queries is its own reach, and needs no words.
-
-A mask of the keys, [B, Sk] for all heads and queries, has bits of its own, key_bits: beside a bias or words, which may
-be one for all sequences, all are read, and nothing is made of both; alone they are what a mask with one row is.
+mask with one row for all queries is its own reach, and needs no words. A key_mask is read as it is: no kernel reads
+more than a byte of it where it reads a key.
 """
 
 from __future__ import annotations
@@ -57,22 +55,19 @@ class AttentionMaskBits(NamedTuple):
 
 
 def mask_to_bits(
-    namespace: str, attn_mask: Tensor | None, key_mask: Tensor | None, keys: int, starts: Tensor | None, start: int,
-    left: int | None, right: int | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Returns (bias, words, reach, key_bits) of masks that broadcast to [B, Hq, Sq, keys] and are [B, keys], if any."""
-    key_bits = None
-    if key_mask is not None:
-        key_bits = run(namespace, AttentionMaskBits(computed(as_rows, key_mask), None, 0, None, None))[1]
+    namespace: str, attn_mask: Tensor | None, keys: int, starts: Tensor | None, start: int, left: int | None,
+    right: int | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns (bias, words, reach) of a mask that broadcasts to [B, Hq, Sq, keys], or of none."""
     if attn_mask is None:
-        return None, None, None, key_bits
+        return None, None, None
     mask = computed(whole_rows, attn_mask, keys)
     if mask.dtype != torch.bool:
         values = computed(Tensor.detach, mask)
-        return mask, None, run(namespace, AttentionMaskBits(values, starts, start, left, right))[1], key_bits
+        return mask, None, run(namespace, AttentionMaskBits(values, starts, start, left, right))[1]
     mask = computed(narrowed, mask)
     words, reach = run(namespace, AttentionMaskBits(mask, starts, start, left, right))
-    return None, words if mask.shape[2] != 1 else None, reach, key_bits
+    return None, words if mask.shape[2] != 1 else None, reach
 
 
 def mask_of_bits(bias: Tensor | None, words: Tensor | None, reach: Tensor | None, keys: int) -> Tensor | None:
@@ -82,24 +77,9 @@ def mask_of_bits(bias: Tensor | None, words: Tensor | None, reach: Tensor | None
         bits = reach[:, :, None]
     if bits is None:
         return bias
-    allowed = are_set(bits, keys)
-    return allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
-
-
-def as_rows(key_mask: Tensor) -> Tensor:
-    """Returns bool [B, Sk] as a mask [B, 1, 1, Sk]."""
-    return key_mask[:, None, None]
-
-
-def bits_to_key_mask(key_bits: Tensor, keys: int) -> Tensor:
-    """Returns the bool [B, keys] of which these are the bits."""
-    return are_set(key_bits, keys)[:, 0]
-
-
-def are_set(bits: Tensor, keys: int) -> Tensor:
-    """Returns which of the first `keys` bits of each row [..., W] are set: bool [..., keys]."""
     place = torch.arange(keys, device=bits.device)
-    return (bits[..., place // 32] >> (place % 32).int()) & 1 == 1
+    allowed = (bits[..., place // 32] >> (place % 32).int()) & 1 == 1
+    return allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
 
 
 def whole_rows(mask: Tensor, keys: int) -> Tensor:

@@ -143,12 +143,11 @@ def attention_call(
         return Attention(query, key, value, None, None, None, None, sinks, relative, offsets, offsets, None, *rules)
     mask = meta(*mask_shape, queries, length, dtype="i1")
     words, reach = AttentionMaskBits(mask, None, 0, None, None).outputs()
-    key_bits = reach[:, :1].contiguous()
     bias = meta(*mask_shape, queries, -(-length // 16) * 16, dtype=dtype)[..., :length] if "bias" in kind else None
     query, key, value = (x.transpose(1, 2) for x in heads)
     bits = (
         words if "mask" in kind else None, reach if "bias" in kind or "mask" in kind else None,
-        key_bits if "keys" in kind else None,
+        meta(2, length, dtype="i1") if "keys" in kind else None,
     )  # fmt: skip
     return Attention(
         query, key, value, bias, *bits, sinks, relative, None, None, vector, *rules,

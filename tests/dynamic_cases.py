@@ -172,6 +172,7 @@ OPERATIONS: dict[str, Case] = {
         lambda x, both, down: ops.gated_feed_forward(x, both, None, down),
         lambda size: (_rows(size), _weights(2 * INNER, DIM), _weights(DIM, INNER)),
     ),
+    "linear_activation": Case(ops.linear_activation, lambda size: (_rows(size), _weights(INNER, DIM), _weights(INNER))),
     "layer_norm": Case(ops.layer_norm, lambda size: (_rows(size), *_norm_weights())),
     "rms_norm": Case(ops.rms_norm, lambda size: (_rows(size), _weights(DIM))),
     "residual_layer_norm": Case(ops.residual_layer_norm, lambda size: (*_residual_pair(size), *_norm_weights())),

@@ -140,6 +140,7 @@ ROW = (2, 3, 11)
 NORM = {"x": ROW, "weight": (11,), "bias": (11,)}
 RESIDUAL = {"x": ROW, "residual": ROW, "x_bias": (11,), "weight": (11,)}
 PLAIN = {"x": (2, 3, 6), "w1": (10, 6), "b1": (10,), "w2": (5, 10), "b2": (5,)}
+HALF_NETWORK = {"x": (4, 6), "weight": (8, 6), "bias": (8,)}
 GATED = {"x": (2, 3, 6), "gate_weight": (8, 6), "up_weight": (8, 6), "down_weight": (5, 8)}
 LOSS = {"input": (5, 6), "linear_weight": (9, 6), "linear_bias": (9,)}
 
@@ -164,6 +165,12 @@ SAMPLES = [
     Sample("feed_forward relu", "feed_forward", PLAIN, _always(**DROP)),
     Sample("feed_forward gelu", "feed_forward", PLAIN, _always(activation="gelu")),
     Sample("gated_feed_forward", "gated_feed_forward", GATED, _always(**DROP)),
+    Sample(
+        "gated_feed_forward biases", "gated_feed_forward",
+        GATED | {"gate_bias": (8,), "up_bias": (8,), "down_bias": (5,)}, _always(activation="silu"),
+    ),
+    Sample("linear_activation", "linear_activation", HALF_NETWORK, _always(**DROP)),
+    Sample("linear_activation relu", "linear_activation", HALF_NETWORK, _always(activation="relu")),
     Sample(
         "gated_feed_forward joined", "gated_feed_forward",
         {"x": (4, 6), "gate_weight": (16, 6), "down_weight": (5, 8)}, _always(up_weight=None, activation="gelu_tanh"),

@@ -49,6 +49,7 @@ def calls():
         "residual_rms_norm": lambda **o: ops.residual_rms_norm(x, x, vector, **drop, **o),
         "feed_forward": lambda **o: ops.feed_forward(x, weight, vector, weight, vector, "gelu", **drop, **o),
         "gated_feed_forward": lambda **o: ops.gated_feed_forward(x, weight, weight, weight, **drop, **o),
+        "linear_activation": lambda **o: ops.linear_activation(x, weight, vector, **drop, **o),
         "linear_cross_entropy": lambda **o: ops.linear_cross_entropy(
             x, weight, tokens.flatten()[:5], linear_bias=vector, weight=vector.detach().exp(), label_smoothing=0.1, **o
         ),

@@ -20,6 +20,7 @@ GOOD_CALLS = {
     "gated_feed_forward": {
         "x": zeros(2, 3), "gate_weight": zeros(7, 3), "up_weight": zeros(7, 3), "down_weight": zeros(4, 7),
     },
+    "linear_activation": {"x": zeros(2, 3), "weight": zeros(7, 3), "bias": zeros(7)},
     "linear_cross_entropy": {"input": zeros(11, 5), "linear_weight": zeros(7, 5), "target": zeros(11, dtype=int64)},
     "embedding": {"tokens": zeros(3, 5, dtype=int64), "weight": zeros(11, 6), "positions": zeros(5, dtype=int64)},
 }  # fmt: skip
@@ -117,6 +118,16 @@ BAD_CALLS = {
         ("up_weight", {"up_weight": zeros(7, 3, dtype=int8)}),
         ("down_weight", {"down_weight": zeros(7, 4)}),
         ("activation", {"activation": None}),
+        ("gate_bias", {"gate_bias": zeros(4)}),
+        ("up_bias", {"up_bias": zeros(4)}),
+        ("up_bias", {"gate_weight": zeros(14, 3), "up_weight": None, "up_bias": zeros(7)}),
+        ("down_bias", {"down_bias": zeros(7)}),
+    ],
+    "linear_activation": [
+        ("x", {"x": zeros(())}),
+        ("weight", {"weight": zeros(7, 2)}),
+        ("bias", {"bias": zeros(3)}),
+        ("activation", {"activation": "swish"}),
     ],
     "linear_cross_entropy": [
         ("input", {"input": zeros(11, 5, dtype=int64)}),

@@ -25,6 +25,7 @@ CALLS = {
     "embedding": lambda x: ops.embedding(TOKENS, x, TOKENS, position_weight=x),
     "feed_forward": lambda x: ops.feed_forward(x, x, None, x, None, "gelu"),
     "gated_feed_forward": lambda x: ops.gated_feed_forward(x, x, x, x, "silu"),
+    "linear_activation": lambda x: ops.linear_activation(x, x, x[0], "silu"),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(x, x, TARGET, label_smoothing=0.1),
     "rotary": lambda x: torch.stack(ops.rotary(x[None, None, :, :6], x[None, None, :, :6], *[x.detach()[:, :3]] * 2)),
 }

@@ -210,18 +210,17 @@ std::tuple<Tensor, Tensor> linear_activation(const arguments::LinearActivation& 
     return {hidden, keep ? product : empty({0}, a.x.scalar_type(), a.x)};
 }
 
-std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const arguments::LinearActivationBackward& a) {
-    const Activation function = activation_of(a.activation);
-    Tensor dhidden = torch::stable::matmul(a.dy, a.weight);
+// The gradients, of a call of either backward; dpre may be dhidden itself where there is no gate.
+template <class Arguments>
+std::tuple<Tensor, MaybeTensor, MaybeTensor> gradients(const Arguments& a, const Tensor& dhidden, const Tensor& dpre) {
     const int64_t rows = dhidden.size(0), columns = dhidden.size(1);
-    Tensor dpre = a.gated ? empty({rows, 2 * columns}, a.dy.scalar_type(), a.dy) : dhidden;
     const RowBlocks blocks(rows);
     MaybeTensor hidden, sums, dbias_sum;
     if (a.recompute)
-        hidden = empty({rows, columns}, a.saved.scalar_type(), a.dy);
+        hidden = empty({rows, columns}, a.saved.scalar_type(), a.saved);
     if (a.dbias) {
-        sums = empty({blocks.count, 1, columns}, ScalarType::Float, a.dy);
-        dbias_sum = empty({columns}, *a.dbias, a.dy);
+        sums = empty({blocks.count, 1, columns}, ScalarType::Float, a.saved);
+        dbias_sum = empty({columns}, *a.dbias, a.saved);
     }
     const Rows saved_rows(a.saved);
     const HiddenBackward call{
@@ -233,7 +232,7 @@ std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const ar
         .rows = rows,
         .columns = columns,
         .block_rows = blocks.rows,
-        .activation = function,
+        .activation = activation_of(a.activation),
         .gated = a.gated,
         .dropout = dropout_of(a.seed, a.dropout_p, a.site),
     };
@@ -244,10 +243,23 @@ std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const ar
     return {dpre, hidden, dbias_sum};
 }
 
+std::tuple<Tensor, MaybeTensor, MaybeTensor>
+activation_dropout_backward(const arguments::ActivationDropoutBackward& a) {
+    return gradients(a, a.dhidden, empty({a.saved.size(0), a.saved.size(1)}, a.saved.scalar_type(), a.saved));
+}
+
+std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const arguments::LinearActivationBackward& a) {
+    const Tensor dhidden = torch::stable::matmul(a.dy, a.weight);
+    if (!a.gated)
+        return gradients(a, dhidden, dhidden);
+    return gradients(a, dhidden, empty({dhidden.size(0), 2 * dhidden.size(1)}, a.dy.scalar_type(), a.dy));
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
     implement<arguments::ActivationDropout, activation_dropout>(m);
+    implement<arguments::ActivationDropoutBackward, activation_dropout_backward>(m);
     implement<arguments::LinearActivation, linear_activation>(m);
     implement<arguments::LinearActivationBackward, linear_activation_backward>(m);
 }

@@ -203,11 +203,12 @@ std::tuple<Tensor, Tensor> linear_activation(const arguments::LinearActivation& 
     return {hidden, kept ? pre : empty({0}, a.x.scalar_type(), a.x)};
 }
 
-std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const arguments::LinearActivationBackward& a) {
-    const OnDevice device(a.saved);
-    const Tensor dhidden = torch::stable::matmul(a.dy, a.weight);
+// The gradients, of a call of either backward.
+template <class Arguments>
+std::tuple<Tensor, MaybeTensor, MaybeTensor> gradients(const Arguments& a, const Tensor& dhidden,
+                                                       const OnDevice& device) {
     const Rows dhidden_rows(dhidden), saved_rows(a.saved);
-    const int64_t rows = dhidden_rows.rows, columns = a.weight.size(1);
+    const int64_t rows = dhidden_rows.rows, columns = dhidden_rows.columns;
     const Tensor dpre = empty(shape_of(a.saved), a.saved.scalar_type(), a.saved);
     MaybeTensor hidden, sums, partials;
     if (a.recompute)
@@ -245,10 +246,21 @@ std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const ar
     return {dpre, hidden, sums};
 }
 
+std::tuple<Tensor, MaybeTensor, MaybeTensor>
+activation_dropout_backward(const arguments::ActivationDropoutBackward& a) {
+    return gradients(a, a.dhidden, OnDevice(a.saved));
+}
+
+std::tuple<Tensor, MaybeTensor, MaybeTensor> linear_activation_backward(const arguments::LinearActivationBackward& a) {
+    const OnDevice device(a.saved);
+    return gradients(a, torch::stable::matmul(a.dy, a.weight), device);
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tfm_native, TFM_CUDA_KEY, m) {
     implement<arguments::ActivationDropout, activation_dropout>(m);
+    implement<arguments::ActivationDropoutBackward, activation_dropout_backward>(m);
     implement<arguments::LinearActivation, linear_activation>(m);
     implement<arguments::LinearActivationBackward, linear_activation_backward>(m);
 }

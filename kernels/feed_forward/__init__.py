@@ -4,7 +4,7 @@ epilogue       the first matmul with bias, activation, gate and dropout in its e
 elementwise    the same element by element, beside a matmul of cuBLAS
 """
 
-from tfm.kernels.feed_forward.elementwise import activation_dropout
+from tfm.kernels.feed_forward.elementwise import activation_dropout, activation_dropout_backward
 from tfm.kernels.feed_forward.epilogue import linear_activation, linear_activation_backward
 
-__all__ = ["activation_dropout", "linear_activation", "linear_activation_backward"]
+__all__ = ["activation_dropout", "activation_dropout_backward", "linear_activation", "linear_activation_backward"]

@@ -28,7 +28,7 @@ from tfm.kernels.launch import feed_forward as launch
 from tfm.kernels.philox import keep_mask, threshold_and_scale
 from tfm.kernels.rows import sum_partials
 from tfm.kernels.tape import Tape
-from tfm.operators.feed_forward import ActivationDropout, LinearActivationBackward
+from tfm.operators.feed_forward import ActivationDropout, ActivationDropoutBackward
 
 
 @triton.jit
@@ -139,11 +139,11 @@ def activation_dropout(tape: Tape, call: ActivationDropout) -> Tensor:
 
 
 def activation_dropout_backward(
-    tape: Tape, call: LinearActivationBackward, dhidden: Tensor
+    tape: Tape, call: ActivationDropoutBackward
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Computes (dpre, hidden, dbias) of the operator from dhidden. One launch, two with dbias."""
+    """Computes (dpre, hidden, dbias) of the operator. One launch, two with dbias."""
     dpre, hidden, dbias = outputs = tape.outputs(call)
-    rows, columns = dhidden.shape
+    rows, columns = call.dhidden.shape
     threshold, scale = threshold_and_scale(call.dropout_p)
     tiles = launch.activation_dropout_backward(rows, columns)
     partials = None
@@ -153,7 +153,7 @@ def activation_dropout_backward(
     if tiles.programs:
         tape.launch(
             activation_dropout_backward_kernel, (tiles.programs,), tiles.options,
-            dhidden=dhidden, saved=call.saved, seed=call.seed, dpre=dpre, hidden=hidden, partials=partials,
+            dhidden=call.dhidden, saved=call.saved, seed=call.seed, dpre=dpre, hidden=hidden, partials=partials,
             rows=rows, columns=columns, threshold=threshold, scale=scale, site=call.site,
             ACTIVATION=call.activation, GATED=call.gated,
             BLOCK_ROWS=tiles.block_rows, BLOCK_COLUMNS=tiles.block_columns, TILES=tiles.tiles,

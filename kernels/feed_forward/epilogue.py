@@ -28,7 +28,13 @@ from tfm.kernels.matmul import halves, multiply, tile_of
 from tfm.kernels.philox import threshold_and_scale
 from tfm.kernels.rows import as_rows, side_by_side, sum_partials
 from tfm.kernels.tape import Tape
-from tfm.operators.feed_forward import ActivationDropout, LinearActivation, LinearActivationBackward, keeps_hidden
+from tfm.operators.feed_forward import (
+    ActivationDropout,
+    ActivationDropoutBackward,
+    LinearActivation,
+    LinearActivationBackward,
+    keeps_hidden,
+)
 
 
 @triton.jit
@@ -210,7 +216,7 @@ def linear_activation_backward(
     aligned = are_aligned(depth, columns, dy_stride, weight_stride)
     tiles = launch.linear_activation_backward(rows, columns, depth, dy.dtype, aligned, tape.chip(dy.device))
     if tiles is None:
-        return activation_dropout_backward(tape, call, torch.mm(dy, weight))
+        return activation_dropout_backward(tape, ActivationDropoutBackward(torch.mm(dy, weight), *call[2:]))
     dpre, hidden, dbias = outputs = tape.outputs(call)
     threshold, scale = threshold_and_scale(call.dropout_p)
     partials = None

@@ -26,7 +26,7 @@ from tfm.operators.calling import run
 from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, operator
 from tfm.reference import feed_forward as reference
 
-NETWORKS = ("feed_forward", "gated_feed_forward")
+NETWORKS = ("feed_forward", "gated_feed_forward", "linear_activation")
 ROWS = (
     Row(NETWORKS, "triton", FLOATS, max_columns=MANY),
     Row(NETWORKS, "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
@@ -63,6 +63,33 @@ class ActivationDropout(NamedTuple):
         """Returns an empty hidden [rows, columns]."""
         rows, columns = self.pre.shape
         return _matrix(rows, columns // 2 if self.gated else columns, self.pre)
+
+
+@operator("feed_forward")
+class ActivationDropoutBackward(NamedTuple):
+    """The gradient of the pre-activation, from that of hidden.
+
+    Attributes:
+        dhidden: [rows, columns], contiguous.
+        saved: hidden where `keeps_hidden`, else the pre-activation.
+        gated, activation, dropout_p, seed, site: as in ActivationDropout.
+        recompute: whether to give hidden, which then was not saved.
+        dbias: the dtype of the bias's gradient; None where it is not wanted.
+    """
+
+    dhidden: Tensor
+    saved: Tensor
+    gated: bool
+    activation: str
+    dropout_p: float
+    seed: Tensor | None
+    site: int
+    recompute: bool
+    dbias: torch.dtype | None
+
+    def outputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns empty (dpre, hidden, dbias), None where not wanted."""
+        return _gradients(self.saved, self.gated, self.recompute, self.dbias)
 
 
 @operator("feed_forward")
@@ -135,11 +162,7 @@ class LinearActivationBackward(NamedTuple):
 
     def outputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns empty (dpre, hidden, dbias), None where not wanted."""
-        saved, (rows, width) = self.saved, self.saved.shape
-        columns = width // 2 if self.gated else width
-        hidden = _matrix(rows, columns, saved) if self.recompute else None
-        dbias = None if self.dbias is None else torch.empty(columns, dtype=self.dbias, device=saved.device)
-        return torch.empty_like(saved, memory_format=torch.contiguous_format), hidden, dbias
+        return _gradients(self.saved, self.gated, self.recompute, self.dbias)
 
 
 class Network(NamedTuple):
@@ -222,7 +245,8 @@ class FeedForward(Differentiable):
 
         def output(x, weight, up_weight, b1, w2, b2):
             if gated:
-                return (reference.gated_feed_forward(x, weight, up_weight, w2, activation, dropout_p, seed, site),)
+                layer = activation, dropout_p, seed, site
+                return (reference.gated_feed_forward(x, weight, up_weight, w2, *layer, down_bias=b2),)
             return (reference.feed_forward(x, weight, b1, w2, b2, activation, dropout_p, seed, site),)
 
         b2 = None if b2_dtype is None else torch.zeros(w2.shape[:1], dtype=b2_dtype, device=x.device)
@@ -252,3 +276,13 @@ def weight_gradients(
 
 def _matrix(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.empty((rows, columns), dtype=like.dtype, device=like.device)
+
+
+def _gradients(
+    saved: Tensor, gated: bool, recompute: bool, dbias: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, width = saved.shape
+    columns = width // 2 if gated else width
+    hidden = _matrix(rows, columns, saved) if recompute else None
+    sums = None if dbias is None else torch.empty(columns, dtype=dbias, device=saved.device)
+    return torch.empty_like(saved, memory_format=torch.contiguous_format), hidden, sums

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tfm.autocast import cast, under_autocast, without_autocast
 from tfm.errors import BadArgument
 from tfm.operators.autograd import apply
 from tfm.operators.feed_forward import FeedForward, Network
+from tfm.operators.linear_activation import ActivatedLinear, Gated, GatedActivation, Layer
 from tfm.ops.backends import choose
 from tfm.ops.checks import check_columns, check_floating, check_same_device, check_vector
 from tfm.ops.dropout import seed_for
@@ -70,9 +72,51 @@ def feed_forward(
             return reference.feed_forward(x, w1, b1, w2, b2, activation, dropout_p, drawn, site)
         # Weights take the dtype of x, as under torch's autocast; a bias is read in its own dtype, or in fp32.
         w1, w2 = cast(w1, x.dtype), cast(w2, x.dtype)
-        b1 = b1 if b1 is None or b1.dtype == x.dtype else cast(b1, torch.float32)
-        call = Network(x, w1, None, b1, w2, b2, False, activation, dropout_p, drawn, site)
+        call = Network(x, w1, None, _read(b1, x.dtype), w2, b2, False, activation, dropout_p, drawn, site)
         return apply(FeedForward, namespace_of(backend), call)[0]
+
+
+@door
+def linear_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    *,
+    seed: Tensor | int | None = None,
+    site: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """Computes dropout(activation(x weightᵀ + bias)), the first half of `feed_forward`.
+
+    Args:
+        x: [..., D], floating point.
+        weight: [F, D], any strides; taken in the dtype of `x`, whatever its own.
+        bias: [F] or None.
+        activation, dropout_p, seed, site, impl: as in `feed_forward`.
+
+    Returns:
+        [..., F] in the dtype of `x`, or autocast's.
+
+    Raises:
+        ValueError: as `feed_forward`.
+    """
+    (x,) = under_autocast(x)
+    check_columns(x)
+    check_floating(x=x, weight=weight, bias=bias)
+    _check_matrix("weight", weight, x.shape[-1])
+    check_vector("bias", bias, weight.shape[0])
+    check_same_device(x=x, weight=weight, bias=bias)
+    _check_activation(activation)
+    backend = choose("linear_activation", impl, x, _without_elements(x, weight, weight))
+    drawn = seed_for(dropout_p, seed, x.device)
+    with without_autocast(x.device):
+        if backend == "reference":
+            return reference.linear_activation(x, weight, bias, activation, dropout_p, drawn, site)
+        weight, bias = cast(weight, x.dtype), _read(bias, x.dtype)
+        call = Layer(x, weight, bias, activation, dropout_p, drawn, site)
+        return apply(ActivatedLinear, namespace_of(backend), call)[0]
 
 
 @door
@@ -84,11 +128,16 @@ def gated_feed_forward(
     activation: str = "silu",
     dropout_p: float = 0.0,
     *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     seed: Tensor | int | None = None,
     site: int = 0,
     impl: str = "auto",
 ) -> Tensor:
     """Computes dropout(activation(x gateᵀ) · (x upᵀ)) downᵀ (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6).
+
+    With biases, each of the three layers adds its own.
 
     Args:
         x: [..., D], floating point.
@@ -96,6 +145,9 @@ def gated_feed_forward(
         up_weight: [F, D]; None where `gate_weight` holds both.
         down_weight: [E, F].
         activation, dropout_p, seed, site, impl: as in `feed_forward`.
+        gate_bias: [F] or None; [2 F] where `gate_weight` holds both.
+        up_bias: [F] or None.
+        down_bias: [E] or None.
 
     Returns:
         [..., E] in the dtype of `x`, or autocast's.
@@ -105,7 +157,9 @@ def gated_feed_forward(
     """
     (x,) = under_autocast(x)
     check_columns(x)
-    check_floating(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
+    weights = {"gate_weight": gate_weight, "up_weight": up_weight, "down_weight": down_weight}
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+    check_floating(x=x, **weights, **biases)
     _check_matrix("gate_weight", gate_weight, x.shape[-1])
     rows = gate_weight.shape[0]
     if up_weight is None:
@@ -117,19 +171,33 @@ def gated_feed_forward(
         if up_weight.shape[0] != rows:
             raise BadArgument(f"up_weight: expected {rows} rows like gate_weight, got {up_weight.shape[0]}")
     _check_matrix("down_weight", down_weight, rows)
-    check_same_device(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
+    check_vector("gate_bias", gate_bias, gate_weight.shape[0])
+    if up_weight is None and up_bias is not None:
+        raise BadArgument("up_bias: expected None without up_weight: gate_bias holds both")
+    check_vector("up_bias", up_bias, rows)
+    check_vector("down_bias", down_bias, down_weight.shape[0])
+    check_same_device(x=x, **weights, **biases)
     _check_activation(activation)
     backend = choose("gated_feed_forward", impl, x, _without_elements(x, gate_weight, down_weight))
     drawn = seed_for(dropout_p, seed, x.device)
     with without_autocast(x.device):
         if backend == "reference":
             return reference.gated_feed_forward(
-                x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site
+                x, gate_weight, up_weight, down_weight, activation, dropout_p, drawn, site, *biases.values()
             )
         gate_weight, down_weight = cast(gate_weight, x.dtype), cast(down_weight, x.dtype)
         up_weight = None if up_weight is None else cast(up_weight, x.dtype)
+        if gate_bias is not None or up_bias is not None:
+            # Their products add them: an epilogue that did would serve few models.
+            pre = _biased(x, gate_weight, gate_bias)
+            if up_weight is not None:
+                pre = torch.cat((pre, _biased(x, up_weight, up_bias)), -1)
+            gated = Gated(pre.view(-1, 2 * rows), activation, dropout_p, drawn, site)
+            hidden = apply(GatedActivation, namespace_of(backend), gated)[0]
+            return _biased(hidden, down_weight, down_bias).view(*x.shape[:-1], -1)
         call = Network(
-            x, gate_weight, up_weight, None, down_weight, None, True, activation, dropout_p, drawn, site
+            x, gate_weight, up_weight, None, down_weight, _read(down_bias, x.dtype), True, activation,
+            dropout_p, drawn, site,
         )  # fmt: skip
         return apply(FeedForward, namespace_of(backend), call)[0]
 
@@ -137,6 +205,15 @@ def gated_feed_forward(
 def _check_matrix(name: str, weight: Tensor, columns: int) -> None:
     if weight.dim() != 2 or weight.shape[1] != columns:
         raise BadArgument(f"{name}: expected [rows, {columns}], got shape {tuple(weight.shape)}")
+
+
+def _read(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Returns a bias in its own dtype where that is `dtype`, else in fp32: kernels read these."""
+    return bias if bias is None or bias.dtype == dtype else cast(bias, torch.float32)
+
+
+def _biased(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, None if bias is None else cast(bias, x.dtype))
 
 
 def _without_elements(x: Tensor, first: Tensor, second: Tensor) -> str:

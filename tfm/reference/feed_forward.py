@@ -47,8 +47,20 @@ def feed_forward(
     site: int,
 ) -> Tensor:
     """Computes tfm.ops.feed_forward."""
-    hidden = ACTIVATIONS[activation](_linear(x, w1, b1))
-    return _linear(dropout(hidden, dropout_p, seed, site), w2, b2)
+    return _linear(linear_activation(x, w1, b1, activation, dropout_p, seed, site), w2, b2)
+
+
+def linear_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+) -> Tensor:
+    """Computes tfm.ops.linear_activation."""
+    return dropout(ACTIVATIONS[activation](_linear(x, weight, bias)), dropout_p, seed, site)
 
 
 def gated_feed_forward(
@@ -60,12 +72,22 @@ def gated_feed_forward(
     dropout_p: float,
     seed: Tensor | None,
     site: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes tfm.ops.gated_feed_forward."""
     if up_weight is None:
-        gate_weight, up_weight = gate_weight.chunk(2)
-    hidden = ACTIVATIONS[activation](_linear(x, gate_weight, None)) * _linear(x, up_weight, None)
-    return _linear(dropout(hidden, dropout_p, seed, site), down_weight, None)
+        pre = _linear(x, gate_weight, gate_bias)
+    else:
+        pre = torch.cat((_linear(x, gate_weight, gate_bias), _linear(x, up_weight, up_bias)), -1)
+    return _linear(gated_activation(pre, activation, dropout_p, seed, site), down_weight, down_bias)
+
+
+def gated_activation(pre: Tensor, activation: str, dropout_p: float, seed: Tensor | None, site: int) -> Tensor:
+    """Computes the hidden layer of pre-activations [..., 2 · columns], gate first."""
+    gate, up = pre.chunk(2, -1)
+    return dropout(ACTIVATIONS[activation](gate) * up, dropout_p, seed, site)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,13 @@ from torch import Tensor
 from tfm import ops
 from tfm.kernels import feed_forward
 from tfm.kernels.launch.device import Chip
-from tfm.operators.feed_forward import ActivationDropout, LinearActivation, LinearActivationBackward, keeps_hidden
+from tfm.operators.feed_forward import (
+    ActivationDropout,
+    ActivationDropoutBackward,
+    LinearActivation,
+    LinearActivationBackward,
+    keeps_hidden,
+)
 from tfm.ops.feed_forward import ACTIVATIONS
 from tools.check_kernels.case import CHIPS, Case
 from tools.check_kernels.described import chip, described, meta
@@ -70,6 +76,8 @@ def _element_cases(every: bool, gated: bool) -> Iterator[Case]:
         yield from described(name, feed_forward.activation_dropout, call, chip(9))
         backward = _backward(ROWS[0], columns, DEEP, dtype, gated, activation)
         yield from described(name, feed_forward.linear_activation_backward, backward, chip(9))
+        alone = ActivationDropoutBackward(backward.saved[:, :columns], *backward[2:-2], False, backward.dbias)
+        yield from described(f"{name} alone", feed_forward.activation_dropout_backward, alone, chip(9))
 
 
 def _backward(
@@ -103,7 +111,14 @@ def pass_gated_feed_forward(new: Tensors) -> Iterator[Outputs]:
         yield ops.gated_feed_forward(new(inputs.ROWS, columns), gate, up, down, "silu", inputs.DROPOUT_P)
 
 
+def pass_linear_activation(new: Tensors) -> Iterator[Outputs]:
+    for columns, activation in ((inputs.COLUMNS, "relu"), (inputs.COLUMNS - 1, "gelu")):
+        layer = new(inputs.ROWS, columns), new(inputs.WIDTH, columns), new(inputs.WIDTH)
+        yield ops.linear_activation(*layer, activation, inputs.DROPOUT_P)
+
+
 PASSES: dict[str, Pass] = {
+    "linear_activation": pass_linear_activation,
     "feed_forward": pass_feed_forward,
     "gated_feed_forward": pass_gated_feed_forward,
 }
@@ -122,5 +137,7 @@ def timed(seed: Tensor) -> list[Call]:
     for activation in ("relu", "gelu"):
         call = partial(ops.feed_forward, x, w1, b1, w2, None, activation, 0.1, seed=seed)
         found.append(Call(f"feed_forward, {activation}", call, (x, w1, b1, w2), budget))
+    call = partial(ops.linear_activation, x, w1, b1, "gelu", 0.1, seed=seed)
+    found.append(Call("linear_activation, gelu", call, (x, w1, b1)))
     call = partial(ops.gated_feed_forward, x, gate, up, w2, "silu", 0.1, seed=seed)
     return [*found, Call("gated_feed_forward, silu", call, (x, gate, up, w2), budget)]

@@ -100,7 +100,7 @@ def attend(
     found = ops.attention(
         query, key, value, mask, dropout, causal, scaling,
         query_start=keys - queries if causal else 0, window_size=(-1 if window is None else window - 1, -1),
-        softcap=softcap, sinks=s_aux, key_mask=key_mask, return_weights=_wants_weights(module, others),
+        softcap=softcap, sinks=s_aux, key_mask=key_mask, return_weights=wants_weights(module, others),
     )  # fmt: skip
     output, weights = found if isinstance(found, tuple) else (found, None)
     return output.transpose(1, 2), weights
@@ -128,7 +128,7 @@ def _why_plain(query: Tensor, others: dict[str, Any]) -> str:
     return why_no_kernel("attention", query)
 
 
-def _wants_weights(module: Module, others: dict[str, Any]) -> bool:
+def wants_weights(module: Module, others: dict[str, Any]) -> bool:
     """Tells whether the caller asks for the weights; some modules do not pass the question on."""
     if "output_attentions" in others:
         return bool(others["output_attentions"])

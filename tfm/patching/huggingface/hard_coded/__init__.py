@@ -9,13 +9,23 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from tfm.patching.fusion import FUSION, MODEL, Change, fuse, fusing, fusion_of, plain_kind
-from tfm.patching.huggingface.hard_coded import falcon, flaubert, gpt_neo, gptj
-from tfm.patching.huggingface.hard_coded.adapter import Adapter, why_different
+from tfm.patching.huggingface.hard_coded import (
+    big_bird,
+    deberta,
+    falcon,
+    flaubert,
+    gpt_neo,
+    gptj,
+    longformer,
+    xlnet,
+)
+from tfm.patching.huggingface.hard_coded.adapter import Adapter, why_left
 from tfm.patching.huggingface.hard_coded.masks import FusedMasks, makes_masks
 
 __all__ = ["accelerate_masks", "change_of"]
 
-ADAPTERS: dict[str, Adapter] = gptj.ADAPTERS | gpt_neo.ADAPTERS | flaubert.ADAPTERS | falcon.ADAPTERS
+FAMILIES = (gptj, gpt_neo, flaubert, falcon, big_bird, longformer, deberta, xlnet)
+ADAPTERS: dict[str, Adapter] = {name: adapter for family in FAMILIES for name, adapter in family.ADAPTERS.items()}
 
 
 def change_of(module: Module) -> Change | None:
@@ -23,8 +33,7 @@ def change_of(module: Module) -> Change | None:
     adapter = ADAPTERS.get(type(module).__name__)
     if adapter is None:
         return None
-    reason = adapter.why_left(module) or why_different(type(module), adapter)
-    return fusing("attention", adapter.forward)._replace(why_left=reason)
+    return fusing("attention", adapter.forward)._replace(why_left=why_left(module, adapter))
 
 
 def accelerate_masks(model: Module) -> None:
@@ -32,7 +41,12 @@ def accelerate_masks(model: Module) -> None:
     for inner in model.modules():
         if not isinstance(inner, PreTrainedModel) or fusion_of(inner) is not None or not makes_masks(inner):
             continue
-        parts = tuple(part for part in inner.modules() if plain_kind(part).__name__ in ADAPTERS)
+        parts = tuple(part for part in inner.modules() if _reads_masks(part))
         if parts and all(fusion_of(part) is not None for part in parts):
             fuse(inner, MODEL, FusedMasks)
             vars(inner)[FUSION].parts = parts
+
+
+def _reads_masks(module: Module) -> bool:
+    adapter = ADAPTERS.get(plain_kind(module).__name__)
+    return adapter is not None and adapter.reads_masks

@@ -32,16 +32,24 @@ class Adapter(NamedTuple):
     Attributes:
         forward: its fused forward.
         trials: yields small modules of the class.
+        reads_masks: whether it reads masks of keys, of the class's model: see masks.py.
         why_left: says why a module is left as it is, whatever its class does; empty where it is not.
     """
 
     forward: type[Fused]
     trials: Callable[[Any], Iterator[Trial]]
+    reads_masks: bool = False
     why_left: Callable[[Any], str] = no_reason
 
 
+def why_left(module: Module, adapter: Adapter) -> str:
+    """Says why a module may not become what its adapter makes of it; empty where it may."""
+    kind: Any = type(module)
+    return adapter.why_left(module) or _why_different(kind, adapter)
+
+
 @cache
-def why_different(kind: type[Module], adapter: Adapter) -> str:
+def _why_different(kind: Any, adapter: Adapter) -> str:
     """Says how a class differs from what its adapter was written for, by trials; empty where it does not."""
     with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"), backends.use("reference"):
         torch.manual_seed(0)

@@ -115,4 +115,4 @@ def _trials(kind: Any) -> Iterator[Trial]:
             yield Trial(kind(config, layer_idx=0), runs)
 
 
-ADAPTERS = {"FalconAttention": Adapter(FusedFalconAttention, _trials, _why_left)}
+ADAPTERS = {"FalconAttention": Adapter(FusedFalconAttention, _trials, reads_masks=True, why_left=_why_left)}

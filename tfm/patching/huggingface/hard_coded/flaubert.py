@@ -37,7 +37,7 @@ class FusedFlaubertAttention(Fused):
         if cache is not None:
             own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
             key, value = own.update(key, value, self.layer_id)
-        said = {"key_mask": mask != 0} if mask.dim() == 2 else {"attn_mask": (mask != 0)[:, None]}
+        said: dict[str, Any] = {"key_mask": mask != 0} if mask.dim() == 2 else {"attn_mask": (mask != 0)[:, None]}
         found = ops.attention(
             query, key, value, dropout_p=self.dropout if self.training else 0.0, return_weights=output_attentions,
             **said,
@@ -47,7 +47,7 @@ class FusedFlaubertAttention(Fused):
 
 
 def _trials(kind: Any) -> Iterator[Trial]:
-    config = FlaubertConfig(emb_dim=16, n_heads=2, n_layers=1, vocab_size=8)
+    config = FlaubertConfig(emb_dim=16, n_heads=2, n_layers=1)
     x = torch.randn(2, 5, 16, dtype=torch.float32)
     of_keys = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
     causal = torch.ones(2, 5, 5).tril().bool()

@@ -71,4 +71,4 @@ def _trials(kind: Any) -> Iterator[Trial]:
         yield Trial(kind(config, attention_type, 0), run)
 
 
-ADAPTERS = {"GPTNeoSelfAttention": Adapter(FusedGPTNeoAttention, _trials)}
+ADAPTERS = {"GPTNeoSelfAttention": Adapter(FusedGPTNeoAttention, _trials, reads_masks=True)}

@@ -122,6 +122,6 @@ def _codegen(kind: Any) -> Iterator[Trial]:
 
 
 ADAPTERS = {
-    "GPTJAttention": Adapter(FusedGPTJAttention, _gptj),
-    "CodeGenAttention": Adapter(FusedCodeGenAttention, _codegen),
+    "GPTJAttention": Adapter(FusedGPTJAttention, _gptj, reads_masks=True),
+    "CodeGenAttention": Adapter(FusedCodeGenAttention, _codegen, reads_masks=True),
 }

@@ -44,7 +44,8 @@ def create_causal_mask(config: Any, *args: Any, **named: Any) -> Any:
         return masking_utils.create_causal_mask(config, *args, **named)
     # Falcon asks for a dense mask, as it adds another to it.
     named.pop("allow_is_causal_skip", None)
-    mask = masking_utils.create_causal_mask(_Named(config), *args, **named)
+    named_config: Any = _Named(config)
+    mask: Any = masking_utils.create_causal_mask(named_config, *args, **named)
     if mask is None:
         return torch.empty(0, dtype=torch.uint8, device=inputs.device)
     return mask[:, 0, 0] if mask.dtype == torch.uint8 else mask
@@ -54,7 +55,8 @@ def create_bidirectional_mask(config: Any, *args: Any, **named: Any) -> Any:
     """Returns a mask of the module docstring in place of transformers' function of this name."""
     if why_no_kernel("attention", _inputs(*args, **named)):
         return masking_utils.create_bidirectional_mask(config, *args, **named)
-    return masking_utils.create_bidirectional_mask(_Named(config), *args, **named)
+    named_config: Any = _Named(config)
+    return masking_utils.create_bidirectional_mask(named_config, *args, **named)
 
 
 def _inputs(*args: Any, **named: Any) -> Tensor:

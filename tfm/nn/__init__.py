@@ -11,6 +11,8 @@ Results are torch's, with three differences that are kept on purpose, in trainin
 `is_causal=True` without a mask, which torch refuses, means causal; keys of add_bias_kv and add_zero_attn stay visible
 under it.
 
+Besides, `TransformerXLDecoderLayer` is Transformer-XL's layer, which torch.nn does not have.
+
 There is one code path: dropout apart, training and evaluation run the same operations and give the same shapes.
 """
 
@@ -19,6 +21,7 @@ from tfm.nn.layers import TransformerDecoderLayer, TransformerEncoderLayer
 from tfm.nn.norm import LayerNorm, RMSNorm
 from tfm.nn.quantization import register
 from tfm.nn.stacks import Transformer, TransformerDecoder, TransformerEncoder
+from tfm.nn.transformer_xl import TransformerXLDecoderLayer, relative_positions
 
 __all__ = [
     "LayerNorm",
@@ -29,6 +32,8 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "TransformerXLDecoderLayer",
+    "relative_positions",
 ]
 
 register()

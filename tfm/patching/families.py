@@ -68,7 +68,7 @@ FAMILIES = (
     Family("SwitchTransformers", "SwitchTransformersForConditionalGeneration", (*DECODER, "experts")),
     Family("gpt-oss", "GptOssForCausalLM", ("attention", "norm", "experts")),
     Family("Mamba", "MambaForCausalLM", ("norm", "recurrence")),
-    Family("RWKV", "RwkvForCausalLM", ("norm", "recurrence")),
+    Family("RWKV", "RwkvForCausalLM", ("norm", "feed_forward", "recurrence")),
     Family("Zamba", "ZambaForCausalLM", (*DECODER, "recurrence")),
     Family("Jamba", "JambaForCausalLM", (*DECODER, "experts", "recurrence")),
     Family("RecurrentGemma", "RecurrentGemmaForCausalLM", (*DECODER, "recurrence")),

@@ -29,7 +29,7 @@ def compiled(every: bool) -> Iterator[Case]:
         state, reset = meta(BATCH, CHANNELS, dtype="fp32"), torch.empty(BATCH, STEPS, dtype=torch.bool, device="meta")
         kept = meta(BATCH, STEPS // KEPT_EVERY, CHANNELS, dtype="fp32")
         for given, anew in ((state, reset), (None, None)) if every else ((state, reset),):
-            label = f"{'with a state ' if given is not None else ''}{dtype}"
+            label = f"{'without' if given is None else 'with'} resets {dtype}"
             call = RgLru(x, x, x, weight, anew, given, KEPT_EVERY)
             yield from described(label, kernels.rg_lru, call, chip(9))
             backward = RgLruBackward(x, given, *call[:5], kept, KEPT_EVERY)

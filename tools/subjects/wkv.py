@@ -27,7 +27,7 @@ def compiled(every: bool) -> Iterator[Case]:
         state = meta(3, BATCH, CHANNELS, dtype="fp32")
         kept = meta(BATCH, STEPS // KEPT_EVERY, 3, CHANNELS, dtype="fp32")
         for given in (state, None) if every else (state,):
-            label = f"{'with a state ' if given is not None else ''}{dtype}"
+            label = f"{'without' if given is None else 'with'} a state {dtype}"
             call = Wkv(weight, weight, x, x, given, KEPT_EVERY)
             yield from described(label, kernels.wkv, call, chip(9))
             yield from described(

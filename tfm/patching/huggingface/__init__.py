@@ -11,7 +11,15 @@ from collections.abc import Callable
 from torch.nn import Module
 
 from tfm.patching.fusion import Change
-from tfm.patching.huggingface import attention, feed_forward, hard_coded, norm, residual
+from tfm.patching.huggingface import (
+    attention,
+    feed_forward,
+    gated_recurrence,
+    hard_coded,
+    norm,
+    residual,
+    time_mix,
+)
 from tfm.patching.huggingface.hard_coded import accelerate_masks
 from tfm.patching.huggingface.implementation import accelerate_attention, restore_implementation
 from tfm.patching.huggingface.loss import heads_of
@@ -26,6 +34,8 @@ FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     feed_forward.change_of,
     residual.change_of,
     hard_coded.change_of,
+    time_mix.change_of,
+    gated_recurrence.change_of,
 )
 
 

@@ -1,0 +1,143 @@
+"""accelerate() on RWKV and RecurrentGemma where they go on from a state, step by step and several steps at once."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import differences, far, ran, step
+from torch import Tensor, nn
+from zoo import CAUSAL, ZOO, batch
+
+import tfm
+from tfm import native
+
+pytestmark = pytest.mark.skipif(
+    bool(native.why_unavailable(torch.device("cpu"))), reason="without native kernels a CPU runs everything as before"
+)
+SPECIES = {species.name: species for species in ZOO}
+BOTH = pytest.mark.parametrize("name", ["rwkv", "recurrentgemma"])
+CLOSE = 1e-5
+TOKENS = batch(CAUSAL, "none")["input_ids"]
+
+
+def pair(name: str, **options: object) -> tuple[nn.Module, nn.Module, tfm.patching.Report]:
+    """A model, and the same accelerated, with its report."""
+    species = SPECIES[name]
+    stock = replace(species, options=species.options | options).make()
+    ours = copy.deepcopy(stock)
+    return stock, ours, tfm.accelerate(ours)
+
+
+def reasons(report: tfm.patching.Report) -> set[str]:
+    """Why calls ran as before."""
+    return {reason for calls in report.stats().plain.values() for reason in calls}
+
+
+def say(model: nn.Module, tokens: Tensor, **options: object) -> Tensor:
+    return model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=True, **options)  # type: ignore[operator]
+
+
+@BOTH
+def test_a_token_at_a_time(name):
+    stock, ours, report = pair(name)
+    expected = say(stock, TOKENS[:1])
+    assert torch.equal(say(ours, TOKENS[:1]), expected)
+    # The prompt and five tokens behind it, fused in every layer.
+    assert not reasons(report)
+    calls = report.stats().fused["recurrence"]
+    assert calls == 6 * report.counts["recurrence"]
+
+
+def test_several_sentences_of_recurrentgemma():
+    stock, ours, report = pair("recurrentgemma")
+    assert torch.equal(say(ours, TOKENS), say(stock, TOKENS))
+    assert not reasons(report)
+    kept = [name for name, _ in ours.named_modules() if name.endswith("rg_lru")]
+    assert kept
+    for name in kept:
+        found, expected = (model.get_submodule(name).recurrent_states for model in (ours, stock))
+        assert far(found, expected, expected.abs().max().item()) <= CLOSE
+
+
+def test_several_sentences_of_rwkv_are_taken_for_one_as_stock_takes_them():
+    """transformers' one step mixes each sentence with all: what it says stays, and is counted."""
+    stock, ours, report = pair("rwkv")
+    assert torch.equal(say(ours, TOKENS), say(stock, TOKENS))
+    assert reasons(report) == {"transformers takes one step of several sequences for several steps"}
+
+
+def test_rwkv_goes_on_from_a_state():
+    stock, ours, report = pair("rwkv")
+    with torch.no_grad():
+        results = []
+        for model in (stock, ours):
+            first = model(TOKENS[:, :9], use_cache=True)
+            more = model(TOKENS[:, 9:], state=first.state, use_cache=True)
+            results.append((first.logits, more.logits, *more.state))
+        whole = stock(TOKENS, use_cache=False).logits
+    for expected, found in zip(*results, strict=True):
+        assert far(found, expected, expected.abs().max().item()) <= CLOSE
+    assert far(results[1][1], whole[:, 9:], whole.abs().max().item()) <= CLOSE
+    assert not reasons(report)
+
+
+def test_rwkv_rescales_its_weights_in_place():
+    """At the first call in evaluation, and back in training: nothing of ours keeps a weight."""
+    stock, ours, report = pair("rwkv", rescale_every=1)
+    species = SPECIES["rwkv"]
+    for training in (False, True, False):
+        for model in (stock, ours):
+            model.train(training)
+        apart = differences(step(ours, species, "none"), step(stock, species, "none"))
+        assert max(apart.values()) <= 3 * CLOSE, apart
+    assert not reasons(report)
+
+
+@BOTH
+def test_most_of_what_runs_is_ours(name):
+    stock, ours, _ = pair(name)
+    assert ran(ours, SPECIES[name]).others <= ran(stock, SPECIES[name]).others / 2
+
+
+@BOTH
+def test_bf16_is_as_near_as_stock(name):
+    stock, _, _ = pair(name)
+    half = copy.deepcopy(stock).bfloat16()
+    ours = copy.deepcopy(half)
+    report = tfm.accelerate(ours)
+    with torch.no_grad():
+        truth, theirs, found = (model(TOKENS).logits.float() for model in (stock, half, ours))
+    assert (found - truth).abs().mean() <= 1.5 * (theirs - truth).abs().mean()
+    assert not reasons(report)
+
+
+class Named(nn.Linear):
+    """A user's own linear layer."""
+
+
+def test_parts_that_are_not_torchs_are_called():
+    stock, ours, report = pair("rwkv")
+    for model in (stock, ours):
+        model.rwkv.blocks[0].feed_forward.key.__class__ = Named
+    seen = []
+    for module in (ours.rwkv.blocks[1].feed_forward.value, ours.rwkv.blocks[1].attention.key):
+        module.register_forward_hook(lambda module, given, result: seen.append(result.shape))
+    species = SPECIES["rwkv"]
+    apart = differences(step(ours, species, "none"), step(stock, species, "none"))
+    assert max(apart.values()) <= 3 * CLOSE, apart
+    assert len(seen) == 2
+    assert len(reasons(report)) == 2
+
+
+def test_a_convolution_with_a_hook_is_called():
+    _, ours, report = pair("recurrentgemma")
+    seen = []
+    block = next(module for name, module in ours.named_modules() if name.endswith("temporal_block"))
+    block.conv_1d.register_forward_hook(lambda module, given, result: seen.append(result.shape))
+    with torch.no_grad():
+        ours(TOKENS)
+    assert len(seen) == 1
+    assert len(reasons(report)) == 1

@@ -9,8 +9,8 @@
 namespace tfm {
 
 struct MixtureBackward {
-    ExpertWeights first, second;
-    Matrix pre;
+    const float *const *first, *const *second; // of each expert
+    const float* pre;                          // [rows, W]
     const float* second_bias;
     const float *dy_rows, *x_rows; // of each row's token, padded
     float *dpre, *hidden;          // padded rows
@@ -21,7 +21,7 @@ struct MixtureBackward {
 
 // What gathers padded rows, one for each sorted one.
 struct Gather {
-    Matrix from;
+    TokenRows from;
     int64_t columns;
     float* to;
 };
@@ -30,7 +30,7 @@ struct Gather {
 struct OuterProduct {
     const float *left, *right;
     int64_t rows, columns;
-    Matrix out;
+    float* out;
 };
 
 // A gradient [experts, columns] of an expert's rows, weighted or not.
@@ -38,7 +38,7 @@ struct RowSum {
     const float* rows;
     int64_t columns;
     bool weighted;
-    Matrix out;
+    float* out;
 };
 
 TFM_KERNEL(gather_rows, const Routed& routed, const Gather& call, int64_t begin, int64_t end)
@@ -59,16 +59,14 @@ TFM_KERNEL(sum_rows, const Routed& routed, const RowSum& call, int64_t begin, in
 
 namespace tfm::TFM_ISA {
 
-// A block of columns of a weight [rows, columns] as the right side of a product: where it lies, or copied to scratch,
-// if it is bf16, or its last vector is not whole.
-TFM_INLINE Columns weight_columns(const ExpertWeights& weights, int64_t expert, int64_t rows, int64_t columns,
-                                  int64_t first, float* scratch) {
-    const Matrix matrix{const_cast<void*>(weights.of[expert]), weights.narrow, columns};
-    if (!weights.narrow && columns % WIDTH == 0)
-        return {static_cast<const float*>(matrix.data) + first, columns, PAIR};
+// A block of columns of a weight [rows, columns] as the right side of a product: where it lies, or copied to scratch, if
+// its last vector is not whole.
+TFM_INLINE Columns weight_columns(const float* weight, int64_t rows, int64_t columns, int64_t first, float* scratch) {
+    if (columns % WIDTH == 0)
+        return {weight + first, columns, PAIR};
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t column = first; column < smaller(first + BLOCK, columns); column += WIDTH)
-            store(scratch + row * BLOCK + column - first, get(matrix, row * columns + column, columns - column));
+            store(scratch + row * BLOCK + column - first, load(weight + row * columns + column, columns - column));
     return {scratch, BLOCK, PAIR};
 }
 
@@ -84,15 +82,16 @@ static void finish_hidden(const Routed& routed, const MixtureBackward& call, con
     const int64_t all = routed.offsets[routed.experts], width = padded(routed.width), half = padded(routed.columns);
     for (int64_t row = first_row; row < first_row + rows; ++row, tile += BLOCK) {
         const Floats factor = broadcast(routed.weights[routed.order[row]]);
+        const float* const pre = call.pre + row * routed.width;
         float *const dpre = call.dpre + row * width, *const hidden = call.hidden + row * half;
         Floats share{};
         for (int64_t column = 0; column < columns; column += WIDTH) {
             const int64_t place = first_column + column, count = routed.columns - place;
             const Floats gradient = inside(load(tile + column), count);
-            const Activated activated = activate<ACTIVATION>(get(call.pre, row * call.pre.stride + place, count));
+            const Activated activated = activate<ACTIVATION>(load(pre + place, count));
             Floats value = activated.value, d_pre = gradient * factor * activated.derivative;
             if (routed.gated) {
-                const Floats up = get(call.pre, row * call.pre.stride + routed.columns + place, count);
+                const Floats up = load(pre + routed.columns + place, count);
                 store(dpre + routed.columns + place, gradient * factor * value, count);
                 d_pre *= up;
                 value *= up;
@@ -115,7 +114,7 @@ void hidden_gradient(const Routed& routed, const MixtureBackward& call, float* s
         const int64_t columns = smaller(BLOCK, routed.columns - column), last = routed.offsets[expert + 1];
         if (routed.offsets[expert] == last)
             continue;
-        const Columns weights = weight_columns(call.second, expert, routed.depth, routed.columns, column, copied);
+        const Columns weights = weight_columns(call.second[expert], routed.depth, routed.columns, column, copied);
         for (int64_t row = routed.offsets[expert]; row < last; row += BLOCK) {
             const int64_t rows = smaller(BLOCK, last - row);
             product<false, false>(rows, columns, routed.depth, call.dy_rows + row * stride, stride, weights, tile,
@@ -134,7 +133,7 @@ void input_gradient(const Routed& routed, const MixtureBackward& call, float* sc
         const int64_t columns = smaller(BLOCK, routed.depth - column), last = routed.offsets[expert + 1];
         if (routed.offsets[expert] == last)
             continue;
-        const Columns weights = weight_columns(call.first, expert, routed.width, routed.depth, column, scratch);
+        const Columns weights = weight_columns(call.first[expert], routed.width, routed.depth, column, scratch);
         for (int64_t row = routed.offsets[expert]; row < last; row += BLOCK)
             product<false, false>(smaller(BLOCK, last - row), columns, routed.width, call.dpre + row * stride, stride,
                                   weights, call.dx_rows + row * out + column, out);
@@ -147,7 +146,7 @@ void routing_gradient(const Routed& routed, const MixtureBackward& call, int64_t
         const int64_t row = routed.place[source];
         float total = 0.0f;
         if (row < all) {
-            for (int64_t block = 0; block < blocks_of(routed.columns); ++block)
+            for (int64_t block = 0; block * BLOCK < routed.columns; ++block)
                 total += call.shares[block * all + row];
             if (call.second_bias) {
                 int64_t expert = 0;
@@ -167,19 +166,19 @@ void routing_gradient(const Routed& routed, const MixtureBackward& call, int64_t
 
 void outer_products(const Routed& routed, const OuterProduct& call, float* scratch, int64_t begin, int64_t end) {
     const int64_t left = padded(call.rows), right = padded(call.columns);
-    const bool in_place = !call.out.narrow && call.columns % WIDTH == 0;
+    const bool in_place = call.columns % WIDTH == 0;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t expert = task % routed.experts, row = task / routed.experts * BLOCK;
         const int64_t rows = smaller(BLOCK, call.rows - row), first = routed.offsets[expert];
         const int64_t place = (expert * call.rows + row) * call.columns;
-        float* const to = in_place ? static_cast<float*>(call.out.data) + place : scratch;
+        float* const to = in_place ? call.out + place : scratch;
         const int64_t stride = in_place ? call.columns : right;
         product<true, false>(rows, call.columns, routed.offsets[expert + 1] - first, call.left + first * left + row,
                              left, {call.right + first * right, right, PAIR}, to, stride);
         for (int64_t i = 0; !in_place && i < rows; ++i)
             for (int64_t column = 0; column < call.columns; column += WIDTH)
-                set(call.out, place + i * call.columns + column, load(scratch + i * right + column),
-                    call.columns - column);
+                store(call.out + place + i * call.columns + column, load(scratch + i * right + column),
+                      call.columns - column);
     }
 }
 
@@ -197,7 +196,7 @@ void sum_rows(const Routed& routed, const RowSum& call, int64_t begin, int64_t e
                     some = Floats{};
                 }
             }
-            set(call.out, expert * call.columns + column, total + some, call.columns - column);
+            store(call.out + expert * call.columns + column, total + some, call.columns - column);
         }
 }
 
@@ -211,12 +210,11 @@ namespace tfm {
 
 namespace {
 
-Matrix whole(const Tensor& x) { return {x.data_ptr(), is_narrow(width_of(x.scalar_type())), 0}; }
+float* numbers(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 void gather(const Routed& routed, const Tensor& from, const Memory& to) {
-    const Rows rows(from);
-    const Gather call{matrix(rows), rows.columns, to.get()};
-    for_rows(routed.offsets[routed.experts], rows.columns,
+    const Gather call{rows_of(from), routed.depth, to.get()};
+    for_rows(routed.offsets[routed.experts], routed.depth,
              [&](int64_t begin, int64_t end) { TFM_RUN(gather_rows, routed, call, begin, end); });
 }
 
@@ -224,8 +222,8 @@ void gather(const Routed& routed, const Tensor& from, const Memory& to) {
 MaybeTensor outer(const RoutedCall& routing, const Memory& left, const Memory& right, int64_t rows, int64_t columns,
                   const Tensor& like) {
     const Routed& routed = routing.routed;
-    Tensor out = empty({routed.experts, rows, columns}, like.scalar_type(), like);
-    const OuterProduct call{left.get(), right.get(), rows, columns, whole(out)};
+    Tensor out = empty({routed.experts, rows, columns}, ScalarType::Float, like);
+    const OuterProduct call{left.get(), right.get(), rows, columns, numbers(out)};
     routing.for_blocks(rows, columns, [&](int64_t begin, int64_t end) {
         const Memory scratch = memory(BLOCK * padded(columns));
         TFM_RUN(outer_products, routed, call, scratch.get(), begin, end);
@@ -235,8 +233,8 @@ MaybeTensor outer(const RoutedCall& routing, const Memory& left, const Memory& r
 
 MaybeTensor bias_gradient(const Routed& routed, const Memory& rows, int64_t columns, bool weighted,
                           const Tensor& bias) {
-    Tensor out = empty({routed.experts, columns}, bias.scalar_type(), bias);
-    const RowSum call{rows.get(), columns, weighted, whole(out)};
+    Tensor out = empty({routed.experts, columns}, ScalarType::Float, bias);
+    const RowSum call{rows.get(), columns, weighted, numbers(out)};
     for_rows(routed.experts, columns * routed.tokens,
              [&](int64_t begin, int64_t end) { TFM_RUN(sum_rows, routed, call, begin, end); });
     return out;
@@ -254,14 +252,13 @@ Gradients experts_backward(const arguments::ExpertsBackward& a) {
     const Memory shares = memory((routed.columns + BLOCK - 1) / BLOCK * rows);
     const Memory dx_rows = memory(needs_x ? rows * depth : 0);
     const Floats32 second_bias(a.second_bias);
-    const Rows pre_rows(a.pre);
-    MaybeTensor dx, dweights, dfirst, dsecond, dfirst_bias, dsecond_bias, dweights_wide;
+    MaybeTensor dx, dweights, dfirst, dsecond, dfirst_bias, dsecond_bias;
     if (needs_weights)
-        dweights_wide = empty(shape_of(a.weights), ScalarType::Float, a.weights);
+        dweights = empty(shape_of(a.weights), ScalarType::Float, a.weights);
     const MixtureBackward call{
-        .first = routing.first(),
-        .second = routing.second(),
-        .pre = matrix(pre_rows),
+        .first = routing.first.data(),
+        .second = routing.second.data(),
+        .pre = static_cast<const float*>(a.pre.const_data_ptr()),
         .second_bias = second_bias.data(),
         .dy_rows = dy.get(),
         .x_rows = x.get(),
@@ -269,7 +266,7 @@ Gradients experts_backward(const arguments::ExpertsBackward& a) {
         .hidden = hidden.get(),
         .shares = shares.get(),
         .dx_rows = dx_rows.get(),
-        .dweights = data_of<float>(dweights_wide),
+        .dweights = data_of<float>(dweights),
     };
     gather(routed, a.dy, dy);
     routing.for_blocks(routed.columns, routed.depth, [&](int64_t begin, int64_t end) {
@@ -281,17 +278,14 @@ Gradients experts_backward(const arguments::ExpertsBackward& a) {
             const Memory scratch = memory(BLOCK * routed.width);
             TFM_RUN(input_gradient, routed, call, scratch.get(), begin, end);
         });
-        dx = empty(shape_of(a.x), a.x.scalar_type(), a.x);
-        const Rows dx_out(*dx);
-        const TokenSums sums{dx_rows.get(), false, matrix(dx_out)};
+        dx = empty(shape_of(a.x), ScalarType::Float, a.x);
+        const TokenSums sums{dx_rows.get(), false, numbers(*dx)};
         for_rows(routed.tokens, routed.places * routed.depth,
                  [&](int64_t begin, int64_t end) { TFM_RUN(sum_tokens, routed, sums, begin, end); });
     }
-    if (needs_weights) {
+    if (needs_weights)
         for_rows(routed.tokens * routed.places, routed.depth,
                  [&](int64_t begin, int64_t end) { TFM_RUN(routing_gradient, routed, call, begin, end); });
-        dweights = torch::stable::to(*dweights_wide, a.weights.scalar_type());
-    }
     if (needs_first) {
         gather(routed, a.x, x);
         dfirst = outer(routing, dpre, x, routed.width, routed.depth, a.first[0]);

@@ -11,15 +11,15 @@ namespace tfm {
 // Rows of one expert that are multiplied together, and features of one task.
 constexpr int64_t TILE = 32, BLOCK = 64;
 
-// Sorted rows `first` to `first + count` of one expert.
+// Sorted rows `first` to `first + count`, of one expert.
 struct RowTile {
-    int64_t expert, first, count;
+    int64_t first, count;
 };
 
-// Of each expert where its weights begin. `narrow`: bf16.
-struct ExpertWeights {
-    const void* const* of;
-    bool narrow;
+// [tokens, columns], the rows so many numbers apart.
+struct TokenRows {
+    const float* data;
+    int64_t stride;
 };
 
 // The sizes of a call, and its rows: row j stands for place order[j] % places of token order[j] / places, and expert e
@@ -37,7 +37,7 @@ struct Routed {
 struct TokenSums {
     const float* rows; // a padded row each
     bool weighted;
-    Matrix y;
+    float* y; // [tokens, H]
 };
 
 TFM_KERNEL(sum_tokens, const Routed& routed, const TokenSums& call, int64_t first_token, int64_t last_token)
@@ -48,16 +48,15 @@ TFM_KERNEL(sum_tokens, const Routed& routed, const TokenSums& call, int64_t firs
 
 namespace tfm::TFM_ISA {
 
-TFM_INLINE int64_t blocks_of(int64_t features) { return (features + BLOCK - 1) / BLOCK; }
-
 TFM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// A row of a token into whole vectors, with 0 behind its end.
-TFM_INLINE void copy_row(const Matrix& from, int64_t row, int64_t columns, float* to) {
-    for (int64_t column = 0; column < padded(columns); column += WIDTH)
-        store(to + column, column < columns ? inside(get(from, row * from.stride + column, columns - column),
-                                                     columns - column)
-                                            : Floats{});
+// A token's row into whole vectors, with 0 behind its end.
+TFM_INLINE void copy_row(const TokenRows& from, int64_t token, int64_t columns, float* to) {
+    const float* const row = from.data + token * from.stride;
+    for (int64_t column = 0; column < columns; column += WIDTH)
+        store(to + column, inside(load(row + column, columns - column), columns - column));
+    for (int64_t column = (columns + WIDTH - 1) / WIDTH * WIDTH; column < padded(columns); ++column)
+        to[column] = 0.0f;
 }
 
 // run(activation) with the activation as a constant.

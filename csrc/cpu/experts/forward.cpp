@@ -10,14 +10,14 @@
 namespace tfm {
 
 struct MixtureForward {
-    Matrix x;
+    TokenRows x;
     const RowTile* tiles;
     const int64_t* first_tile; // [experts + 1]
-    ExpertWeights first, second;
+    const float *const *first, *const *second; // of each expert
     const float *first_bias, *second_bias; // null: none
     float *x_tiles, *hidden_tiles;         // [tiles, H, TILE] and [tiles, I, TILE]
     float* out;                            // a padded row for each
-    Matrix pre;                            // null: not kept
+    float* pre;                            // [rows, W]; null: not kept
 };
 
 // Tasks: tiles.
@@ -36,29 +36,17 @@ TFM_KERNEL(expert_outputs, const Routed& routed, const MixtureForward& call, flo
 
 namespace tfm::TFM_ISA {
 
-// Some rows of a weight in fp32: where they lie, or widened in scratch.
-TFM_INLINE const float* weight_rows(const ExpertWeights& weights, int64_t expert, int64_t row, int64_t rows,
-                                    int64_t columns, float* scratch, int64_t& stride) {
-    const Matrix matrix{const_cast<void*>(weights.of[expert]), weights.narrow, columns};
-    stride = weights.narrow ? padded(columns) : columns;
-    if (!weights.narrow)
-        return static_cast<const float*>(matrix.data) + row * columns;
-    for (int64_t i = 0; i < rows; ++i)
-        copy_row(matrix, row + i, columns, scratch + i * stride);
-    return scratch;
-}
-
-// A transposed tile [features, TILE] to rows of `to` from `column` on.
-static void store_transposed(const float* tile, int64_t features, int64_t count, const Matrix& to, int64_t first_row,
-                             int64_t column) {
+// A transposed tile [features, TILE] to rows `stride` apart.
+static void store_transposed(const float* tile, int64_t features, int64_t count, float* to, int64_t stride) {
     for (int64_t token = 0; token < count; token += WIDTH)
         for (int64_t feature = 0; feature < features; feature += WIDTH) {
             Floats square[WIDTH];
+#pragma GCC unroll 16
             for (int i = 0; i < WIDTH; ++i)
                 square[i] = load(tile + (feature + i) * TILE + token);
             transpose(square);
             for (int64_t i = 0; i < WIDTH && token + i < count; ++i)
-                set(to, (first_row + token + i) * to.stride + column + feature, square[i], features - feature);
+                store(to + (token + i) * stride + feature, square[i], features - feature);
         }
 }
 
@@ -70,13 +58,8 @@ TFM_INLINE void for_vectors(int64_t rows, int64_t count, const Step& step) {
             step(row * TILE + column, row);
 }
 
-// Adds the bias, and rounds what is to be kept as bf16 before the activation sees it: the backward sees the same.
-TFM_INLINE void finish(const float* bias, bool narrow, int64_t rows, int64_t count, float* tile) {
-    if (bias || narrow)
-        for_vectors(rows, count, [&](int64_t place, int64_t row) {
-            const Floats value = load(tile + place) + (bias ? bias[row] : 0.0f);
-            store(tile + place, narrow ? rounded(value) : value);
-        });
+TFM_INLINE void add_bias(const float* bias, int64_t rows, int64_t count, float* tile) {
+    for_vectors(rows, count, [&](int64_t place, int64_t row) { store(tile + place, load(tile + place) + bias[row]); });
 }
 
 void transpose_tokens(const Routed& routed, const MixtureForward& call, float* scratch, int64_t begin, int64_t end) {
@@ -94,41 +77,31 @@ void transpose_tokens(const Routed& routed, const MixtureForward& call, float* s
 }
 
 void expert_hidden(const Routed& routed, const MixtureForward& call, float* scratch, int64_t begin, int64_t end) {
-    const int64_t depth = routed.depth;
-    // Of gate and up: the tiles, then widened weights.
-    float *const tiles = scratch, *const widened = scratch + 2 * (BLOCK + LANES) * TILE;
+    const int64_t depth = routed.depth, halves = routed.gated ? 2 : 1;
+    // Of gate and up.
+    float* const up = scratch + (BLOCK + LANES) * TILE;
     for (int64_t task = begin; task < end; ++task) {
         const int64_t expert = task % routed.experts, feature = task / routed.experts * BLOCK;
         const int64_t rows = smaller(BLOCK, routed.columns - feature);
-        if (call.first_tile[expert] == call.first_tile[expert + 1])
-            continue;
-        const float* weights[2];
-        int64_t stride;
-        for (int half = 0; half < (routed.gated ? 2 : 1); ++half)
-            weights[half] = weight_rows(call.first, expert, half * routed.columns + feature, rows, depth,
-                                        widened + half * BLOCK * padded(depth), stride);
         for (int64_t number = call.first_tile[expert]; number < call.first_tile[expert + 1]; ++number) {
             const RowTile tile = call.tiles[number];
             const float* const x = call.x_tiles + number * depth * TILE;
-            for (int half = 0; half < (routed.gated ? 2 : 1); ++half) {
-                float* const pre = tiles + half * (BLOCK + LANES) * TILE;
-                product<false, false>(rows, tile.count, depth, weights[half], stride, {x, PAIR, depth * PAIR}, pre,
-                                      TILE);
+            for (int64_t half = 0; half < halves; ++half) {
                 const int64_t column = half * routed.columns + feature;
-                const float* const bias =
-                    call.first_bias ? call.first_bias + expert * routed.width + column : nullptr;
-                finish(bias, call.first.narrow, rows, tile.count, pre);
-                if (call.pre.data)
-                    store_transposed(pre, rows, tile.count, call.pre, tile.first, column);
+                float* const pre = half ? up : scratch;
+                product<false, false>(rows, tile.count, depth, call.first[expert] + column * depth, depth,
+                                      {x, PAIR, depth * PAIR}, pre, TILE);
+                if (call.first_bias)
+                    add_bias(call.first_bias + expert * routed.width + column, rows, tile.count, pre);
+                if (call.pre)
+                    store_transposed(pre, rows, tile.count, call.pre + tile.first * routed.width + column,
+                                     routed.width);
             }
             float* const hidden = call.hidden_tiles + (number * routed.columns + feature) * TILE;
             with_activation(routed.activation, [&](auto chosen) {
-                const float* const up = tiles + (BLOCK + LANES) * TILE;
                 for_vectors(rows, tile.count, [&](int64_t place, int64_t) {
-                    Floats value = activate<decltype(chosen)::VALUE>(load(tiles + place)).value;
-                    if (routed.gated)
-                        value *= load(up + place);
-                    store(hidden + place, call.first.narrow ? rounded(value) : value);
+                    const Floats value = activate<decltype(chosen)::VALUE>(load(scratch + place)).value;
+                    store(hidden + place, routed.gated ? value * load(up + place) : value);
                 });
             });
         }
@@ -136,21 +109,18 @@ void expert_hidden(const Routed& routed, const MixtureForward& call, float* scra
 }
 
 void expert_outputs(const Routed& routed, const MixtureForward& call, float* scratch, int64_t begin, int64_t end) {
-    float *const out = scratch, *const widened = scratch + (BLOCK + LANES) * TILE;
+    const int64_t columns = routed.columns, stride = padded(routed.depth);
     for (int64_t task = begin; task < end; ++task) {
         const int64_t expert = task % routed.experts, feature = task / routed.experts * BLOCK;
         const int64_t rows = smaller(BLOCK, routed.depth - feature);
-        if (call.first_tile[expert] == call.first_tile[expert + 1])
-            continue;
-        int64_t stride;
-        const float* const weights = weight_rows(call.second, expert, feature, rows, routed.columns, widened, stride);
         for (int64_t number = call.first_tile[expert]; number < call.first_tile[expert + 1]; ++number) {
             const RowTile tile = call.tiles[number];
-            const float* const hidden = call.hidden_tiles + number * routed.columns * TILE;
-            product<false, false>(rows, tile.count, routed.columns, weights, stride, {hidden, TILE, PAIR}, out, TILE);
-            const float* const bias = call.second_bias ? call.second_bias + expert * routed.depth + feature : nullptr;
-            finish(bias, false, rows, tile.count, out);
-            store_transposed(out, rows, tile.count, {call.out, false, padded(routed.depth)}, tile.first, feature);
+            const float* const hidden = call.hidden_tiles + number * columns * TILE;
+            product<false, false>(rows, tile.count, columns, call.second[expert] + feature * columns, columns,
+                                  {hidden, TILE, PAIR}, scratch, TILE);
+            if (call.second_bias)
+                add_bias(call.second_bias + expert * routed.depth + feature, rows, tile.count, scratch);
+            store_transposed(scratch, rows, tile.count, call.out + tile.first * stride + feature, stride);
         }
     }
 }
@@ -167,7 +137,7 @@ void sum_tokens(const Routed& routed, const TokenSums& call, int64_t first_token
                 const Floats value = load(call.rows + row * stride + column);
                 total += call.weighted ? value * routed.weights[source] : value;
             }
-            set(call.y, token * call.y.stride + column, total, routed.depth - column);
+            store(call.y + token * routed.depth + column, total, routed.depth - column);
         }
 }
 
@@ -205,40 +175,38 @@ std::tuple<Tensor, Tensor, Tensor> experts_routing(const arguments::ExpertsRouti
 std::tuple<Tensor, Tensor> experts(const arguments::Experts& a) {
     const RoutedCall routing(a, a.x);
     const Routed& routed = routing.routed;
-    Tensor y = empty(shape_of(a.x), a.x.scalar_type(), a.x);
-    Tensor pre = empty({a.save ? a.order.size(0) : 0, routed.width}, a.x.scalar_type(), a.x);
-    const Rows x_rows(a.x), pre_rows(pre);
-    const Memory x_tiles = memory(routing.tiles.size() * routed.depth * TILE);
-    const Memory hidden_tiles = memory(routing.tiles.size() * routed.columns * TILE);
+    Tensor y = empty(shape_of(a.x), ScalarType::Float, a.x);
+    Tensor pre = empty({a.save ? a.order.size(0) : 0, routed.width}, ScalarType::Float, a.x);
+    const int64_t tiles = static_cast<int64_t>(routing.tiles.size());
+    const Memory x_tiles = memory(tiles * routed.depth * TILE), hidden_tiles = memory(tiles * routed.columns * TILE);
     const Memory out = memory(a.order.size(0) * padded(routed.depth));
     const Floats32 first_bias(a.first_bias), second_bias(a.second_bias);
     const MixtureForward call{
-        .x = matrix(x_rows),
+        .x = rows_of(a.x),
         .tiles = routing.tiles.data(),
         .first_tile = routing.first_tile.data(),
-        .first = routing.first(),
-        .second = routing.second(),
+        .first = routing.first.data(),
+        .second = routing.second.data(),
         .first_bias = first_bias.data(),
         .second_bias = second_bias.data(),
         .x_tiles = x_tiles.get(),
         .hidden_tiles = hidden_tiles.get(),
         .out = out.get(),
-        .pre = a.save ? matrix(pre_rows) : Matrix{},
+        .pre = a.save ? static_cast<float*>(pre.data_ptr()) : nullptr,
     };
-    for_rows(routing.tiles.size(), routed.depth * TILE, [&](int64_t begin, int64_t end) {
+    for_rows(tiles, routed.depth * TILE, [&](int64_t begin, int64_t end) {
         const Scratch scratch(TILE, routed.depth);
         TFM_RUN(transpose_tokens, routed, call, scratch.memory.get(), begin, end);
     });
     routing.for_blocks(routed.columns, routed.depth, [&](int64_t begin, int64_t end) {
-        const Memory scratch = memory(2 * ((BLOCK + LANES) * TILE + BLOCK * padded(routed.depth)));
-        TFM_RUN(expert_hidden, routed, call, scratch.get(), begin, end);
+        const Scratch scratch(2 * (BLOCK + LANES), TILE);
+        TFM_RUN(expert_hidden, routed, call, scratch.memory.get(), begin, end);
     });
     routing.for_blocks(routed.depth, routed.columns, [&](int64_t begin, int64_t end) {
-        const Memory scratch = memory((BLOCK + LANES) * TILE + BLOCK * padded(routed.columns));
-        TFM_RUN(expert_outputs, routed, call, scratch.get(), begin, end);
+        const Scratch scratch(BLOCK + LANES, TILE);
+        TFM_RUN(expert_outputs, routed, call, scratch.memory.get(), begin, end);
     });
-    const Rows y_rows(y);
-    const TokenSums sums{out.get(), true, matrix(y_rows)};
+    const TokenSums sums{out.get(), true, static_cast<float*>(y.data_ptr())};
     for_rows(routed.tokens, routed.places * routed.depth,
              [&](int64_t begin, int64_t end) { TFM_RUN(sum_tokens, routed, sums, begin, end); });
     return {y, pre};

@@ -181,7 +181,7 @@ SAMPLES = [
 ]  # fmt: skip
 # A subject may bring its own, beside what else it is proven on.
 BROUGHT = [
-    Sample(name, operation, shapes, _always(**constants))
+    Sample(name, operation, shapes, constants if callable(constants) else _always(**constants))
     for subject in (subjects() if backends.has_triton() else ())
     for name, operation, shapes, constants in getattr(subject, "SAMPLES", ())
 ]

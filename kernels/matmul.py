@@ -30,7 +30,9 @@ def tile_of(program, row_tiles, column_tiles):
 
 
 @triton.jit
-def multiply(a, b, b_step, depth, EVEN: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
+def multiply(
+    a, b, b_step, depth, EVEN: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr = "ieee"
+):  # fmt: skip
     """Multiplies a tile of rows by one of columns, summed over the depth in fp32.
 
     `a` holds pointers to the rows [BLOCK_ROWS, 1], `b` to the first BLOCK_DEPTH steps of the columns [BLOCK_DEPTH,
@@ -46,8 +48,8 @@ def multiply(a, b, b_step, depth, EVEN: tl.constexpr, BLOCK_DEPTH: tl.constexpr)
         else:
             left = tl.load(a, mask=step[None, :] < depth - start, other=0.0)
             right = tl.load(b, mask=step[:, None] < depth - start, other=0.0)
-        # fp32 is multiplied in full: where torch allows tf32, cuBLAS does the product.
-        total = tl.dot(left, right, total, input_precision="ieee")
+        # fp32 is multiplied in full unless asked: beside cuBLAS, where torch allows tf32, that does the product.
+        total = tl.dot(left, right, total, input_precision=PRECISION)
         a += BLOCK_DEPTH
         b += BLOCK_DEPTH * b_step
     return total

@@ -14,7 +14,7 @@ from tfm.operators import OPERATORS, Operator
 
 TYPES = {
     "Tensor": "Tensor", "int": "int64_t", "SymInt": "int64_t", "float": "double", "bool": "bool", "str": "std::string",
-    "ScalarType": "ScalarType", "bool[]": "std::vector<bool>",
+    "ScalarType": "ScalarType", "bool[]": "std::vector<bool>", "Tensor[]": "std::vector<Tensor>",
 }  # fmt: skip
 HEAD = """// Made from tfm/operators/{subject}.py.
 #pragma once

@@ -37,7 +37,8 @@ class Differentiable:
 
     Attributes:
         arguments: the NamedTuple of its calls.
-        learns: the names of the fields that have gradients, in the order of the fields.
+        learns: the names of the fields that have gradients, in the order of the fields; of a list each tensor has one,
+            in its place.
         changes: whether the first of them is changed in place, and is the output.
         places: where they stand in a call.
     """
@@ -120,13 +121,25 @@ def apply(operation: type[Differentiable], namespace: str, call: Any) -> Any:
     """Returns the outputs of `operation` for this call, with gradients for the fields that learn."""
     if not torch.compiler.is_compiling() and here.tape is not None:
         return here.tape.apply(operation, namespace, call)
-    learning = [call[place] for place in operation.places]
+    learning = _learning(operation, call)
     if not is_differentiated(*learning):
         # The Function takes longer than a decoding step's few tokens.
         return operation.forward(namespace, call, (False,) * len(learning))[0]
     if torch.compiler.is_compiling():
         learning = _distinct(learning)
     return _Function.apply(operation, namespace, call, *learning)
+
+
+def _learning(operation: type[Differentiable], call: Any) -> list[Tensor | None]:
+    """Returns what of a call may have a gradient, the tensors of a list one by one."""
+    found: list[Tensor | None] = []
+    for place in operation.places:
+        x = call[place]
+        if x.__class__ is list:
+            found += x
+        else:
+            found.append(x)
+    return found
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

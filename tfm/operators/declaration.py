@@ -40,7 +40,7 @@ MaybeChanged = Annotated[Tensor | None, "Tensor(!)?"]
 # The types of fields as schemas write them.
 KINDS = {
     Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str", torch.dtype: "ScalarType",
-    list[bool]: "bool[]", type(None): "()",
+    list[bool]: "bool[]", list[Tensor]: "Tensor[]", type(None): "()",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from tfm.ops.cross_entropy import linear_cross_entropy
 from tfm.ops.decode_attention import decode_attention
 from tfm.ops.dropout import draw_seed, dropout
 from tfm.ops.embedding import embedding, sinusoid
+from tfm.ops.experts import experts
 from tfm.ops.feed_forward import feed_forward, gated_feed_forward, linear_activation
 from tfm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 from tfm.ops.relative_bias import alibi_bias, alibi_slopes, t5_bias
@@ -24,6 +25,7 @@ __all__ = [
     "draw_seed",
     "dropout",
     "embedding",
+    "experts",
     "feed_forward",
     "gated_feed_forward",
     "layer_norm",

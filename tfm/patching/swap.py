@@ -57,7 +57,8 @@ def accelerate(
     swapped, left, unchanged = [], [], 0
     modules = list(_walk(model))
     finders: list[Callable[[Module], Change | None]] = [torch_modules.change_of]
-    if any(_is_of_transformers(module) for _, module in modules):
+    is_huggingface = any(_is_of_transformers(module) for _, module in modules)
+    if is_huggingface:
         from tfm.patching import huggingface
 
         if fuse_loss:
@@ -86,6 +87,10 @@ def accelerate(
         elif reason != NOT_ASKED_FOR:
             left.append(Left(name, kind.__name__, reason))
     # Only now, as a layer's children have all changed.
+    if is_huggingface:
+        packed = huggingface.pack_stacks(model, selection)
+        swapped += packed[0]
+        left += packed[1]
     places = dict(modules)
     changed = tuple(Swapped(one.name, one.kind, torch_modules.note(places[one.name])) for one in swapped)
     stacks = dict(_outermost_stacks(model)) if graphs else {}

@@ -11,17 +11,19 @@ from collections.abc import Callable
 from torch.nn import Module
 
 from tfm.patching.fusion import Change
-from tfm.patching.huggingface import attention, feed_forward, norm, residual
+from tfm.patching.huggingface import attention, feed_forward, layers, norm, residual
 from tfm.patching.huggingface.implementation import accelerate_attention, restore_implementation
 from tfm.patching.huggingface.loss import heads_of
+from tfm.patching.huggingface.packing import pack_stacks
 
-__all__ = ["accelerate_attention", "change_of", "heads_of", "restore_implementation"]
+__all__ = ["accelerate_attention", "change_of", "heads_of", "pack_stacks", "restore_implementation"]
 
 attention.register()
 
 # The first that knows a module has it.
 FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     norm.change_of,
+    layers.change_of,
     feed_forward.change_of,
     residual.change_of,
 )

@@ -8,6 +8,7 @@ does its activation too, and the activation does nothing.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -205,6 +206,8 @@ class FusedFirstHalf(Fused):
         plain: Plain = options["plain"]
         theirs = getattr(kind, plain.method)
 
+        # transformers looks at the signature of what it calls in chunks.
+        @functools.wraps(theirs)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             x = _first_tensor(args, kwargs)
             reason = _why_not_plain(self, plain, x)

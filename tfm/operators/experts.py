@@ -193,13 +193,9 @@ class MixtureOfExperts(Differentiable):
         learning, index = saved[: 4 + 2 * count], saved[4 + 2 * count]
 
         def output(x, weights, first_bias, second_bias, *others):
-            first, second = (
-                part[0] if part[0].dim() == 3 else list(part) for part in (others[:count], others[count:])
-            )
+            first, second = (part[0] if part[0].dim() == 3 else list(part) for part in (others[:count], others[count:]))
             biases = first_bias, second_bias
-            return (
-                reference.experts(x, index, weights, first, second, *biases, activation, gated, is_intercepted()),
-            )
+            return (reference.experts(x, index, weights, first, second, *biases, activation, gated, is_intercepted()),)
 
         return output, learning
 

@@ -86,9 +86,12 @@ def accelerate(
             swapped.append(Swapped(name, change.becomes))
         elif reason != NOT_ASKED_FOR:
             left.append(Left(name, kind.__name__, reason))
+    # Only now, as a layer's children have all changed.
     if is_huggingface:
         huggingface.accelerate_masks(model)
-    # Only now, as a layer's children have all changed.
+        packed = huggingface.pack_stacks(model, selection)
+        swapped += packed[0]
+        left += packed[1]
     places = dict(modules)
     changed = tuple(Swapped(one.name, one.kind, torch_modules.note(places[one.name])) for one in swapped)
     stacks = dict(_outermost_stacks(model)) if graphs else {}

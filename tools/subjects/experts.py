@@ -37,7 +37,9 @@ def compiled(every: bool) -> Iterator[Case]:
                 for gated in (True, False):
                     # One tensor for all experts, or one for each.
                     for separate in (False, True) if every or (gated and major == 9) else (False,):
-                        label = f"{tokens}/sm_{10 * major} {activation}{' gated' * gated}{' separate' * separate} {dtype}"
+                        label = (
+                            f"{tokens}/sm_{10 * major} {activation}{' gated' * gated}{' separate' * separate} {dtype}"
+                        )
                         for launch, call in _calls(tokens, depth, dtype, activation, gated, separate):
                             yield from described(
                                 label, launch, call, chip(major),

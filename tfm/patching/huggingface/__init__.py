@@ -16,6 +16,7 @@ from tfm.patching.huggingface import (
     feed_forward,
     gated_recurrence,
     hard_coded,
+    layers,
     norm,
     residual,
     time_mix,
@@ -23,14 +24,23 @@ from tfm.patching.huggingface import (
 from tfm.patching.huggingface.hard_coded import accelerate_masks
 from tfm.patching.huggingface.implementation import accelerate_attention, restore_implementation
 from tfm.patching.huggingface.loss import heads_of
+from tfm.patching.huggingface.packing import pack_stacks
 
-__all__ = ["accelerate_attention", "accelerate_masks", "change_of", "heads_of", "restore_implementation"]
+__all__ = [
+    "accelerate_attention",
+    "accelerate_masks",
+    "change_of",
+    "heads_of",
+    "pack_stacks",
+    "restore_implementation",
+]
 
 attention.register()
 
 # The first that knows a module has it.
 FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     norm.change_of,
+    layers.change_of,
     feed_forward.change_of,
     residual.change_of,
     hard_coded.change_of,

@@ -22,6 +22,8 @@ from tfm import ops
 from tfm.patching.fusion import Fused, fusion_of, global_names, plain_kind, rebound, why_no_kernel
 from tfm.patching.huggingface.masks import NAME, dense_mask
 from tfm.patching.huggingface.masks import register as register_masks
+from tfm.patching.huggingface.packing import PackedMask, attend_packed
+from tfm.patching.huggingface.position_bias import compute_bias, dense_bias, no_bias, split_bias
 from tfm.patching.huggingface.rotary import rotation_of
 
 # What can be replaced; the other implementations are kernels that a user has chosen.
@@ -32,18 +34,28 @@ UNKNOWN_RULES = ("score_mod", "block_mask", "head_mask")
 
 
 class FusedAttention(Fused):
-    """A module that calls `attend`; with `rotations`, its forward calls ours for them too."""
+    """A module that calls `attend`, and, as its options say, other functions of ours where it calls its own.
+
+    Options: `rotations`, by name; `has_position_bias`, of T5's kind, for position_bias.py.
+    """
 
     @classmethod
     def attributes(cls, kind: type[Module], **options: Any) -> dict[str, Any]:
-        """Returns the forward, which finds the functions that rotate under the names of `options`."""
+        """Returns the forward, which finds the functions that rotate under their names, and the method for biases."""
         rotations = dict(options.get("rotations", ()))
-        return {"_forward": staticmethod(rebound(kind.forward, rotations) if rotations else kind.forward)}
+        made = {"_forward": staticmethod(rebound(kind.forward, rotations) if rotations else kind.forward)}
+        if not options.get("has_position_bias"):
+            return made
+        takes_bias = "position_bias" in inspect.signature(kind.forward).parameters
+        return made | {"compute_bias": compute_bias, "_takes_bias": takes_bias}
 
     _forward: Callable[..., Any]
+    _takes_bias = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's own forward, or its copy."""
+        if self._takes_bias and not self.has_relative_attention_bias and kwargs.get("position_bias") is None:
+            kwargs["position_bias"] = no_bias(self)
         return self._forward(self, *args, **kwargs)
 
 
@@ -73,34 +85,45 @@ def attend(
         is_causal: None for the module's.
         sliding_window: how many keys a query sees, itself included; None for the module's.
         s_aux: [Hq], logits of sinks.
-        position_bias: [1 or B, Hq, Sq, Sk], added to the scores, with its gradient.
+        position_bias: [1 or B, Hq, Sq, Sk], added to the scores, with its gradient; or of position_bias.py.
         **others: `output_attentions`, and what does not concern attention.
 
     Returns:
         [B, Sq, Hq, Dv], and the weights [B, Hq, Sq, Sk] or None.
     """
     queries, keys = query.shape[2], key.shape[2]
+    packed = attention_mask if isinstance(attention_mask, PackedMask) else None
+    if packed is not None and not packed.covers(query.transpose(1, 2)):
+        # In a layer before the first that packs.
+        attention_mask, packed = packed.as_subclass(Tensor), None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if attention_mask is not None and attention_mask.dtype != torch.uint8:
         causal = False
     window = sliding_window or getattr(module, "sliding_window", None) or None
     window = window if causal else None
+    relative_bias, position_bias = split_bias(position_bias)
     fusion = fusion_of(module)
     reason = (fusion.always_plain if fusion is not None else "") or _why_plain(query, others)
     if fusion is not None:
         fusion.count(reason)
     if reason:
+        if relative_bias is not None:
+            position_bias = dense_bias(relative_bias, queries, keys)
         mask = dense_mask(attention_mask, queries, keys, causal, window, query.device)
         rules = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         given = {name: rule for name, rule in rules.items() if rule is not None}
         return _stock(module, query, key, value, mask, dropout, scaling, **given, **others)
+    if packed is not None:
+        rules = {"softcap": softcap, "sinks": s_aux, "relative_bias": relative_bias}
+        return attend_packed(query, key, value, packed.sequences, dropout, scaling, **rules), None
     # One query sees all keys before it: nothing to say but the window.
     causal = causal and (queries > 1 or window is not None)
     mask, key_mask = _masks(attention_mask, position_bias)
     found = ops.attention(
         query, key, value, mask, dropout, causal, scaling,
-        query_start=keys - queries if causal else 0, window_size=(-1 if window is None else window - 1, -1),
-        softcap=softcap, sinks=s_aux, key_mask=key_mask, return_weights=wants_weights(module, others),
+        query_start=keys - queries if causal or relative_bias is not None else 0,
+        window_size=(-1 if window is None else window - 1, -1), softcap=softcap, sinks=s_aux,
+        relative_bias=relative_bias, key_mask=key_mask, return_weights=wants_weights(module, others),
     )  # fmt: skip
     output, weights = found if isinstance(found, tuple) else (found, None)
     return output.transpose(1, 2), weights

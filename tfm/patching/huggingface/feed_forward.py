@@ -70,6 +70,7 @@ class FusedGatedFeedForward(Fused):
         return ops.gated_feed_forward(
             hidden_states, gate.weight, None if up is None else up.weight, down.weight,
             activation_of(getattr(self, self.parts.activation)) or "", dropout_p,
+            gate_bias=gate.bias, up_bias=None if up is None else up.bias, down_bias=down.bias,
         )  # fmt: skip
 
 
@@ -110,8 +111,6 @@ def _is_gated(module: Module, parts: Gated) -> bool:
     activation = activation_of(module._modules[parts.activation])
     if activation is None or any(type(x) is not Linear for x in linears):
         return False
-    if any(x.bias is not None for x in linears):
-        return False  # TEMPORARY
     kind = plain_kind(module)
     twin = kind.__new__(kind)
     vars(twin).update(vars(module))
@@ -235,7 +234,7 @@ class Folded:
     def _activated(self, x: Tensor) -> Tensor:
         linear, transposed = self._linear, not isinstance(self._linear, Linear)
         weight = linear.weight.t() if transposed else linear.weight
-        return ACTIVATIONS[self._name](torch.nn.functional.linear(x, weight, linear.bias))  # TEMPORARY
+        return ops.linear_activation(x, weight, linear.bias, self._name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -270,7 +269,7 @@ def _why_not_plain(module: Module, plain: Plain, x: Tensor) -> str:
     activation = module._modules.get(plain.activation)
     if activation is None or activation._forward_hooks or activation_of(activation) is None:
         return f"{plain.activation} is none of ours"
-    return why_no_kernel("feed_forward", x)  # TEMPORARY
+    return why_no_kernel("linear_activation", x)
 
 
 _KINDS = linear_kinds()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tfm.patching.fusion import FUSION, MODEL, Fusion, fuse, fusion_of, plain_kind, unfuse
 from tfm.patching.huggingface.attention import FusedAttention, attention_modules, rotations_in, why_attention_left
 from tfm.patching.huggingface.masks import NAME
+from tfm.patching.huggingface.position_bias import has_position_bias
 from tfm.patching.report import Left, Swapped
 from tfm.patching.selection import NOT_ASKED_FOR, Selection
 
@@ -44,7 +45,10 @@ def accelerate_attention(model: Module, selection: Selection) -> Attention:
             name_before = before[id(config)] if known is None else known.before
             if known is not None:
                 unfuse(module)
-            fuse(module, "attention", FusedAttention, name_before, rotations=() if reason else rotations_in(module))
+            options = (
+                {} if reason else {"rotations": rotations_in(module), "has_position_bias": has_position_bias(module)}
+            )
+            fuse(module, "attention", FusedAttention, name_before, **options)
             vars(module)[FUSION].always_plain = reason
             if not reason:
                 done.swapped.append(Swapped(name, "attention"))

@@ -85,8 +85,10 @@ def test_weights_of_attention_are_those_of_the_model(name):
     for key in ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions"):
         theirs, ours = expected.get(key), found.get(key)
         assert (theirs is None) == (ours is None), key
-        for x, y in zip(ours or (), theirs or (), strict=True):
-            assert close(x, y)
+        # T5 of transformers 5.17 cannot be told to use its eager attention, and has no weights then: ours are extra.
+        if theirs:
+            assert len(ours) == len(theirs)
+            assert all(close(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("lengths", [(30, 8, 30), (8, 30)])

@@ -9,8 +9,8 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all test-processors native sanitize check check-kernels check-kernels-all host versions bench \
-	gpu tune docs clean
+.PHONY: demo test test-all test-processors test-transformers native sanitize check check-kernels check-kernels-all host \
+	versions bench gpu tune docs clean
 
 # Trains the bundled model on the bundled corpus and translates with it.
 demo: native
@@ -27,6 +27,14 @@ test-all: native
 # What computes, with fewer of this processor's instructions, setting by setting: some minutes each.
 test-processors: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.processors -- $(TOGETHER)
+
+# Hugging Face's models under the oldest transformers that is supported, in a folder of its own; `make test` has the newest.
+OLDEST_TRANSFORMERS := 5.17.0
+test-transformers: native
+	grep -v '^transformers==' constraints.txt > $(VENV)/oldest.txt
+	$(BIN)/pip install --quiet --upgrade --constraint $(VENV)/oldest.txt --target $(VENV)/oldest \
+		transformers==$(OLDEST_TRANSFORMERS)
+	PYTHONPATH=$(abspath $(VENV)/oldest) OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) tests/huggingface
 
 # The native operators: two seconds where nothing changed, one line where there is no compiler.
 native: $(INSTALLED)

@@ -17,6 +17,7 @@ import pytest
 
 import tfm
 from tfm.native import toolchain
+from tfm.patching.families import TRIED
 
 ROOT = Path(__file__).parent.parent
 # Imports every module there is, except the one that starts the program.
@@ -247,6 +248,14 @@ def test_metadata_says_what_each_part_needs(installed):
     assert "# tfm" in described
     assert "All measurements (in the repository: `benchmarks/README.md`)" in described
     assert not re.findall(r"\]\((?!https?:)", described)
+
+
+def test_the_transformers_that_were_tried_are_those_that_the_tests_install():
+    oldest, newest = TRIED
+    assert f"\nOLDEST_TRANSFORMERS := {oldest}\n" in (ROOT / "Makefile").read_text()
+    assert f"\ntransformers=={newest}\n" in (ROOT / "constraints.txt").read_text()
+    supported = f'"transformers>={oldest.rpartition(".")[0]},<{int(newest.partition(".")[0]) + 1}"'
+    assert f"huggingface = [{supported}]" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_an_installation_finds_the_sources_to_compile(installed, tmp_path):

@@ -1,0 +1,138 @@
+"""Masks that people give to Hugging Face's models themselves, weights of attention, and configs that are shared."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from harness import anatomy, far, ran
+from torch import Tensor
+from zoo import ZOO, batch
+
+import tfm
+from tfm import native
+
+pytestmark = pytest.mark.skipif(
+    bool(native.why_unavailable(torch.device("cpu"))), reason="without native kernels a CPU runs everything as before"
+)
+SPECIES = {species.name: species for species in ZOO}
+CLOSE = 3e-5
+
+
+def logits(model: torch.nn.Module, **given: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(**given).logits
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return far(found, expected, expected.abs().max().item()) <= CLOSE
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "finfo.min") for name in ("llama", "gpt2", "gptj", "codegen", "mistral", "qwen2moe", "opt")]
+    # GPT-J and CodeGen would add True to the scores as 1.
+    + [(name, "bool") for name in ("llama", "gpt2", "mistral", "qwen2moe", "opt")],
+)
+def test_a_mask_of_ones_own_in_four_dimensions(name, kind):
+    """Rows of padding at the left attend to nothing: all of them is finfo.min, as transformers' own masks have it."""
+    species = SPECIES[name]
+    given = batch(species.kind, "left")
+    valid = given["attention_mask"].bool()
+    length = valid.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & valid[:, None, None, :]
+    mask = allowed if kind == "bool" else torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    model = species.make()
+    tokens = given["input_ids"]
+    arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    expected = logits(model, **arguments)
+    tfm.accelerate(model)
+    found = logits(model, **arguments)
+    assert close(found[valid], expected[valid])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma2", "glm", "deepseek"])
+def test_sentences_that_are_packed_do_not_see_each_other(name):
+    """Positions that begin anew tell transformers where sentences end, when no mask is given."""
+    species = SPECIES[name]
+    model = species.make()
+    tokens = batch(species.kind, "none")["input_ids"][:1]
+    positions = torch.cat((torch.arange(7), torch.arange(tokens.shape[1] - 7)))[None]
+    given = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+    expected = logits(model, **given)
+    alone = logits(model, input_ids=tokens[:, 7:], use_cache=False)
+    tfm.accelerate(model)
+    found = logits(model, **given)
+    assert close(found, expected)
+    assert close(found[:, 7:], alone)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt", "llama", "gptj", "codegen", "gptneo", "flaubert", "bart", "t5", "albert"]
+)
+def test_weights_of_attention_are_those_of_the_model(name):
+    species = SPECIES[name]
+    model = species.make()
+    if model._supports_sdpa:
+        model.set_attn_implementation("eager")
+    given = {key: x for key, x in batch(species.kind, "none").items() if key != "labels" or species.kind == "seq2seq"}
+    with torch.no_grad():
+        expected = model(**given, output_attentions=True)
+        tfm.accelerate(model)
+        found = model(**given, output_attentions=True)
+    for key in ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions"):
+        theirs, ours = expected.get(key), found.get(key)
+        assert (theirs is None) == (ours is None), key
+        # T5 of transformers 5.17 cannot be told to use its eager attention, and has no weights then: ours are extra.
+        if theirs:
+            assert len(ours) == len(theirs)
+            assert all(close(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(30, 8, 30), (8, 30)])
+def test_bigbird_takes_short_sentences_between_long_ones(lengths):
+    """A short one makes the model put other modules in place of its attention, and keep them."""
+    species = SPECIES["bigbird"]
+    model, twin = species.make(), species.make()
+    tfm.accelerate(model)
+    generator = torch.Generator().manual_seed(2)
+    for length in lengths:
+        tokens = torch.randint(3, 64, (2, length), generator=generator)
+        assert close(logits(model, input_ids=tokens), logits(twin, input_ids=tokens))
+    tfm.restore(model)
+    assert not ran(model, species).ours
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "bert"])
+def test_models_of_one_config_are_both_right(name):
+    species = SPECIES[name]
+    model = species.make()
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    given = {key: x for key, x in batch(species.kind, "left").items() if key != "labels"}
+    valid = given["attention_mask"].bool()
+    expected = logits(other, **given)[valid]
+    tfm.accelerate(model)
+    for one in (model, other):
+        assert close(logits(one, **given)[valid], expected)
+    tfm.restore(model)
+    assert close(logits(other, **given)[valid], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "bigbird full", "t5"])
+def test_a_part_of_a_model_can_be_accelerated_and_restored_alone(name):
+    species = SPECIES[name]
+    model = species.make()
+    untouched = anatomy(copy.deepcopy(model))
+    given = {key: x for key, x in batch(species.kind, "left").items() if key != "labels" or species.kind == "seq2seq"}
+    expected = logits(model, **given)
+    base = model.base_model
+    report = tfm.accelerate(base)
+    assert report.swapped
+    found = logits(model, **given)
+    valid = given["attention_mask"].bool() if found.shape[:2] == given["attention_mask"].shape else slice(None)
+    assert close(found[valid], expected[valid])
+    tfm.restore(base)
+    assert anatomy(model) == untouched

@@ -113,7 +113,8 @@ def test_weights_are_given_if_asked_for(name):
     assert len(found.attentions) == len(expected.attentions) == 2
     for ours, theirs in zip(found.attentions, expected.attentions, strict=True):
         assert far(ours, theirs, 1.0) <= TOLERANCE
-    assert (attention_plain(report) > 0) == (name == "longformer")
+    # Weights by their place in a window or by blocks are the class's own.
+    assert (attention_plain(report) > 0) == (name in ("longformer", "bigbird"))
 
 
 @pytest.mark.parametrize("name", ["gptj", "codegen", "gptneo", "falcon7b", "falcon40b", "falconrw"])
@@ -137,13 +138,26 @@ def test_masks_that_are_more_than_of_keys(name):
     assert attention_plain(report) == 0
 
 
-@pytest.mark.parametrize("name", ["gptj", "codegen", "falcon7b", "falcon40b"])
+@pytest.mark.parametrize("name", ["gptj", "codegen", "gptneo", "falcon7b", "falcon40b"])
 def test_a_static_cache_and_beams(name):
     species = made(name)
     model, fused, report = pair(species)
-    for options in ({"cache_implementation": "static"}, {"num_beams": 3}):
-        assert torch.equal(generated(fused, CAUSAL, **options), generated(model, CAUSAL, **options))
+    for options in ({}, {"num_beams": 3}):
+        expected = generated(model, CAUSAL, **options)
+        for cache in ("dynamic", "static"):
+            assert torch.equal(generated(fused, CAUSAL, cache_implementation=cache, **options), expected)
     assert attention_plain(report) == 0
+
+
+def test_windows_of_gpt_neo_end_at_the_query_in_a_cache_of_any_length():
+    # Those of the model itself end with the cache.
+    model, fused, _ = pair(made("gptneo"))
+    tokens = batch(CAUSAL, "none")["input_ids"]
+    cache = transformers.StaticCache(config=fused.config, max_cache_len=40)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = torch.cat([fused(part, past_key_values=cache).logits for part in tokens.split((9, 1, 7), 1)], 1)
+    assert far(found, expected, expected.abs().max().item()) <= TOLERANCE
 
 
 def test_several_tokens_on_a_filled_cache_of_gpt_neo():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -51,11 +52,11 @@ def why_left(module: Module, adapter: Adapter) -> str:
 @cache
 def _why_different(kind: Any, adapter: Adapter) -> str:
     """Says how a class differs from what its adapter was written for, by trials; empty where it does not."""
-    with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"), backends.use("reference"):
+    with _in_fp32(), torch.random.fork_rng(devices=()), torch.no_grad(), backends.use("reference"):
         torch.manual_seed(0)
         try:
             for module, run in adapter.trials(kind):
-                for parameter in module.float().eval().parameters():
+                for parameter in module.eval().parameters():
                     parameter.normal_(std=0.5)
                 theirs = run(module)
                 fuse(module, "attention", adapter.forward)
@@ -65,6 +66,18 @@ def _why_different(kind: Any, adapter: Adapter) -> str:
         except Exception as error:
             return f"its attention could not be tried: {type(error).__name__}"
     return ""
+
+
+@contextmanager
+def _in_fp32() -> Iterator[None]:
+    """Has tensors made and computed on a CPU in fp32 within the block, whatever holds outside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def rate(dropout: Module) -> float:

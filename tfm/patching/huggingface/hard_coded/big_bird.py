@@ -1,7 +1,8 @@
-"""BigBird: full attention, block-sparse attention as a dense bias, and the change from one to the other.
+"""BigBird: full attention, block-sparse attention, and the change from one to the other.
 
-In block-sparse attention (Zaheer et al. 2020, "Big Bird", section 2) a block of keys that is drawn at random although
-it is attended to anyway counts once more in the softmax, which is the logarithm of the count added to its scores.
+In block-sparse attention (Zaheer et al. 2020, "Big Bird", section 2) each block of queries attends to a few blocks of
+keys, which are put side by side: a batch of short attentions. A block that is drawn at random although it is attended
+to anyway counts once more in the softmax. The first and the last block attend to all.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class FusedBlockSparseAttention(Fused):
         *others: Any,
         **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns [B, S, H, D], zero for padding, and the weights [B, H, S, S] of a block drawn once, if asked for.
+        """Returns [B, S, H, D], zero for padding, and None, or the weights as the class has them, if asked for.
 
         Args:
             query_layer, key_layer, value_layer: [B, H, S, D].
@@ -89,51 +90,66 @@ class FusedBlockSparseAttention(Fused):
             to_mask: [B, 1, 1, S], 0 for padding.
             *others, **named: what the class's method takes besides, which the module holds as well.
         """
-        reason = why_no_kernel("attention", query_layer)
+        reason = "weights by blocks are asked for" if wants_weights(self, named) else ""
+        reason = reason or why_no_kernel("attention", query_layer)
         getattr(self, FUSION).count(reason)
         if reason:
             return self._plain_kind.bigbird_block_sparse_attention(  # type: ignore[attr-defined]
                 self, query_layer, key_layer, value_layer, band_mask, from_mask, to_mask, *others, **named
             )
-        counts = _counts(self, query_layer.shape[2])
-        with np.errstate(divide="ignore"):
-            bias = torch.from_numpy(np.log(counts)).to(query_layer.device, query_layer.dtype)
-        bias = bias.repeat_interleave(self.block_size, 1).repeat_interleave(self.block_size, 2)
-        found = ops.attention(
-            query_layer, key_layer, value_layer, bias[None], key_mask=to_mask[:, 0, 0] != 0,
-            return_weights=wants_weights(self, named),
-        )  # fmt: skip
-        output, weights = found if isinstance(found, tuple) else (found, None)
-        if weights is not None:
-            weights = weights / bias.exp().clamp_min(1.0)
-        return (output * from_mask).transpose(1, 2), weights
+        size, valid = self.block_size, to_mask[:, 0, 0] != 0
+        heads, length = query_layer.shape[1:3]
+        listed, counts = (torch.from_numpy(x).to(query_layer.device) for x in _listed(self, length // size))
+        # [B, blocks, H, listed, size, D], and their keys one after the other
+        head = torch.arange(heads, device=query_layer.device)[:, None]
+        key, value = (
+            x.unflatten(2, (-1, size)).transpose(1, 2)[:, listed, head].flatten(0, 1).flatten(2, 3)
+            for x in (key_layer, value_layer)
+        )
+        mask = (valid.unflatten(1, (-1, size))[:, listed] & counts[:, None, :, None]).flatten(0, 1).flatten(2)
+        query = query_layer.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+        few = ops.attention(query, key, value, **rules(mask[:, :, None], size, key.shape[2]))
+        few = few.transpose(1, 2).unflatten(0, (-1, length // size)).flatten(1, 2)
+        ends = torch.cat((query_layer[:, :, :size], query_layer[:, :, -size:]), 2)
+        first, last = ops.attention(ends, key_layer, value_layer, key_mask=valid).transpose(1, 2).split(size, 1)
+        return torch.cat((first, few[:, size:-size], last), 1) * from_mask.transpose(1, 2), None
 
 
-def _counts(module: Any, length: int) -> np.ndarray:
-    """Returns how often each block of keys counts for each block of queries, [H, S / block, S / block] or [1, ...]."""
-    block, drawn = module.block_size, module.num_random_blocks
-    blocks = length // block
+def _listed(module: Any, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the blocks of keys of each block of queries, [blocks, H or 1, n], and which count, [blocks, n].
+
+    Those of the first and the last block mean nothing.
+    """
+    drawn = np.stack(_drawn(module, blocks)).transpose(1, 0, 2)
+    drawn = np.pad(drawn, ((1, 1), (0, 0), (0, 0)))
+    if (drawn == drawn[:, :1]).all():
+        drawn = drawn[:, :1]
+    place = np.arange(blocks)
+    near = np.stack((place * 0, place - 1, place, place + 1, place * 0 + blocks - 1), 1).clip(0, blocks - 1)
+    listed = np.concatenate((np.broadcast_to(near[:, None], (*drawn.shape[:2], 5)), drawn), 2)
+    counts = np.ones((blocks, listed.shape[2]), dtype=bool)
+    # The neighbours of the second and of the last but one are those that all attend to.
+    counts[1, 1] = counts[blocks - 2, 3] = False
+    return listed.astype(np.int64), counts
+
+
+def _drawn(module: Any, blocks: int) -> list[np.ndarray]:
+    """Returns the blocks [blocks - 2, n] that each head draws for all blocks of queries but the first and the last."""
+    size, drawn = module.block_size, module.num_random_blocks
     # The class draws while it trains, from numpy's one generator; in evaluation it always takes the first block.
     if module.training:
         np.random.seed(module.seed)  # noqa: NPY002
-    if length in CUT:
+    if blocks * size in CUT:
         longest = module.max_seqlen
-        random = [
-            module._bigbird_block_rand_mask(longest, longest, block, block, drawn, last_idx=1024)[: blocks - 2]
+        return [
+            module._bigbird_block_rand_mask(longest, longest, size, size, drawn, last_idx=1024)[: blocks - 2]
             for _ in range(module.num_attention_heads)
         ]
-    else:
-        plan_length, plan_drawn = module._get_rand_attn_plan(length, block, drawn)
-        random = module._bigbird_block_rand_mask_with_head(
-            from_seq_length=length, to_seq_length=length, from_block_size=block, to_block_size=block,
-            num_heads=module.num_attention_heads, plan_from_length=plan_length, plan_num_rand_blocks=plan_drawn,
-        )  # fmt: skip
-    place = np.arange(blocks)
-    is_global = (place == 0) | (place == blocks - 1)
-    seen = is_global[:, None] | is_global | (abs(place[:, None] - place) <= 1)
-    counts = np.repeat(seen[None].astype(np.float32), module.num_attention_heads, 0)
-    counts[:, 1:-1] += np.eye(blocks, dtype=np.float32)[np.stack(random)].sum(2)
-    return counts[:1] if (counts == counts[:1]).all() else counts
+    plan_length, plan_drawn = module._get_rand_attn_plan(blocks * size, size, drawn)
+    return module._bigbird_block_rand_mask_with_head(
+        from_seq_length=blocks * size, to_seq_length=blocks * size, from_block_size=size, to_block_size=size,
+        num_heads=module.num_attention_heads, plan_from_length=plan_length, plan_num_rand_blocks=plan_drawn,
+    )  # fmt: skip
 
 
 class FusedBigBirdAttention(Fused):
@@ -159,7 +175,7 @@ def _config(**options: Any) -> BigBirdConfig:
 
 
 def _full(kind: Any) -> Iterator[Trial]:
-    x, source = torch.randn(2, 6, 16, dtype=torch.float32), torch.randn(2, 4, 16, dtype=torch.float32)
+    x, source = torch.randn(2, 6, 16), torch.randn(2, 4, 16)
     mask = torch.full((2, 1, 6, 6), torch.finfo(torch.float32).min).triu(1)
     mask[1, :, 1:, 0] = -2.0
 
@@ -173,7 +189,7 @@ def _full(kind: Any) -> Iterator[Trial]:
 
 
 def _sparse(kind: Any) -> Iterator[Trial]:
-    x, valid = torch.randn(2, 20, 16, dtype=torch.float32), torch.ones(2, 20)
+    x, valid = torch.randn(2, 20, 16), torch.ones(2, 20)
     valid[1, 17:] = 0
     blocks = valid.view(2, 10, 2)
     keys = torch.cat((blocks[:, 1:-3], blocks[:, 2:-2], blocks[:, 3:-1]), 2)
@@ -194,7 +210,7 @@ def _sparse(kind: Any) -> Iterator[Trial]:
 
 
 def _either(kind: Any) -> Iterator[Trial]:
-    x = torch.randn(2, 6, 16, dtype=torch.float32)
+    x = torch.randn(2, 6, 16)
 
     def run(module: Any) -> Tensor:
         module.set_attention_type("block_sparse")

@@ -87,7 +87,7 @@ def _config(**options: Any) -> Any:
 
 
 def _attentions(kind: Any) -> Iterator[Trial]:
-    x, positions = torch.randn(2, 9, 16, dtype=torch.float32), torch.randn(8, 16, dtype=torch.float32)
+    x, positions = torch.randn(2, 9, 16), torch.randn(8, 16)
     mask = torch.ones(2, 1, 9, 9)
     mask[1, :, 1:, 0] = 0
 
@@ -102,7 +102,7 @@ def _attentions(kind: Any) -> Iterator[Trial]:
 
 
 def _encoders(kind: Any) -> Iterator[Trial]:
-    x = torch.randn(2, 9, 16, dtype=torch.float32)
+    x = torch.randn(2, 9, 16)
     valid = torch.ones(2, 9, dtype=torch.long)
     valid[1, 6:] = 0
 

@@ -87,7 +87,7 @@ LAYOUTS = (
 
 
 def _trials(kind: Any) -> Iterator[Trial]:
-    x = torch.randn(2, 5, 16, dtype=torch.float32)
+    x = torch.randn(2, 5, 16)
     mask = torch.full((2, 1, 5, 5), torch.finfo(torch.float32).min).triu(1)
     mask[1, :, 1:, 0] = -2.0
     angles = torch.arange(20.0).view(1, 5, 4) / 3

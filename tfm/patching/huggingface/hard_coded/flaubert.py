@@ -48,7 +48,7 @@ class FusedFlaubertAttention(Fused):
 
 def _trials(kind: Any) -> Iterator[Trial]:
     config = FlaubertConfig(emb_dim=16, n_heads=2, n_layers=1)
-    x = torch.randn(2, 5, 16, dtype=torch.float32)
+    x = torch.randn(2, 5, 16)
     of_keys = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
     causal = torch.ones(2, 5, 5).tril().bool()
 

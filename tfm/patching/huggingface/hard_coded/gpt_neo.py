@@ -42,9 +42,13 @@ class FusedGPTNeoAttention(Fused):
         queries, keys = query.shape[2], key.shape[2]
         # What the buffer says holds besides any mask.
         said = {"is_causal": True, "query_start": keys - queries, **rules(attention_mask, queries, keys)}
-        if self.attention_type == "local":
+        dense = None if is_causal(attention_mask) else attention_mask
+        if self.attention_type == "local" and dense is not None and queries != keys:
+            # Keys after the last may be empty (static caches): then queries do not stand at the end of the buffer.
+            said = {"attn_mask": _within(dense, self.config.window_size)}
+        elif self.attention_type == "local":
             said["window_size"] = (self.config.window_size - 1, -1)
-        elif queries == 1 and is_causal(attention_mask):
+        elif queries == 1:
             said |= {"is_causal": False, "query_start": 0}
         found = ops.attention(
             query, key, value, dropout_p=rate(self.attn_dropout), scale=1.0, return_weights=output_attentions, **said
@@ -53,12 +57,21 @@ class FusedGPTNeoAttention(Fused):
         return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
 
 
+def _within(mask: Tensor, window: int) -> Tensor:
+    """Returns a mask [B, 1, Sq, Sk] without the keys that lie `window` or more before the last of their query."""
+    is_float = mask.is_floating_point()
+    seen = mask > torch.finfo(mask.dtype).min / 2 if is_float else mask
+    place = torch.arange(mask.shape[-1], device=mask.device)
+    far = place <= (seen * place).amax(-1, keepdim=True) - window
+    return mask.masked_fill(far, -torch.inf if is_float else False)
+
+
 def _trials(kind: Any) -> Iterator[Trial]:
     config = GPTNeoConfig(
         hidden_size=16, num_heads=2, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=3,
         max_position_embeddings=8,
     )  # fmt: skip
-    x = torch.randn(2, 6, 16, dtype=torch.float32)
+    x = torch.randn(2, 6, 16)
     mask = torch.full((2, 1, 6, 6), torch.finfo(torch.float32).min).triu(1)
     mask[1, :, 1:, 0] = -2.0
 

@@ -99,7 +99,7 @@ def _attended(
 
 
 def _trials(kind: Any, config: Any) -> Iterator[Trial]:
-    x = torch.randn(2, 5, config.n_embd, dtype=torch.float32)
+    x = torch.randn(2, 5, config.n_embd)
     mask = torch.full((2, 1, 5, 5), torch.finfo(torch.float32).min).triu(1)
     # Half of what hides a key shows where it is added.
     mask[1, :, 1:, 0] = -2.0

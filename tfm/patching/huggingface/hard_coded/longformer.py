@@ -104,7 +104,7 @@ def _without_padding(output: Tensor, is_masked: Tensor) -> Tensor:
 
 def _trials(kind: Any) -> Iterator[Trial]:
     config = LongformerConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, attention_window=[4])
-    x = torch.randn(2, 12, 16, dtype=torch.float32)
+    x = torch.randn(2, 12, 16)
     mask = torch.zeros(2, 12)
     mask[1, 9:] = -1.0
     with_global = mask.clone()

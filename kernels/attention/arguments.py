@@ -89,7 +89,8 @@ def dense_rows(call: Attention, x: Tensor | None) -> Tensor | None:
 
 def problem(tape: Tape, call: Attention) -> tuple[int, int, torch.dtype, int, int]:
     """Returns what the launch settings ask: D, Dv, dtype, extras and the chip's major number."""
-    extras = (call.seed is not None) + 2 * (is_biased(call) or call.words is not None)
+    is_masked = call.words is not None or call.key_mask is not None
+    extras = (call.seed is not None) + 2 * (is_biased(call) or is_masked)
     return *call.dims, call.query.dtype, extras, tape.chip(call.query.device).major
 
 

@@ -87,6 +87,9 @@ def attention_backward_keys_kernel(
 
     position = first_position(sequence, lengths.starts, start)
     seen_length = tl.where(first_key < key_length, query_length, 0)
+    if mask.keys is not None:
+        is_valid = tl.load(mask.keys + sequence * key_size + column, mask=is_key, other=0) != 0
+        seen_length = tl.where(tl.max(is_valid.to(tl.int32), axis=0) != 0, seen_length, 0)
     begin, end, first, whole_first, whole_last, last = visible_tiles(
         first_key, last_key, -position, window.right, window.left, seen_length, BLOCK_QUERIES
     )

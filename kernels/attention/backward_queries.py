@@ -41,6 +41,7 @@ from tfm.kernels.attention.visible import (
     first_position,
     locate,
     reached,
+    valid_span,
     visible_tiles,
     word_rows,
 )
@@ -124,9 +125,17 @@ def attention_backward_queries_kernel(
         acc = sums_of(BLOCK_QUERIES, DIMS, 0)
         acc_rest = sums_of(BLOCK_QUERIES, DIMS, 1)
         position = first_position(sequence, lengths.starts, start)
+        if mask.keys is not None:
+            valid_begin, key_length = valid_span(mask, sequence, key_size, key_length)
         begin, end, first, whole_first, whole_last, last = visible_tiles(
             first_row, last_row, position, window.left, window.right, key_length, BLOCK_KEYS
         )
+        if mask.keys is not None:
+            # Padding on the left costs as little as behind the last key.
+            begin, first = (
+                tl.maximum(begin, valid_begin),
+                tl.minimum(tl.maximum(first, valid_begin // BLOCK_KEYS), last),
+            )
         IS_MASKED: tl.constexpr = (
             words is not None or mask.keys is not None or (mask.reach is not None and bias is None)
         )

@@ -37,6 +37,7 @@ from tfm.kernels.attention.visible import (
     locate,
     reached,
     share_of,
+    valid_span,
     visible_tiles,
     word_rows,
 )
@@ -106,9 +107,14 @@ def attention_forward_kernel(
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     acc = sums_of(BLOCK_QUERIES, VALUE_DIMS, 0)
     acc_rest = sums_of(BLOCK_QUERIES, VALUE_DIMS, 1)
+    if mask.keys is not None:
+        valid_begin, key_length = valid_span(mask, sequence, key_size, key_length)
     begin, end, first, whole_first, whole_last, last = visible_tiles(
         first_row, last_row, position, window.left, window.right, key_length, BLOCK_KEYS
     )
+    if mask.keys is not None:
+        # Padding on the left costs as little as behind the last key.
+        begin, first = tl.maximum(begin, valid_begin), tl.minimum(tl.maximum(first, valid_begin // BLOCK_KEYS), last)
     if pieces is not None:
         first, whole_first, whole_last, last = share_of(split, first, whole_first, whole_last, last, SPLIT_TILES)
     # A mask as bits may have a hole anywhere; of a float mask -inf is added there.

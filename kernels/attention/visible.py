@@ -129,6 +129,19 @@ def visible_tiles(first, last, offset, before, after, length, BLOCK: tl.constexp
 
 
 @triton.jit
+def valid_span(mask, sequence, key_size, length):
+    """Returns the range of a sequence's `length` keys outside which the mask of the keys has none, begin <= end."""
+    BLOCK: tl.constexpr = 1024
+    begin, end = length, tl.cast(0, tl.int32)
+    for start in range(0, length, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        is_valid = tl.load(mask.keys + sequence * key_size + column, mask=column < length, other=0) != 0
+        begin = tl.minimum(begin, tl.min(tl.where(is_valid, column, length), axis=0))
+        end = tl.maximum(end, tl.max(tl.where(is_valid, column + 1, 0), axis=0))
+    return tl.minimum(begin, end), end
+
+
+@triton.jit
 def edge_tile(step, first, whole_first, whole_last):
     """Returns the step-th tile that needs a mask: those before whole_first, then those from whole_last on."""
     tile = first + step

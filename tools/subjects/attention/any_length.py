@@ -28,6 +28,8 @@ MORE_DIMS = {
 # The calls that come to a row, in the order of the rows, the hungriest first.
 KINDS = (("padded", "packed"), ("dropout",), ("bias", "mask"), ("bias dropout", "mask dropout"))
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+# What comes to the same rows by code of its own.
+APART = ("distance dropout", "keys", "bias keys", "bias keys dropout")
 # Longer than what the kernels for few keys take, and of no tile a multiple.
 LENGTH = 300
 # So few queries over so many keys that programs share these; the wider of each class of head dims.
@@ -68,13 +70,11 @@ def attention_cases(every: bool) -> Iterator[Case]:
                     for case in _cases(family, pair, kind, dtype, every):
                         if case.name.split()[0] == kernel:
                             yield case
-    for dim in (64, 128):
-        near, label = (
-            attention_call((dim, dim), "distance dropout", "bf16", LENGTH),
-            f"{dim} distance dropout bf16 wide",
-        )
-        ways = (attention.attention, near), (attention.attention_backward, backward_call(near, "qkvs"))
+    for dim, kind in product((64, 128), APART):
+        apart = attention_call((dim, dim), kind, "bf16", LENGTH)
+        ways = (attention.attention, apart), (attention.attention_backward, backward_call(apart, "qkvs"))
         for launch, arguments in ways:
+            label = f"{dim} {kind} bf16 wide"
             yield from described(label, launch, arguments, chip(9), matrix=KERNELS, capabilities=(90, 100))
     for dtype, widths in SHARED_DIMS.items():
         for dim, kind in product(widths, KINDS[-1] if every else KINDS[-1][:1]):
@@ -124,8 +124,8 @@ def attention_call(
 ) -> Attention:  # fmt: skip
     """Returns a call of `length` keys, and as many queries where not told, with every rule: starts, sinks, a window.
 
-    `kind` names what it has besides, of KINDS, or a bias by "distance"; heads lie side by side in their rows, as
-    projections have them, and two share keys. Of few queries the window is open to the left.
+    `kind` names what it has besides, of KINDS, a bias by "distance" or a mask of the "keys"; heads lie side by side in
+    their rows, as projections have them, and two share keys. Of few queries the window is open to the left.
     """
     left = 3 if queries is None else None
     queries = length if queries is None else queries

@@ -13,8 +13,8 @@ from tools.check_kernels.case import CHIPS, Case, merged
 from tools.check_kernels.described import chip, described
 from tools.subjects.attention.any_length import LENGTH, attention_call, backward_call
 
-# What changes the code most: a bias, a mask as bits, neither on packed sequences.
-KINDS = ("bias", "mask", "packed")
+# What changes the code most: a bias, a mask as bits, neither on packed sequences, a mask of the keys beside a bias.
+KINDS = ("bias", "mask", "packed", "bias keys")
 TABLES = {
     "bf16": (launch.SHORT_FORWARD, launch.SHORT_BACKWARD),
     "fp32": (launch.SHORT_FORWARD_FP32, launch.SHORT_BACKWARD_FP32),
@@ -38,7 +38,7 @@ def _cases(dtype: str, dim: int, keys: int, kind: str, major: int) -> Iterator[C
     """Yields the kernels of one call each way whose tiles are those keys; of two passes each by what it makes."""
     call = attention_call((dim, dim), f"{kind} dropout", dtype, keys)
     # With its gradient a bias asks for delta, too.
-    backward = backward_call(call, "qkvbs" if kind == "bias" else "qkvs")
+    backward = backward_call(call, "qkvbs" if "bias" in kind else "qkvs")
     for launched, arguments in ((attention.attention, call), (attention.attention_backward, backward)):
         for case in described("", launched, arguments, chip(major), capabilities=CHIPS[major]):
             blocks = case.arguments.get("TILE", (0, 0))

@@ -194,7 +194,9 @@ class _Attention(nn.Module):
         # The paper's terms b and d; its a and c are the scores of attention itself.
         scale = self.d_head**-0.5
         place = (query + self.r_r_bias[:, None].to(query.dtype)) * scale
-        bias = shifted(place @ self.r_net(positions).unflatten(-1, (self.nhead, self.d_head)).permute(1, 2, 0))
+        # [H, D, M + S + 1]: one more, so that rows of the scores can be shifted where they lie.
+        towards = F.pad(self.r_net(positions).unflatten(-1, (self.nhead, self.d_head)).permute(1, 2, 0), (0, 1))
+        bias = _shifted(place @ towards)
         y = ops.attention(
             query + self.r_w_bias[:, None].to(query.dtype), key, value, bias, _rate(self.dropatt), True, scale,
             query_start=start, window_size=(-1 if window is None else window - 1, -1), seed=seed, site=WEIGHTS,
@@ -247,14 +249,14 @@ class _FeedForward(nn.Module):
         return _added(y, x, None if norm_first else norm, last, seed, LAST_RESIDUAL)
 
 
-def shifted(scores: Tensor) -> Tensor:
-    """Returns scores [..., S, K] by distance, the greatest first, as scores by key (appendix B of the paper).
+def _shifted(scores: Tensor) -> Tensor:
+    """Returns scores [..., S, K + 1] by distance, the greatest first, as scores [..., S, K] by key, without a copy.
 
-    Row i is moved to the left by S - 1 - i; what then stands at keys behind a query has no meaning.
+    Row i is moved to the left by S - 1 - i (appendix B of the paper); what then stands at keys behind a query has no
+    meaning.
     """
-    *leading, queries, keys = scores.shape
-    padded = F.pad(scores, (1, 0)).view(*leading, keys + 1, queries)
-    return padded[..., 1:, :].reshape(*leading, queries, keys)
+    queries, keys = scores.shape[-2], scores.shape[-1] - 1
+    return scores.flatten(-2).narrow(-1, max(queries - 1, 0), queries * keys).unflatten(-1, (queries, keys))
 
 
 def _added(

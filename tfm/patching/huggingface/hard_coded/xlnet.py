@@ -34,15 +34,16 @@ class FusedXLNetAttention(Fused):
             return self._plain_kind.rel_attn_core(  # type: ignore[attr-defined]
                 self, q_head, k_head_h, v_head_h, k_head_r, seg_mat, attn_mask, output_attentions
             )
-        bias = torch.einsum("ibnd,jbnd->bnij", q_head + self.r_r_bias, k_head_r)
-        bias = self.rel_shift_bnij(bias, klen=k_head_h.shape[0])
+        queries, keys = q_head.shape[0], k_head_h.shape[0]
+        # Scaled before the products, which are larger.
+        bias = torch.einsum("ibnd,jbnd->bnij", (q_head + self.r_r_bias) * self.scale, k_head_r)
+        # Row i is moved to the left by queries - i, as the class's rel_shift_bnij has it, without a copy.
+        bias = bias.flatten(2)[..., queries:].unflatten(-1, (queries, -1))[..., :keys]
         if seg_mat is not None:
-            segments = torch.einsum("ibnd,snd->ibns", q_head + self.r_s_bias, self.seg_embed)
+            segments = torch.einsum("ibnd,snd->ibns", (q_head + self.r_s_bias) * self.scale, self.seg_embed)
             bias = bias + torch.einsum("ijbs,ibns->bnij", seg_mat, segments)
-        bias = bias * self.scale
         if attn_mask is not None:
-            far = 65500 if attn_mask.dtype == torch.float16 else 1e30
-            bias = bias - far * attn_mask.permute(2, 3, 0, 1)
+            bias = bias.sub(attn_mask.permute(2, 3, 0, 1), alpha=65500 if attn_mask.dtype == torch.float16 else 1e30)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (q_head + self.r_w_bias, k_head_h, v_head_h))
         found = ops.attention(
             query, key, value, bias, rate(self.dropout), scale=self.scale, return_weights=output_attentions

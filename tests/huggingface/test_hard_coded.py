@@ -242,6 +242,31 @@ def test_a_class_that_computes_something_else_is_left_with_the_reason():
     assert max(differences(step(model, species, "left"), expected).values()) <= LOOSER
 
 
+@pytest.mark.parametrize("first", ["replaced", "accelerated"])
+def test_a_forward_of_its_own_is_never_given_our_masks(first):
+    species = made("gptj")
+    model = species.make()
+    expected = step(copy.deepcopy(model), species, "left")
+    module = model.transformer.h[0].attn
+
+    def replace():
+        # As libraries do that place a model's parts on several devices.
+        plain = species.make().transformer.h[0].attn
+        plain.load_state_dict(module.state_dict())
+        plain._parameters, plain._modules = module._parameters, module._modules
+        module.forward = plain.forward
+
+    if first == "replaced":
+        replace()
+    report = tfm.accelerate(model)
+    assert [one.reason for one in report.left] == (
+        ["its forward was replaced on the object itself"] if first == "replaced" else []
+    )
+    if first == "accelerated":
+        replace()
+    assert max(differences(step(model, species, "left"), expected).values()) <= LOOSER
+
+
 def test_falcons_eager_alibi_is_left():
     model = made("falconrw", attn_implementation="eager").make()
     report = tfm.accelerate(model, only="attention")

@@ -19,7 +19,7 @@ from tfm.patching.huggingface.hard_coded import (
     longformer,
     xlnet,
 )
-from tfm.patching.huggingface.hard_coded.adapter import Adapter, why_left
+from tfm.patching.huggingface.hard_coded.adapter import Adapter, runs_fused, why_left
 from tfm.patching.huggingface.hard_coded.masks import FusedMasks, makes_masks
 
 __all__ = ["accelerate_masks", "change_of"]
@@ -42,7 +42,7 @@ def accelerate_masks(model: Module) -> None:
         if not isinstance(inner, PreTrainedModel) or fusion_of(inner) is not None or not makes_masks(inner):
             continue
         parts = tuple(part for part in inner.modules() if _reads_masks(part))
-        if parts and all(fusion_of(part) is not None for part in parts):
+        if parts and all(map(runs_fused, parts)):
             fuse(inner, MODEL, FusedMasks)
             vars(inner)[FUSION].parts = parts
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Dropout, Module
 
 from tfm.ops import backends
-from tfm.patching.fusion import Fused, fuse, why_no_kernel
+from tfm.patching.fusion import Fused, fuse, fusion_of, why_no_kernel
 
 
 class Trial(NamedTuple):
@@ -45,6 +45,8 @@ class Adapter(NamedTuple):
 
 def why_left(module: Module, adapter: Adapter) -> str:
     """Says why a module may not become what its adapter makes of it; empty where it may."""
+    if "forward" in vars(module):
+        return "its forward was replaced on the object itself"
     kind: Any = type(module)
     return adapter.why_left(module) or _why_different(kind, adapter)
 
@@ -78,6 +80,11 @@ def _in_fp32() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def runs_fused(module: Module) -> bool:
+    """Tells whether a call of a module runs a fused forward, or asks it for the reason not to."""
+    return fusion_of(module) is not None and "forward" not in vars(module)
 
 
 def rate(dropout: Module) -> float:

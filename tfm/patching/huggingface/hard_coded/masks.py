@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import masking_utils
 
-from tfm.patching.fusion import Fused, fusion_of, global_names, plain_kind, rebound, why_no_kernel
+from tfm.patching.fusion import FUSION, Fused, global_names, plain_kind, rebound, why_no_kernel
+from tfm.patching.huggingface.hard_coded.adapter import runs_fused
 from tfm.patching.huggingface.masks import NAME
 
 CAUSAL, BIDIRECTIONAL = "create_causal_mask", "create_bidirectional_mask"
@@ -79,7 +80,7 @@ class FusedMasks(Fused):
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """Runs the model's own forward, or its copy while all the attention that reads its masks runs fused."""
-        if all(fusion_of(part) is not None for part in fusion_of(self).parts):  # type: ignore[union-attr]
+        if all(map(runs_fused, getattr(self, FUSION).parts)):
             return self._forward(self, *args, **named)
         return self._plain_kind.forward(self, *args, **named)
 

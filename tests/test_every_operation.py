@@ -19,6 +19,8 @@ READ_BY_A_BACKWARD = {
     ("varlen_attention", 0),
     ("residual_layer_norm", 1),
     ("residual_rms_norm", 1),
+    # Of ReLU, as in torch.
+    ("linear_activation", 0),
 }
 # Several views of one tensor, of which torch, too, lets none be changed in place.
 CHANGEABLE = [sample for sample in DIFFERENTIABLE if sample.operation != "split_heads"]
@@ -136,6 +138,7 @@ REFUSED = [
     ("residual_rms_norm", "eps"),
     ("feed_forward relu", "dropout_p"),
     ("gated_feed_forward", "dropout_p"),
+    ("linear_activation", "dropout_p"),
     ("embedding", "scale"),
     ("linear_cross_entropy", "label_smoothing"),
     ("linear_cross_entropy", "z_loss"),

@@ -55,9 +55,10 @@ class ActivatedLinear(Differentiable):
         hidden, pre = run(
             namespace, LinearActivation(rows, weight, None, bias, False, activation, *rest, save=any(wanted))
         )
-        kept = hidden if keeps_hidden(False, activation) else pre
         # Autograd would not let a view made in here be changed in place.
         y = torch.ops.aten._unsafe_view(hidden, (*x.shape[:-1], weight.shape[0]))
+        # What is saved is the result itself, so that autograd notices where that is changed.
+        kept = y if keeps_hidden(False, activation) else pre
         dropout_p, seed, site = rest
         return Forward((y,), (x, weight, bias, kept, seed), (activation, dropout_p, site))
 
@@ -66,6 +67,7 @@ class ActivatedLinear(Differentiable):
         (x, weight, bias, kept, seed), (activation, dropout_p, site) = saved, options
         needs_x, needs_weight, needs_bias = wanted
         with without_autocast(x.device):
+            kept = kept.view(-1, weight.shape[0])
             dhidden = grads[0].reshape(kept.shape).contiguous()
             dbias = bias.dtype if needs_bias else None
             layer = False, activation, dropout_p, seed, site

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from tfm import ops
 from tfm.patching.fusion import FUSION, Fused, fuse, fusion_of, fusions, plain_kind, why_no_kernel
-from tfm.patching.huggingface.masks import NAME
+from tfm.patching.huggingface.masks import EAGER_MASKS, NAME
 from tfm.patching.huggingface.position_bias import why_dense
 from tfm.patching.report import Left, Swapped
 from tfm.patching.selection import NOT_ASKED_FOR, Selection
@@ -216,8 +216,11 @@ def pack_stacks(model: Module, selection: Selection) -> tuple[list[Swapped], lis
     """Has every encoder inside `model` run on packed tokens, where it may; its layers have become ours already."""
     swapped: list[Swapped] = []
     left: list[Left] = []
+    outer: list[str] = []
     for name, module in model.named_modules():
-        is_inside = any(name.startswith(f"{outer.name}.") for outer in swapped)
+        if isinstance(module, PackedStack):
+            outer.append(name)
+        is_inside = any(name.startswith(f"{stack}.") for stack in outer)
         layers = "" if is_inside else _layers_of(module)
         way = _way_of(module, layers) if layers else ""
         if not way:
@@ -227,6 +230,7 @@ def pack_stacks(model: Module, selection: Selection) -> tuple[list[Swapped], lis
             kind = plain_kind(module.get_submodule(f"{layers}.0"))
             fuse(module, "layer", PackedStack, _tried=Tried(layers, kind, way))
             swapped.append(Swapped(name, "layer"))
+            outer.append(name)
         elif reason != NOT_ASKED_FOR:
             left.append(Left(name, type(module).__name__, reason))
     return swapped, left
@@ -235,7 +239,8 @@ def pack_stacks(model: Module, selection: Selection) -> tuple[list[Swapped], lis
 def _layers_of(module: Any) -> str:
     """Returns the name of a module's one list of layers, all of one class, whose attention is ours and not causal."""
     lists = [name for name, child in module._modules.items() if isinstance(child, ModuleList) and len(child)]
-    if len(lists) != 1 or fusion_of(module) is not None:
+    reads_mask = getattr(getattr(module, "config", None), "model_type", "") in EAGER_MASKS
+    if len(lists) != 1 or fusion_of(module) is not None or reads_mask:
         return ""
     layers = module._modules[lists[0]]
     if len({plain_kind(layer) for layer in layers}) != 1:

@@ -30,7 +30,8 @@ from tfm.kernels.activations import exp, logistic
 from tfm.kernels.recurrence import CHANNELS, OPTIONS, channels_of, programs, steps_from, strides
 from tfm.kernels.rows import sum_partials
 from tfm.kernels.tape import Tape
-from tfm.operators.rg_lru import KEPT_EVERY, RgLru, RgLruBackward
+from tfm.operators.recurrence import KEPT_EVERY
+from tfm.operators.rg_lru import RgLru, RgLruBackward
 
 C = tl.constexpr(8.0)
 # Where the root would be steeper than 1000.

@@ -36,7 +36,8 @@ from torch import Tensor
 from tfm.kernels.recurrence import CHANNELS, OPTIONS, channels_of, programs, steps_from, strides
 from tfm.kernels.rows import sum_partials
 from tfm.kernels.tape import Tape
-from tfm.operators.wkv import KEPT_EVERY, Wkv, WkvBackward
+from tfm.operators.recurrence import KEPT_EVERY
+from tfm.operators.wkv import Wkv, WkvBackward
 
 # The exponent of a state that holds nothing, as the reference has it.
 NOTHING = tl.constexpr(-1e38)

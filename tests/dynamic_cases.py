@@ -199,6 +199,18 @@ OPERATIONS: dict[str, Case] = {
         ),
         frozen=(2,),
     ),
+    "rg_lru": Case(
+        lambda x, gate, param, reset, state: ops.rg_lru(
+            x, gate, x.sin(), param, reset=reset, initial_state=state, return_final_state=True
+        ),
+        lambda size: (
+            _rows(size),
+            _rows(size),
+            _weights(DIM),
+            torch.rand(size.batch, size.targets) < 0.2,
+            _weights(size.batch, DIM),
+        ),
+    ),
     "rotary": Case(
         ops.rotary,
         lambda size: (_heads(size)[0], _heads(size)[0], *_rotary_tables(size)),
@@ -213,6 +225,10 @@ OPERATIONS: dict[str, Case] = {
         lambda x, cos, sin: ops.rotary_(x * 1.0, 1, cos, sin),
         lambda size: (_heads(size)[0], *_rotary_tables(size)),
         frozen=(1, 2),
+    ),
+    "wkv": Case(
+        lambda decay, first, key, value: ops.wkv(decay, first, key, value, return_final_state=True),
+        lambda size: (_weights(DIM), _weights(DIM), _rows(size), _rows(size)),
     ),
     "sinusoid": Case(lambda positions: ops.sinusoid(positions, DIM), lambda size: (torch.arange(size.targets),)),
 }

@@ -141,7 +141,7 @@ def test_native_matches(size, dtype, instruction_set):
 @pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides_change_nothing(view, impl):
-    tensors, reset = make((3, 20, 33), torch.float32), resets((3, 20))
+    tensors, reset = make((2, 9, 33), torch.float32), resets((2, 9))
     for place in range(3):
         given = [*tensors]
         given[place] = VIEWS[view](given[place])
@@ -151,8 +151,8 @@ def test_strides_change_nothing(view, impl):
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
-@settings(deadline=None, max_examples=15)
-@given(size=st.tuples(st.integers(1, 3), st.integers(0, 40), st.integers(1, 40)), has_resets=st.booleans())
+@settings(deadline=None, max_examples=8)
+@given(size=st.tuples(st.integers(1, 3), st.integers(0, 20), st.integers(1, 40)), has_resets=st.booleans())
 def test_any_size(impl, size, has_resets):
     # Of one channel a gradient is one sum, of which cancellation may leave a tenth.
     reset = resets(size) if has_resets else None

@@ -126,15 +126,15 @@ def test_native_matches(size, dtype, instruction_set):
 @pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides_change_nothing(view, impl):
-    decay, first, key, value, state = make((3, 20, 33), torch.float32)
+    decay, first, key, value, state = make((2, 9, 33), torch.float32)
     assert_matches(impl, [decay, first, VIEWS[view](key), value, state])
     assert_matches(impl, [decay, first, key, VIEWS[view](value), state])
     assert_matches(impl, [decay, first, key, value, state.transpose(0, 2).contiguous().transpose(0, 2)])
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
-@settings(deadline=None, max_examples=15)
-@given(size=st.tuples(st.integers(1, 3), st.integers(0, 40), st.integers(1, 40)))
+@settings(deadline=None, max_examples=8)
+@given(size=st.tuples(st.integers(1, 3), st.integers(0, 20), st.integers(1, 40)))
 def test_any_size(impl, size):
     # Of one channel a gradient is one sum, of which cancellation may leave a tenth.
     assert_matches(impl, make(size, torch.float32), roundings=10 * oracle.ROUNDINGS)

@@ -219,11 +219,12 @@ std::tuple<Tensor, Tensor, Tensor> rg_lru(const arguments::RgLru& a) {
     RgLru call = call_of(a, param);
     Tensor y = torch::stable::empty_like(a.x);
     Tensor final = empty({sequences, call.channels}, ScalarType::Float, a.x);
-    Tensor kept = empty({sequences, a.kept_every > 0 ? call.chunks() : 0, call.channels}, ScalarType::Float, a.x);
+    const int64_t chunks = a.kept_every > 0 ? call.chunks() : 0;
+    Tensor kept = empty({sequences * chunks * call.channels}, ScalarType::Float, a.x);
     call.y = steps_of(y);
     call.initial = data_of<const float>(a.initial_state);
     call.final = static_cast<float*>(final.data_ptr());
-    call.kept = a.kept_every > 0 ? static_cast<float*>(kept.data_ptr()) : nullptr;
+    call.kept = chunks ? static_cast<float*>(kept.data_ptr()) : nullptr;
     for_rows(sequences * channel_blocks(call.channels), WORK * LANES * call.steps,
              [&](int64_t begin, int64_t end) { TFM_RUN(rg_lru_forward, call, begin, end); });
     return {y, final, kept};

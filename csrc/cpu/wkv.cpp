@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> wkv(const arguments::Wkv& a) {
     Tensor y = torch::stable::empty_like(a.key);
     Tensor final = empty({3, call.sequences, call.channels}, ScalarType::Float, a.key);
     const int64_t chunks = a.kept_every > 0 ? call.chunks() : 0;
-    Tensor kept = empty({call.sequences, chunks, 3, call.channels}, ScalarType::Float, a.key);
+    Tensor kept = empty({call.sequences * chunks * 3 * call.channels}, ScalarType::Float, a.key);
     call.y = steps_of(y);
     call.initial = data_of<const float>(a.initial_state);
     call.final = static_cast<float*>(final.data_ptr());

@@ -14,15 +14,13 @@ from torch import Tensor
 from tfm.operators.autograd import Differentiable, Forward
 from tfm.operators.calling import run
 from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, joined, operator
+from tfm.operators.recurrence import KEPT_EVERY, kept_states
 from tfm.reference import rg_lru as reference
 
 ROWS = (
     Row(("rg_lru",), "triton", FLOATS, max_columns=MANY),
     Row(("rg_lru",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
 )
-
-# Steps from one kept state to the next: as many as a thread of a GPU holds in registers.
-KEPT_EVERY = 8
 
 
 class Inputs(NamedTuple):
@@ -62,14 +60,13 @@ class RgLru(joined("RgLru", Inputs, Before)):  # type: ignore[misc]
     __slots__ = ()
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns empty (y, final_state, kept): as `x` lies, fp32 [B, D], and fp32 [B, S / kept_every, D].
+        """Returns empty (y, final_state, kept): as `x` lies, fp32 [B, D], and fp32 [B, S / kept_every, D] flat.
 
-        kept has the state before the first step even where there is none; it is [B, 0, D] where nothing is kept.
+        kept has the state before the first step even where there is none; it is empty where nothing is kept.
         """
         batch, steps, channels = self.x.shape
         state = torch.empty((batch, channels), dtype=torch.float32, device=self.x.device)
-        count = max(1, -(-steps // self.kept_every)) if self.kept_every else 0
-        return torch.empty_like(self.x), state, state.new_empty((batch, count, channels))
+        return torch.empty_like(self.x), state, kept_states(state, steps, self.kept_every)
 
 
 class Cotangents(NamedTuple):

@@ -14,15 +14,13 @@ from torch import Tensor
 from tfm.operators.autograd import Differentiable, Forward
 from tfm.operators.calling import run
 from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Row, joined, operator
+from tfm.operators.recurrence import KEPT_EVERY, kept_states
 from tfm.reference import wkv as reference
 
 ROWS = (
     Row(("wkv",), "triton", FLOATS, max_columns=MANY),
     Row(("wkv",), "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
 )
-
-# Steps from one kept state to the next: as many as a thread of a GPU holds in registers.
-KEPT_EVERY = 8
 
 
 @operator("wkv")
@@ -46,14 +44,13 @@ class Wkv(NamedTuple):
     kept_every: int
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns empty (y, final_state, kept): as `key` lies, fp32 [3, B, D], and fp32 [B, S / kept_every, 3, D].
+        """Returns empty (y, final_state, kept): as `key` lies, fp32 [3, B, D], and fp32 [B, S / kept_every, 3, D] flat.
 
-        kept has the state before the first step even where there is none; it is [B, 0, 3, D] where nothing is kept.
+        kept has the state before the first step even where there is none; it is empty where nothing is kept.
         """
         batch, steps, channels = self.key.shape
         state = torch.empty((3, batch, channels), dtype=torch.float32, device=self.key.device)
-        count = max(1, -(-steps // self.kept_every)) if self.kept_every else 0
-        return torch.empty_like(self.key), state, state.new_empty((batch, count, 3, channels))
+        return torch.empty_like(self.key), state, kept_states(state, steps, self.kept_every)
 
 
 class Cotangents(NamedTuple):

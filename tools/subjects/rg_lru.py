@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.kernels import rg_lru as kernels
-from tfm.operators.rg_lru import KEPT_EVERY, RgLru, RgLruBackward
+from tfm.operators.recurrence import KEPT_EVERY
+from tfm.operators.rg_lru import RgLru, RgLruBackward
 from tools.check_kernels.case import Case
 from tools.check_kernels.described import chip, described, meta
 from tools.host import sizes
@@ -27,7 +28,7 @@ def compiled(every: bool) -> Iterator[Case]:
     for dtype in ("bf16", "fp16", "fp32"):
         x, weight = meta(BATCH, STEPS, CHANNELS, dtype=dtype), meta(CHANNELS, dtype="fp32")
         state, reset = meta(BATCH, CHANNELS, dtype="fp32"), torch.empty(BATCH, STEPS, dtype=torch.bool, device="meta")
-        kept = meta(BATCH, STEPS // KEPT_EVERY, CHANNELS, dtype="fp32")
+        kept = meta(BATCH * STEPS // KEPT_EVERY * CHANNELS, dtype="fp32")
         for given, anew in ((state, reset), (None, None)) if every else ((state, reset),):
             label = f"{'without' if given is None else 'with'} resets {dtype}"
             call = RgLru(x, x, x, weight, anew, given, KEPT_EVERY)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tfm import ops
 from tfm.kernels import wkv as kernels
-from tfm.operators.wkv import KEPT_EVERY, Wkv, WkvBackward
+from tfm.operators.recurrence import KEPT_EVERY
+from tfm.operators.wkv import Wkv, WkvBackward
 from tools.check_kernels.case import Case
 from tools.check_kernels.described import chip, described, meta
 from tools.host import sizes
@@ -25,7 +26,7 @@ def compiled(every: bool) -> Iterator[Case]:
     for dtype in ("bf16", "fp16", "fp32"):
         x, weight = meta(BATCH, STEPS, CHANNELS, dtype=dtype), meta(CHANNELS, dtype="fp32")
         state = meta(3, BATCH, CHANNELS, dtype="fp32")
-        kept = meta(BATCH, STEPS // KEPT_EVERY, 3, CHANNELS, dtype="fp32")
+        kept = meta(BATCH * STEPS // KEPT_EVERY * 3 * CHANNELS, dtype="fp32")
         for given in (state, None) if every else (state,):
             label = f"{'without' if given is None else 'with'} a state {dtype}"
             call = Wkv(weight, weight, x, x, given, KEPT_EVERY)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.report import front, presets, questions, tables, versions
+from tools.report import front, huggingface, presets, questions, tables, versions
 from tools.report.records import Record, rows_of_versions
 
 
@@ -53,6 +53,7 @@ PARTS = (
     Part("docs/translation.md", "presets", lambda records, root: presets.table()),
     Part("docs/first-gpu-run.md", "open questions", lambda records, root: questions.table()),
     Part("benchmarks/README.md", "measurements", tables.markdown),
+    Part("benchmarks/README.md", "Hugging Face's models", lambda records, root: huggingface.table(records)),
     Part("benchmarks/README.md", "failures", lambda records, root: versions.failures(rows_of_versions(records))),
 )
 PAGES = tuple(dict.fromkeys(part.page for part in PARTS))

@@ -15,7 +15,7 @@ from tools.report.sources import sources_of
 ROOT = Path(__file__).parent.parent.parent
 FORMAT = 1
 # Benchmarks of whole models, and what is no benchmark of an operation: their records say so.
-NAMED = ("training", "learning", "host", "versions")
+NAMED = ("training", "learning", "huggingface", "host", "versions")
 
 
 @dataclass(frozen=True)

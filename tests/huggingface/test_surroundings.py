@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import NEW_TOKENS, differences, generated, set_dropout, step
+from selection import long_but
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -169,7 +170,9 @@ def test_adapters_in_linear_layers_count(name, adapters_first):
     assert max(apart.values()) <= CLOSE, apart
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5", "mistral", "mamba", "bart", "gpt2"])
+@pytest.mark.parametrize(
+    "name", long_but(("bert", "llama"), ("llama", "bert", "t5", "mistral", "mamba", "bart", "gpt2"))
+)
 def test_it_compiles_whole(name):
     species = SPECIES[name]
     model = species.make()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import differences, far, ran, step
 from torch import Tensor, nn
+from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 from zoo import CAUSAL, ZOO, batch
 
 import tfm
@@ -38,6 +39,23 @@ def reasons(report: tfm.patching.Report) -> set[str]:
 
 def say(model: nn.Module, tokens: Tensor, **options: object) -> Tensor:
     return model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=True, **options)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_wkv_is_that_of_transformers(impl):
+    """State and all gradients included."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6,), (6,), (2, 19, 6), (2, 19, 6), (3, 2, 6))
+    leaves = [torch.randn(shape, generator=generator) for shape in shapes]
+    leaves[4][1] = 1 + leaves[4][1].abs()
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y, state = rwkv_linear_attention_cpu(*leaves[:4], state=leaves[4].unbind(), return_state=True)
+    expected = y, torch.stack(state)
+    found = tfm.ops.wkv(*leaves[:4], initial_state=leaves[4], return_final_state=True, impl=impl)
+    cotangents = [torch.randn(x.shape, generator=generator) for x in expected]
+    both = [(*x, *torch.autograd.grad(x, leaves, cotangents)) for x in (found, expected)]
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
 
 
 @BOTH

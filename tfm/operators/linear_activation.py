@@ -50,16 +50,13 @@ class ActivatedLinear(Differentiable):
 
     @staticmethod
     def forward(namespace, call, wanted):
-        x, weight, bias, activation, *rest = call
-        rows = x.reshape(-1, x.shape[-1])
-        hidden, pre = run(
-            namespace, LinearActivation(rows, weight, None, bias, False, activation, *rest, save=any(wanted))
-        )
+        x, weight, bias, activation, dropout_p, seed, site = call
+        rows, layer = x.reshape(-1, x.shape[-1]), (activation, dropout_p, seed, site)
+        hidden, pre = run(namespace, LinearActivation(rows, weight, None, bias, False, *layer, any(wanted)))
         # Autograd would not let a view made in here be changed in place.
         y = torch.ops.aten._unsafe_view(hidden, (*x.shape[:-1], weight.shape[0]))
         # What is saved is the result itself, so that autograd notices where that is changed.
         kept = y if keeps_hidden(False, activation) else pre
-        dropout_p, seed, site = rest
         return Forward((y,), (x, weight, bias, kept, seed), (activation, dropout_p, site))
 
     @staticmethod

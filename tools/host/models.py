@@ -26,6 +26,7 @@ from tfm.model import Transformer
 from tfm.tokenizer import EOS, Tokenizer
 from tfm.train import Options, Training
 from tools.host.call import Budget, Call
+from tools.host.huggingface import huggingface_cases
 from tools.host.launches import Launches
 from tools.host.rows import BACKWARD, Piece, pieces
 from tools.host.sizes import CLASSES, HALF, HEADS, HIDDEN, LENGTH, SENTENCES, WIDTH, leaf
@@ -134,6 +135,7 @@ def everything() -> list[Piece]:
     return [
         *pieces(call for subject in subjects() for call in subject.timed(torch.tensor(5))),
         *pieces(layer_cases()),
+        *pieces(huggingface_cases()),
         Piece(f"training step, {LAYERS} + {LAYERS} layers", BACKWARD, training_step()),
         DecodingStep(f"decoding step, {LAYERS} layers", "forward and search", search, DECODING),
     ]

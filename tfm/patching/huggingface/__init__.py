@@ -13,6 +13,7 @@ from torch.nn import Module
 from tfm.patching.fusion import Change
 from tfm.patching.huggingface import (
     attention,
+    experts,
     feed_forward,
     gated_recurrence,
     hard_coded,
@@ -44,6 +45,7 @@ FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     feed_forward.change_of,
     residual.change_of,
     hard_coded.change_of,
+    experts.change_of,
     time_mix.change_of,
     gated_recurrence.change_of,
 )

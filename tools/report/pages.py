@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.report import front, huggingface, presets, questions, tables, versions
+from tools.report import families, front, huggingface, presets, questions, tables, versions
 from tools.report.records import Record, rows_of_versions
 
 
@@ -50,6 +50,8 @@ PARTS = (
     Part("README.md", "versions", lambda records, root: versions.table(rows_of_versions(records))),
     Part("README.md", "training speed", front.training_speed),
     Part("README.md", "operations", front.operations),
+    Part("README.md", "families", lambda records, root: families.summary()),
+    Part("docs/huggingface.md", "families", lambda records, root: families.table()),
     Part("docs/translation.md", "presets", lambda records, root: presets.table()),
     Part("docs/first-gpu-run.md", "open questions", lambda records, root: questions.table()),
     Part("benchmarks/README.md", "measurements", tables.markdown),

@@ -70,7 +70,7 @@ def weight_gradient(
     tape: Tape, call: ExpertsBackward, sorted_left: Tensor | None, gathered_left: Tensor | None, right: Tensor,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """Fills out [experts, rows, columns] with the products of a left side, sorted or gathered, and the other. One launch."""
+    """Fills out [experts, rows, columns] with products of a left side, sorted or gathered, and a right. One launch."""
     left = gathered_left if sorted_left is None else sorted_left
     assert left is not None
     tiles = launch.weight_gradient(left.dtype, tape.chip(left.device))

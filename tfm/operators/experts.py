@@ -44,7 +44,7 @@ class ExpertsRouting(NamedTuple):
         experts: how many there are.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     experts: int
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +132,7 @@ class ExpertsBackward(NamedTuple):
     def outputs(
         self,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Returns empty gradients of x, weights, first [E, W, H], second [E, H, I] and the biases; None where not wanted."""
+        """Returns empty gradients of x, weights, first [E, W, H], second [E, H, I] and biases; None if not wanted."""
         first, second = ((self.experts, *x[0].shape[-2:]) for x in (self.first, self.second))
         shapes = self.x.shape, self.weights.shape, first, second, first[:2], second[:2]
         like = self.x, self.weights, self.first[0], self.second[0], self.first_bias, self.second_bias
@@ -152,7 +152,7 @@ class Mixture(NamedTuple):
     second_bias: Tensor | None
     first: list[Tensor]
     second: list[Tensor]
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     experts: int
     activation: str
     gated: bool
@@ -168,8 +168,8 @@ class MixtureOfExperts(Differentiable):
     def forward(namespace, call, wanted):
         x, weights, first_bias, second_bias, first, second, index, experts, activation, gated = call
         routing = run(namespace, ExpertsRouting(index, experts))
-        layer = first, second, first_bias, second_bias, activation, gated
-        y, pre = run(namespace, Experts(x, *routing, weights, *layer, any(wanted)))
+        layer: list[Any] = [first, second, first_bias, second_bias, activation, gated]
+        y, pre = run(namespace, Experts(x, *routing, weights, *layer, any(wanted)))  # type: ignore[call-arg]
         saved = x, weights, first_bias, second_bias, *first, *second, index, *routing, pre
         return Forward((y,), saved, (len(first), activation, gated))
 
@@ -180,9 +180,9 @@ class MixtureOfExperts(Differentiable):
         first, second, (_, *routing, pre) = others[:count], others[count : 2 * count], others[2 * count :]
         small, of_first, of_second = wanted[:4], wanted[4 : 4 + count], wanted[4 + count :]
         dy = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        layer = first, second, first_bias, second_bias, activation, gated
+        layer: list[Any] = [first, second, first_bias, second_bias, activation, gated]
         asked = [*small[:2], any(of_first), any(of_second), *small[2:]]
-        call = ExpertsBackward(dy, x, *routing, weights, pre, *layer, asked)
+        call = ExpertsBackward(dy, x, *routing, weights, pre, *layer, asked)  # type: ignore[call-arg]
         dx, dweights, dfirst, dsecond, dfirst_bias, dsecond_bias = run(namespace, call)
         parts = (*_parts(dfirst, first, of_first), *_parts(dsecond, second, of_second))
         return dx, dweights, dfirst_bias, dsecond_bias, *parts

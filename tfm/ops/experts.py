@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,8 @@ def experts(
     with without_autocast(x.device):
         if backend == "reference":
             anything = is_intercepted() or x.is_meta or wraps_tensors(x)
-            parts = x, top_k_index, top_k_weights, first_weight, second_weight, *biases
-            return reference.experts(*parts, activation, gated, anything)
+            parts: list[Any] = [x, top_k_index, top_k_weights, first_weight, second_weight, *biases]
+            return reference.experts(*parts, activation, gated, anything)  # type: ignore[call-arg]
         first, second = (_in_memory(weight, x.dtype) for weight in (first_weight, second_weight))
         rows = x if x.stride(1) == 1 else dense(x)
         call = Mixture(
@@ -136,7 +137,8 @@ def _check(
         separate = not isinstance(weight, Tensor)
         if len(weight) == 0:
             raise BadArgument(f"{name}: expected at least one expert, got none")
-        for part in weight if separate else (weight,):
+        parts: Any = weight if separate else (weight,)
+        for part in parts:
             check_floating(**{name: part})
             check_same_device(x=x, **{name: part})
             if part.dim() != (2 if separate else 3) or (separate and part.shape != weight[0].shape):

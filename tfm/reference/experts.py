@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +35,16 @@ def experts(
         has_expert = chosen.any(1)
         share = torch.where(chosen, weights, 0).sum(1, dtype=wide)[:, None]
         biases = [None if bias is None else bias[expert] for bias in (first_bias, second_bias)]
-        parts = first[expert], second[expert], *biases
+        parts: list[Any] = [first[expert], second[expert], *biases]
         if of_any_values:
             # Another expert's tokens may hold NaN, which would reach this one's gradients.
             kept = torch.where(has_expert[:, None], x, 0)
-            result = torch.where(has_expert[:, None], _network(kept, *parts, activation, gated), 0)
+            result = torch.where(has_expert[:, None], _network(kept, *parts, activation, gated), 0)  # type: ignore[call-arg]
             y = y + result.to(wide) * share
         else:
             # An expert without tokens has gradients, too: zeros.
             tokens = has_expert.nonzero()[:, 0]
-            result = _network(x[tokens], *parts, activation, gated).to(wide)
+            result = _network(x[tokens], *parts, activation, gated).to(wide)  # type: ignore[call-arg]
             y = y.index_add(0, tokens, result * share[tokens])
     return y.to(x.dtype)
 

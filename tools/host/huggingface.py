@@ -23,10 +23,11 @@ def huggingface_cases() -> list[Call]:
         vocab_size=CLASSES, hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=1, intermediate_size=HIDDEN
     )
     t5 = T5Config(vocab_size=CLASSES, d_model=WIDTH, d_kv=WIDTH // HEADS, num_heads=HEADS, num_layers=1, d_ff=HIDDEN)
-    for name, model, path in (
+    models: tuple[tuple[str, torch.nn.Module, str], ...] = (
         ("BERT layer", BertModel(bert), "encoder.layer.0"),
         ("T5 block", T5EncoderModel(t5), "encoder.block.0"),
-    ):
+    )
+    for name, model, path in models:
         for is_ours in (False, True):
             one = copy.deepcopy(model).to(HALF).train()
             if is_ours:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ def _calls(tokens: int, depth: int, dtype: str, activation: str, gated: bool, se
     yield kernels.experts_routing, ExpertsRouting(meta(tokens, PLACES, dtype="i64"), EXPERTS)
     yield kernels.experts, Experts(x, *routed, first, second, *biases, activation, gated, save=True)
     pre = meta(rows, width, dtype=dtype)
-    layer = first, second, *biases, activation, gated
-    yield kernels.experts_backward, ExpertsBackward(x, x, *routed, pre, *layer, [True] * 6)
+    layer: list[Any] = [first, second, *biases, activation, gated]
+    yield kernels.experts_backward, ExpertsBackward(x, x, *routed, pre, *layer, [True] * 6)  # type: ignore[call-arg]
 
 
 def pass_experts(new: Tensors) -> Iterator[Outputs]:
@@ -72,9 +73,9 @@ def pass_experts(new: Tensors) -> Iterator[Outputs]:
         # One of four has no tokens, and some places have no expert.
         index = 2 * new.below(3, inputs.ROWS, 2) - 1
         shapes = (inputs.WIDTH, columns), (columns, inputs.WIDTH // 2 if gated else inputs.WIDTH)
-        first, second = (new(4, *shape) for shape in shapes)
-        biases = {"first_bias": new(4, inputs.WIDTH), "second_bias": new(4, columns)}
-        yield ops.experts(x, index, weights, first, second, **biases, gated=gated)
+        stacked = [new(4, *shape) for shape in shapes]
+        biases: dict[str, Any] = {"first_bias": new(4, inputs.WIDTH), "second_bias": new(4, columns)}
+        yield ops.experts(x, index, weights, *stacked, **biases, gated=gated)
         first, second = ([new(*shape) for _ in range(3)] for shape in shapes)
         yield ops.experts(x, index, weights, first, second, activation="gelu", gated=gated)
         yield ops.experts(x.detach()[:0], index[:0], weights.detach()[:0], first, second, gated=gated)

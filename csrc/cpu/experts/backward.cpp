@@ -1,4 +1,5 @@
-// The mixture's backward, over rows as they are sorted; here the weights are the right side of the products, as they lie:
+// The mixture's backward, over rows as they are sorted; here the weights are the right side of the products, as they
+// lie:
 //
 //     d [rows, I] = dy [rows, H] second [H, I]        dx [rows, H] = dpre [rows, W] first [W, H]
 //     dfirst [W, H] = dpreᵀ x        dsecond [H, I] = dyᵀ hidden
@@ -59,8 +60,8 @@ TFM_KERNEL(sum_rows, const Routed& routed, const RowSum& call, int64_t begin, in
 
 namespace tfm::TFM_ISA {
 
-// A block of columns of a weight [rows, columns] as the right side of a product: where it lies, or copied to scratch, if
-// its last vector is not whole.
+// A block of columns of a weight [rows, columns] as the right side of a product: where it lies, or copied to scratch,
+// if its last vector is not whole.
 TFM_INLINE Columns weight_columns(const float* weight, int64_t rows, int64_t columns, int64_t first, float* scratch) {
     if (columns % WIDTH == 0)
         return {weight + first, columns, PAIR};

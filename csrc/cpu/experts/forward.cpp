@@ -3,8 +3,8 @@
 //
 //     preᵀ [W, tile] = first [W, H] xᵀ [H, tile]        outᵀ [H, tile] = second [H, I] hiddenᵀ [I, tile]
 //
-// A task is a block of an expert's features, for all tiles of that expert: its rows of the weight come from memory once.
-// pre and out leave as rows; hidden stays transposed, as the second product reads it.
+// A task is a block of an expert's features, for all tiles of that expert: its rows of the weight come from memory
+// once. pre and out leave as rows; hidden stays transposed, as the second product reads it.
 #include "cpu/experts/call.h"
 
 namespace tfm {
@@ -12,12 +12,12 @@ namespace tfm {
 struct MixtureForward {
     TokenRows x;
     const RowTile* tiles;
-    const int64_t* first_tile; // [experts + 1]
+    const int64_t* first_tile;                 // [experts + 1]
     const float *const *first, *const *second; // of each expert
-    const float *first_bias, *second_bias; // null: none
-    float *x_tiles, *hidden_tiles;         // [tiles, H, TILE] and [tiles, I, TILE]
-    float* out;                            // a padded row for each
-    float* pre;                            // [rows, W]; null: not kept
+    const float *first_bias, *second_bias;     // null: none
+    float *x_tiles, *hidden_tiles;             // [tiles, H, TILE] and [tiles, I, TILE]
+    float* out;                                // a padded row for each
+    float* pre;                                // [rows, W]; null: not kept
 };
 
 // Tasks: tiles.

@@ -67,7 +67,7 @@ class FusedSeparateExperts(Fused):
         first, second = ([getattr(one, name) for one in networks] for name in self.layers)
         # A token without an expert, beyond its capacity, has no row set.
         index = torch.where(selected.sum(-1) > 0, selected.argmax(-1), -1) if self.is_one_hot else selected.long()
-        biases = {
+        biases: dict[str, Any] = {
             name: None if layers[0].bias is None else [layer.bias for layer in layers]
             for name, layers in (("first_bias", first), ("second_bias", second))
         }
@@ -117,13 +117,14 @@ def change_of(module: Module) -> Change | None:
     parameters = module._parameters
     if sorted(parameters) != sorted(STACKED) or any(x is None or x.dim() != 3 for x in parameters.values()):
         return None
-    if list(module._modules) != ["act_fn"] or activation_of(module._modules["act_fn"]) is None:
+    activation = module._modules.get("act_fn")
+    if activation is None or len(module._modules) != 1 or activation_of(activation) is None:
         return None
     # Rows of 16 bytes, as torch's grouped products ask for.
     first, second = _numbers(3, 16, 4), _numbers(3, 4, 8)
 
     def make() -> Module:
-        return twin_of(module, {"gate_up_proj": first, "down_proj": second}, module._modules, num_experts=3)
+        return twin_of(module, {"gate_up_proj": first, "down_proj": second}, {"act_fn": activation}, num_experts=3)
 
     index = torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [2, 1], [1, 0]])
     same = does_the_same(module, FusedExperts, make, lambda twin: [twin(_numbers(6, 4), index, _numbers(6, 2).abs())])
@@ -155,7 +156,7 @@ def _is_separate(module: Any, forward: type[FusedSeparateExperts]) -> bool:
         small[f"expert_{expert}"] = twin_of(
             network, {}, {**linears, "act": network.act, "dropout": Dropout(0.0).eval()}
         )
-    others = {name: x for name, x in module._modules.items() if not name.startswith("expert_")}
+    others: dict[str, Any] = {name: x for name, x in module._modules.items() if not name.startswith("expert_")}
     selected = torch.nn.functional.one_hot(torch.tensor([[0], [2], [1], [0], [2], [1]]), 3)
     selected[4] = 0
     if not forward.is_one_hot:

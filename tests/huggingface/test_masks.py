@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from harness import anatomy, far, ran
+from harness import anatomy, differences, far, ran, step
 from torch import Tensor
-from zoo import ZOO, batch
+from zoo import CAUSAL, LLAMA, ZOO, Species, batch
 
 import tfm
 from tfm import native
@@ -27,6 +27,21 @@ def logits(model: torch.nn.Module, **given: Tensor) -> Tensor:
 
 def close(found: Tensor, expected: Tensor) -> bool:
     return far(found, expected, expected.abs().max().item()) <= CLOSE
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_chunks_side_by_side_are_no_windows(padding):
+    options = {
+        "head_dim": 8, "attention_chunk_size": 4, "num_local_experts": 2, "intermediate_size_mlp": 44,
+        "num_experts_per_tok": 1, "no_rope_layers": [1, 0],
+    }  # fmt: skip
+    species = Species("llama 4", "", "Llama4ForCausalLM", "Llama4TextConfig", CAUSAL, LLAMA | options)
+    model = species.make()
+    expected = step(model, species, padding)
+    report = tfm.accelerate(model)
+    apart = differences(step(model, species, padding), expected)
+    assert max(apart.values()) <= CLOSE, apart
+    assert report.stats().fused["attention"] == 2
 
 
 @pytest.mark.parametrize(

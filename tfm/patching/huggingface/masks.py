@@ -56,7 +56,8 @@ def typed_mask(
         given |= {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
         return eager_mask(**given, allow_is_causal_skip=allow_is_causal_skip, **others)
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    is_plain = (allow_is_causal_skip and aligned) or (allow_is_bidirectional_skip and local_size is None)
+    windowed = local_size is None or kv_length < local_size or _slides(others.get("mask_function"), local_size)
+    is_plain = (allow_is_causal_skip and aligned and windowed) or (allow_is_bidirectional_skip and local_size is None)
     if not is_plain:
         return sdpa_mask(**given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **others)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -92,6 +93,23 @@ def dense_mask(mask: Tensor | None, queries: int, keys: int, is_causal: bool, wi
 def register() -> None:
     """Makes the masks known to transformers under their name, which no other place is told."""
     AttentionMaskInterface.register(NAME, typed_mask)
+
+
+def _slides(mask_function: Any, size: int) -> bool:
+    """Tells whether a mask of a local size is a window that slides, not one of chunks side by side (Llama 4).
+
+    A query right behind the first `size` keys sees all of them but the first through a window, and none in chunks.
+    """
+    if size == 1:
+        return True
+    if mask_function is None or torch.compiler.is_compiling():
+        return False
+    batch, head, query, key = (torch.tensor(place) for place in (0, 0, size, 1))
+    try:
+        return bool(mask_function(batch, head, query, key))
+    except Exception:
+        # It reads what lies on a device.
+        return False
 
 
 def _is_readable(mask: Tensor) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import anatomy, differences, far, ran, step
 from torch import Tensor
-from zoo import CAUSAL, LLAMA, ZOO, Species, batch
+from zoo import BART, CAUSAL, LLAMA, SEQ2SEQ, ZOO, Species, batch
 
 import tfm
 from tfm import native
@@ -42,6 +42,27 @@ def test_chunks_side_by_side_are_no_windows(padding):
     apart = differences(step(model, species, padding), expected)
     assert max(apart.values()) <= CLOSE, apart
     assert report.stats().fused["attention"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        # Its decoder's attention says that it is not causal: only the mask does.
+        ("BigBirdPegasusForCausalLM", {}),
+        # Attention of its own in the encoder reads the same config.
+        ("PegasusXForConditionalGeneration", {"block_size": 4, "num_global_tokens": 2}),
+        ("BigBirdPegasusForConditionalGeneration", {"block_size": 2, "num_random_blocks": 1}),
+    ],
+)
+def test_attention_that_says_other_than_its_masks(model, options):
+    kind = CAUSAL if model.endswith("CausalLM") else SEQ2SEQ
+    species = Species(model, "", model, f"{model.partition('For')[0]}Config", kind, BART | options)
+    made = species.make()
+    expected = {padding: step(made, species, padding) for padding in ("right", "left", "none")}
+    tfm.accelerate(made)
+    for padding, outcome in expected.items():
+        apart = differences(step(made, species, padding), outcome)
+        assert max(apart.values()) <= CLOSE, (padding, apart)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,27 @@ from tfm.patching.huggingface.rotary import rotation_of
 REPLACED = ("sdpa", "eager")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 # Arguments that change what attention means and that `attend` takes; others of these names would be lost in it.
-UNKNOWN_RULES = ("score_mod", "block_mask", "head_mask")
+UNKNOWN_RULES = ("score_mod", "block_mask", "head_mask", "sinks")
+# The arguments of a model's own attention function that `attend` takes, or that are no rule of attention.
+KNOWN_ARGUMENTS = frozenset(
+    [
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+        "scaling",
+        "dropout",
+        "is_causal",
+        "sliding_window",
+        "softcap",
+        "s_aux",
+        "position_bias",
+        "cache",
+        "output_attentions",
+        "kwargs",
+    ]
+)
 
 
 class FusedAttention(Fused):
@@ -97,8 +117,9 @@ def attend(
         # In a layer before the first that packs.
         attention_mask, packed = packed.as_subclass(Tensor), None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if attention_mask is not None and attention_mask.dtype != torch.uint8:
-        causal = False
+    if attention_mask is not None:
+        # The mask knows better than some modules, whose flag stock never reads beside one.
+        causal = attention_mask.dtype == torch.uint8
     window = sliding_window or getattr(module, "sliding_window", None) or None
     window = window if causal else None
     relative_bias, position_bias = split_bias(position_bias)
@@ -223,6 +244,9 @@ def _why_otherwise(module: Any, scope: Any) -> str:
     eager = getattr(scope, "eager_attention_forward", None)
     if eager is None:
         return ""
+    others = sorted(set(inspect.signature(eager).parameters) - KNOWN_ARGUMENTS)
+    if others:
+        return f"its attention function takes {', '.join(others)}"
     generator = torch.Generator().manual_seed(0)
     groups = getattr(module, "num_key_value_groups", 1)
     sinks = getattr(module, "sinks", None)

@@ -33,6 +33,7 @@ def accelerate_attention(model: Module, selection: Selection) -> Attention:
     modules: dict[str, Any] = dict(attention_modules(model))
     for name, module in modules.items():
         reasons[name] = why_attention_left(module, _owner(owners, name)) or selection.why_left("attention", name)
+    reasons |= _beside_attention_of_its_own(model, owners, reasons)
     configs = {id(modules[name].config): modules[name].config for name, reason in reasons.items() if not reason}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for name, module in modules.items():
@@ -60,6 +61,43 @@ def accelerate_attention(model: Module, selection: Selection) -> Attention:
     for config in configs.values():
         config._attn_implementation_internal = NAME
     return done
+
+
+def _beside_attention_of_its_own(
+    model: Module, owners: dict[str, PreTrainedModel], reasons: dict[str, str]
+) -> dict[str, str]:
+    """Returns reasons for attention whose config other attention of the model reads too, but not ours.
+
+    That one asks no interface: the masks that are made by such a config would be masks that it does not know.
+    """
+    named = dict(model.named_modules())
+    strangers: dict[int, str] = {}
+    for name, module in named.items():
+        kind = plain_kind(module)
+        is_attention = "Attention" in kind.__name__ and not isinstance(module, PreTrainedModel)
+        holds_other = any(other.startswith(f"{name}.") for other in reasons)
+        if (
+            is_attention
+            and name not in reasons
+            and not holds_other
+            and not _is_inside(name, reasons)
+            and module._parameters | module._modules
+        ):
+            owner = _owner(owners, name)
+            if owner is not None:
+                strangers[id(owner.config)] = kind.__name__
+    found = {}
+    for name in reasons:
+        owner = _owner(owners, name)
+        of_both = {id(named[name].config), *([] if owner is None else [id(owner.config)])}
+        stranger = next((strangers[key] for key in of_both if key in strangers), "")
+        if stranger and not reasons[name]:
+            found[name] = f"its model has a {stranger} that computes attention itself"
+    return found
+
+
+def _is_inside(name: str, outer: dict[str, str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in outer)
 
 
 def restore_implementation(module: Any) -> None:

@@ -61,10 +61,14 @@ def typed_mask(
     if not is_plain:
         return sdpa_mask(**given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **others)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    # Without a mask a module says itself whether it is causal, and stock asks it only of as many queries as keys.
+    says_itself = not allow_is_causal_skip or q_length in (1, kv_length)
     if padding is None:
-        return None
+        if says_itself:
+            return None
+        padding = torch.ones(batch_size, kv_offset + kv_length, dtype=torch.bool, device=others.get("device"))
     padding = padding[:, kv_offset : kv_offset + kv_length]
-    if _is_readable(padding) and bool(padding.all()):
+    if says_itself and _is_readable(padding) and bool(padding.all()):
         return None
     padding = padding[:, None, None, :]
     return padding.to(torch.uint8) if allow_is_causal_skip else padding

@@ -29,6 +29,8 @@ from tfm.transforms import is_readable
 
 # Taking tokens out and putting them back costs about as much as this share of a layer's work.
 LEAST_PADDING = 0.05
+# What a config has for layers that see a part of the tokens.
+WINDOWS = ("sliding_window", "layer_types", "local_attention", "attention_window", "attention_chunk_size")
 # How a stack's tokens come to be packed: its input is; its first layer does it; its token ids are.
 HIDDEN, LAYERS, TOKENS = "hidden states", "layers", "tokens"
 
@@ -239,8 +241,11 @@ def pack_stacks(model: Module, selection: Selection) -> tuple[list[Swapped], lis
 def _layers_of(module: Any) -> str:
     """Returns the name of a module's one list of layers, all of one class, whose attention is ours and not causal."""
     lists = [name for name, child in module._modules.items() if isinstance(child, ModuleList) and len(child)]
-    reads_mask = getattr(getattr(module, "config", None), "model_type", "") in EAGER_MASKS
-    if len(lists) != 1 or fusion_of(module) is not None or reads_mask:
+    config = getattr(module, "config", None)
+    # Windows are masks of their own, which a stack makes of what it is given, and no trial so short would show.
+    has_windows = any(getattr(config, name, None) for name in WINDOWS)
+    reads_mask = getattr(config, "model_type", "") in EAGER_MASKS
+    if len(lists) != 1 or fusion_of(module) is not None or reads_mask or has_windows:
         return ""
     layers = module._modules[lists[0]]
     if len({plain_kind(layer) for layer in layers}) != 1:

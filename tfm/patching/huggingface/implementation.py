@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from tfm.patching.fusion import FUSION, MODEL, Fusion, fuse, fusion_of, plain_kind, unfuse
+from tfm.patching.fusion import FUSION, MODEL, Fusion, fuse, fusion_of, global_names, plain_kind, unfuse
 from tfm.patching.huggingface.attention import FusedAttention, attention_modules, rotations_in, why_attention_left
-from tfm.patching.huggingface.masks import NAME
+from tfm.patching.huggingface.masks import EAGER_MASKS, NAME
 from tfm.patching.huggingface.position_bias import has_position_bias
 from tfm.patching.report import Left, Swapped
 from tfm.patching.selection import NOT_ASKED_FOR, Selection
@@ -93,7 +93,22 @@ def _beside_attention_of_its_own(
         stranger = next((strangers[key] for key in of_both if key in strangers), "")
         if stranger and not reasons[name]:
             found[name] = f"its model has a {stranger} that computes attention itself"
+        elif owner is not None and _denies_its_masks(
+            owner, [named[other] for other in reasons if _owner(owners, other) is owner]
+        ):
+            found.setdefault(
+                name, reasons[name] or "its model asks for causal masks, and none of its attention is causal"
+            )
     return found
+
+
+def _denies_its_masks(owner: PreTrainedModel, modules: list[Module]) -> bool:
+    """Tells whether only dense masks make a model causal, which torch's own attention is not asked to be."""
+    makes_causal = "create_causal_mask" in global_names(plain_kind(owner).forward)
+    # Stacks that are encoders or decoders by their config make the masks of what they are.
+    is_decoder = getattr(owner.config, "is_decoder", True) or "Decoder" in plain_kind(owner).__name__
+    says_nothing = owner._supports_sdpa or getattr(owner.config, "model_type", "") in EAGER_MASKS
+    return makes_causal and is_decoder and not says_nothing and not any(getattr(x, "is_causal", True) for x in modules)
 
 
 def _is_inside(name: str, outer: dict[str, str]) -> bool:

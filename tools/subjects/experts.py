@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,10 +44,19 @@ def compiled(every: bool) -> Iterator[Case]:
                             f"{tokens}/sm_{10 * major} {activation}{' gated' * gated}{' separate' * separate} {dtype}"
                         )
                         for launch, call in _calls(tokens, depth, dtype, activation, gated, separate):
-                            yield from described(
-                                label, launch, call, chip(major),
-                                matrix=() if dtype == "fp32" else PRODUCTS, capabilities=capabilities,
-                            )  # fmt: skip
+                            label_of = f"{label} backward" if launch is kernels.experts_backward else label
+                            matrix = () if dtype == "fp32" else PRODUCTS
+                            yield from numbered(
+                                described(label_of, launch, call, chip(major), matrix=matrix, capabilities=capabilities)
+                            )
+
+
+def numbered(cases: Iterable[Case]) -> Iterator[Case]:
+    """Yields the cases of a call; of several launches of one kernel the later ones have numbers."""
+    met: Counter[str] = Counter()
+    for case in cases:
+        met[case.name] += 1
+        yield case if met[case.name] == 1 else replace(case, name=f"{case.name} {met[case.name]}")
 
 
 def _calls(tokens: int, depth: int, dtype: str, activation: str, gated: bool, separate: bool) -> Iterator[tuple]:

@@ -45,7 +45,6 @@ def products(rows: int, experts: int, dtype: torch.dtype, chip: Chip) -> GroupTi
         slices=block_columns // 16,
         num_warps=8 if large else 4,
         num_stages=_stages(dtype, chip),
-        max_registers=128 if large else None,
     )
 
 

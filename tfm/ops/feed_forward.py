@@ -173,7 +173,7 @@ def gated_feed_forward(
     _check_matrix("down_weight", down_weight, rows)
     check_vector("gate_bias", gate_bias, gate_weight.shape[0])
     if up_weight is None and up_bias is not None:
-        raise BadArgument("up_bias: expected None without up_weight: gate_bias holds both")
+        raise BadArgument("up_bias: expected None beside a joined gate_weight, got a tensor: gate_bias holds both")
     check_vector("up_bias", up_bias, rows)
     check_vector("down_bias", down_bias, down_weight.shape[0])
     check_same_device(x=x, **weights, **biases)

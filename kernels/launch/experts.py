@@ -33,9 +33,13 @@ class GroupTiles(Settings):
 
 
 @lru_cache(maxsize=1024)
-def products(rows: int, experts: int, dtype: torch.dtype, chip: Chip) -> GroupTiles:
-    """Returns tiles of products by an expert's weight: 128 rows where experts have as many on average, else 64."""
-    large = dtype != torch.float32 and rows >= 96 * experts
+def products(rows: int, experts: int, dtype: torch.dtype, chip: Chip, heavy: bool = False) -> GroupTiles:
+    """Returns tiles of products by an expert's weight: 128 rows where experts have as many on average, else 64.
+
+    `heavy`: the epilogue is the backward's, which has no room beside a large tile in 128 registers a thread. Neither
+    have chips whose tensor cores hold a product's first factor in registers.
+    """
+    large = dtype != torch.float32 and rows >= 96 * experts and chip.major in (9, 10) and not heavy
     block_rows, block_columns, block_depth = _blocks(dtype, large, chip)
     return GroupTiles(
         row_tiles=rows // block_rows + min(experts, rows),

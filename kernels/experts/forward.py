@@ -19,13 +19,13 @@ from tfm.kernels.tape import Tape
 from tfm.operators.experts import Experts
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
 def experts_hidden_kernel(
-    x, order, offsets, weights, bias, hidden, pre, row_tiles, experts, places, columns, depth, x_stride,
+    x, order, offsets, weights, bias, hidden, pre, rows, row_tiles, experts, places, columns, depth, x_stride,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes one tile of hidden, and of pre where it is kept."""
+    """Each program computes one tile of hidden, and of pre where it is kept; that of rows without an expert is 0."""
     HALVES: tl.constexpr = 2 if GATED else 1
     HIDDEN_COLUMNS: tl.constexpr = BLOCK_COLUMNS // HALVES
     row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(columns, HIDDEN_COLUMNS))
@@ -45,6 +45,13 @@ def experts_hidden_kernel(
             total, None, None, hidden, pre, row[:, None].to(tl.int64), first_column, end, columns, 0, 1.0, 0,
             ACTIVATION, GATED, SLICES,
         )  # fmt: skip
+    elif pre is not None:
+        row = (first + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+        column = (column_tile * HIDDEN_COLUMNS + tl.arange(0, HIDDEN_COLUMNS))[None, :]
+        place = pre + row * columns * HALVES + column
+        nothing = tl.zeros([BLOCK_ROWS, HIDDEN_COLUMNS], pre.dtype.element_ty)
+        for half in tl.static_range(HALVES):
+            tl.store(place + half * columns, nothing, mask=(row < rows) & (column < columns))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -88,7 +95,7 @@ def experts(tape: Tape, call: Experts) -> tuple[Tensor, Tensor]:
         experts_hidden_kernel, (tiles.row_tiles * column_tiles,), tiles.options,
         **shared_arguments(tiles, x, experts_count, depth),
         x=x, order=call.order, offsets=call.offsets, weights=tuple(call.first), bias=call.first_bias,
-        hidden=hidden, pre=pre if call.save else None, places=call.weights.shape[1], columns=columns,
+        hidden=hidden, pre=pre if call.save else None, rows=rows, places=call.weights.shape[1], columns=columns,
         x_stride=x.stride(0), ACTIVATION=call.activation, GATED=call.gated, SLICES=tiles.slices,
     )  # fmt: skip
     out = tape.empty((rows, depth), x.dtype, x.device)

@@ -19,7 +19,7 @@ from tfm.kernels.launch.settings import Settings
 class GroupTiles(Settings):
     """Tiles of a grouped product, `block_depth` at a time, `num_stages` - 1 of these on their way.
 
-    `row_tiles`: the most that the rows of all experts can have. The epilogue takes a tile in `slices` of its columns.
+    `row_tiles`: the most that all rows can have, those without an expert too. The epilogue takes a tile in `slices` of its columns.
     """
 
     row_tiles: int
@@ -42,7 +42,7 @@ def products(rows: int, experts: int, dtype: torch.dtype, chip: Chip, heavy: boo
     large = dtype != torch.float32 and rows >= 96 * experts and chip.major in (9, 10) and not heavy
     block_rows, block_columns, block_depth = _blocks(dtype, large, chip)
     return GroupTiles(
-        row_tiles=rows // block_rows + min(experts, rows),
+        row_tiles=rows // block_rows + min(experts + 1, rows),
         block_rows=block_rows,
         block_columns=block_columns,
         block_depth=block_depth,

@@ -6,6 +6,7 @@ TFLOP/s count the three products of each chosen expert, and for the backward twi
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 
@@ -68,7 +69,7 @@ def grouped(x, index, weights, first, second):
 def loop(x, index, weights, first, second):
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    return MixtralExperts.forward.__wrapped__(_module(first, second), x, index, weights)
+    return inspect.unwrap(MixtralExperts.forward)(_module(first, second), x, index, weights)
 
 
 def missing() -> str:

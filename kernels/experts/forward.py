@@ -19,6 +19,20 @@ from tfm.kernels.tape import Tape
 from tfm.operators.experts import Experts
 
 
+@triton.jit
+def store_nothing(
+    pre, first, rows, column_tile, columns,
+    HALVES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Stores 0 in a tile of pre, of each half where it has two."""
+    row = (first + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+    column = (column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    nothing = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], pre.dtype.element_ty)
+    for half in tl.static_range(HALVES):
+        place = pre + (row * HALVES + half) * columns + column
+        tl.store(place, nothing, mask=(row < rows) & (column < columns))
+
+
 @triton.jit(do_not_specialize=["rows", "row_tiles"])
 def experts_hidden_kernel(
     x, order, offsets, weights, bias, hidden, pre, rows, row_tiles, experts, places, columns, depth, x_stride,
@@ -46,12 +60,7 @@ def experts_hidden_kernel(
             ACTIVATION, GATED, SLICES,
         )  # fmt: skip
     elif pre is not None:
-        row = (first + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
-        column = (column_tile * HIDDEN_COLUMNS + tl.arange(0, HIDDEN_COLUMNS))[None, :]
-        place = pre + row * columns * HALVES + column
-        nothing = tl.zeros([BLOCK_ROWS, HIDDEN_COLUMNS], pre.dtype.element_ty)
-        for half in tl.static_range(HALVES):
-            tl.store(place + half * columns, nothing, mask=(row < rows) & (column < columns))
+        store_nothing(pre, first, rows, column_tile, columns, HALVES, BLOCK_ROWS, HIDDEN_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -19,7 +19,8 @@ from tfm.kernels.launch.settings import Settings
 class GroupTiles(Settings):
     """Tiles of a grouped product, `block_depth` at a time, `num_stages` - 1 of these on their way.
 
-    `row_tiles`: the most that all rows can have, those without an expert too. The epilogue takes a tile in `slices` of its columns.
+    `row_tiles`: the most that all rows can have, those without an expert too. The epilogue takes a tile in `slices` of
+    its columns.
     """
 
     row_tiles: int

@@ -50,6 +50,8 @@ def products(rows: int, experts: int, dtype: torch.dtype, chip: Chip, heavy: boo
         slices=block_columns // 16,
         num_warps=8 if large else 4,
         num_stages=_stages(dtype, chip),
+        # Two programs share a multiprocessor.
+        max_registers=128 if large else None,
     )
 
 

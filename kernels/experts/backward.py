@@ -125,7 +125,8 @@ def experts_backward(tape: Tape, call: ExpertsBackward) -> Gradients:
                 gradient.zero_()
         return outputs
     depth, columns, width = dy.shape[1], call.second[0].shape[-1], call.pre.shape[1]
-    tiles = launch.products(rows, experts, dy.dtype, tape.chip(dy.device))
+    chip = tape.chip(dy.device)
+    tiles = launch.products(rows, experts, dy.dtype, chip, heavy=True)
     column_tiles = -(-columns // tiles.block_columns)
     dpre = tape.empty((rows, width), dy.dtype, dy.device)
     hidden = None if dsecond is None else tape.empty((rows, columns), dy.dtype, dy.device)
@@ -139,6 +140,7 @@ def experts_backward(tape: Tape, call: ExpertsBackward) -> Gradients:
     )  # fmt: skip
     if dx is not None:
         parts = tape.empty((rows, depth), dy.dtype, dy.device)
+        tiles = launch.products(rows, experts, dy.dtype, chip)
         tape.launch(
             experts_product_kernel, (tiles.row_tiles * -(-depth // tiles.block_columns),), tiles.options,
             **shared_arguments(tiles, dy, experts, width),

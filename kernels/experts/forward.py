@@ -19,13 +19,27 @@ from tfm.kernels.tape import Tape
 from tfm.operators.experts import Experts
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit
+def store_nothing(
+    pre, first, rows, column_tile, columns,
+    HALVES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Stores 0 in a tile of pre, of each half where it has two."""
+    row = (first + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+    column = (column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    nothing = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], pre.dtype.element_ty)
+    for half in tl.static_range(HALVES):
+        place = pre + (row * HALVES + half) * columns + column
+        tl.store(place, nothing, mask=(row < rows) & (column < columns))
+
+
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
 def experts_hidden_kernel(
-    x, order, offsets, weights, bias, hidden, pre, row_tiles, experts, places, columns, depth, x_stride,
+    x, order, offsets, weights, bias, hidden, pre, rows, row_tiles, experts, places, columns, depth, x_stride,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, SLICES: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes one tile of hidden, and of pre where it is kept."""
+    """Each program computes one tile of hidden, and of pre where it is kept; that of rows without an expert is 0."""
     HALVES: tl.constexpr = 2 if GATED else 1
     HIDDEN_COLUMNS: tl.constexpr = BLOCK_COLUMNS // HALVES
     row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(columns, HIDDEN_COLUMNS))
@@ -45,6 +59,8 @@ def experts_hidden_kernel(
             total, None, None, hidden, pre, row[:, None].to(tl.int64), first_column, end, columns, 0, 1.0, 0,
             ACTIVATION, GATED, SLICES,
         )  # fmt: skip
+    elif pre is not None:
+        store_nothing(pre, first, rows, column_tile, columns, HALVES, BLOCK_ROWS, HIDDEN_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -88,7 +104,7 @@ def experts(tape: Tape, call: Experts) -> tuple[Tensor, Tensor]:
         experts_hidden_kernel, (tiles.row_tiles * column_tiles,), tiles.options,
         **shared_arguments(tiles, x, experts_count, depth),
         x=x, order=call.order, offsets=call.offsets, weights=tuple(call.first), bias=call.first_bias,
-        hidden=hidden, pre=pre if call.save else None, places=call.weights.shape[1], columns=columns,
+        hidden=hidden, pre=pre if call.save else None, rows=rows, places=call.weights.shape[1], columns=columns,
         x_stride=x.stride(0), ACTIVATION=call.activation, GATED=call.gated, SLICES=tiles.slices,
     )  # fmt: skip
     out = tape.empty((rows, depth), x.dtype, x.device)

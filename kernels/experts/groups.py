@@ -14,7 +14,10 @@ from tfm.kernels.matmul import multiply, precision, tile_of
 
 @triton.jit
 def group_of(offsets, tile, experts, EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Returns a row tile's expert, its first row, and the end of the expert's rows; both 0 behind the last tile."""
+    """Returns a row tile's expert, its first row, and the end of the expert's rows.
+
+    Behind the last tile of an expert come those of rows without one: they begin at their end, or behind it.
+    """
     lane = tl.arange(0, EXPERTS)
     known = lane < experts
     begin = tl.load(offsets + lane, mask=known, other=0)
@@ -24,7 +27,10 @@ def group_of(offsets, tile, experts, EXPERTS: tl.constexpr, BLOCK_ROWS: tl.const
     expert = tl.sum((known & (behind <= tile)).to(tl.int32), 0)
     is_own = lane == expert
     first = tl.sum(tl.where(is_own, begin + (tile - behind + tiles) * BLOCK_ROWS, 0), 0)
-    return expert, first, tl.sum(tl.where(is_own, end, 0), 0)
+    last = tl.max(end, 0)
+    if expert == experts:
+        first = last + (tile - tl.sum(tiles, 0)) * BLOCK_ROWS
+    return expert, first, tl.where(expert == experts, last, tl.sum(tl.where(is_own, end, 0), 0))
 
 
 @triton.jit

@@ -19,7 +19,8 @@ from tfm.kernels.launch.settings import Settings
 class GroupTiles(Settings):
     """Tiles of a grouped product, `block_depth` at a time, `num_stages` - 1 of these on their way.
 
-    `row_tiles`: the most that the rows of all experts can have. The epilogue takes a tile in `slices` of its columns.
+    `row_tiles`: the most that all rows can have, those without an expert too. The epilogue takes a tile in `slices` of
+    its columns.
     """
 
     row_tiles: int
@@ -33,18 +34,24 @@ class GroupTiles(Settings):
 
 
 @lru_cache(maxsize=1024)
-def products(rows: int, experts: int, dtype: torch.dtype, chip: Chip) -> GroupTiles:
-    """Returns tiles of products by an expert's weight: 128 rows where experts have as many on average, else 64."""
-    large = dtype != torch.float32 and rows >= 96 * experts
+def products(rows: int, experts: int, dtype: torch.dtype, chip: Chip, heavy: bool = False) -> GroupTiles:
+    """Returns tiles of products by an expert's weight: 128 rows where experts have as many on average, else 64.
+
+    `heavy`: the epilogue is the backward's, which has no room beside a large tile in 128 registers a thread. Neither
+    have chips whose tensor cores hold a product's first factor in registers.
+    """
+    large = dtype != torch.float32 and rows >= 96 * experts and chip.major in (9, 10) and not heavy
     block_rows, block_columns, block_depth = _blocks(dtype, large, chip)
     return GroupTiles(
-        row_tiles=rows // block_rows + min(experts, rows),
+        row_tiles=rows // block_rows + min(experts + 1, rows),
         block_rows=block_rows,
         block_columns=block_columns,
         block_depth=block_depth,
         slices=block_columns // 16,
         num_warps=8 if large else 4,
         num_stages=_stages(dtype, chip),
+        # Two programs share a multiprocessor.
+        max_registers=128 if large else None,
     )
 
 

@@ -27,6 +27,10 @@ PATTERNS = (
         "{n} sentences{lengths}, {heads} heads of {dim}, {mask}",
     ),
     (rf"{TABLES}x(?P<inner>\d+)(?P<gated> gated)?", "{n} tokens, {columns} to {inner} and back{gated}"),
+    (
+        rf"{TABLES}x(?P<inner>\d+), (?P<chosen>\d+) of (?P<experts>\d+)",
+        "{n} tokens, {columns} to {inner} and back, {chosen} of {experts} experts",
+    ),
     (rf"{TABLES} of (?P<rows>\d+)", "{n} tokens of {columns}, from {rows} rows"),
     (TABLES, "{n} tokens of {columns}"),
 )

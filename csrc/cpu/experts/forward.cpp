@@ -3,6 +3,8 @@
 //
 //     preᵀ [W, tile] = first [W, H] xᵀ [H, tile]        outᵀ [H, tile] = second [H, I] hiddenᵀ [I, tile]
 //
+// The few tokens of a small tile stay rows (few.h).
+//
 // A task is a block of an expert's features, for all tiles of that expert: its rows of the weight come from memory
 // once. pre and out leave as rows; hidden stays transposed, as the second product reads it.
 #include "cpu/experts/call.h"
@@ -15,7 +17,7 @@ struct MixtureForward {
     const int64_t* first_tile;                 // [experts + 1]
     const float *const *first, *const *second; // of each expert
     const float *first_bias, *second_bias;     // null: none
-    float *x_tiles, *hidden_tiles;             // [tiles, H, TILE] and [tiles, I, TILE]
+    float *x_tiles, *hidden_tiles;             // [tiles, padded H, TILE] and [tiles, padded I, TILE]
     float* out;                                // a padded row for each
     float* pre;                                // [rows, W]; null: not kept
 };
@@ -32,6 +34,7 @@ TFM_KERNEL(expert_outputs, const Routed& routed, const MixtureForward& call, flo
 #ifdef TFM_ISA
 
 #include "cpu/activations.h"
+#include "cpu/experts/few.h"
 #include "cpu/matmul.h"
 
 namespace tfm::TFM_ISA {
@@ -67,12 +70,14 @@ void transpose_tokens(const Routed& routed, const MixtureForward& call, float* s
     for (int64_t number = begin; number < end; ++number) {
         const RowTile tile = call.tiles[number];
         const int64_t whole = (tile.count + WIDTH - 1) / WIDTH * WIDTH;
+        float *const x = call.x_tiles + number * stride * TILE, *const rows = tile.count <= FEW ? x : scratch;
         for (int64_t i = 0; i < tile.count; ++i)
-            copy_row(call.x, routed.order[tile.first + i] / routed.places, routed.depth, scratch + i * stride);
+            copy_row(call.x, routed.order[tile.first + i] / routed.places, routed.depth, rows + i * stride);
+        if (tile.count <= FEW)
+            continue;
         for (int64_t place = tile.count * stride; place < whole * stride; ++place)
             scratch[place] = 0.0f;
-        transpose_to_panels(scratch, stride, tile.count, routed.depth, 1.0f,
-                            call.x_tiles + number * routed.depth * TILE);
+        transpose_to_panels(scratch, stride, tile.count, routed.depth, 1.0f, x);
     }
 }
 
@@ -85,25 +90,31 @@ void expert_hidden(const Routed& routed, const MixtureForward& call, float* scra
         const int64_t rows = smaller(BLOCK, routed.columns - feature);
         for (int64_t number = call.first_tile[expert]; number < call.first_tile[expert + 1]; ++number) {
             const RowTile tile = call.tiles[number];
-            const float* const x = call.x_tiles + number * depth * TILE;
+            const float* const x = call.x_tiles + number * padded(depth) * TILE;
             for (int64_t half = 0; half < halves; ++half) {
                 const int64_t column = half * routed.columns + feature;
                 float* const pre = half ? up : scratch;
-                product<false, false>(rows, tile.count, depth, call.first[expert] + column * depth, depth,
-                                      {x, PAIR, depth * PAIR}, pre, TILE);
+                const float* const weights = call.first[expert] + column * depth;
+                if (tile.count <= FEW)
+                    dot_products(tile.count, rows, depth, weights, x, padded(depth), pre, TILE);
+                else
+                    product<false, false>(rows, tile.count, depth, weights, depth, {x, PAIR, depth * PAIR}, pre, TILE);
                 if (call.first_bias)
                     add_bias(call.first_bias + expert * routed.width + column, rows, tile.count, pre);
                 if (call.pre)
                     store_transposed(pre, rows, tile.count, call.pre + tile.first * routed.width + column,
                                      routed.width);
             }
-            float* const hidden = call.hidden_tiles + (number * routed.columns + feature) * TILE;
+            float* const hidden_tile = call.hidden_tiles + number * padded(routed.columns) * TILE;
+            float* const hidden = tile.count <= FEW ? scratch : hidden_tile + feature * TILE;
             with_activation(routed.activation, [&](auto chosen) {
                 for_vectors(rows, tile.count, [&](int64_t place, int64_t) {
                     const Floats value = activate<decltype(chosen)::VALUE>(load(scratch + place)).value;
                     store(hidden + place, routed.gated ? value * load(up + place) : value);
                 });
             });
+            if (tile.count <= FEW)
+                store_transposed(hidden, rows, tile.count, hidden_tile + feature, padded(routed.columns));
         }
     }
 }
@@ -115,9 +126,12 @@ void expert_outputs(const Routed& routed, const MixtureForward& call, float* scr
         const int64_t rows = smaller(BLOCK, routed.depth - feature);
         for (int64_t number = call.first_tile[expert]; number < call.first_tile[expert + 1]; ++number) {
             const RowTile tile = call.tiles[number];
-            const float* const hidden = call.hidden_tiles + number * columns * TILE;
-            product<false, false>(rows, tile.count, columns, call.second[expert] + feature * columns, columns,
-                                  {hidden, TILE, PAIR}, scratch, TILE);
+            const float* const hidden = call.hidden_tiles + number * padded(columns) * TILE;
+            const float* const weights = call.second[expert] + feature * columns;
+            if (tile.count <= FEW)
+                dot_products(tile.count, rows, columns, weights, hidden, padded(columns), scratch, TILE);
+            else
+                product<false, false>(rows, tile.count, columns, weights, columns, {hidden, TILE, PAIR}, scratch, TILE);
             if (call.second_bias)
                 add_bias(call.second_bias + expert * routed.depth + feature, rows, tile.count, scratch);
             store_transposed(scratch, rows, tile.count, call.out + tile.first * stride + feature, stride);
@@ -177,8 +191,12 @@ std::tuple<Tensor, Tensor> experts(const arguments::Experts& a) {
     const Routed& routed = routing.routed;
     Tensor y = empty(shape_of(a.x), ScalarType::Float, a.x);
     Tensor pre = empty({a.save ? a.order.size(0) : 0, routed.width}, ScalarType::Float, a.x);
+    float* const kept = a.save ? static_cast<float*>(pre.data_ptr()) : nullptr;
+    if (a.save) // Rows without an expert, which nobody computes.
+        std::fill(kept + routed.offsets[routed.experts] * routed.width, kept + pre.numel(), 0.0f);
     const int64_t tiles = static_cast<int64_t>(routing.tiles.size());
-    const Memory x_tiles = memory(tiles * routed.depth * TILE), hidden_tiles = memory(tiles * routed.columns * TILE);
+    const Memory x_tiles = memory(tiles * padded(routed.depth) * TILE);
+    const Memory hidden_tiles = memory(tiles * padded(routed.columns) * TILE);
     const Memory out = memory(a.order.size(0) * padded(routed.depth));
     const Floats32 first_bias(a.first_bias), second_bias(a.second_bias);
     const MixtureForward call{
@@ -192,7 +210,7 @@ std::tuple<Tensor, Tensor> experts(const arguments::Experts& a) {
         .x_tiles = x_tiles.get(),
         .hidden_tiles = hidden_tiles.get(),
         .out = out.get(),
-        .pre = a.save ? static_cast<float*>(pre.data_ptr()) : nullptr,
+        .pre = kept,
     };
     for_rows(tiles, routed.depth * TILE, [&](int64_t begin, int64_t end) {
         const Scratch scratch(TILE, routed.depth);

@@ -41,7 +41,7 @@ CONTRACT = {
     ),
     "nn": May("errors graphs ops sequences", "torch"),
     "patching": May("autocast graphs nn operators ops tracing transforms", "torch", lazily="patching/huggingface"),
-    "patching/huggingface": May("nn ops patching sequences transforms", "torch transformers numpy"),
+    "patching/huggingface": May("nn ops patching reference sequences transforms", "torch transformers numpy"),
     "tfm": May("ops nn patching"),
     "config": May("errors ops"),
     "memory": May(),

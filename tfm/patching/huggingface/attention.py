@@ -29,7 +29,7 @@ from tfm.patching.huggingface.rotary import rotation_of
 # What can be replaced; the other implementations are kernels that a user has chosen.
 REPLACED = ("sdpa", "eager")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-# Arguments that change what attention means and that `attend` takes; others of these names would be lost in it.
+# Arguments that change what attention means, and that `attend` does not know: a call with one runs as before.
 UNKNOWN_RULES = ("score_mod", "block_mask", "head_mask", "sinks")
 # The arguments of a model's own attention function that `attend` takes, or that are no rule of attention.
 KNOWN_ARGUMENTS = frozenset(

@@ -10,25 +10,21 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Dropout, Linear, Module
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 from tfm import ops
 from tfm.patching.fusion import Change, Fused, fusing, plain_kind, why_altered, why_no_kernel
+from tfm.patching.huggingface.trial import twin_of
+from tfm.reference.feed_forward import ACTIVATIONS
 
-# Activations of ours by the values that a module's gives on a trial.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu_squared": lambda x: torch.relu(x).square(),
-}
+# Linear layers: torch's, GPT-2's with its weight [in, out], Falcon's.
+LINEARS = (Linear, Conv1D, FalconLinear)
 
 
 class Gated(NamedTuple):
@@ -108,38 +104,26 @@ def gated_parts(module: Module) -> Gated | None:
 
 def _is_gated(module: Module, parts: Gated) -> bool:
     linears: list[Any] = [module._modules[name] for name in parts.linears]
-    activation = activation_of(module._modules[parts.activation])
-    if activation is None or any(type(x) is not Linear for x in linears):
+    activation: Any = module._modules[parts.activation]
+    name = activation_of(activation)
+    if name is None or any(type(x) is not Linear for x in linears):
         return False
-    kind = plain_kind(module)
-    twin = kind.__new__(kind)
-    vars(twin).update(vars(module))
-    biased = [x.bias is not None for x in linears]
     generator = torch.Generator().manual_seed(0)
-    rows = (6, 6, 4) if parts.up else (12, 4)
-    small = {}
-    for name, has_bias, out in zip(parts.linears, biased, rows, strict=True):
-        linear = Linear(6 if name == parts.down else 4, out, has_bias)
-        for parameter in linear.parameters():
+    small: dict[str, Any] = {}
+    for part, linear, rows in zip(parts.linears, linears, (6, 6, 4) if parts.up else (12, 4), strict=True):
+        small[part] = Linear(6 if part == parts.down else 4, rows, linear.bias is not None)
+        for parameter in small[part].parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
-        small[name] = linear
-    vars(twin)["_modules"] = {**module._modules, **small}
-    vars(twin)["training"] = False
+    children = small | {parts.activation: activation} | ({parts.dropout: Dropout(0.0)} if parts.dropout else {})
     x = torch.randn(3, 4, generator=generator)
-    training = {child: child.training for child in module._modules.values() if child is not None}
     try:
-        for child in training:
-            child.training = False
         with torch.no_grad():
-            theirs = kind.forward(twin, x)
+            theirs = plain_kind(module).forward(twin_of(module, {}, children), x)
     except Exception:
         return False
-    finally:
-        for child, flag in training.items():
-            child.training = flag
     first = small[parts.gate](x)
     gate, up = (first, small[parts.up](x)) if parts.up else first.chunk(2, -1)
-    ours = small[parts.down](ACTIVATIONS[activation](gate) * up)
+    ours = small[parts.down](ACTIVATIONS[name](gate) * up)
     return isinstance(theirs, Tensor) and torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
@@ -251,16 +235,8 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 
 
-def linear_kinds() -> tuple[type[Module], ...]:
-    """Returns the classes of linear layers: torch's, GPT-2's with its weight [in, out], Falcon's."""
-    from transformers.models.falcon.modeling_falcon import FalconLinear
-    from transformers.pytorch_utils import Conv1D
-
-    return Linear, Conv1D, FalconLinear
-
-
 def _why_not_plain(module: Module, plain: Plain, x: Tensor) -> str:
-    reason = why_altered(plain.linear, module._modules.get(plain.linear), _KINDS)
+    reason = why_altered(plain.linear, module._modules.get(plain.linear), LINEARS)
     if reason:
         return reason
     linear: Any = module._modules[plain.linear]
@@ -272,15 +248,12 @@ def _why_not_plain(module: Module, plain: Plain, x: Tensor) -> str:
     return why_no_kernel("linear_activation", x)
 
 
-_KINDS = linear_kinds()
-
-
 def plain_half(module: Module) -> Plain | None:
     """Returns where a module calls its first linear layer and then its activation, each once; None where nowhere."""
     kind = plain_kind(module)
     for linear, activation in PAIRS:
         both: Any = (module._modules.get(linear), module._modules.get(activation))
-        if None in both or plain_kind(both[0]) not in _KINDS or activation_of(both[1]) is None:
+        if None in both or plain_kind(both[0]) not in LINEARS or activation_of(both[1]) is None:
             continue
         methods = [name for name, code in _methods(kind) if {linear, activation} & set(code.co_names)]
         if len(methods) == 1 and _in_order(kind, methods[0], linear, activation):

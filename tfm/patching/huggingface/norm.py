@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from tfm import ops
 from tfm.nn.fusible import PLAIN_PARAMETERS
 from tfm.patching.fusion import Change, Fused, fusing, plain_kind, why_no_kernel
+from tfm.patching.huggingface.trial import twin_of
 
 NAMES = ("RMSNorm", "LayerNorm")
 HALVES = (torch.float16, torch.bfloat16)
@@ -104,7 +104,7 @@ def _tried(kind: type[Module], eps_name: str, eps: float, module: Module) -> tup
 def _is_as(rounding: Rounding, kind: type[Module], eps_name: str, eps: float, module: Module) -> bool:
     """Tells whether a small twin of the module gives what `rounding` says, to the last bit or in fp32 nearly."""
     for x, weight in _trials():
-        twin = _twin(module, kind, weight)
+        twin = twin_of(module, {"weight": weight}, {})
         try:
             with torch.no_grad():
                 expected = kind.forward(twin, x)
@@ -125,11 +125,3 @@ def _trials() -> tuple[tuple[Tensor, Tensor], ...]:
     weight = torch.randn(8, generator=generator)
     full, half = torch.float32, torch.bfloat16
     return tuple((x.to(of_x), weight.to(of_weight)) for of_x, of_weight in ((full, full), (half, half), (half, full)))
-
-
-def _twin(module: Module, kind: type[Module], weight: Tensor) -> Module:
-    """Returns a module of the same attributes, but with this weight."""
-    twin = kind.__new__(kind)
-    vars(twin).update(vars(module))
-    vars(twin)["_parameters"] = {"weight": Parameter(copy.copy(weight), requires_grad=False)}
-    return twin

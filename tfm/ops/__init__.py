@@ -13,6 +13,7 @@ from tfm.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms
 from tfm.ops.relative_bias import alibi_bias, alibi_slopes, t5_bias
 from tfm.ops.rg_lru import rg_lru
 from tfm.ops.rotary import rotary, rotary_, rotary_table
+from tfm.ops.selective_scan import selective_scan
 from tfm.ops.varlen_attention import varlen_attention
 from tfm.ops.wkv import wkv
 
@@ -38,6 +39,7 @@ __all__ = [
     "rotary",
     "rotary_",
     "rotary_table",
+    "selective_scan",
     "sinusoid",
     "split_heads",
     "t5_bias",

@@ -25,6 +25,14 @@ TFM_INLINE Activated logistic(Floats x) {
     return {share + rest * inverse, decay * inverse * inverse};
 }
 
+// log(1 + e^x) within a few ulps: with e = e^-|x| its log(1 + e) is 2 artanh(e / (2 + e)).
+TFM_INLINE Floats softplus(Floats x) {
+    const Floats decay = exp(-absolute(x)), ratio = decay / (2.0f + decay), square = ratio * ratio;
+    const Floats series =
+        square * polynomial(square, 1.0f / 15, 1.0f / 13, 1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3);
+    return maximum(x, Floats{}) + 2.0f * (ratio + ratio * series);
+}
+
 // The standard normal distribution, within 2 ulp in its tail, too, and its density.
 //
 // The tail is exp(-x² / 2) · t Q(t) with t = 1 / (1 + c |x|), in the manner of Abramowitz and Stegun 7.1.26. What x²

@@ -39,14 +39,6 @@ namespace tfm::TFM_ISA {
 
 constexpr float C = 8.0f, STEEPEST = 1000.0f;
 
-// log(1 + e^x) within a few ulps: with e = e^-|x| its log(1 + e) is 2 artanh(e / (2 + e)).
-TFM_INLINE Floats softplus(Floats x) {
-    const Floats decay = exp(-absolute(x)), ratio = decay / (2.0f + decay), square = ratio * ratio;
-    const Floats series =
-        square * polynomial(square, 1.0f / 15, 1.0f / 13, 1.0f / 11, 1.0f / 9, 1.0f / 7, 1.0f / 5, 1.0f / 3);
-    return maximum(x, Floats{}) + 2.0f * (ratio + ratio * series);
-}
-
 TFM_INLINE Floats square_root(Floats x) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_sqrt_ps((__m512)x);

@@ -26,7 +26,8 @@ def selective_scan(
         decay = torch.exp(delta[:, step, :, None] * A)
         state = decay * state + entering[:, step, :, None] * B[:, step, None]
         results.append((state * C[:, step, None]).sum(-1))
-    y = torch.stack(results, 1) if results else entering
+    # Of no steps a result without numbers, which depends on all that those of a step depend on.
+    y = torch.stack(results, 1) if results else (entering[..., None] * A * (B * C)[:, :, None]).sum(-1)
     if D is not None:
         y = y + D.to(wide) * inputs
     if z is not None:

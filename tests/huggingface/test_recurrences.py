@@ -1,4 +1,4 @@
-"""accelerate() on RWKV and RecurrentGemma where they go on from a state, step by step and several steps at once."""
+"""accelerate() on models with a state, where they go on from it step by step, and several steps at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from zoo import CAUSAL, ZOO, batch
 
 import tfm
 from tfm import native
+from tfm.patching.huggingface import state_space
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_unavailable(torch.device("cpu"))), reason="without native kernels a CPU runs everything as before"
 )
 SPECIES = {species.name: species for species in ZOO}
-BOTH = pytest.mark.parametrize("name", ["rwkv", "recurrentgemma"])
+MAMBAS = ["mamba", "zamba", "jamba"]
+ALL = pytest.mark.parametrize("name", ["rwkv", "recurrentgemma", *MAMBAS])
 CLOSE = 1e-5
 TOKENS = batch(CAUSAL, "none")["input_ids"]
 
@@ -58,7 +60,7 @@ def test_wkv_is_that_of_transformers(impl):
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@ALL
 def test_a_token_at_a_time(name):
     stock, ours, report = pair(name)
     expected = say(stock, TOKENS[:1])
@@ -78,6 +80,20 @@ def test_several_sentences_of_recurrentgemma():
     for name in kept:
         found, expected = (model.get_submodule(name).recurrent_states for model in (ours, stock))
         assert far(found, expected, expected.abs().max().item()) <= CLOSE
+
+
+@pytest.mark.parametrize("name", MAMBAS)
+def test_several_sentences_of_mambas(name):
+    """The caches too: what was convolved, and the state."""
+    stock, ours, report = pair(name)
+    options = {"return_dict_in_generate": True}
+    found, expected = (say(model, TOKENS, **options) for model in (ours, stock))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert not reasons(report)
+    for one, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        for kept in ("conv_states", "recurrent_states"):
+            for place, x in getattr(other, kept, {}).items():
+                assert far(getattr(one, kept)[place], x, x.abs().max().item()) <= CLOSE
 
 
 def test_several_sentences_of_rwkv_are_taken_for_one_as_stock_takes_them():
@@ -114,13 +130,14 @@ def test_rwkv_rescales_its_weights_in_place():
     assert not reasons(report)
 
 
-@BOTH
+@ALL
 def test_most_of_what_runs_is_ours(name):
     stock, ours, _ = pair(name)
     assert ran(ours, SPECIES[name]).others <= ran(stock, SPECIES[name]).others / 2
 
 
-@BOTH
+# Stock's experts of Jamba refuse the zoo's widths in bf16.
+@pytest.mark.parametrize("name", ["rwkv", "recurrentgemma", "mamba", "zamba"])
 def test_bf16_is_as_near_as_stock(name):
     stock, _, _ = pair(name)
     half = copy.deepcopy(stock).bfloat16()
@@ -148,6 +165,50 @@ def test_parts_that_are_not_torchs_are_called():
     assert max(apart.values()) <= 3 * CLOSE, apart
     assert len(seen) == 2
     assert len(reasons(report)) == 2
+
+
+def test_a_package_of_kernels_is_left_its_mixers(monkeypatch):
+    monkeypatch.setattr(state_space, "PACKAGE", "torch")
+    _, _, report = pair("mamba")
+    assert set(report.counts) == {"norm"}
+    assert {(left.name, left.reason) for left in report.left} == {
+        (f"backbone.layers.{layer}.mixer", "torch is installed, whose kernels serve it") for layer in (0, 1)
+    }
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_the_scan_is_that_of_transformers(impl):
+    """All gradients and the state included, of widths, activations and softplus that ours has and has not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape):
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    with tfm.ops.backends.use(impl):
+        for softplus in (True, False):
+            given = new(2, 4, 9), new(2, 4, 9), (-new(4, 3).exp()).detach(), new(2, 3, 9), new(2, 3, 9)
+            options = {"D": new(4), "z": new(2, 4, 9), "delta_bias": new(4), "delta_softplus": softplus}
+            results = []
+            for function in (state_space.scan, state_space.theirs.mamba_selective_scan):
+                y, state = function(*given, **options, return_last_state=True)
+                leaves = [x for x in (*given, options["D"], options["z"], options["delta_bias"]) if x.requires_grad]
+                results.append((y, state, *torch.autograd.grad(y.sin().sum() + state.sum(), leaves)))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        for width, activation in ((4, "silu"), (2, None), (5, "silu"), (4, "gelu")):
+            x, weight, bias = new(2, 4, 9), new(4, width), new(4)
+            taps = [torch.ones(2, 4, width) for _ in range(2)]
+            one, other = state_space, state_space.theirs
+            results = [
+                (
+                    whole(x, weight, bias, activation=activation),
+                    step(x[..., :1], kept, weight, bias, activation=activation), kept,
+                )
+                for whole, step, kept in (
+                    (one.convolve, one.convolve_step, taps[0]),
+                    (other.causal_conv1d_fn, other.causal_conv1d_update, taps[1]),
+                )
+            ]  # fmt: skip
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_a_convolution_with_a_hook_is_called():

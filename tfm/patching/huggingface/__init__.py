@@ -20,6 +20,7 @@ from tfm.patching.huggingface import (
     layers,
     norm,
     residual,
+    state_space,
     time_mix,
 )
 from tfm.patching.huggingface.hard_coded import accelerate_masks
@@ -48,6 +49,7 @@ FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     experts.change_of,
     time_mix.change_of,
     gated_recurrence.change_of,
+    state_space.change_of,
 )
 
 

@@ -42,6 +42,7 @@ Cases embedding_cases();
 Cases norm_cases();
 Cases rg_lru_cases();
 Cases rotary_cases();
+Cases selective_scan_cases();
 Cases wkv_cases();
 
 // Input number `place`, 0 to 7: 2 · ROWS · COLUMNS numbers from -1 to 1, as fp32 or as bf16.

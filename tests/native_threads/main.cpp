@@ -84,9 +84,9 @@ void* input(int place, bool narrow) {
 int main() {
     using namespace tfm::threads;
     int failures = 0;
-    for (const Cases& cases :
-         {norm_cases(), feed_forward_cases(), cross_entropy_cases(), embedding_cases(), attention_cases(),
-          decode_attention_cases(), rotary_cases(), causal_conv1d_cases(), wkv_cases(), rg_lru_cases()})
+    for (const Cases& cases : {norm_cases(), feed_forward_cases(), cross_entropy_cases(), embedding_cases(),
+                               attention_cases(), decode_attention_cases(), rotary_cases(), causal_conv1d_cases(),
+                               wkv_cases(), rg_lru_cases(), selective_scan_cases()})
         for (const Case& item : cases) {
             const char* const wrong = verdict(item);
             std::printf("%s: %s\n", item.name.c_str(), wrong ? wrong : "the same bits on 1 thread and on several");

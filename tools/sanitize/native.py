@@ -1,6 +1,6 @@
 """Runs the CPU kernels of csrc under gcc's sanitizers: `make sanitize`.
 
-    python -m tools.sanitize.native [address] [thread] [-- arguments of pytest]
+    python -m tools.sanitize.native [thread] [address] [-- arguments of pytest]
 
 address: the library is compiled with -fsanitize=address,undefined, and the tests that run it do so from Python.
 thread: tests/native_threads, which holds the kernels themselves, is compiled with -fsanitize=thread, once for each
@@ -9,6 +9,7 @@ instruction set that this processor has. Exit status 1 where one of them finds s
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -80,10 +81,17 @@ def thread() -> int:
 
 
 def main() -> int:
-    arguments, _, pytest = " ".join(sys.argv[1:]).partition("--")
-    wanted = arguments.split() or ["thread", "address"]
+    ours, pytest = sys.argv[1:], []
+    if "--" in ours:
+        place = ours.index("--")
+        ours, pytest = ours[:place], ours[place + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sanitizers", nargs="*", default=["thread", "address"], help="default: both")
+    wanted = parser.parse_args(ours).sanitizers
+    if unknown := set(wanted) - {"thread", "address"}:
+        parser.error(f"expected thread, address or both, got {', '.join(sorted(unknown))}")
     try:
-        failures = (thread() if "thread" in wanted else 0) + (address(pytest.split()) if "address" in wanted else 0)
+        failures = (thread() if "thread" in wanted else 0) + (address(pytest) if "address" in wanted else 0)
     except BuildError as error:
         print(f"not run: {error}")
         return 2

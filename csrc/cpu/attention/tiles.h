@@ -72,7 +72,8 @@ TFM_INLINE void gather_row(const Heads& x, int64_t place, int64_t columns, float
 TFM_INLINE void fetch(const Heads& x, int64_t sequence, int64_t head, int64_t first, int64_t rows, int64_t columns) {
     const int64_t size = x.narrow ? sizeof(BFloat16) : sizeof(float);
     const char* row = static_cast<const char*>(x.data) + (sequence * x.sequence + head * x.head + first * x.row) * size;
-    for (const char* const end = row + smaller(rows, BLOCK_QUERIES) * x.row * size; row != end; row += x.row * size)
+    // A task behind its sequence's end has less than none.
+    for (int64_t left = smaller(rows, BLOCK_QUERIES); left > 0; --left, row += x.row * size)
         for (int64_t byte = 0; byte < columns * size; byte += 64)
             __builtin_prefetch(row + byte);
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import NEW_TOKENS, differences, generated, set_dropout, step
+from peft import LoraConfig, PeftModel, get_peft_model
 from selection import long_but
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +24,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.bert.modeling_bert import BertAttention
+from transformers.pytorch_utils import Conv1D
 from zoo import BERT, CAUSAL, ZOO, batch
 
 import tfm
@@ -60,23 +62,6 @@ class Scores(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.softmax(self.query(x) @ x.transpose(1, 2), -1) @ x
-
-
-class LowRank(nn.Module):
-    """A linear layer with an adapter, as PEFT puts them in place of linear layers."""
-
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """Returns what some models look at, as PEFT's do."""
-        return self.base_layer.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.lora(x)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -145,28 +130,33 @@ def test_a_class_that_the_tests_invent_is_left():
     assert type(model) is Scores
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2"])
+def with_adapters(model: nn.Module) -> PeftModel:
+    """The model with LoRA in every linear layer that PEFT allows, of weights that add something."""
+    kinds = (nn.Linear, Conv1D)
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds)}
+    targets = sorted(names - {"lm_head", "decoder", "out_proj"})
+    torch.manual_seed(5)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+
+
 @pytest.mark.parametrize("adapters_first", [True, False])
-def test_adapters_in_linear_layers_count(name, adapters_first):
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2", "mixtral", "mamba"])
+def test_adapters_of_peft_count(name, adapters_first):
+    """Their gradients too, and what they are merged into."""
     species = SPECIES[name]
-    model, twin = species.make(), species.make()
-
-    def adapt(one: nn.Module) -> None:
-        generator = torch.Generator().manual_seed(5)
-        for parent in list(one.modules()):
-            for child_name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and not isinstance(parent, LowRank) and child.out_features != 64:
-                    adapted = LowRank(child)
-                    adapted.lora.weight.data = 0.1 * torch.randn(adapted.lora.weight.shape, generator=generator)
-                    setattr(parent, child_name, adapted)
-
-    adapt(twin)
+    twin = with_adapters(species.make())
+    model = species.make()
     if adapters_first:
-        adapt(model)
-    tfm.accelerate(model)
-    if not adapters_first:
-        adapt(model)
+        model = with_adapters(model)
+        report = tfm.accelerate(model)
+    else:
+        report = tfm.accelerate(model)
+        model = with_adapters(model)
     apart = differences(step(model, species, "right"), step(twin, species, "right"))
+    assert max(apart.values()) <= CLOSE, apart
+    assert report.counts["recurrence" if name == "mamba" else "attention"]
+    merged, expected = (one.merge_and_unload().requires_grad_() for one in (model, twin))
+    apart = differences(step(merged, species, "right"), step(expected, species, "right"))
     assert max(apart.values()) <= CLOSE, apart
 
 

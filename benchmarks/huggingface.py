@@ -1,20 +1,25 @@
-"""Compares Hugging Face's models, accelerated, with stock and with torch.compile: forward and training step.
+"""Compares Hugging Face's models, accelerated, with stock, torch.compile and Liger: forward and training step.
 
-    python -m benchmarks.huggingface --out benchmarks/results/huggingface_cpu.json
+    python -m benchmarks.huggingface
+    python -m benchmarks.huggingface --models T5-small --peers ours
 
 Models of the families' shapes, some with fewer layers, with random weights, on random tokens in sentences of Multi30k's
-lengths, padded to the longest of an unsorted batch, as a data loader makes them. Stock attends by SDPA, transformers'
-default. All take turns, round by round, so that a ratio is of neighbours; compilation and warm-up are not timed. A
-training step is forward, loss and backward, with the dropout that the configuration has.
+lengths, padded to the longest of an unsorted batch, as a data loader makes them; in bf16 on a GPU, in fp32 on a CPU.
+Stock attends by SDPA, transformers' default. All take turns, round by round, so that a ratio is of neighbours;
+compilation and warm-up are not timed. Liger alone comes after the others: it changes the process, so that what is stock
+would be so no more. A training step is forward, loss and backward, with the dropout that the configuration has.
+
+Environment: TFM_REHEARSAL=1 takes a GPU's path on a CPU, with tiny models (benchmarks/device.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +30,16 @@ from torch import Tensor
 from torch.nn import Module
 
 import tfm
+from benchmarks.device import AS_GPU, CUDA, DEVICE, DTYPE, REHEARSAL, clock, kernels_as_on_a_gpu
 from benchmarks.progress import say
 from benchmarks.record import environment, sources, write
 from benchmarks.shapes import draw_lengths
 
-STOCK, OURS, FUSED_LOSS, COMPILED = "stock", "ours", "ours, fuse_loss", "compile"
-CONTENDERS = (STOCK, OURS, FUSED_LOSS, COMPILED)
+STOCK, OURS, FUSED_LOSS, COMPILED, LIGER = "stock", "ours", "ours, fuse_loss", "compile", "liger"
+CONTENDERS = (STOCK, OURS, FUSED_LOSS, COMPILED, LIGER)
 FORWARD, TRAINING = "forward", "training step"
 IGNORED, FIRST_WORD = -100, 3
+RECORD = Path(f"benchmarks/results/huggingface_{'gpu' if AS_GPU else 'cpu'}.json")
 
 
 class Shape(NamedTuple):
@@ -73,6 +80,21 @@ SHAPES = {
     "Llama-160M, 4 layers": Shape("LlamaForCausalLM", "LlamaConfig", False, {**LLAMA, "num_hidden_layers": 4}),
     "Mixtral, tiny": Shape("MixtralForCausalLM", "MixtralConfig", False, {**MIXTRAL, "num_hidden_layers": 2}),
     "Mamba-130m, 2 layers": Shape("MambaForCausalLM", "MambaConfig", False, {"num_hidden_layers": 2}),
+    "RWKV-169m, 2 layers": Shape(
+        "RwkvForCausalLM", "RwkvConfig", False,
+        {"hidden_size": 768, "attention_hidden_size": 768, "num_hidden_layers": 2},
+    ),
+}  # fmt: skip
+# What a rehearsal makes of any configuration that has the name.
+TINY = {
+    **dict.fromkeys(("hidden_size", "attention_hidden_size", "d_model", "n_embd"), 32),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "num_key_value_heads"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    "vocab_size": 96, "d_kv": 16, "head_dim": 16, "num_local_experts": 2, "state_size": 4, "time_step_rank": 2,
+    **dict.fromkeys(("pad_token_id", "decoder_start_token_id", "forced_eos_token_id"), 0),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 1),
 }  # fmt: skip
 
 
@@ -81,9 +103,11 @@ def made(shape: Shape) -> Any:
     import transformers
 
     torch.manual_seed(1)
-    config = getattr(transformers, shape.config)(**shape.options)
+    make = getattr(transformers, shape.config)
+    tiny = {name: value for name, value in TINY.items() if REHEARSAL and hasattr(make(), name)}
+    config = make(**{**shape.options, **tiny})
     config.use_cache = False
-    return getattr(transformers, shape.model)(config)
+    return getattr(transformers, shape.model)(config).to(DEVICE, DTYPE)
 
 
 def batch(model: Any, shape: Shape, sentences: int) -> dict[str, Tensor]:
@@ -92,7 +116,8 @@ def batch(model: Any, shape: Shape, sentences: int) -> dict[str, Tensor]:
     vocabulary = model.config.vocab_size
     tokens, mask = _padded(sentences, vocabulary, generator)
     labels, valid = _padded(sentences, vocabulary, generator) if shape.is_translator else (tokens, mask)
-    return {"input_ids": tokens, "attention_mask": mask, "labels": labels.where(valid.bool(), IGNORED)}
+    given = {"input_ids": tokens, "attention_mask": mask, "labels": labels.where(valid.bool(), IGNORED)}
+    return {name: x.to(DEVICE) for name, x in given.items()}
 
 
 def _padded(sentences: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -101,13 +126,32 @@ def _padded(sentences: int, vocabulary: int, generator: torch.Generator) -> tupl
     return torch.randint(FIRST_WORD, vocabulary - 1, mask.shape, generator=generator) * mask + (1 - mask), mask
 
 
-def contenders(model: Module) -> dict[str, Module]:
-    """Returns the model, its accelerated copies and a compiled one."""
-    found = {name: model if name == STOCK else copy.deepcopy(model) for name in CONTENDERS}
-    tfm.accelerate(found[OURS])
-    tfm.accelerate(found[FUSED_LOSS], fuse_loss=True)
-    found[COMPILED].compile()
+def contender(model: Module, name: str) -> Module:
+    """Returns the model as the contender has it: itself, or a copy."""
+    found = model if name == STOCK else copy.deepcopy(model)
+    if name in (OURS, FUSED_LOSS):
+        tfm.accelerate(found, fuse_loss=name == FUSED_LOSS)
+    if name == COMPILED:
+        found.compile()
+    if name == LIGER:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=found)
     return found
+
+
+def why_not(model: Any, name: str) -> str:
+    """Says why a contender has nothing for a model; empty where it has."""
+    if name != LIGER:
+        return ""
+    if not CUDA:
+        return "its kernels need a GPU"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    return "" if kind in MODEL_TYPE_TO_APPLY_LIGER_FN else f"it knows no {kind}"
 
 
 def forward(model: Any, given: dict[str, Tensor], is_translator: bool) -> None:
@@ -127,70 +171,101 @@ def training_step(model: Any, given: dict[str, Tensor], is_translator: bool) -> 
     model(**given).loss.backward()
 
 
-WORK: dict[str, Callable[[Any, dict[str, Tensor], bool], None]] = {FORWARD: forward, TRAINING: training_step}
+WORK: dict[str, Callable[..., None]] = {FORWARD: forward, TRAINING: training_step}
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns an entry for each kind of work and contender: the seconds of each round, or why it failed."""
+    """Returns an entry for each kind of work and contender: the seconds of each round, or why there are none."""
     model = made(shape)
     given = batch(model, shape, arguments.sentences)
-    models = {name: one for name, one in contenders(model).items() if name in (STOCK, *arguments.peers)}
     entries = []
-    for work, run in WORK.items():
-        running = {name: one for name, one in models.items() if work == TRAINING or name != FUSED_LOSS}
-        seconds: dict[str, list[float]] = {name: [] for name in running}
-        failed: dict[str, str] = {}
-        for place in range(-1, arguments.rounds):
-            for name in [one for one in running if one not in failed]:
-                begin = time.perf_counter()
-                try:
-                    run(running[name], given, shape.is_translator)
-                except Exception as error:
-                    failed[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-                    continue
-                if place >= 0:
-                    seconds[name].append(time.perf_counter() - begin)
-        for name in running:
-            result = {"failed": failed[name]} if name in failed else {"seconds": seconds[name]}
-            entries.append({"work": work, "contender": name} | result)
+    # Liger's second, when nothing stock is to be timed any more.
+    for group in ([name for name in CONTENDERS if name != LIGER], [LIGER]):
+        models, refused = {}, {}
+        for name in group:
+            if name in (STOCK, *arguments.peers):
+                if reason := why_not(model, name):
+                    refused[name] = reason
+                else:
+                    models[name] = contender(model, name)
+        for work, run in WORK.items():
+            running = {name: one for name, one in models.items() if work == TRAINING or name != FUSED_LOSS}
+            results = {name: {"failed": reason} for name, reason in refused.items()}
+            results |= rounds(running, partial(run, given=given, is_translator=shape.is_translator), arguments.rounds)
+            entries += [{"work": work, "contender": name} | result for name, result in results.items()]
     padding = 1 - given["attention_mask"].float().mean().item()
     return [entry | {"shape": list(given["input_ids"].shape), "padding": padding} for entry in entries]
 
 
+def rounds(models: dict[str, Module], run: Callable[[Module], None], count: int) -> dict[str, dict[str, Any]]:
+    """Has all models take turns so often, after once untimed; returns the seconds of each, or why it failed."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    failed: dict[str, str] = {}
+    for place in range(-1, count):
+        for name in [one for one in models if one not in failed]:
+            begin = clock()
+            try:
+                run(models[name])
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                continue
+            if place >= 0:
+                seconds[name].append(clock() - begin)
+    return {name: {"failed": failed[name]} if name in failed else {"seconds": seconds[name]} for name in models}
+
+
+def seconds_of(entries: list[dict[str, Any]], work: str, contender: str) -> list[float]:
+    """Returns the seconds of each round; nothing where a contender has none."""
+    of = {entry["contender"]: entry.get("seconds", []) for entry in entries if entry["work"] == work}
+    return of.get(contender, [])
+
+
 def ratios(entries: list[dict[str, Any]], work: str, contender: str) -> list[float]:
     """Returns how many times as fast as stock a contender was in each round; nothing where one of them failed."""
-    of = {entry["contender"]: entry.get("seconds", []) for entry in entries if entry["work"] == work}
-    return [theirs / ours for theirs, ours in zip(of[STOCK], of.get(contender, []), strict=False)]
+    both = seconds_of(entries, work, STOCK), seconds_of(entries, work, contender)
+    return [theirs / ours for theirs, ours in zip(*both, strict=False)]
+
+
+def peers_of(record: dict[str, Any]) -> list[str]:
+    """Returns who was to run beside stock, of any model."""
+    named = {entry["contender"] for entries in record["models"].values() for entry in entries}
+    return [name for name in CONTENDERS[1:] if name in named]
 
 
 def table(record: dict[str, Any]) -> Table:
     """Makes a table of the medians."""
-    rows = Table("model", "work", f"{STOCK}, ms", *(f"{name}, x stock" for name in CONTENDERS[1:]))
+    peers = peers_of(record)
+    rows = Table("model", "work", f"{STOCK}, ms", *(f"{name}, x stock" for name in peers))
     for model, entries in record["models"].items():
         for work in WORK:
-            stock = [x for one in entries if (one["work"], one["contender"]) == (work, STOCK) for x in one["seconds"]]
-            cells = [ratios(entries, work, name) for name in CONTENDERS[1:]]
+            stock = seconds_of(entries, work, STOCK)
+            cells = [ratios(entries, work, name) for name in peers]
             shown = [f"{statistics.median(x):.2f}" if x else "" for x in cells]
-            rows.add_row(model, work, f"{1e3 * statistics.median(stock):,.0f}", *shown)
+            rows.add_row(model, work, f"{1e3 * statistics.median(stock):,.1f}" if stock else "failed", *shown)
     return rows
 
 
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--peers", nargs="*", choices=CONTENDERS[1:], default=CONTENDERS[1:], help="beside stock")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, help="default: all, which is a record; some write none")
+    usual = [name for name in CONTENDERS[1:] if AS_GPU or name != LIGER]
+    parser.add_argument("--peers", nargs="*", choices=CONTENDERS[1:], default=usual, help="beside stock")
     parser.add_argument("--sentences", type=int, default=48, help="of a batch; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/huggingface_cpu.json"))
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--out", type=Path, help=f"default: {RECORD}")
     arguments = parser.parse_args(command_line)
+    out = arguments.out or (None if arguments.models else RECORD)
     torch.set_num_threads(arguments.threads)
-    record: dict[str, Any] = {"benchmark": "huggingface", "environment": environment(torch.device("cpu"))}
-    record |= {"sources": sources(), "sentences": arguments.sentences, "threads": arguments.threads, "models": {}}
-    for name in arguments.models:
+    record: dict[str, Any] = {"benchmark": "huggingface", "environment": environment(DEVICE)}
+    record |= {"sources": sources(), "sentences": arguments.sentences, "dtype": str(DTYPE).removeprefix("torch.")}
+    record |= {"threads": arguments.threads, "models": {}}
+    for name in arguments.models or SHAPES:
         say(f"{name}: {arguments.rounds} rounds")
-        record["models"][name] = measure(SHAPES[name], arguments)
-        write(arguments.out, record)
+        with kernels_as_on_a_gpu():
+            record["models"][name] = measure(SHAPES[name], arguments)
+        if out is not None:
+            write(out, record)
     Console().print(table(record))
 
 

@@ -19,6 +19,8 @@ from tfm.errors import UserError
 from tools.gpu import STARTED, native, proof, speed, table
 from tools.gpu import __doc__ as description
 from tools.gpu.child import ROOT
+from tools.gpu.huggingface import WEIGHT as HUGGINGFACE_WEIGHT
+from tools.gpu.huggingface import huggingface
 from tools.gpu.profile import profile
 from tools.gpu.quality import quality
 from tools.gpu.run import Options, Part, Run, subject
@@ -27,7 +29,7 @@ MINUTES, QUICK_MINUTES, CALL_MINUTES = 9.0, 2.0, 5.0
 # What a GPU that is lent for minutes is called for, twice: each call leaves a record of its own.
 CALLS = {
     "proof": ("native", "kernels", "tests", "sanitizer"),
-    "speed": ("native", "ceilings", "warm-up", "suites", "profile", "training", "quality"),
+    "speed": ("native", "ceilings", "warm-up", "suites", "profile", "huggingface", "training", "quality"),
 }
 TRAINING = "training"
 # The width of the table where no terminal says its own.
@@ -89,6 +91,7 @@ def plan(options: Options) -> list[Part]:
         Part("warm-up", 90, speed.warm_up),
         *(Part(name, 140 / len(suites), partial(speed.suite, name=name)) for name in suites),
         *([Part("profile", 35, profile)] if suites else []),
+        *([Part("huggingface", HUGGINGFACE_WEIGHT, huggingface)] if options.everything else []),
         *(Part(f"{TRAINING} {name}", 70 / len(presets), partial(speed.training, preset=name)) for name in presets),
         # Last, since it takes whatever time is left. Without text it says so, and leaves its time to the others.
         *([Part("quality", 80 if options.data else 1, quality)] if presets else []),

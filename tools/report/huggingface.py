@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.huggingface import CONTENDERS, STOCK, WORK, ratios
+from benchmarks.huggingface import STOCK, WORK, peers_of, ratios, seconds_of
 from tools.report.markdown import table_lines
 from tools.report.records import Record
 
-HEAD = ("model", "padding", "work", "stock, ms", *(f"{name}, times as fast" for name in CONTENDERS if name != STOCK))
+HEAD = ("model", "padding", "work", "stock, ms")
 
 
 def table(records: Sequence[Record]) -> str:
-    """Returns in Markdown where it was measured, and a row for each model and kind of work; medians and ranges."""
-    found = [record for record in records if record.data.get("benchmark") == "huggingface"]
-    if not found:
+    """Returns in Markdown, for the newest record of each device, where it was measured and a table of its medians."""
+    newest = {record.device: record for record in records if _models_of(record)}
+    if not newest:
         return "Hugging Face's models have no record yet: `python -m benchmarks.huggingface` makes one."
-    record = found[-1]
-    machine, sentences = record.environment, record.data["sentences"]
+    return "\n\n".join(map(_table, newest.values()))
+
+
+def _models_of(record: Record) -> dict[str, Any]:
+    """Returns what was measured: a record of it alone, or a part of a GPU's; nothing where it was not."""
+    return record.data if record.data.get("benchmark") == "huggingface" else record.data.get("huggingface", {})
+
+
+def _table(record: Record) -> str:
+    machine, data = record.environment, _models_of(record)
+    threads = "" if machine["gpu"] else f", {data['threads']} threads"
     head = (
-        f"Batches of {sentences} sentences of Multi30k's lengths, padded, fp32, on {record.device}, "
-        f"{record.data['threads']} threads, torch {machine['torch']}, transformers {machine['transformers']} "
+        f"Batches of {data['sentences']} sentences of Multi30k's lengths, padded, {data['dtype']}, on {record.device}"
+        f"{threads}, torch {machine['torch']}, transformers {machine['transformers']} "
         f"(`{record.path.name}`, {machine['date'][:10]}, commit {str(machine['commit'])[:7]}):"
     )
-    rows = [_cells(name, work, entries) for name, entries in record.data["models"].items() for work in WORK]
-    return "\n".join([head, "", *table_lines(HEAD, rows)])
+    peers = peers_of(data)
+    rows = [_cells(name, work, entries, peers) for name, entries in data["models"].items() for work in WORK]
+    return "\n".join([head, "", *table_lines((*HEAD, *(f"{name}, times as fast" for name in peers)), rows)])
 
 
-def _cells(model: str, work: str, entries: list[dict[str, Any]]) -> list[str]:
-    stock = next(one for one in entries if (one["work"], one["contender"]) == (work, STOCK))
-    milliseconds = f"{1e3 * statistics.median(stock['seconds']):,.0f}"
-    cells = [_ratio(entries, work, name) for name in CONTENDERS if name != STOCK]
-    return [model, f"{stock['padding']:.0%}", work, milliseconds, *cells]
+def _cells(model: str, work: str, entries: list[dict[str, Any]], peers: Sequence[str]) -> list[str]:
+    stock = seconds_of(entries, work, STOCK)
+    milliseconds = f"{1e3 * statistics.median(stock):,.1f}" if stock else "failed"
+    cells = [_ratio(entries, work, name) for name in peers]
+    return [model, f"{entries[0]['padding']:.0%}", work, milliseconds, *cells]
 
 
 def _ratio(entries: list[dict[str, Any]], work: str, contender: str) -> str:
-    found: Mapping[str, Any] = next(
-        (one for one in entries if (one["work"], one["contender"]) == (work, contender)), {"failed": "not measured"}
-    )
-    if "failed" in found:
-        return "" if found["failed"] == "not measured" else "failed"
+    """Returns the median and the range; the reason where there is none, and nothing where it was not to run."""
+    found = [one for one in entries if (one["work"], one["contender"]) == (work, contender)]
+    if not found:
+        return ""
     each = ratios(entries, work, contender)
+    if not each:
+        return found[0].get("failed", "failed")
     return f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})"

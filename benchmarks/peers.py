@@ -109,6 +109,13 @@ def linear_cross_entropy(x, weight, target, label_smoothing):
     return F.cross_entropy(F.linear(x, weight), target, label_smoothing=label_smoothing)
 
 
+def cross_entropy(logits, target, label_smoothing):
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+
+
+CROSS_ENTROPY = by_torch(cross_entropy)
+
+
 def torchs_linear_cross_entropy(x, weight, target, label_smoothing):
     # Its chunks support no smoothing, and with it only report that they are not used.
     options = None if label_smoothing else torch.nn.LinearCrossEntropyOptions()

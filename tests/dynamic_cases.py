@@ -182,6 +182,13 @@ OPERATIONS: dict[str, Case] = {
     ),
     "residual_rms_norm": Case(ops.residual_rms_norm, lambda size: (*_residual_pair(size), _weights(DIM))),
     **{
+        f"cross_entropy, {reduction}": Case(
+            lambda *given, reduction=reduction: ops.cross_entropy(*given, reduction=reduction, label_smoothing=0.1),
+            lambda size: (torch.randn(size.batch, size.targets, CLASSES), _tokens(size)),
+        )
+        for reduction in ("mean", "none")
+    },
+    **{
         f"linear_cross_entropy, {reduction}": Case(
             lambda *given, reduction=reduction: ops.linear_cross_entropy(
                 *given, reduction=reduction, label_smoothing=0.1

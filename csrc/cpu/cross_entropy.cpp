@@ -1,7 +1,8 @@
-// Cross-entropy of rows of logits, and its gradient written over them: the formulas of kernels/cross_entropy/stored.py.
+// Cross-entropy of rows of logits, and its gradient over them or beside: the formulas of
+// kernels/cross_entropy/stored.py.
 //
 // A row goes through three short passes while it lies in the nearest caches. The first forms z, in fp32, and its
-// maximum: over the logits themselves where they are fp32, in a scratch row where they are bf16. The second leaves
+// maximum: where the gradient will be if that is fp32, in a scratch row if it is bf16 or not wanted. The second leaves
 // exp(z - maximum) there and sums it, so that the third, which writes the gradient, needs no exponential. Only softcap
 // does, whose slope is read from z. Rows are shared among threads, and none depends on another.
 #include "cpu/isa.h"
@@ -11,8 +12,8 @@
 namespace tfm {
 
 struct CrossEntropy {
-    Matrix logits;
-    const float* bias; // null: none
+    Matrix logits, gradient; // gradient: null where not wanted; may be the logits
+    const float* bias;       // null: none
     const int64_t* target;
     float* losses;        // null: not wanted
     const float* grad;    // of the losses; null: 1
@@ -20,10 +21,9 @@ struct CrossEntropy {
     int64_t classes, ignore_index;
     float smoothing, z_loss;
     float softcap; // 0: none
-    bool want_gradient;
 };
 
-// `scratch`: a row of fp32 where the logits are bf16.
+// `scratch`: a row of fp32 where the logits are bf16, or no gradient is wanted.
 TFM_KERNEL(cross_entropy, const CrossEntropy& call, float* scratch, int64_t first_row, int64_t last_row)
 
 } // namespace tfm
@@ -49,8 +49,8 @@ TFM_INLINE void for_vectors(int64_t columns, Visit visit) {
 
 #define TFM_VISIT(column, count, slot) [&](int64_t column, int64_t count, int slot) __attribute__((always_inline))
 
-// Writes z, where it is not what `logits` hold already, and returns the largest.
-template <class T, bool BIASED, bool CAPPED>
+// Writes z, where it STORES, and returns the largest.
+template <class T, bool BIASED, bool CAPPED, bool STORES>
 TFM_INLINE float form(const CrossEntropy& call, const T* logits, float* z) {
     const float inverse = CAPPED ? 1.0f / call.softcap : 0.0f;
     const Floats lowest = broadcast(-__builtin_inff());
@@ -62,7 +62,7 @@ TFM_INLINE float form(const CrossEntropy& call, const T* logits, float* z) {
                 value += load(call.bias + column, count);
             if (CAPPED)
                 value = call.softcap * tanh(value * inverse);
-            if (BIASED || CAPPED || sizeof(T) != sizeof(float))
+            if (STORES)
                 store(z + column, value, count);
             if (count < WIDTH)
                 value = lanes() < static_cast<int32_t>(count) ? value : lowest;
@@ -73,9 +73,22 @@ TFM_INLINE float form(const CrossEntropy& call, const T* logits, float* z) {
 
 template <class T>
 TFM_INLINE float form(const CrossEntropy& call, const T* logits, float* z) {
-    if (call.softcap == 0.0f)
-        return call.bias ? form<T, true, false>(call, logits, z) : form<T, false, false>(call, logits, z);
-    return call.bias ? form<T, true, true>(call, logits, z) : form<T, false, true>(call, logits, z);
+    if (call.softcap != 0.0f)
+        return call.bias ? form<T, true, true, true>(call, logits, z) : form<T, false, true, true>(call, logits, z);
+    if (call.bias)
+        return form<T, true, false, true>(call, logits, z);
+    return static_cast<const void*>(z) == logits ? form<T, false, false, false>(call, logits, z)
+                                                 : form<T, false, false, true>(call, logits, z);
+}
+
+// Where z of a row is formed: it is the logits themselves only where nothing changes them, or the gradient does.
+template <class T>
+TFM_INLINE float* place_of(const CrossEntropy& call, T* logits, T* gradient, float* scratch) {
+    if (sizeof(T) != sizeof(float))
+        return scratch;
+    if (gradient)
+        return reinterpret_cast<float*>(gradient);
+    return call.bias || call.softcap != 0.0f ? scratch : reinterpret_cast<float*>(logits);
 }
 
 struct Sums {
@@ -111,14 +124,15 @@ struct Slope {
 };
 
 template <class T, bool CAPPED>
-TFM_INLINE void write_gradient(const Slope& slope, const float* z, T* logits, int64_t classes, int64_t label,
+TFM_INLINE void write_gradient(const Slope& slope, const float* z, T* gradient, int64_t classes, int64_t label,
                                float share) {
     const Floats at_label = label < 0 ? Floats{} : slope.at<CAPPED>(broadcast(z[label]), share);
     for_vectors(
-        classes,
-        TFM_VISIT(column, count, ) { store(logits + column, slope.at<CAPPED>(load(z + column, count), 0.0f), count); });
+        classes, TFM_VISIT(column, count, ) {
+            store(gradient + column, slope.at<CAPPED>(load(z + column, count), 0.0f), count);
+        });
     if (label >= 0)
-        store(logits + label, at_label, 1);
+        store(gradient + label, at_label, 1);
 }
 
 template <class T>
@@ -126,21 +140,23 @@ void cross_entropy_rows(const CrossEntropy& call, float* scratch, int64_t first_
     const float classes = static_cast<float>(call.classes), nan = __builtin_nanf("");
     for (int64_t row = first_row; row < last_row; ++row) {
         T* const logits = static_cast<T*>(call.logits.data) + row * call.logits.stride;
+        T* const gradient =
+            call.gradient.data ? static_cast<T*>(call.gradient.data) + row * call.gradient.stride : nullptr;
         const int64_t given = call.target[row];
         if (given == call.ignore_index) {
             if (call.losses)
                 call.losses[row] = 0.0f;
-            if (call.want_gradient)
-                __builtin_memset(logits, 0, call.classes * sizeof(T));
+            if (gradient)
+                __builtin_memset(gradient, 0, call.classes * sizeof(T));
             continue;
         }
         // A target that is no class gives NaN, and is never an address.
         const int64_t label = given >= 0 && given < call.classes ? given : -1;
-        float* const z = sizeof(T) == sizeof(float) ? reinterpret_cast<float*>(logits) : scratch;
+        float* const z = place_of(call, logits, gradient, scratch);
         const float top = form<T>(call, logits, z), peak = label < 0 ? nan : z[label];
         const bool capped = call.softcap != 0.0f;
         const Sums sums =
-            call.want_gradient && !capped ? sum_up<true>(z, call.classes, top) : sum_up<false>(z, call.classes, top);
+            gradient && !capped ? sum_up<true>(z, call.classes, top) : sum_up<false>(z, call.classes, top);
         const float exponentials = sums.exponentials;
         const float logarithm = __builtin_logf(exponentials), lse = top + logarithm;
         if (call.losses) {
@@ -152,15 +168,15 @@ void cross_entropy_rows(const CrossEntropy& call, float* scratch, int64_t first_
                 loss += call.z_loss * lse * lse;
             call.losses[row] = loss;
         }
-        if (!call.want_gradient)
+        if (!gradient)
             continue;
         const float factor = (call.grad ? call.grad[row] : 1.0f) / (call.divisor ? *call.divisor : 1.0f);
         const float mass = label < 0 ? nan : call.z_loss != 0.0f ? 1.0f + 2.0f * call.z_loss * lse : 1.0f;
         const Slope slope{mass / exponentials * factor, call.smoothing / classes * factor, top,
                           capped ? 1.0f / call.softcap : 0.0f};
         const float share = (1.0f - call.smoothing) * factor;
-        capped ? write_gradient<T, true>(slope, z, logits, call.classes, label, share)
-               : write_gradient<T, false>(slope, z, logits, call.classes, label, share);
+        capped ? write_gradient<T, true>(slope, z, gradient, call.classes, label, share)
+               : write_gradient<T, false>(slope, z, gradient, call.classes, label, share);
     }
 }
 
@@ -182,18 +198,19 @@ namespace tfm {
 
 namespace {
 
-// In place: of logits whose rows are contiguous, with contiguous vectors, all but the target in fp32. The gradient is
-// that of the loss times grad[row] / divisor.
-void cross_entropy_(const arguments::CrossEntropy_& a) {
+// The gradient is that of the loss times grad[row] / divisor.
+template <class Arguments>
+void run(const Arguments& a, const MaybeTensor& bias, float* losses, const MaybeTensor& gradient) {
     const int64_t rows = a.logits.size(0), classes = a.logits.size(1);
     const Width width = width_of(a.logits.scalar_type());
     STD_TORCH_CHECK(width != Width::HALF, "logits: expected float32 or bfloat16, got float16");
     const bool narrow = width == Width::BFLOAT16;
     const CrossEntropy call{
         .logits = {a.logits.data_ptr(), narrow, a.logits.stride(0)},
-        .bias = data_of<float>(a.bias),
+        .gradient = {data_of<void>(gradient), narrow, gradient ? gradient->stride(0) : 0},
+        .bias = data_of<float>(bias),
         .target = static_cast<const int64_t*>(a.target.const_data_ptr()),
-        .losses = data_of<float>(a.losses),
+        .losses = losses,
         .grad = data_of<float>(a.grad),
         .divisor = data_of<float>(a.divisor),
         .classes = classes,
@@ -201,17 +218,34 @@ void cross_entropy_(const arguments::CrossEntropy_& a) {
         .smoothing = static_cast<float>(a.label_smoothing),
         .z_loss = static_cast<float>(a.z_loss),
         .softcap = static_cast<float>(a.softcap.value_or(0.0)),
-        .want_gradient = a.want_gradient,
     };
     for_rows(rows, classes, [&](int64_t begin, int64_t end) {
-        const auto scratch = narrow ? std::make_unique_for_overwrite<float[]>(classes) : nullptr;
+        const auto scratch = narrow || !gradient ? std::make_unique_for_overwrite<float[]>(classes) : nullptr;
         TFM_RUN(cross_entropy, call, scratch.get(), begin, end);
     });
 }
 
+// In place: of logits whose rows are contiguous, with contiguous vectors, all but the target in fp32.
+void cross_entropy_(const arguments::CrossEntropy_& a) {
+    run(a, a.bias, data_of<float>(a.losses), a.want_gradient ? MaybeTensor(a.logits) : MaybeTensor());
+}
+
+// Beside contiguous logits.
+std::tuple<Tensor, MaybeTensor> cross_entropy(const arguments::CrossEntropy& a) {
+    Tensor losses = empty({a.logits.size(0)}, ScalarType::Float, a.logits);
+    MaybeTensor gradient;
+    if (a.want_gradient)
+        gradient = torch::stable::empty_like(a.logits);
+    run(a, MaybeTensor(), static_cast<float*>(losses.data_ptr()), gradient);
+    return {losses, gradient};
+}
+
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) { implement<arguments::CrossEntropy_, cross_entropy_>(m); }
+STABLE_TORCH_LIBRARY_IMPL(tfm_native, CPU, m) {
+    implement<arguments::CrossEntropy_, cross_entropy_>(m);
+    implement<arguments::CrossEntropy, cross_entropy>(m);
+}
 
 } // namespace tfm
 

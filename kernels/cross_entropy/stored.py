@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits, and its gradient written over them, in one launch.
+"""Cross-entropy of rows of logits, and its gradient written over them or beside, in one launch.
 
 For a row of logits a [V], with z = softcap · tanh((a + bias) / softcap) (z = a + bias where nothing caps), target t,
 smoothing ε, and q = (1 - ε) · onehot(t) + ε / V (Szegedy et al. 2016, section 7):
@@ -10,7 +10,7 @@ smoothing ε, and q = (1 - ε) · onehot(t) + ε / V (Szegedy et al. 2016, secti
 A row whose target is `ignore_index` gives 0 and zeros, whatever it holds; a target that is no class gives NaN, and is
 never an address.
 
-One program a row: it reads the row, and reads it again to write da over it, so an element of bf16 moves 4 bytes to and
+One program a row: it reads the row, and reads it again to write da, so an element of bf16 moves 4 bytes to and
 from memory as long as the second read finds the row in the L2 cache. The maximum is kept for each group of GROUP
 neighbours, which one thread holds: no barrier until the row ends, and 1 + 1/GROUP exponentials an element where a
 running maximum for each column would take two. The last block of a row, all of a short one, stays in registers.
@@ -30,7 +30,7 @@ from tfm.kernels.activations import tanh
 from tfm.kernels.launch import cross_entropy as launch
 from tfm.kernels.softmax import power
 from tfm.kernels.tape import Tape
-from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
+from tfm.operators.cross_entropy import CrossEntropy, CrossEntropy_, LinearCrossEntropy
 
 # Rows are padded to a multiple of this: loads are then whole vectors for any number of classes.
 PADDING = 16
@@ -96,16 +96,17 @@ def loss_of_row(top, logarithm, peak, total, classes, smoothing, z_loss):
 
 @triton.jit(do_not_specialize=["classes", "ignore_index"])
 def cross_entropy_kernel(
-    logits, bias, target, losses, grad, divisor,
+    logits, gradient, bias, target, losses, grad, divisor,
     classes, width, ignore_index, smoothing, z_loss, softcap,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes one row's loss where wanted, and writes the row's gradient over its logits.
+    """Each program computes one row's loss and its gradient, where they are wanted: gradient may be the logits.
 
-    The gradient is that of the loss times grad[row] / divisor, of the loss alone where grad is None.
+    The gradient is that of the loss times grad[row] / divisor, each 1 where it is None.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits + row * width
+    gradient_row = None if gradient is None else gradient + row * width
     # Neighbouring columns that share a maximum: what one 16-byte load gives a thread.
     GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     group = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -116,10 +117,10 @@ def cross_entropy_kernel(
     if given == ignore_index:
         if losses is not None:
             tl.store(losses + row, 0.0)
-        if GRADIENT:
+        if gradient is not None:
             for block in range(whole + 1):
                 column = block * BLOCK + group
-                tl.store(logits_row + column, tl.zeros_like(column).to(tl.float32), mask=column < width)
+                tl.store(gradient_row + column, tl.zeros_like(column).to(tl.float32), mask=column < width)
     else:
         is_class = (given >= 0) & (given < classes)
         label = tl.where(is_class, given, -1).to(tl.int32)
@@ -146,7 +147,7 @@ def cross_entropy_kernel(
         if losses is not None:
             tl.store(losses + row, loss_of_row(top, logarithm, peak, tl.sum(total), classes, smoothing, z_loss))
 
-        if GRADIENT:
+        if gradient is not None:
             tl.debug_barrier()  # Every thread has read the target's logit and this row, before any overwrites them.
             mass = tl.where(label >= 0, 1.0, float("nan"))
             share = 1.0
@@ -158,7 +159,9 @@ def cross_entropy_kernel(
                 floor += tl.cast(smoothing, tl.float32) / classes
             factor = 1.0
             if grad is not None:
-                factor = tl.load(grad + row) / tl.load(divisor)
+                factor = tl.load(grad + row)
+            if divisor is not None:
+                factor /= tl.load(divisor)
             # At the label the terms may cancel: exp(z - lse) from differences alone.
             of_label = tl.exp2((peak - top) * LOG2_E - logarithm * LOG2_E) * mass - (floor + share)
             of_label = before_softcap(of_label, peak, softcap) * factor
@@ -170,16 +173,16 @@ def cross_entropy_kernel(
             # The last block is still in registers.
             d = power(z, shift, LOG2_E, IS_FORMED) * weight - floor
             d = tl.where(last < classes, before_softcap(d, z, softcap), 0.0)
-            tl.store(logits_row + last, d, mask=last < width, eviction_policy="evict_first")
+            tl.store(gradient_row + last, d, mask=last < width, eviction_policy="evict_first")
             # tools.check_kernels cannot know that no other block is the last; a barrier a row is cheap.
             tl.debug_barrier()
             for block in tl.range(whole, loop_unroll_factor=UNROLL):
                 column = block * BLOCK + group
                 z = load_logits(logits_row, bias, column, None, softcap, "evict_first")
                 d = power(z, shift, LOG2_E, IS_FORMED) * weight - floor
-                tl.store(logits_row + column, before_softcap(d, z, softcap), eviction_policy="evict_first")
+                tl.store(gradient_row + column, before_softcap(d, z, softcap), eviction_policy="evict_first")
             tl.debug_barrier()  # Some thread has stored the label's element; another now stores what it should be.
-            tl.store(logits_row + label, of_label, mask=label >= 0)
+            tl.store(gradient_row + label, of_label, mask=label >= 0)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks", "ignore_index"])
@@ -207,18 +210,33 @@ def cross_entropy_(tape: Tape, call: CrossEntropy_) -> None:
     The rows of the logits lie in a buffer of a multiple of PADDING columns, which holds 0 beyond the classes, and will
     again; so does the bias, of the buffer's width.
     """
-    logits = call.logits
-    rows, classes = logits.shape
-    width = logits.stride(0)
-    extras = call.bias is not None, call.softcap is not None
+    rows, width = call.logits.shape[0], call.logits.stride(0)
+    # Whole rows of the buffer, since the kernel touches all of them.
+    logits = call.logits.as_strided((rows, width), (width, 1))
+    _launch(tape, call, logits, logits if call.want_gradient else None, call.bias, call.losses)
+
+
+def cross_entropy(tape: Tape, call: CrossEntropy) -> tuple[Tensor, Tensor | None]:
+    """Computes (losses, dlogits) of the operator. One launch."""
+    losses, gradient = outputs = tape.outputs(call)
+    if len(losses):
+        _launch(tape, call, call.logits, gradient, None, losses)
+    return outputs
+
+
+def _launch(
+    tape: Tape, call: CrossEntropy_ | CrossEntropy, logits: Tensor, gradient: Tensor | None, bias: Tensor | None,
+    losses: Tensor | None,
+) -> None:  # fmt: skip
+    rows, classes = call.logits.shape
+    extras = bias is not None, call.softcap is not None
     tiles = launch.cross_entropy(classes, logits.dtype, *extras, tape.chip(logits.device).major)
     tape.launch(
         cross_entropy_kernel, (rows,), tiles.options,
-        # Whole rows of the buffer, since the kernel touches all of them.
-        logits=logits.as_strided((rows, width), (width, 1)), bias=call.bias, target=call.target, losses=call.losses,
-        grad=call.grad, divisor=call.divisor, classes=classes, width=width, ignore_index=call.ignore_index,
+        logits=logits, gradient=gradient, bias=bias, target=call.target, losses=losses, grad=call.grad,
+        divisor=call.divisor, classes=classes, width=logits.shape[1], ignore_index=call.ignore_index,
         smoothing=call.label_smoothing or None, z_loss=call.z_loss or None, softcap=call.softcap,
-        GRADIENT=call.want_gradient, BLOCK=tiles.block, ONE_BLOCK=tiles.chunks == 1, UNROLL=tiles.unroll,
+        BLOCK=tiles.block, ONE_BLOCK=tiles.chunks == 1, UNROLL=tiles.unroll,
     )  # fmt: skip
 
 

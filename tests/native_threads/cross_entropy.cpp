@@ -26,6 +26,7 @@ Case gradient(bool narrow) {
             [=](Memory& outputs, int64_t begin, int64_t end) {
                 std::vector<float> scratch(COLUMNS, __builtin_nanf(""));
                 const CrossEntropy call{.logits = matrix(outputs[0].data(), narrow),
+                                        .gradient = matrix(outputs[0].data(), narrow),
                                         .bias = floats(1),
                                         .target = targets().data(),
                                         .losses = floats(outputs[1]),
@@ -35,8 +36,7 @@ Case gradient(bool narrow) {
                                         .ignore_index = IGNORED,
                                         .smoothing = 0.1f,
                                         .z_loss = 1e-4f,
-                                        .softcap = narrow ? 0.0f : 30.0f,
-                                        .want_gradient = true};
+                                        .softcap = narrow ? 0.0f : 30.0f};
                 TFM_ISA::cross_entropy(call, scratch.data(), begin, end);
             }};
 }

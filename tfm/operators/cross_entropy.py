@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's output, whose gradients are formed in the forward: the operators and the gradients.
+"""Cross-entropy, of a linear layer's output or of logits, its gradients formed in the forward: operators and gradients.
 
 "mean" and "sum" know every row's factor but for the incoming gradient, one scalar: the gradients are formed in the
 forward, 6 N D V flops in all, and the backward multiplies them by that scalar: X, W and the targets are saved for
@@ -23,7 +23,7 @@ from tfm.operators.declaration import CPU_FLOATS, FLOATS, MANY, Changed, MaybeCh
 from tfm.reference import cross_entropy as reference
 from tfm.transforms import is_readable
 
-LOSSES = ("linear_cross_entropy",)
+LOSSES = ("linear_cross_entropy", "cross_entropy")
 ROWS = (
     Row(LOSSES, "triton", FLOATS, max_columns=MANY),
     Row(LOSSES, "native", CPU_FLOATS, max_columns=MANY, device="cpu"),
@@ -128,6 +128,69 @@ class CrossEntropy_(NamedTuple):
 
     def outputs(self) -> None:
         """Returns nothing: what it computes is written in place."""
+
+
+@operator("cross_entropy")
+class CrossEntropy(NamedTuple):
+    """The losses of rows of logits that are kept, and their gradients beside them.
+
+    Attributes:
+        logits: [N, V], contiguous.
+        target: [N] int64, contiguous.
+        ignore_index, ..., divisor: as in CrossEntropy_.
+    """
+
+    logits: Tensor
+    target: Tensor
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    want_gradient: bool
+    grad: Tensor | None
+    divisor: Tensor | None
+
+    def outputs(self) -> tuple[Tensor, Tensor | None]:
+        """Returns empty (losses fp32 [N], dlogits), the latter None where it is not wanted."""
+        gradient = torch.empty_like(self.logits) if self.want_gradient else None
+        return _single(self.logits.shape[:1], self.logits), gradient
+
+
+class LossOfLogits(Differentiable):
+    """The operation that gives (the sum of the losses / divisor,), or the losses [N] where there is no divisor.
+
+    Of a sum all losses weigh the same, in most backwards 1 / divisor: the gradient of the logits is formed in the
+    forward, in the only pass over them, and saved in their place. Logits are saved too, for second derivatives.
+    """
+
+    arguments = CrossEntropy
+    learns = ("logits",)
+
+    @staticmethod
+    def forward(namespace, call, wanted):
+        is_reduced = call.divisor is not None
+        losses, gradient = run(namespace, call._replace(want_gradient=is_reduced and wanted[0]))
+        loss = losses.sum() / call.divisor if is_reduced else losses
+        return Forward((loss,), (call.logits, call.target, call.divisor, gradient), call[2:6])
+
+    @staticmethod
+    def backward(namespace, saved, options, grads, wanted):
+        (grad,), (logits, target, divisor, gradient) = grads, saved
+        if divisor is None:
+            call = CrossEntropy(logits, target, *options, True, grad.contiguous(), None)  # type: ignore[call-arg]
+            return (run(namespace, call)[1],)
+        is_done = _is_one(grad) and not torch._C._autograd._get_current_graph_task_keep_graph()
+        return (gradient if is_done else times(gradient, grad, logits.dtype),)
+
+    @staticmethod
+    def again(saved, options, grads):
+        logits, target, divisor, _ = saved
+
+        def loss(logits):
+            losses = reference.of_logits(logits, target, None, "none", reference.Options(*options))
+            return (losses if divisor is None else losses.sum() / divisor,)
+
+        return loss, (logits,)
 
 
 class Loss(Differentiable):

@@ -3,7 +3,7 @@
 from tfm.operators.attention import split_heads
 from tfm.ops.attention import attention
 from tfm.ops.causal_conv1d import causal_conv1d
-from tfm.ops.cross_entropy import linear_cross_entropy
+from tfm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from tfm.ops.decode_attention import decode_attention
 from tfm.ops.dropout import draw_seed, dropout
 from tfm.ops.embedding import embedding, sinusoid
@@ -22,6 +22,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "causal_conv1d",
+    "cross_entropy",
     "decode_attention",
     "draw_seed",
     "dropout",

@@ -56,13 +56,26 @@ def whole(
 ) -> Tensor:  # fmt: skip
     """Computes the same from all the logits at once, in operations that torch can differentiate again and again."""
     wide = torch.promote_types(input.dtype, torch.float32)
+    # An ignored row may hold NaN, which 0 would not stop in the product with the gradient.
     kept = _kept(target, options.ignore_index)
     logits = F.linear(input.masked_fill(~kept, 0), linear_weight.to(input.dtype)).to(wide)
     if linear_bias is not None:
         logits = logits + linear_bias.to(wide)
-    floor = _floor(class_weight, len(linear_weight), options.label_smoothing, logits)
+    return of_logits(logits, target, class_weight, reduction, options)
+
+
+def of_logits(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, reduction: str, options: Options
+) -> Tensor:  # fmt: skip
+    """Computes tfm.ops.cross_entropy of logits [N, V]."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    kept = _kept(target, options.ignore_index)
+    class_weight = None if class_weight is None else class_weight.to(wide)
+    floor = _floor(class_weight, logits.shape[1], options.label_smoothing, logits.new_empty((), dtype=wide))
     q = _smoothed(target, kept, class_weight, floor, 1 - options.label_smoothing, wide)
-    losses = _rows(logits, q, options, needs_grad=False)[0].masked_fill(~kept[:, 0], 0)
+    # Of its own memory, which is used up.
+    mine = logits.to(wide).masked_fill(~kept, 0)
+    losses = _rows(mine, q, options, needs_grad=False)[0].masked_fill(~kept[:, 0], 0)
     if reduction == "none":
         return losses
     return losses.sum() * _share(losses, target, class_weight, reduction, options.ignore_index)

@@ -41,7 +41,7 @@ def in_words(suite: str, size: str) -> str:
     """Words a case's size for people to read; as it stands where it is of a kind unknown here."""
     size, _, dropout = size.partition(" dropout ")
     size, _, smoothing = size.partition(" smoothing ")
-    for pattern, words in (LOSS, *PATTERNS) if suite == "linear_cross_entropy" else PATTERNS:
+    for pattern, words in (LOSS, *PATTERNS) if suite.endswith("cross_entropy") else PATTERNS:
         if match := re.fullmatch(pattern, size):
             found = {name: _shown(name, value) for name, value in match.groupdict().items()}
             size = words.format(**found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tfm import ops
 from tfm.kernels import cross_entropy
 from tfm.kernels.cross_entropy import stored
 from tfm.kernels.launch.cross_entropy import TILE_ROWS
-from tfm.operators.cross_entropy import CrossEntropy_, LinearCrossEntropy
+from tfm.operators.cross_entropy import CrossEntropy, CrossEntropy_, LinearCrossEntropy
 from tools.check_kernels.case import Case
 from tools.check_kernels.described import chip, described, meta
 from tools.host import sizes
@@ -49,6 +50,8 @@ def _stored(dtype: str, classes: int) -> Iterator[Case]:
     logits = meta(TILE_ROWS, classes, dtype=dtype)
     rows = CrossEntropy_(logits, bias, target, losses, *EVERYTHING, True, grad=losses, divisor=divisor)
     yield from described(f"{label} everything", stored.cross_entropy_, rows, chip(9))
+    kept = CrossEntropy(logits, target, *USUAL, True, grad=None, divisor=divisor)
+    yield from described(f"{label} kept", cross_entropy.cross_entropy, kept, chip(9))
     if dtype != "fp32":
         biased = CrossEntropy_(logits, bias, target, losses, *USUAL, True, grad=None, divisor=None)
         yield from described(
@@ -79,9 +82,32 @@ def pass_linear_cross_entropy(new: Tensors) -> Iterator[Outputs]:
     )
 
 
+def pass_cross_entropy(new: Tensors) -> Iterator[Outputs]:
+    target = new.below(inputs.CLASSES, inputs.ROWS)
+    target[::5] = -100
+    for logits in (new(inputs.ROWS, inputs.CLASSES), new(inputs.ROWS, inputs.CLASSES).detach()):
+        with torch.set_grad_enabled(logits.requires_grad):
+            for reduction in ("mean", "none"):
+                yield ops.cross_entropy(logits, target, reduction=reduction, label_smoothing=0.1, z_loss=1e-4)
+    yield ops.cross_entropy(new(3, inputs.WIDE), new.below(inputs.WIDE, 3), softcap=3.0)
+
+
 PASSES: dict[str, Pass] = {
+    "cross_entropy": pass_cross_entropy,
     "linear_cross_entropy": pass_linear_cross_entropy,
 }
+
+
+def _constants(reduction: str, device: str) -> dict[str, Any]:
+    target = torch.tensor([3, 0, -100, 6, 2], device=device)
+    return {"target": target, "label_smoothing": 0.1, "reduction": reduction}
+
+
+# For tests of what holds for all operations: name, operation, shapes of what learns, and the rest, made for a device.
+SAMPLES = [
+    ("cross_entropy", "cross_entropy", {"input": (5, 7)}, partial(_constants, "sum")),
+    ("cross_entropy rows", "cross_entropy", {"input": (5, 7)}, partial(_constants, "none")),
+]
 
 
 def timed(seed: Tensor) -> list[Call]:
@@ -92,7 +118,9 @@ def timed(seed: Tensor) -> list[Call]:
         torch.randint(0, sizes.CLASSES, (sizes.TOKENS,)),
     )
     call = partial(ops.linear_cross_entropy, x, weight, target, label_smoothing=0.1)
-    return [
+    logits = sizes.leaf(sizes.TOKENS, sizes.CLASSES)
+    of_logits = Call("cross_entropy, mean", partial(ops.cross_entropy, logits, target, label_smoothing=0.1), (logits,))
+    return [of_logits] + [
         Call(f"linear_cross_entropy, {reduction}", partial(call, reduction=reduction), (x, weight))
         for reduction in ("mean", "none")
     ]

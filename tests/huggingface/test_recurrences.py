@@ -170,7 +170,7 @@ def test_parts_that_are_not_torchs_are_called():
 def test_a_package_of_kernels_is_left_its_mixers(monkeypatch):
     monkeypatch.setattr(state_space, "PACKAGE", "torch")
     _, _, report = pair("mamba")
-    assert set(report.counts) == {"norm"}
+    assert set(report.counts) == {"norm", "cross_entropy"}
     assert {(left.name, left.reason) for left in report.left} == {
         (f"backbone.layers.{layer}.mixer", "torch is installed, whose kernels serve it") for layer in (0, 1)
     }

@@ -288,7 +288,7 @@ def test_parts_can_be_chosen_and_left():
     assert report.left == ()
     tfm.restore(model)
     report = tfm.accelerate(model, exclude=["model.layers.1.*", "norm"])
-    assert report.counts == {"attention": 1, "feed_forward": 1}
+    assert report.counts == {"attention": 1, "feed_forward": 1, "cross_entropy": 1}
     expected = step(SPECIES["llama"].make(), SPECIES["llama"], "left")
     assert max(differences(step(model, SPECIES["llama"], "left"), expected).values()) <= CLOSE
     assert report.stats().fused["attention"] == 1

@@ -83,6 +83,10 @@ class Fused(Module):
     _plain_kind: ClassVar[type[Module]]
     _made_of: ClassVar[tuple[Any, ...]]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Makes a module of the class's own: nobody has asked for another fused one, as `type(model)(config)`."""
+        return cls._plain_kind(*args, **kwargs)
+
     @classmethod
     def attributes(cls, kind: type[Module], **options: Any) -> dict[str, Any]:
         """Returns further attributes of the class that is made for `kind`."""
@@ -90,12 +94,16 @@ class Fused(Module):
 
     def plainly(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """Runs the forward of the module's own class, and counts why."""
-        getattr(self, FUSION).count(reason)
+        self.count(reason)
         return self._plain_kind.forward(self, *args, **kwargs)
 
     def fusedly(self) -> None:
         """Counts a call that runs fused."""
-        getattr(self, FUSION).count()
+        self.count()
+
+    def count(self, reason: str = "") -> None:
+        """Counts a call that ran fused, or why it did not."""
+        getattr(self, FUSION).count(reason)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class has no name of its own that a pickle could hold.
@@ -164,8 +172,7 @@ def _made(forward: type[Fused], kind: type[Module], options: tuple[tuple[str, An
 
 def _blank(forward: type[Fused], kind: type[Module], options: tuple[tuple[str, Any], ...]) -> Module:
     """Returns a module without any state, which a copy or a pickle fills."""
-    cls = _fused_class(forward, kind, options)
-    return cls.__new__(cls)
+    return object.__new__(_fused_class(forward, kind, options))
 
 
 def why_no_kernel(operation: str, *tensors: Tensor) -> str:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch.nn import Module
 
 # What fusing serves: torch.nn's layers and stacks as wholes, and parts of any model.
-KINDS = ("layer", "attention", "norm", "residual", "feed_forward", "experts", "recurrence")
+KINDS = ("layer", "attention", "norm", "residual", "feed_forward", "experts", "recurrence", "cross_entropy")
 
 
 NOT_ASKED_FOR = "not asked for"

@@ -26,8 +26,8 @@ def accelerate(
     """Has a model run on tfm's operations, in place: torch.nn's Transformer modules and Hugging Face's models.
 
     Modules whose class is exactly torch.nn's become tfm.nn's, by their `__class__`. Of Hugging Face's models,
-    attention, norms, feed-forward networks, residual connections, experts and recurrences run fused: by what a module
-    is and does, found by trials, in any family of transformers 5.17 and newer. Nothing is copied; parameters,
+    attention, norms, feed-forward networks, residual connections, experts, recurrences and the loss run fused: by what
+    a module is and does, found by trials, in any family of transformers 5.17 and newer. Nothing is copied; parameters,
     state_dict, hooks, optimisers, names and pickles stay as they are. User subclasses and TorchScript are left. A
     second call changes nothing more, `restore` undoes all.
 
@@ -38,7 +38,8 @@ def accelerate(
     Args:
         model: any module.
         only: what to change: kinds of work ("layer", "attention", "norm", "residual", "feed_forward", "experts",
-            "recurrence") and paths of modules, as named_modules() gives them, * for anything; None for all.
+            "recurrence", "cross_entropy") and paths of modules, as named_modules() gives them, * for anything; None for
+            all.
         exclude: what to leave, by the same names.
         fuse_loss: have Hugging Face's models compute their loss in training without ever holding the logits, which then
             are computed only if something asks for them.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch.nn import Module
+from torch.nn import CrossEntropyLoss, Module
 
 from tfm.patching.fusion import Change
 from tfm.patching.huggingface import (
     attention,
+    cross_entropy,
     experts,
     feed_forward,
     gated_recurrence,
@@ -50,11 +51,14 @@ FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     time_mix.change_of,
     gated_recurrence.change_of,
     state_space.change_of,
+    cross_entropy.change_of,
 )
 
 
 def change_of(module: Module) -> Change | None:
-    """Returns what a module of transformers would become; None where nothing is known for it."""
+    """Returns what a module of transformers, or the loss that its models keep, would become; None for all others."""
+    if type(module) is CrossEntropyLoss:
+        return cross_entropy.change_of(module)
     if type(module).__module__.split(".")[0] != "transformers":
         return None
     return next(filter(None, (finder(module) for finder in FINDERS)), None)

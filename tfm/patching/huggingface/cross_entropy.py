@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from tfm import ops
 from tfm.patching.fusion import Change, Fused, fusing, global_names, plain_kind, rebound, why_no_kernel
@@ -68,11 +69,12 @@ def fixed_cross_entropy(
 NN = types.SimpleNamespace(**{**vars(torch.nn), MODULE: CrossEntropyLoss})
 
 
-@functools.cache
-def loss_function_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the copy of a loss function of transformers' that ends in ours; any other as it is."""
-    is_known = getattr(theirs, "__module__", "").startswith("transformers.loss") and FUNCTION in global_names(theirs)
-    return rebound(theirs, {FUNCTION: fixed_cross_entropy}) if is_known else theirs
+# Ours for each loss function of transformers' that ends so.
+LOSS_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    theirs: rebound(theirs, {FUNCTION: fixed_cross_entropy})
+    for theirs in cast("dict[str, Any]", LOSS_MAPPING).values()
+    if FUNCTION in global_names(theirs)
+}
 
 
 class FusedLoss(Fused):
@@ -91,18 +93,19 @@ class FusedLoss(Fused):
                 self.count(reason)
             return output
 
-        return {"forward": functools.update_wrapper(forward, kind.forward)}
+        found = {"forward": functools.update_wrapper(forward, kind.forward)}
+        # The property's function: Dynamo follows no property by `super()`.
+        return found | {"_plain_loss_function": vars(PreTrainedModel)[PROPERTY].fget}
 
     @property
     def loss_function(self) -> Callable[..., Any]:
         """The model's own, which ends in ours."""
-        theirs: Any = self._plain_kind.loss_function  # type: ignore[attr-defined]
-        return loss_function_of(theirs.fget(self))
+        theirs = self._plain_loss_function()
+        return LOSS_FUNCTIONS.get(theirs, theirs)
 
     @loss_function.setter
     def loss_function(self, value: Callable[..., Any]) -> None:
-        theirs: Any = self._plain_kind.loss_function  # type: ignore[attr-defined]
-        theirs.fset(self, value)
+        self._loss_function = value
 
 
 class FusedLossModule(Fused):

@@ -13,7 +13,7 @@ from tfm.kernels.tape import Tape
 TILE, OPTIONS = 512, {"num_warps": 4}
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["sequences", "steps"])
 def selective_scan_sums_kernel(
     partials, dB, dC, blocks, sequences, steps, dB_b, dB_s, dB_d, dC_b, dC_s, dC_d,
     STATES: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_STATES: tl.constexpr,

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tfm.kernels.recurrence import strides
 from tfm.kernels.rg_lru import softplus
-from tfm.operators.selective_scan import KEPT_EVERY, SelectiveScan, SelectiveScanBackward
+from tfm.operators.selective_scan import SelectiveScan, SelectiveScanBackward
 
-# Four numbers of a state a thread, so that those between two kept states fit its registers.
+# Four numbers of a state a thread.
 WARPS, TILE = 4, 512
-OPTIONS = {"num_warps": WARPS}
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -55,9 +56,10 @@ def load_state(state, place, known):
 
 
 @triton.jit
-def step_sizes(delta, bias, step, steps):
-    """Computes Δ, which is 0 behind the last step: nothing decays there, and nothing enters."""
-    return tl.where(step < steps, softplus(delta + bias), 0.0)
+def load_sizes(delta, bias, step, steps, stride, inside):
+    """Loads delta, its bias added, and computes Δ, 0 behind the last step: nothing decays there, and nothing enters."""
+    before = load_tile(delta, step, steps, stride, inside) + bias
+    return before, tl.where(step < steps, softplus(before), 0.0)
 
 
 @triton.jit
@@ -96,11 +98,32 @@ def tile_of(columns, LOG_STRIDE: tl.constexpr):
     return parts[0]
 
 
+@triton.jit
+def through(h, x, delta, B, bias, rates, start, steps, x_s, delta_s, B_s, inside, is_state, LOG_STRIDE: tl.constexpr):
+    """Computes the state after a group of steps, and the sizes of these."""
+    step = (start + tl.arange(0, 2**LOG_STRIDE)).to(tl.int64)[None, :]
+    _, size = load_sizes(delta, bias, step, steps, delta_s, inside)
+    inputs = load_tile(x, step, steps, x_s, inside)
+    sizes, entering = columns_of(size, LOG_STRIDE), columns_of(size * inputs, LOG_STRIDE)
+    for i in tl.static_range(2**LOG_STRIDE):
+        h, _ = advance(h, rates, sizes[i], entering[i], load_shared(B, start + i, steps, B_s, is_state))
+    return h, size
+
+
 def block(channels: int, states: int) -> tuple[int, int, int]:
     """Returns BLOCK_CHANNELS, BLOCK_STATES and how many blocks hold the channels."""
     block_states = triton.next_power_of_2(states)
     block_channels = min(64, TILE // block_states)
     return block_channels, block_states, -(-channels // block_channels)
+
+
+def options(x: Tensor, is_backward: bool = False) -> dict[str, int]:
+    """Returns what the passes are compiled with: registers for four programs a multiprocessor, in the backward three.
+
+    For two in fp32, whose loads take twice as many. Left to itself, the assembler takes those or spills a word.
+    """
+    registers = 192 if x.dtype == torch.float32 else 168 if is_backward else 128
+    return {"num_warps": WARPS, "maxnreg": registers}
 
 
 def shared_arguments(call: SelectiveScan | SelectiveScanBackward) -> dict[str, Any]:
@@ -109,9 +132,7 @@ def shared_arguments(call: SelectiveScan | SelectiveScanBackward) -> dict[str, A
     states = call.A.shape[1]
     block_channels, block_states, _ = block(channels, states)
     return {
-        "x": call.x, "delta": call.delta, "A": call.A, "B": call.B, "delta_bias": call.delta_bias,
-        "channels": channels, "steps": steps,
-        **strides("x", call.x), **strides("delta", call.delta), **strides("B", call.B),
-        "STATES": states, "LOG_STRIDE": ((call.kept_every or KEPT_EVERY) - 1).bit_length(),
-        "BLOCK_CHANNELS": block_channels, "BLOCK_STATES": block_states,
+        "delta": call.delta, "A": call.A, "delta_bias": call.delta_bias, "channels": channels, "steps": steps,
+        **strides("delta", call.delta),
+        "STATES": states, "BLOCK_CHANNELS": block_channels, "BLOCK_STATES": block_states,
     }  # fmt: skip

@@ -22,43 +22,49 @@ BATCH, STEPS, CHANNELS = 8, 2048, 1536
 STATES = (16, 64)
 # Of the numbers that B and C are a part of, a row.
 JOINED = 256
+# Steps of a sequence that is cut into chunks, the last of them shorter.
+CUT = 200
 
 
 def compiled(every: bool) -> Iterator[Case]:
-    """Yields cases with everything and bare, of many sequences; of one, which is cut into chunks, in training."""
+    """Yields cases with everything, of a sequence in chunks and of many; of training; and of steps side by side."""
     for dtype in ("bf16", "fp16", "fp32"):
         for states in STATES:
-            yield from _compiled(BATCH, states, dtype, is_whole=True)
+            yield from _compiled("chunks", 1, states, dtype, is_whole=True)
+            yield from _compiled("whole", BATCH, states, dtype, is_whole=True)
             if every:
-                yield from _compiled(BATCH, states, dtype, is_whole=False)
+                yield from _compiled("bare", BATCH, states, dtype, is_whole=False)
+                yield from _compiled("steps", BATCH, states, dtype, is_whole=True, is_transposed=True)
 
 
-def _compiled(batch: int, states: int, dtype: str, is_whole: bool) -> Iterator[Case]:
-    x = meta(batch, CHANNELS, STEPS, dtype=dtype).transpose(1, 2)
+def _compiled(
+    name: str, batch: int, states: int, dtype: str, *, is_whole: bool, is_transposed: bool = False
+) -> Iterator[Case]:  # fmt: skip
+    x = meta(batch, STEPS, CHANNELS, dtype=dtype)
+    if is_transposed:
+        x = meta(batch, CHANNELS, STEPS, dtype=dtype).transpose(1, 2)
     A, weight = meta(CHANNELS, states, dtype="fp32"), meta(CHANNELS, dtype="fp32")
     B = meta(batch, STEPS, JOINED, dtype=dtype)[..., :states]
     state = meta(batch, CHANNELS, states, dtype="fp32")
     kept = meta(STEPS // KEPT_EVERY * state.numel(), dtype="fp32")
-    optional = (weight, x, weight) if is_whole else (None, None, None)
-    label = f"{states} {'whole' if is_whole else 'bare'} {dtype}"
-    given = state if is_whole else None
-    call = SelectiveScan(x, x, A, B, B, *optional, given, KEPT_EVERY)
-    yield from described(label, kernels.selective_scan, call, chip(9))
+    D, z, bias, given = (weight, x, weight, state) if is_whole else (None, None, None, None)
+    call = SelectiveScan(x, x, A, B, B, D, z, bias, given, KEPT_EVERY)
+    yield from described(f"{states} {name} {dtype}", kernels.selective_scan, call, chip(9))
     backward = SelectiveScanBackward(x, given, *call[:8], kept, KEPT_EVERY)
-    yield from described(label, kernels.selective_scan_backward, backward, chip(9))
+    yield from described(f"{states} {name} {dtype}", kernels.selective_scan_backward, backward, chip(9))
 
 
 def pass_selective_scan(new: Tensors) -> Iterator[Outputs]:
     states, channels = 5, inputs.ROWS
-    A, D, bias, state = new(channels, states), new(channels), new(channels), new(2, channels, states)
-    for steps in (inputs.ROWS, 1):
+    decay, D, bias, state = new(channels, states), new(channels), new(channels), new(2, channels, states)
+    for steps in (CUT, inputs.ROWS, 1):
         x, delta, z = (new(2, steps, channels) for _ in range(3))
         B, C = (new(2, steps, states) for _ in range(2))
-        decaying = -A.exp()
+        A = -decay.exp()
         yield ops.selective_scan(
-            x, delta, decaying, B, C, D=D, z=z, delta_bias=bias, initial_state=state, return_final_state=True
+            x, delta, A, B, C, D=D, z=z, delta_bias=bias, initial_state=state, return_final_state=True
         )
-        yield ops.selective_scan(x, delta, decaying, B, C)
+        yield ops.selective_scan(x, delta, A, B, C)
 
 
 def _constants(device: str) -> dict[str, Any]:

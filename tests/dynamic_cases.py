@@ -233,6 +233,20 @@ OPERATIONS: dict[str, Case] = {
         lambda size: (_heads(size)[0], *_rotary_tables(size)),
         frozen=(1, 2),
     ),
+    "selective_scan": Case(
+        lambda x, delta, A, B, skip, z, state: ops.selective_scan(
+            x, delta, A, B, B.sin(), D=skip, z=z, delta_bias=skip, initial_state=state, return_final_state=True
+        ),
+        lambda size: (
+            _rows(size),
+            _rows(size),
+            _weights(DIM, 3),
+            torch.randn(size.batch, size.targets, 3),
+            _weights(DIM),
+            _rows(size),
+            _weights(size.batch, DIM, 3),
+        ),
+    ),
     "wkv": Case(
         lambda decay, first, key, value: ops.wkv(decay, first, key, value, return_final_state=True),
         lambda size: (_weights(DIM), _weights(DIM), _rows(size), _rows(size)),

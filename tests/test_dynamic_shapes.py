@@ -78,7 +78,7 @@ BY_SIZE = (
 
 
 # The reference goes through the steps in Python: each length is a graph of its own.
-STEP_BY_STEP = ("rg_lru", "wkv")
+STEP_BY_STEP = ("rg_lru", "selective_scan", "wkv")
 
 
 DYNAMIC = (

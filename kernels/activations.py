@@ -109,6 +109,18 @@ def logistic(x):
 
 
 @triton.jit
+def softplus(x):
+    """Computes log(1 + e^x) within a few ulps: with e = e^-|x| its log(1 + e) is 2 artanh(e / (2 + e))."""
+    decay = exp(-tl.abs(x), 0.0)
+    ratio = decay / (2.0 + decay)
+    square = ratio * ratio
+    series = 0.0
+    for k in tl.static_range(7):
+        series = (series + 1.0 / (15 - 2 * k)) * square
+    return tl.maximum(x, 0.0) + 2.0 * (ratio + ratio * series)
+
+
+@triton.jit
 def normal(x):
     """Computes the standard normal distribution and density, to a few ulps even where 1 - erf has no digits left.
 

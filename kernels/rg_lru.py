@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tfm.kernels.activations import exp, logistic
+from tfm.kernels.activations import exp, logistic, softplus
 from tfm.kernels.recurrence import CHANNELS, OPTIONS, channels_of, programs, steps_from, strides
 from tfm.kernels.rows import sum_partials
 from tfm.kernels.tape import Tape
@@ -36,18 +36,6 @@ from tfm.operators.rg_lru import RgLru, RgLruBackward
 C = tl.constexpr(8.0)
 # Where the root would be steeper than 1000.
 LEAST = tl.constexpr(0.25 / 1000.0**2)
-
-
-@triton.jit
-def softplus(x):
-    """Computes log(1 + e^x) within a few ulps: with e = e^-|x| its log(1 + e) is 2 artanh(e / (2 + e))."""
-    decay = exp(-tl.abs(x), 0.0)
-    ratio = decay / (2.0 + decay)
-    square = ratio * ratio
-    series = 0.0
-    for k in tl.static_range(7):
-        series = (series + 1.0 / (15 - 2 * k)) * square
-    return tl.maximum(x, 0.0) + 2.0 * (ratio + ratio * series)
 
 
 @triton.jit

@@ -18,8 +18,7 @@ the backward computes those between again. Sums over channels are formed within 
 warps once for several, and leave as a partial sum for each program, which a second launch adds up in one order; so do
 the sums over steps and sequences.
 
-Where sequences and channels are too few for a GPU, the sequence is cut into chunks, which its states wait for in vain:
-chunks.py.
+Where sequences and channels are too few for a GPU, a sequence is cut into chunks that go side by side: chunks.py.
 
 step                a step, and what is computed for several at once
 forward, backward   the passes

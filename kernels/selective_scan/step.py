@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tfm.kernels.activations import softplus
 from tfm.kernels.recurrence import strides
-from tfm.kernels.rg_lru import softplus
 from tfm.operators.selective_scan import SelectiveScan, SelectiveScanBackward
 
 # Four numbers of a state a thread.

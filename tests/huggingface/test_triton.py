@@ -30,6 +30,9 @@ LAUNCHES = {
     "rwkv": {"wkv_forward_kernel": 2},
     "recurrentgemma": {"rg_lru_forward_kernel": 2, "short_attention_forward_kernel": 1},
     "mixtral": {"short_attention_forward_kernel": 2},
+    "mamba": {"selective_scan_forward_kernel": 2, "causal_conv1d_forward_kernel": 2},
+    "zamba": {"selective_scan_forward_kernel": 10, "short_attention_forward_kernel": 2},
+    "jamba": {"selective_scan_forward_kernel": 2, "short_attention_forward_kernel": 2},
 }
 HALVES = ("bert", "llama", "t5")
 

@@ -72,11 +72,12 @@ def _constants(device: str) -> dict[str, Any]:
 
 
 # For tests of what holds for all operations: name, operation, shapes of what learns, and the rest, made for a device.
+# Of few steps: A is drawn on both sides of 0, where states grow from step to step.
 SAMPLES = [
     (
         "selective_scan", "selective_scan",
         {
-            "x": (2, 5, 4), "delta": (2, 5, 4), "A": (4, 3), "B": (2, 5, 3), "C": (2, 5, 3), "D": (4,), "z": (2, 5, 4),
+            "x": (2, 2, 4), "delta": (2, 2, 4), "A": (4, 3), "B": (2, 2, 3), "C": (2, 2, 3), "D": (4,), "z": (2, 2, 4),
             "delta_bias": (4,), "initial_state": (2, 4, 3),
         },
         _constants,

@@ -33,13 +33,13 @@ from tfm.kernels.selective_scan.step import (
     through,
 )
 from tfm.kernels.tape import Tape
-from tfm.operators.selective_scan import SelectiveScan, SelectiveScanBackward
+from tfm.operators.selective_scan import KEPT_EVERY, SelectiveScan, SelectiveScanBackward
 
-# Three programs on each multiprocessor of the largest GPU; what would not be cut in three is not cut. A chunk's groups
-# of steps, at least.
+# Three programs on each multiprocessor of the largest GPU; what would not be cut in three is not cut. Chunks begin
+# where a state is kept, and have four such groups of steps, at least.
 PROGRAMS, FEWEST, LEAST_GROUPS = 396, 3, 4
-# The steps of a group, as many as the forward keeps one state for.
-LOG_STRIDE = 4
+# Of the steps that are loaded at once.
+LOG_STRIDE = 3
 # Chunks whose states are loaded at once.
 TOGETHER = 8
 
@@ -150,12 +150,12 @@ def selective_scan_carry_kernel(
 def cut(batch: int, steps: int, channels: int, states: int) -> tuple[int, int]:
     """Returns into how many chunks a sequence is cut, and how many steps each has."""
     _, _, blocks = block(channels, states)
-    groups = max(1, -(-steps >> LOG_STRIDE))
+    groups = max(1, -(-steps // KEPT_EVERY))
     chunks = min(PROGRAMS // (batch * blocks), groups // LEAST_GROUPS)
     if chunks < FEWEST:
-        return 1, groups << LOG_STRIDE
+        return 1, groups * KEPT_EVERY
     chunk_groups = -(-groups // chunks)
-    return -(-groups // chunk_groups), chunk_groups << LOG_STRIDE
+    return -(-groups // chunk_groups), chunk_groups * KEPT_EVERY
 
 
 def states_before_chunks(

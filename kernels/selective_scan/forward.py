@@ -24,19 +24,22 @@ from tfm.kernels.selective_scan.step import (
     tile_of,
 )
 from tfm.kernels.tape import Tape
-from tfm.operators.selective_scan import KEPT_EVERY, SelectiveScan
+from tfm.operators.selective_scan import SelectiveScan
+
+# Of the steps that are loaded at once.
+LOG_STRIDE = 3
 
 
 @triton.jit(do_not_specialize=["steps", "chunk_steps"])
 def selective_scan_forward_kernel(
     x, delta, A, B, C, D, z, delta_bias, initial_state, y, final_state, kept, channels, steps, chunk_steps,
     x_b, x_s, x_d, delta_b, delta_s, delta_d, B_b, B_s, B_d, C_b, C_s, C_d, z_b, z_s, z_d, y_b, y_s, y_d,
-    KEEPS: tl.constexpr, STATES: tl.constexpr, LOG_STRIDE: tl.constexpr,
+    STATES: tl.constexpr, LOG_STRIDE: tl.constexpr, REACH: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_STATES: tl.constexpr,
 ):  # fmt: skip
     """Each program goes through a chunk of BLOCK_CHANNELS channels of one sequence, 2^LOG_STRIDE steps at a time.
 
-    initial_state and final_state have a state for each chunk.
+    initial_state and final_state have a state for each chunk, kept one for every REACH groups of steps; 0 keeps none.
     """
     STRIDE: tl.constexpr = 2**LOG_STRIDE
     sequence, channel, inside = channels_of(channels, BLOCK_CHANNELS)
@@ -64,8 +67,9 @@ def selective_scan_forward_kernel(
         group = first + ahead
         start = group * STRIDE
         step = (start + tl.arange(0, STRIDE)).to(tl.int64)[None, :]
-        if KEEPS:
-            tl.store(kept + (sequence * groups + group) * channels * STATES + place, h, mask=known)
+        if REACH:
+            at = (sequence * tl.cdiv(groups, REACH) + group // REACH) * channels * STATES
+            tl.store(kept + at + place, h, mask=known & (group % REACH == 0))
         inputs = load_tile(x, step, steps, x_s, inside)
         _, size = load_sizes(delta, bias, step, steps, delta_s, inside)
         sizes, entering = columns_of(size, LOG_STRIDE), columns_of(size * inputs, LOG_STRIDE)
@@ -100,7 +104,6 @@ def selective_scan(tape: Tape, call: SelectiveScan) -> tuple[Tensor, Tensor, Ten
         **shared_arguments(call), **strides("x", call.x), **strides("B", call.B), **strides("C", call.C),
         **strides("z", z), **strides("y", y),
         x=call.x, B=call.B, C=call.C, D=call.D, z=call.z, initial_state=before, y=y, final_state=after, kept=kept,
-        chunk_steps=chunk_steps, KEEPS=call.kept_every > 0,
-        LOG_STRIDE=((call.kept_every or KEPT_EVERY) - 1).bit_length(),
+        chunk_steps=chunk_steps, LOG_STRIDE=LOG_STRIDE, REACH=call.kept_every >> LOG_STRIDE,
     )  # fmt: skip
     return outputs

@@ -81,7 +81,7 @@ def columns_of(tile, LOG_STRIDE: tl.constexpr):
             # Triton unpacks no tuple into another.
             even = even + (first,)  # type: ignore[assignment]  # noqa: RUF005
             odd = odd + (second,)  # type: ignore[assignment]  # noqa: RUF005
-        parts = even + odd
+        parts = even + odd  # type: ignore[assignment]
     return parts
 
 

@@ -60,11 +60,10 @@ def pass_selective_scan(new: Tensors) -> Iterator[Outputs]:
     for steps in (CUT, inputs.ROWS, 1):
         x, delta, z = (new(2, steps, channels) for _ in range(3))
         B, C = (new(2, steps, states) for _ in range(2))
-        A = -decay.exp()
         yield ops.selective_scan(
-            x, delta, A, B, C, D=D, z=z, delta_bias=bias, initial_state=state, return_final_state=True
+            x, delta, -decay.exp(), B, C, D=D, z=z, delta_bias=bias, initial_state=state, return_final_state=True
         )
-        yield ops.selective_scan(x, delta, A, B, C)
+        yield ops.selective_scan(x, delta, -decay.exp(), B, C)
 
 
 def _constants(device: str) -> dict[str, Any]:

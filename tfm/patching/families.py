@@ -29,18 +29,32 @@ class Family(NamedTuple):
 
 
 FAMILIES = (
-    Family("BERT", "BertForMaskedLM", ("layer", "attention", "norm", "residual", "feed_forward", "cross_entropy")),
     Family(
-        "RoBERTa", "RobertaForMaskedLM", ("layer", "attention", "norm", "residual", "feed_forward", "cross_entropy")
+        "BERT",
+        "BertForMaskedLM",
+        ("layer", "attention", "norm", "residual", "feed_forward", "embedding", "cross_entropy"),
     ),
     Family(
-        "CamemBERT", "CamembertForMaskedLM", ("layer", "attention", "norm", "residual", "feed_forward", "cross_entropy")
+        "RoBERTa",
+        "RobertaForMaskedLM",
+        ("layer", "attention", "norm", "residual", "feed_forward", "embedding", "cross_entropy"),
     ),
     Family(
-        "ELECTRA", "ElectraForMaskedLM", ("layer", "attention", "norm", "residual", "feed_forward", "cross_entropy")
+        "CamemBERT",
+        "CamembertForMaskedLM",
+        ("layer", "attention", "norm", "residual", "feed_forward", "embedding", "cross_entropy"),
     ),
-    Family("ALBERT", "AlbertForMaskedLM", ("layer", "attention", "norm", "feed_forward", "cross_entropy")),
-    Family("DistilBERT", "DistilBertForMaskedLM", ("layer", "attention", "norm", "feed_forward", "cross_entropy")),
+    Family(
+        "ELECTRA",
+        "ElectraForMaskedLM",
+        ("layer", "attention", "norm", "residual", "feed_forward", "embedding", "cross_entropy"),
+    ),
+    Family("ALBERT", "AlbertForMaskedLM", ("layer", "attention", "norm", "feed_forward", "embedding", "cross_entropy")),
+    Family(
+        "DistilBERT",
+        "DistilBertForMaskedLM",
+        ("layer", "attention", "norm", "feed_forward", "embedding", "cross_entropy"),
+    ),
     Family("FlauBERT", "FlaubertWithLMHeadModel", ("attention", "norm", "feed_forward")),
     Family(
         "DeBERTaV3",
@@ -116,13 +130,13 @@ FAMILIES = (
     Family(
         "Longformer",
         "LongformerForMaskedLM",
-        ("attention", "norm", "residual", "feed_forward", "cross_entropy"),
+        ("attention", "norm", "residual", "feed_forward", "embedding", "cross_entropy"),
         "its window and its global tokens as two softmaxes, joined",
     ),
     Family(
         "BigBird",
         "BigBirdForMaskedLM",
-        ("attention", "norm", "residual", "feed_forward", "cross_entropy"),
+        ("attention", "norm", "residual", "feed_forward", "embedding", "cross_entropy"),
         "its blocks as a batch of short attentions",
     ),
     Family("Transformer-XL", "", (), "gone from transformers 5: tfm.nn.TransformerXLDecoderLayer takes its weights"),

@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from torch.nn import Module
 
 # What fusing serves: torch.nn's layers and stacks as wholes, and parts of any model.
-KINDS = ("layer", "attention", "norm", "residual", "feed_forward", "experts", "recurrence", "cross_entropy")
+KINDS = (
+    "layer", "attention", "norm", "residual", "feed_forward", "experts", "recurrence", "embedding", "cross_entropy",
+)  # fmt: skip
 
 
 NOT_ASKED_FOR = "not asked for"

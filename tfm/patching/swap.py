@@ -38,8 +38,8 @@ def accelerate(
     Args:
         model: any module.
         only: what to change: kinds of work ("layer", "attention", "norm", "residual", "feed_forward", "experts",
-            "recurrence", "cross_entropy") and paths of modules, as named_modules() gives them, * for anything; None for
-            all.
+            "recurrence", "embedding", "cross_entropy") and paths of modules, as named_modules() gives them, * for
+            anything; None for all.
         exclude: what to leave, by the same names.
         fuse_loss: have Hugging Face's models compute their loss in training without ever holding the logits, which then
             are computed only if something asks for them.

@@ -14,6 +14,7 @@ from tfm.patching.fusion import Change
 from tfm.patching.huggingface import (
     attention,
     cross_entropy,
+    embeddings,
     experts,
     feed_forward,
     gated_recurrence,
@@ -43,6 +44,7 @@ attention.register()
 # The first that knows a module has it.
 FINDERS: tuple[Callable[[Module], Change | None], ...] = (
     norm.change_of,
+    embeddings.change_of,
     layers.change_of,
     feed_forward.change_of,
     residual.change_of,

@@ -5,9 +5,6 @@ GB/s counts x, both gates and y once, and for the backward also dy and the three
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,22 +12,10 @@ import torch.nn.functional as F
 from benchmarks.device import DTYPE
 from benchmarks.inputs import random
 from benchmarks.measure import measure
-from benchmarks.shapes import sizes
-from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
+from benchmarks.peers import recurrent
+from benchmarks.shapes import Channels, sizes
+from benchmarks.suite import FORWARD, Suite, Work
 from tfm import ops
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Sequences, their steps, and channels."""
-
-    batch: int
-    steps: int
-    channels: int
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.steps}x{self.channels}"
-
 
 # The width of RecurrentGemma at 2 billion weights; a step of decoding. A GPU's run has no time left for them.
 SIZES = sizes(
@@ -56,10 +41,6 @@ def transformers(x, input_gate, recurrence_gate, param, reset, state):
     return RecurrentGemmaRglru._rnn_scan(None, inputs, gate, reset, state)[0]  # type: ignore[arg-type]
 
 
-def missing() -> str:
-    return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
-
-
 def inputs(size: Channels):
     tokens = [random(size.batch, size.steps, size.channels) for _ in range(3)]
     reset = torch.zeros(size.batch, size.steps, dtype=torch.bool, device=tokens[0].device)
@@ -73,16 +54,7 @@ def work(size: Channels, direction: str) -> Work:
     return Work(bytes=4 * moved if direction == FORWARD else 11 * moved)
 
 
-def is_of_use(size: Channels, direction: str) -> bool:
-    """Tells whether anyone would do this: nobody trains a step."""
-    return size.steps > 1 or direction == FORWARD
-
-
-PEERS = {
-    OURS: Peer(ours, where=is_of_use),
-    "eager": Peer(transformers, where=is_of_use, missing=missing),
-}
-SUITE = Suite("rg_lru", SIZES, PEERS, inputs, work)
+SUITE = Suite("rg_lru", SIZES, recurrent(ours, transformers), inputs, work)
 
 
 @pytest.mark.parametrize("case", SUITE.cases(), ids=str)

@@ -6,36 +6,20 @@ a step has for all channels, and the states that are kept, are left out.
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
-
 import pytest
 
 from benchmarks.device import DTYPE
 from benchmarks.inputs import random
 from benchmarks.measure import measure
-from benchmarks.shapes import sizes
-from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
+from benchmarks.peers import recurrent
+from benchmarks.shapes import Channels, sizes
+from benchmarks.suite import FORWARD, Suite, Work
 from tfm import ops
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Sequences, their steps, channels, and the numbers of a channel's state."""
-
-    batch: int
-    steps: int
-    channels: int
-    states: int = 16
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.steps}x{self.channels} states {self.states}"
-
 
 # The width of Mamba at 130 million weights; a step of decoding. A GPU's run has no time left for them.
 SIZES = sizes(
     gpu=[],
-    cpu=[Channels(4, 64, 1536), Channels(4, 1, 1536)],
+    cpu=[Channels(4, 64, 1536, 16), Channels(4, 1, 1536, 16)],
     rehearsal=[Channels(2, 5, 32, 4)],
 )
 
@@ -52,10 +36,6 @@ def transformers(x, delta, A, B, C, D, z, delta_bias):
     return y.transpose(1, 2)
 
 
-def missing() -> str:
-    return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
-
-
 def inputs(size: Channels):
     tokens = [random(size.batch, size.steps, size.channels) for _ in range(3)]
     A = -random(size.channels, size.states).float().exp()
@@ -69,16 +49,7 @@ def work(size: Channels, direction: str) -> Work:
     return Work(bytes=4 * moved if direction == FORWARD else 11 * moved)
 
 
-def is_of_use(size: Channels, direction: str) -> bool:
-    """Tells whether anyone would do this: nobody trains a step."""
-    return size.steps > 1 or direction == FORWARD
-
-
-PEERS = {
-    OURS: Peer(ours, where=is_of_use),
-    "eager": Peer(transformers, where=is_of_use, missing=missing),
-}
-SUITE = Suite("selective_scan", SIZES, PEERS, inputs, work)
+SUITE = Suite("selective_scan", SIZES, recurrent(ours, transformers), inputs, work)
 
 
 @pytest.mark.parametrize("case", SUITE.cases(), ids=str)

@@ -5,30 +5,15 @@ GB/s counts key, value and y once, and for the backward also dy, dkey and dvalue
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
-
 import pytest
 
 from benchmarks.device import DTYPE
 from benchmarks.inputs import random
 from benchmarks.measure import measure
-from benchmarks.shapes import sizes
-from benchmarks.suite import FORWARD, OURS, Peer, Suite, Work
+from benchmarks.peers import recurrent
+from benchmarks.shapes import Channels, sizes
+from benchmarks.suite import FORWARD, Suite, Work
 from tfm import ops
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Sequences, their steps, and channels."""
-
-    batch: int
-    steps: int
-    channels: int
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.steps}x{self.channels}"
-
 
 # The width of RWKV at 169 million weights; a step of decoding. A GPU's run has no time left for them.
 SIZES = sizes(
@@ -48,10 +33,6 @@ def transformers(decay, first, key, value, state):
     return rwkv_linear_attention_cpu(decay, first, key, value, state=state.unbind())[0]
 
 
-def missing() -> str:
-    return "" if importlib.util.find_spec("transformers") else "transformers is not installed"
-
-
 def inputs(size: Channels):
     weights = (random(size.channels).float().detach().requires_grad_() for _ in range(2))
     tokens = (random(size.batch, size.steps, size.channels) for _ in range(2))
@@ -64,16 +45,7 @@ def work(size: Channels, direction: str) -> Work:
     return Work(bytes=3 * moved if direction == FORWARD else 8 * moved)
 
 
-def is_of_use(size: Channels, direction: str) -> bool:
-    """Tells whether anyone would do this: nobody trains a step."""
-    return size.steps > 1 or direction == FORWARD
-
-
-PEERS = {
-    OURS: Peer(ours, where=is_of_use),
-    "eager": Peer(transformers, where=is_of_use, missing=missing),
-}
-SUITE = Suite("wkv", SIZES, PEERS, inputs, work)
+SUITE = Suite("wkv", SIZES, recurrent(ours, transformers), inputs, work)
 
 
 @pytest.mark.parametrize("case", SUITE.cases(), ids=str)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.device import DEVICE
-from benchmarks.shapes import FEED_FORWARDS, FLEX_AT, LONG
+from benchmarks.shapes import FEED_FORWARDS, FLEX_AT, LONG, Channels
 from benchmarks.suite import FORWARD, OURS, Peer
 from tfm.native import why_unavailable
 from tfm.ops.backends import use
@@ -54,6 +54,19 @@ def liger(function: Callable[..., Any]) -> dict[str, Peer]:
     """Runs a function that calls Liger-Kernel."""
     missing = "" if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
     return {"liger": Peer(function, gpu=True, missing=lambda: missing)}
+
+
+def recurrent(ours: Callable[..., Any], transformers: Callable[..., Any]) -> dict[str, Peer]:
+    """Runs ours, and transformers' own code, which goes through the steps in Python; nobody trains a step."""
+
+    def where(size: Channels, direction: str) -> bool:
+        return size.steps > 1 or direction == FORWARD
+
+    missing = "" if importlib.util.find_spec("transformers") else "transformers is not installed"
+    return {
+        OURS: Peer(ours, where=where),
+        "eager": Peer(transformers, where=where, missing=lambda: missing),
+    }
 
 
 @cache

@@ -55,6 +55,19 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Sequences, their steps, channels, and the numbers of a channel's state where they are several."""
+
+    batch: int
+    steps: int
+    channels: int
+    states: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.steps}x{self.channels}" + f" states {self.states}" * (self.states > 1)
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Tokens, the width of the model, the classes of the loss, and its label smoothing."""
 

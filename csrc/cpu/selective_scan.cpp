@@ -339,37 +339,23 @@ Sequences maybe_steps_of(const MaybeTensor& x) { return x ? steps_of(*x) : Seque
 // What both ways are told, by either's arguments.
 template <class Arguments>
 SelectiveScan call_of(const Arguments& a, const Vector& skip, const Vector& bias) {
-    return {
-        .rate = {a.A.data_ptr(), is_narrow(width_of(a.A.scalar_type())), 0},
-        .skip = matrix(skip),
-        .bias = matrix(bias),
-        .x = steps_of(a.x),
-        .delta = steps_of(a.delta),
-        .gate = maybe_steps_of(a.z),
-        .enters = steps_of(a.B),
-        .seen = steps_of(a.C),
-        .y = {},
-        .dy = {},
-        .dx = {},
-        .ddelta = {},
-        .dgate = {},
-        .denters = {},
-        .dseen = {},
-        .initial = nullptr,
-        .dfinal = nullptr,
-        .final = nullptr,
-        .dinitial = nullptr,
-        .kept = nullptr,
-        .sums = nullptr,
-        .shared = nullptr,
-        .sequences = a.x.size(0),
-        .channels = a.x.size(2),
-        .states = a.A.size(1),
-        .steps = a.x.size(1),
-        // Where no states are kept, as long as what it reads of B and C stays near.
-        .chunk = a.kept_every > 0 ? a.kept_every : 16,
-        .narrow = is_narrow(width_of(a.x.scalar_type())),
-    };
+    SelectiveScan call{};
+    call.rate = {a.A.data_ptr(), is_narrow(width_of(a.A.scalar_type())), 0};
+    call.skip = matrix(skip);
+    call.bias = matrix(bias);
+    call.x = steps_of(a.x);
+    call.delta = steps_of(a.delta);
+    call.gate = maybe_steps_of(a.z);
+    call.enters = steps_of(a.B);
+    call.seen = steps_of(a.C);
+    call.sequences = a.x.size(0);
+    call.channels = a.x.size(2);
+    call.states = a.A.size(1);
+    call.steps = a.x.size(1);
+    // Where no states are kept, as long as what it reads of B and C stays near.
+    call.chunk = a.kept_every > 0 ? a.kept_every : 16;
+    call.narrow = is_narrow(width_of(a.x.scalar_type()));
+    return call;
 }
 
 std::tuple<Tensor, Tensor, Tensor> selective_scan(const arguments::SelectiveScan& a) {

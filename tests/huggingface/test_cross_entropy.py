@@ -128,6 +128,17 @@ def test_one_graph(name):
     torch.testing.assert_close(compiled(**given).loss, stock(**given).loss)
 
 
+@WAYS
+def test_under_autocast_the_loss_is_as_wide_as_stocks(name):
+    species = SPECIES[name]
+    stock, ours, _ = pair(species)
+    truth = step(stock, species, "right").loss
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (step(model, species, "right").loss for model in (ours, stock))
+    assert found.dtype == expected.dtype == torch.float32
+    assert abs(found - truth) <= 1.5 * abs(expected - truth) + 1e-4
+
+
 def test_in_bf16_it_errs_no_more_than_stock():
     species = SPECIES["llama"]
     truth = step(species.make(), species, "right").loss

@@ -149,6 +149,20 @@ def test_bf16_is_as_near_as_stock(name):
     assert not reasons(report)
 
 
+@ALL
+def test_autocast(name):
+    """Norms give fp32 there, products bf16: Jamba has both in one scan."""
+    stock, ours, report = pair(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (step(model, SPECIES[name], "right") for model in (ours, stock))
+    truth = step(stock, SPECIES[name], "right")
+    assert (found.loss.dtype, found.logits.dtype) == (expected.loss.dtype, expected.logits.dtype)
+    for key in ("loss", "logits"):
+        errors = [(getattr(one, key) - getattr(truth, key)).abs().mean() for one in (found, expected)]
+        assert errors[0] <= 1.5 * errors[1] + 1e-3, key
+    assert not reasons(report)
+
+
 class Named(nn.Linear):
     """A user's own linear layer."""
 

@@ -38,7 +38,9 @@ def cross_entropy(
     is_plain = type(input) is Tensor and input.dim() == 2 and target.dtype == torch.int64 and target.dim() == 1
     if not is_plain or weight is not None or why_no_kernel("cross_entropy", input):
         return F.cross_entropy(input, target, weight, **options)
-    loss = ops.cross_entropy(input, target, **options).to(input.dtype)
+    loss = ops.cross_entropy(input, target, **options)
+    if not torch.is_autocast_enabled(input.device.type):
+        loss = loss.to(input.dtype)
     if reduction == "mean":
         # Torch's mean of nothing is no number, ours is 0.
         loss = loss.masked_fill((target == ignore_index).all(), float("nan"))

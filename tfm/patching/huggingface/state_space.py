@@ -7,11 +7,11 @@ projections, norms, heads and caches, stays its own.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ def scan(
         return theirs.mamba_selective_scan(
             hidden_states, dt, A, B, C, D, z, delta_bias, return_last_state=return_last_state, **others
         )  # fmt: skip
+    x, dt, B, C, z = _alike(hidden_states, dt, B, C, z)
     y, state = ops.selective_scan(
-        hidden_states.transpose(1, 2), dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D=D,
+        x.transpose(1, 2), dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D=D,
         z=None if z is None else z.transpose(1, 2), delta_bias=delta_bias, return_final_state=True,
     )  # fmt: skip
     return (y.transpose(1, 2), state) if return_last_state else y.transpose(1, 2)
@@ -69,12 +70,13 @@ def scan_step(
     """Scans one step [B, D], with `dt` and `z` of that shape, `B` and `C` [B, N]; changes the state in place."""
     if not dt_softplus:
         return theirs.mamba_selective_state_update(state, hidden_states, dt, A, B, C, D, dt_bias, False, z, **others)
+    x, dt, B, C, z = _alike(hidden_states, dt, B, C, z)
     y, after = ops.selective_scan(
-        hidden_states[:, None], dt[:, None], A, B[:, None], C[:, None], D=D, z=None if z is None else z[:, None],
+        x[:, None], dt[:, None], A, B[:, None], C[:, None], D=D, z=None if z is None else z[:, None],
         delta_bias=dt_bias, initial_state=state, return_final_state=True,
     )  # fmt: skip
     state.copy_(after)
-    return y[:, 0]
+    return y[:, 0].to(hidden_states.dtype)
 
 
 def convolve(
@@ -96,6 +98,12 @@ def convolve_step(
     y = ops.causal_conv1d(hidden_states, weight, bias, initial_state=before, activation=activation)
     conv_state.copy_(torch.cat((conv_state, hidden_states), -1)[..., -conv_state.shape[-1] :])
     return y
+
+
+def _alike(*given: Any) -> list[Any]:
+    """Returns tensors in the widest of their dtypes: under autocast norms give fp32, products a narrower one."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in given if x is not None))
+    return [None if x is None else x.to(dtype) for x in given]
 
 
 def no_inner_function(*args: Any, **kwargs: Any) -> None:
@@ -144,7 +152,7 @@ def change_of(module: Module) -> Change | None:
     return change._replace(why_left=f"{PACKAGE} is installed, whose kernels serve it") if installed else change
 
 
-@cache
+@functools.cache
 def _are_ours(kind: type[Module]) -> bool:
     """Tells whether the functions of a class's modelling file give what ours give, states included."""
     scope = vars(sys.modules[kind.__module__])

@@ -19,6 +19,8 @@ from tools.subjects import inputs
 from tools.subjects.inputs import Outputs, Pass, Tensors
 
 BATCH, STEPS, CHANNELS = 8, 2048, 1536
+# So few that a sequence is cut into chunks, whatever its states.
+FEW = 512
 STATES = (16, 64)
 # Of the numbers that B and C are a part of, a row.
 JOINED = 256
@@ -30,7 +32,7 @@ def compiled(every: bool) -> Iterator[Case]:
     """Yields cases with everything, of a sequence in chunks and of many; of training; and of steps side by side."""
     for dtype in ("bf16", "fp16", "fp32"):
         for states in STATES:
-            yield from _compiled("chunks", 1, states, dtype, is_whole=True)
+            yield from _compiled("chunks", 1, states, dtype, is_whole=True, channels=FEW)
             yield from _compiled("whole", BATCH, states, dtype, is_whole=True)
             if every:
                 yield from _compiled("bare", BATCH, states, dtype, is_whole=False)
@@ -38,14 +40,15 @@ def compiled(every: bool) -> Iterator[Case]:
 
 
 def _compiled(
-    name: str, batch: int, states: int, dtype: str, *, is_whole: bool, is_transposed: bool = False
+    name: str, batch: int, states: int, dtype: str, *, is_whole: bool, is_transposed: bool = False,
+    channels: int = CHANNELS,
 ) -> Iterator[Case]:  # fmt: skip
-    x = meta(batch, STEPS, CHANNELS, dtype=dtype)
+    x = meta(batch, STEPS, channels, dtype=dtype)
     if is_transposed:
-        x = meta(batch, CHANNELS, STEPS, dtype=dtype).transpose(1, 2)
-    A, weight = meta(CHANNELS, states, dtype="fp32"), meta(CHANNELS, dtype="fp32")
+        x = meta(batch, channels, STEPS, dtype=dtype).transpose(1, 2)
+    A, weight = meta(channels, states, dtype="fp32"), meta(channels, dtype="fp32")
     B = meta(batch, STEPS, JOINED, dtype=dtype)[..., :states]
-    state = meta(batch, CHANNELS, states, dtype="fp32")
+    state = meta(batch, channels, states, dtype="fp32")
     kept = meta(STEPS // KEPT_EVERY * state.numel(), dtype="fp32")
     D, z, bias, given = (weight, x, weight, state) if is_whole else (None, None, None, None)
     call = SelectiveScan(x, x, A, B, B, D, z, bias, given, KEPT_EVERY)

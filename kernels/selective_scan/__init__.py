@@ -11,14 +11,13 @@ Backward, from the last step to the first, with g the gradient of h', and q = dy
     dA = h Δ dh        dΔ = x Σ_n g B + Σ_n A h dh        ddelta = dΔ s(delta + delta_bias)
 
 Why it is fast: what is given is read once, the state stays in registers; arithmetic bounds it, e^(Δ A) above all, not
-memory. A warp's threads each hold four numbers of one channel's state and share the channel's other work: what is
-element-wise is computed for 16 steps at once, each number by one thread, and then handed to the steps, which come one
-after the other. For the backward the forward keeps the state before every 16th step, N / 4 bytes for each number of x;
-the backward computes those between again. Sums over channels are formed within a warp at each step, between a program's
-warps once for several, and leave as a partial sum for each program, which a second launch adds up in one order; so do
-the sums over steps and sequences.
-
-Where sequences and channels are too few for a GPU, a sequence is cut into chunks that go side by side: chunks.py.
+memory. A thread holds four numbers of one channel's state. What is element-wise is computed for several steps at once,
+each number by one thread, softplus and SiLU above all, and then handed to the threads of its channel, which take the
+steps one after the other. For the backward the forward keeps the state before every 16th step, N / 4 bytes for each
+number of x; the backward computes those between again, four at a time, as many as its registers hold. Sums over
+channels are formed within a warp at each step, between a program's warps once for several, and leave as a partial sum
+for each program, which a second launch adds up in one order; so do sums over steps and sequences. Where sequences and
+channels are too few for a GPU, the sequence is cut into chunks that go side by side.
 
 step                a step, and what is computed for several at once
 forward, backward   the passes

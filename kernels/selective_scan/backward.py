@@ -110,7 +110,7 @@ def selective_scan_backward_kernel(
             h, _ = through(h, x, delta, B, bias, rates, earlier, steps, x_s, delta_s, B_s, inside, is_state, LOG_STRIDE)
         states, seen = (h,), ()
         for i in tl.static_range(STRIDE):
-            h, _ = advance(h, rates, sizes[i], sizes[i] * values[i], load_shared(B, start + i, steps, B_s, is_state))
+            h = advance(h, rates, sizes[i], sizes[i] * values[i], load_shared(B, start + i, steps, B_s, is_state))
             states = states + (h,)  # type: ignore[assignment]  # noqa: RUF005
             if z is not None:
                 c = load_shared(C, start + i, steps, C_s, is_state)
@@ -184,7 +184,7 @@ def selective_scan_backward(
     partials = tape.empty((batch * chunks, 1, (states + 2) * channels), torch.float32, call.x.device)
     z, d_z = (call.x, dx) if call.z is None else (call.z, dz)
     tape.launch(
-        selective_scan_backward_kernel, (batch * blocks, chunks), options(call.x, is_backward=True),
+        selective_scan_backward_kernel, (batch * blocks, chunks), options(call, is_backward=True),
         **shared_arguments(call), **strides("x", call.x), **strides("B", call.B), **strides("C", call.C),
         **strides("z", z), **strides("dy", call.dy), **strides("dx", dx), **strides("ddelta", ddelta),
         **strides("dz", d_z),

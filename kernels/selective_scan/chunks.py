@@ -165,7 +165,7 @@ def states_before_chunks(
     ends, sizes, shared = _from_zeros(tape, call, chunks, chunk_steps)
     _, _, blocks = block(*call.A.shape)
     tape.launch(
-        selective_scan_chunk_states_kernel, (call.x.shape[0] * blocks, chunks), options(call.x),
+        selective_scan_chunk_states_kernel, (call.x.shape[0] * blocks, chunks), options(call),
         **shared, **strides("x", call.x), **strides("B", call.B),
         x=call.x, B=call.B,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def gradients_behind_chunks(
     _, _, blocks = block(*call.A.shape)
     z = call.x if call.z is None else call.z
     tape.launch(
-        selective_scan_chunk_gradients_kernel, (call.x.shape[0] * blocks, chunks), options(call.x),
+        selective_scan_chunk_gradients_kernel, (call.x.shape[0] * blocks, chunks), options(call),
         **shared, **strides("dy", call.dy), **strides("C", call.C), **strides("z", z),
         dy=call.dy, C=call.C, z=call.z,
     )  # fmt: skip

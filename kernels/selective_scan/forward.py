@@ -75,7 +75,7 @@ def selective_scan_forward_kernel(
         sizes, entering = columns_of(size, LOG_STRIDE), columns_of(size * inputs, LOG_STRIDE)
         seen = ()
         for i in tl.static_range(STRIDE):
-            h, _ = advance(h, rates, sizes[i], entering[i], load_shared(B, start + i, steps, B_s, is_state))
+            h = advance(h, rates, sizes[i], entering[i], load_shared(B, start + i, steps, B_s, is_state))
             c = load_shared(C, start + i, steps, C_s, is_state)
             # Triton unpacks no tuple into another.
             seen = seen + (tl.sum(c * h, axis=1, keep_dims=True),)  # type: ignore[assignment]  # noqa: RUF005
@@ -100,7 +100,7 @@ def selective_scan(tape: Tape, call: SelectiveScan) -> tuple[Tensor, Tensor, Ten
         before, after = states_before_chunks(tape, call, chunks, chunk_steps, final_state), None
     z = call.x if call.z is None else call.z
     tape.launch(
-        selective_scan_forward_kernel, (batch * blocks, chunks), options(call.x),
+        selective_scan_forward_kernel, (batch * blocks, chunks), options(call),
         **shared_arguments(call), **strides("x", call.x), **strides("B", call.B), **strides("C", call.C),
         **strides("z", z), **strides("y", y),
         x=call.x, B=call.B, C=call.C, D=call.D, z=call.z, initial_state=before, y=y, final_state=after, kept=kept,

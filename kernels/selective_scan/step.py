@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from tfm.kernels.activations import softplus
 from tfm.kernels.recurrence import strides
@@ -64,9 +63,8 @@ def load_sizes(delta, bias, step, steps, stride, inside):
 
 @triton.jit
 def advance(h, rates, size, entering, b):
-    """Computes the state after a step of size Δ, and e^(Δ A), from A log2 e and Δ x."""
-    decay = tl.exp2(rates * size)
-    return decay * h + entering * b, decay
+    """Computes the state after a step of size Δ from A log2 e and Δ x."""
+    return tl.exp2(rates * size) * h + entering * b
 
 
 @triton.jit
@@ -106,7 +104,7 @@ def through(h, x, delta, B, bias, rates, start, steps, x_s, delta_s, B_s, inside
     inputs = load_tile(x, step, steps, x_s, inside)
     sizes, entering = columns_of(size, LOG_STRIDE), columns_of(size * inputs, LOG_STRIDE)
     for i in tl.static_range(2**LOG_STRIDE):
-        h, _ = advance(h, rates, sizes[i], entering[i], load_shared(B, start + i, steps, B_s, is_state))
+        h = advance(h, rates, sizes[i], entering[i], load_shared(B, start + i, steps, B_s, is_state))
     return h, size
 
 
@@ -117,13 +115,14 @@ def block(channels: int, states: int) -> tuple[int, int, int]:
     return block_channels, block_states, -(-channels // block_channels)
 
 
-def options(x: Tensor, is_backward: bool = False) -> dict[str, int]:
-    """Returns what the passes are compiled with: registers for four programs a multiprocessor, in the backward three.
+def options(call: SelectiveScan | SelectiveScanBackward, is_backward: bool = False) -> dict[str, int]:
+    """Returns what the passes are compiled with.
 
-    For two in fp32, whose loads take twice as many. Left to itself, the assembler takes those or spills a word.
+    Registers for four programs a multiprocessor; for three in the backward and of wide states, for two in fp32, whose
+    loads take twice as many. Left to itself, the assembler takes those or spills a word to fit one more.
     """
-    registers = 192 if x.dtype == torch.float32 else 168 if is_backward else 128
-    return {"num_warps": WARPS, "maxnreg": registers}
+    registers = 168 if is_backward or call.A.shape[1] > 32 else 128
+    return {"num_warps": WARPS, "maxnreg": 192 if call.x.dtype == torch.float32 else registers}
 
 
 def shared_arguments(call: SelectiveScan | SelectiveScanBackward) -> dict[str, Any]:

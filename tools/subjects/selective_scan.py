@@ -58,11 +58,12 @@ def _compiled(
 
 
 def pass_selective_scan(new: Tensors) -> Iterator[Outputs]:
-    states, channels = 5, inputs.ROWS
-    decay, D, bias, state = new(channels, states), new(channels), new(channels), new(2, channels, states)
-    for steps in (CUT, inputs.ROWS, 1):
-        x, delta, z = (new(2, steps, channels) for _ in range(3))
-        B, C = (new(2, steps, states) for _ in range(2))
+    states = 5
+    # The long sequence, which is cut into chunks, has few channels: its steps take the time.
+    for batch, steps, channels in ((1, CUT, 3), (2, inputs.ROWS, inputs.ROWS), (2, 1, inputs.ROWS)):
+        decay, D, bias, state = new(channels, states), new(channels), new(channels), new(batch, channels, states)
+        x, delta, z = (new(batch, steps, channels) for _ in range(3))
+        B, C = (new(batch, steps, states) for _ in range(2))
         yield ops.selective_scan(
             x, delta, -decay.exp(), B, C, D=D, z=z, delta_bias=bias, initial_state=state, return_final_state=True
         )

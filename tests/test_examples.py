@@ -36,7 +36,7 @@ def layers(lines: list[str]) -> bool:
 def huggingface(lines: list[str]) -> bool:
     said = "\n".join(lines)
     first, *_, last = losses(lines)
-    fused = "replaced 24 modules\n  6 x attention:" in said and "attention: 360 calls fused, 0 as before" in said
+    fused = "replaced 25 modules\n  6 x attention:" in said and "attention: 360 calls fused, 0 as before" in said
     return fused and last < first and lines[-1] == "restored, it says the same: True"
 
 

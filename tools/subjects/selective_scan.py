@@ -54,7 +54,7 @@ def _compiled(
     call = SelectiveScan(x, x, A, B, B, D, z, bias, given, KEPT_EVERY)
     yield from described(f"{states} {name} {dtype}", kernels.selective_scan, call, chip(9))
     backward = SelectiveScanBackward(x, given, *call[:8], kept, KEPT_EVERY)
-    yield from described(f"{states} {name} {dtype}", kernels.selective_scan_backward, backward, chip(9))
+    yield from described(f"{states} {name} {dtype} back", kernels.selective_scan_backward, backward, chip(9))
 
 
 def pass_selective_scan(new: Tensors) -> Iterator[Outputs]:

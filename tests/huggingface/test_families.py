@@ -77,17 +77,16 @@ def test_logits_loss_and_gradients_are_those_of_the_model(species, padding):
 
 @every
 def test_under_autocast_it_errs_no_more_than_the_model(species):
-    before = stock(species)
-    truth = before.outcomes["right"]
+    # A copy, as some models keep what they computed last.
+    model, truth = copy.deepcopy(stock(species).model), stock(species).outcomes["right"]
     with torch.autocast("cpu", torch.bfloat16):
         found = step(accelerated(species), species, "right")
         if species.name == "bigbird":
             # Whose own code scatters fp32 into bf16 there.
             with pytest.raises(RuntimeError, match=r"scatter\(\)"):
-                step(before.model, species, "right")
+                step(model, species, "right")
             return
-        expected = step(before.model, species, "right")
-    before.model.zero_grad()
+        expected = step(model, species, "right")
     assert (found.loss.dtype, found.logits.dtype) == (expected.loss.dtype, expected.logits.dtype)
     errors = [(one.logits - truth.logits).abs().mean() for one in (found, expected)]
     assert errors[0] <= 1.5 * errors[1] + 1e-4

@@ -39,6 +39,8 @@ STOCK, OURS, FUSED_LOSS, COMPILED, LIGER = "stock", "ours", "ours, fuse_loss", "
 CONTENDERS = (STOCK, OURS, FUSED_LOSS, COMPILED, LIGER)
 FORWARD, TRAINING = "forward", "training step"
 IGNORED, FIRST_WORD = -100, 3
+# Models whose own code goes through the steps in Python.
+STEP_BY_STEP = ("mamba", "rwkv")
 RECORD = Path(f"benchmarks/results/huggingface_{'gpu' if AS_GPU else 'cpu'}.json")
 
 
@@ -142,6 +144,8 @@ def contender(model: Module, name: str) -> Module:
 
 def why_not(model: Any, name: str) -> str:
     """Says why a contender has nothing for a model; empty where it has."""
+    if name == COMPILED and model.config.model_type in STEP_BY_STEP:
+        return "it unrolls every step, for minutes"
     if name != LIGER:
         return ""
     if not CUDA:

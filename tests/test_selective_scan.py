@@ -22,8 +22,17 @@ NAMES = (
 )  # fmt: skip
 # Where the optional ones stand among the arguments.
 D, Z, BIAS, STATE = 5, 6, 7, 8
-# Batch, steps, channels, numbers of a state: none of any, one, what is left of chunks and of blocks of channels.
-SIZES = [(2, 0, 3, 4), (0, 5, 3, 4), (1, 1, 1, 1), (2, 3, 5, 16), (3, 37, 17, 16), (2, 16, 70, 3), (1, 50, 9, 33)]
+# Batch, steps, channels, numbers of a state: none of any, one, what is left of blocks, a sequence cut into chunks.
+SIZES = [
+    (2, 0, 3, 4),
+    (0, 5, 3, 4),
+    (1, 1, 1, 1),
+    (2, 3, 5, 16),
+    (3, 37, 17, 16),
+    (2, 16, 70, 3),
+    (1, 50, 9, 33),
+    (2, 200, 3, 2),
+]
 # A state takes what each step rounds along to all that follow, by luck more or less than plain torch's does.
 ROUNDINGS = 4 * oracle.ROUNDINGS
 VIEWS = {
